@@ -1,0 +1,1 @@
+"""Probes: small calibrated heads on hidden states that say, per model, how likely a good answer is."""

@@ -1,0 +1,1 @@
+"""Routers: pure decisions. Same query, signals, policy, state and seed: same decision. No I/O here."""

@@ -1,0 +1,90 @@
+"""The words that cross the routers' border: what is asked, what was measured, what was decided."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from probes.types import Estimate
+
+Effort = Literal["none", "low", "high"]
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """One request as the routers see it: wire formats stay at the edge."""
+
+    model: str
+    """The name the caller asked for: a model of the policy, or an alias such as `auto`."""
+    tenant: str
+    input_tokens_estimate: int
+    """Expected prompt tokens (an estimate, about one per four bytes)."""
+    max_output_tokens: int | None
+    """The caller's own cap, if any."""
+    tags: frozenset[str] = frozenset()
+    needs_tools: bool = False
+    needs_logprobs: bool = False
+    choices: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Signals:
+    """What was measured for this query. Absent is absent, never zero."""
+
+    p_success: dict[str, Estimate] = field(default_factory=dict)
+    """Per model of the policy."""
+    input_tokens: dict[str, int] = field(default_factory=dict)
+    """Exact prompt tokens, for the models that could count them."""
+    probe: Literal["ok", "unavailable", "not_asked"] = "not_asked"
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A snapshot of the world at decision time."""
+
+    unavailable: dict[str, str] = field(default_factory=dict)
+    """Models that cannot serve now, each with the reason (`engine down`, `breaker open until …`)."""
+    budget_remaining_nanousd: int | None = None
+    """What the caller may still spend; None: no budget applies."""
+
+
+@dataclass(frozen=True, slots=True)
+class Single:
+    """A plan: one model answers."""
+
+    model: str
+    effort: Effort | None = None
+
+
+Plan = Single
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One considered model, and why it lost (empty for the one chosen)."""
+
+    model: str
+    p_success: float | None
+    p_low: float | None
+    p_high: float | None
+    expected_cost_nanousd: int
+    worst_cost_nanousd: int
+    rejected: str = ""
+    """Empty: chosen, or a fallback kept in reserve. Otherwise the constraint or comparison it lost, in words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What will run and why. A pure function of (Query, Signals, Policy, State, seed)."""
+
+    plan: Plan
+    route: str
+    """The route that matched; `named` where the caller named a model."""
+    rule: str
+    """The sentence that decided, e.g. `cheapest with p_success >= 0.9`."""
+    candidates: tuple[Candidate, ...]
+    fallbacks: tuple[str, ...]
+    """Models to try, in order, when the plan's model fails before its first byte."""
+    policy_version: str
+    probe_version: str | None
+    seed: int
+    degraded: str = ""
+    """Why this decision is less than the policy wanted (`probe_unavailable`, `budget`), or empty."""
