@@ -1,0 +1,90 @@
+"""From a request's `messages` to the tokens a model reads."""
+
+from typing import Any
+
+import jinja2
+import msgspec
+
+from local_engine.types import Effort, Message
+
+
+class InvalidRequest(Exception):
+    """The request cannot be turned into a prompt; the message says why, in words for the caller."""
+
+
+def parse_messages(messages_json: bytes) -> list[Message]:
+    """Decode an OpenAI `messages` array into what chat templates expect: string contents, decoded tool arguments."""
+    try:
+        messages = msgspec.json.decode(messages_json, type=list[dict[str, Any]])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"messages is not a JSON array of objects: {error}") from error
+    if not messages:
+        raise InvalidRequest("messages is empty: send at least one message")
+    return [_template_message(message, f"messages[{at}]") for at, message in enumerate(messages)]
+
+
+def parse_tools(tools_json: bytes | None) -> list[dict[str, Any]] | None:
+    """Decode an OpenAI `tools` array; None when there is none."""
+    if tools_json is None:
+        return None
+    try:
+        return msgspec.json.decode(tools_json, type=list[dict[str, Any]]) or None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"tools is not a JSON array of objects: {error}") from error
+
+
+def prompt_tokens(
+    tokenizer: Any, messages: list[Message], tools: list[dict[str, Any]] | None = None, effort: Effort = "low"
+) -> list[int]:
+    """The prompt's tokens by the model's own chat template, ready for the assistant's turn.
+
+    Control tokens written by a user (`<|im_end|>` and such) are read as plain text, so nobody can forge a turn.
+    Templates without effort modes ignore `effort`; Qwen3's know `enable_thinking`.
+    """
+    try:
+        encoded = tokenizer.apply_chat_template(
+            messages,
+            tools=tools,
+            add_generation_prompt=True,
+            sanitize_control_tokens=True,
+            effort=effort,
+            enable_thinking=effort != "none",
+        )
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        raise InvalidRequest(f"the model's chat template refuses these messages: {error}") from error
+    tokens: list[int] = encoded["input_ids"]
+    return tokens
+
+
+def _template_message(message: dict[str, Any], where: str) -> Message:
+    if not isinstance(message.get("role"), str):
+        raise InvalidRequest(f"{where}.role must be a string")
+    text = _text(message.get("content"), where)
+    if message["role"] == "assistant":
+        text = text.rpartition("</think>")[2]  # earlier thinking is not part of the conversation
+    plain = {**message, "content": text}
+    if isinstance(message.get("tool_calls"), list):
+        plain["tool_calls"] = [_decoded_call(call) for call in message["tool_calls"]]
+    return plain
+
+
+def _text(content: Any, where: str) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise InvalidRequest(f"{where}.content must be a string or a list of parts")
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+    if not all(isinstance(text, str) for text in texts):
+        raise InvalidRequest(f"{where}.content may hold only text parts: local models read text only")
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+def _decoded_call(call: Any) -> Any:
+    """OpenAI sends a call's arguments as a JSON string; templates want the object."""
+    try:
+        function = call["function"]
+        return {**call, "function": {**function, "arguments": msgspec.json.decode(function["arguments"])}}
+    except (KeyError, TypeError, msgspec.DecodeError):
+        return call

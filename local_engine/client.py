@@ -1,0 +1,211 @@
+"""The gateway's end of the engine link. No torch here: gateway workers import this."""
+
+import asyncio
+import contextlib
+import itertools
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+
+import msgspec
+
+from local_engine.errors import EngineFailure, EngineGone
+from local_engine.types import (
+    Cancel,
+    Command,
+    Delta,
+    Embed,
+    EmbedResult,
+    Event,
+    Failed,
+    Finished,
+    Generate,
+    Hello,
+    Probe,
+    ProbeResult,
+    SamplingParams,
+)
+from local_engine.wire import FrameError, decode_event, encode_frame, read_frame
+
+
+class EngineClient:
+    """One connection to an engine, shared by any number of tasks of one event loop.
+
+    A lost connection ends everything in flight with EngineGone at once; `connect` may then be called again. A slow
+    reader of a stream holds up nobody: its deltas are merged while they wait, so a stream never holds more than one
+    merged delta, bounded by the model's context, and the closing event.
+    """
+
+    def __init__(self, socket_path: str) -> None:
+        self._socket_path = socket_path
+        self._hello: Hello | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self._inboxes: dict[int, _Inbox] = {}
+        self._ids = itertools.count(1)
+
+    @property
+    def connected(self) -> bool:
+        return self._writer is not None
+
+    @property
+    def hello(self) -> Hello:
+        """What the engine said of itself. Raises EngineGone before the first `connect`."""
+        if self._hello is None:
+            raise EngineGone("not connected to an engine yet")
+        return self._hello
+
+    async def connect(self) -> Hello:
+        """Connect and wait for the engine's greeting. Raises EngineGone when nobody answers."""
+        await self.close()
+        try:
+            reader, writer = await asyncio.open_unix_connection(self._socket_path)
+        except OSError as error:
+            raise EngineGone(f"no engine at {self._socket_path}: {error.strerror or error}") from error
+        try:
+            body = await read_frame(reader)
+            hello = decode_event(body) if body is not None else None
+            if not isinstance(hello, Hello):
+                raise EngineGone(f"what listens at {self._socket_path} does not greet like an engine")
+        except (FrameError, msgspec.DecodeError) as error:
+            writer.close()
+            raise EngineGone(f"what listens at {self._socket_path} is no engine: {error}") from error
+        except BaseException:
+            writer.close()
+            raise
+        self._hello, self._writer = hello, writer
+        self._reading = asyncio.create_task(self._read(reader, writer), name="engine-client")
+        return hello
+
+    async def close(self) -> None:
+        """Hang up; the engine cancels what this connection asked for. Harmless when not connected."""
+        reading, self._reading = self._reading, None
+        if reading is not None:
+            reading.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await reading
+
+    async def generate(
+        self, model: str, messages_json: bytes, sampling: SamplingParams, tools_json: bytes | None = None
+    ) -> AsyncIterator[Delta | Finished]:
+        """Stream an answer; the last event is Finished. Leaving early (`aclose`, a cancelled task) cancels it.
+
+        Raises EngineFailure when the engine refuses or fails, EngineGone when the link is or gets lost. Use
+        `contextlib.aclosing` so that leaving the loop early closes the stream at once.
+        """
+        with self._asking() as (id, inbox):
+            over = False
+            try:
+                self._send(Generate(id, model, messages_json, sampling, tools_json))
+                while not over:
+                    event = await inbox.get()
+                    over = isinstance(event, Finished)
+                    if isinstance(event, Delta | Finished):
+                        yield event
+            except (EngineFailure, EngineGone):
+                over = True
+                raise
+            finally:
+                if not over:
+                    self._cancel(id)
+
+    async def probe(self, messages_json: bytes) -> ProbeResult:
+        """How likely each local model answers this well, and how long its prompt is. Raises as `generate` does."""
+        event = await self._ask(lambda id: Probe(id, messages_json))
+        assert isinstance(event, ProbeResult)
+        return event
+
+    async def embed(self, texts: Sequence[str]) -> EmbedResult:
+        """One vector per text. Raises as `generate` does."""
+        event = await self._ask(lambda id: Embed(id, list(texts)))
+        assert isinstance(event, EmbedResult)
+        return event
+
+    async def _ask(self, command: Callable[[int], Command]) -> Event:
+        with self._asking() as (id, inbox):
+            self._send(command(id))
+            try:
+                return await inbox.get()
+            except asyncio.CancelledError:
+                self._cancel(id)
+                raise
+
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[tuple[int, "_Inbox"]]:
+        id, inbox = next(self._ids), _Inbox()
+        self._inboxes[id] = inbox
+        try:
+            yield id, inbox
+        finally:
+            del self._inboxes[id]
+
+    def _send(self, command: Command) -> None:
+        if self._writer is None:
+            raise EngineGone("not connected to the engine")
+        try:
+            self._writer.write(encode_frame(command))
+        except FrameError as error:
+            raise EngineFailure("invalid_request", str(error)) from error
+
+    def _cancel(self, id: int) -> None:
+        with contextlib.suppress(EngineGone):  # then nothing is left to cancel
+            self._send(Cancel(id))
+
+    async def _read(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        reason = "the engine closed the connection"
+        try:
+            while (body := await read_frame(reader)) is not None:
+                event = decode_event(body)
+                if not isinstance(event, Hello) and (inbox := self._inboxes.get(event.id)):
+                    inbox.put(event)
+        except (FrameError, msgspec.DecodeError) as error:
+            reason = f"the engine sent what is no event: {error}"
+        finally:
+            self._writer = None
+            for inbox in self._inboxes.values():
+                inbox.close(EngineGone(reason))
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
+
+class _Inbox:
+    """The events of one command that its caller has not taken yet."""
+
+    def __init__(self) -> None:
+        self._events: deque[Event] = deque()
+        self._closed: EngineGone | None = None
+        self._changed = asyncio.Event()
+
+    def put(self, event: Event) -> None:
+        waiting = self._events[-1] if self._events else None
+        if isinstance(event, Delta) and isinstance(waiting, Delta):
+            event = _merged(waiting, event)
+            self._events.pop()
+        self._events.append(event)
+        self._changed.set()
+
+    def close(self, error: EngineGone) -> None:
+        self._closed = error
+        self._changed.set()
+
+    async def get(self) -> Event:
+        """The next event. Raises EngineFailure for Failed, and EngineGone when no more can come."""
+        while not self._events:
+            if self._closed is not None:
+                raise self._closed
+            self._changed.clear()
+            await self._changed.wait()
+        event = self._events.popleft()
+        if isinstance(event, Failed):
+            raise EngineFailure(event.code, event.message)
+        return event
+
+
+def _merged(first: Delta, then: Delta) -> Delta:
+    return Delta(
+        first.id,
+        first.content + then.content,
+        first.reasoning + then.reasoning,
+        first.tokens + then.tokens,
+        [*first.logprobs, *then.logprobs],
+    )

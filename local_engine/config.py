@@ -1,0 +1,53 @@
+"""How an engine process is set up. No torch here: `configure_process` has to run before torch is imported."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+Device = Literal["auto", "cpu", "cuda"]
+
+_SOCKET_PATH_BYTES = 100  # sun_path holds 104 (macOS) or 108 (Linux) bytes, the final zero included
+
+
+def default_threads() -> int:
+    """One core is left to the gateway: two processes fighting for the last core slow each other many times over."""
+    return max(1, (os.cpu_count() or 1) - 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    models: Mapping[str, str]
+    """Name on the link -> a local path, a Hugging Face hub id, or `bundled/<name>`."""
+    socket_path: str
+    threads: int = field(default_factory=default_threads)
+    dtype: Dtype = "auto"
+    """auto: float32 on CPU (bfloat16 gains nothing there for one row), the checkpoint's own type on CUDA."""
+    device: Device = "auto"
+    max_running: int = 8
+    """Sequences decoded at the same time; more wait in line."""
+    prefill_chunk: int = 256
+    """Most prompt tokens read in one step; bounds the time to honour a cancel."""
+    exit_with_parent: bool = True
+    """Stop when the process that started this one is gone, so that no engine outlives its supervisor."""
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise ValueError("models is empty: name at least one model to serve")
+        for name, source in self.models.items():
+            if not name or not source:
+                raise ValueError(f"models holds {name!r}: {source!r}; both the name and the path or hub id are needed")
+        if not 0 < len(os.fsencode(self.socket_path)) <= _SOCKET_PATH_BYTES:
+            raise ValueError(f"socket_path {self.socket_path!r} must have 1 to {_SOCKET_PATH_BYTES} bytes")
+        for key in ("threads", "max_running", "prefill_chunk"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1, not {getattr(self, key)}")
+
+
+def configure_process(threads: int) -> None:
+    """Bound and calm the maths threads of this process. Call before torch is imported anywhere in it."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads sleep; the gateway shares these cores
+    os.environ.setdefault("KMP_BLOCKTIME", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

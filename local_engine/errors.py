@@ -1,0 +1,30 @@
+"""What can go wrong at the engine's border.
+
+EngineError
+├── EngineGone       the link is closed: everything in flight ended here; connect again, then retry
+├── EngineFailure    the engine answered `Failed`: one command, a code and a reason; the link is fine
+└── ModelLoadError   a configured model cannot be served: fix the configuration
+"""
+
+from local_engine.types import FailureCode
+
+
+class EngineError(Exception):
+    """Root of every error this package raises on purpose."""
+
+
+class EngineGone(EngineError):
+    """The engine process or its socket is gone."""
+
+
+class EngineFailure(EngineError):
+    """One command failed; `code` says what the caller can do about it."""
+
+    def __init__(self, code: FailureCode, message: str) -> None:
+        super().__init__(message)
+        self.code: FailureCode = code
+        self.message = message
+
+
+class ModelLoadError(EngineError):
+    """A model cannot be loaded or is of a kind this engine does not run."""

@@ -1,0 +1,119 @@
+"""Loading causal language models from a path, a hub id or this package."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.utils import logging as transformers_logging
+
+from local_engine.config import Device, Dtype
+from local_engine.errors import ModelLoadError
+from local_engine.types import ModelCard
+
+FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")
+_BUNDLED: Final = Path(__file__).parent / "bundled"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LocalModel:
+    """A loaded model and what the engine has to know about its tokens."""
+
+    card: ModelCard
+    network: Any
+    tokenizer: Any
+    device: torch.device
+    end_tokens: frozenset[int]
+    """Tokens that end the assistant's turn."""
+    special_tokens: frozenset[int]
+    """Tokens that are never text."""
+    think_token: int | None
+    end_think_token: int | None
+
+    def new_cache(self) -> Any:
+        return DynamicCache(config=self.network.config)
+
+    def forward(self, tokens: list[int], cache: Any) -> torch.Tensor:
+        """Read `tokens` after what the cache holds, which grows by them; float32 logits of the last one."""
+        ids = torch.tensor([tokens], device=self.device)
+        out = self.network(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits: torch.Tensor = out.logits[0, -1].float()
+        return logits
+
+
+def load_model(name: str, source: str, dtype: Dtype = "auto", device: Device = "auto") -> LocalModel:
+    """Load the model `name` from `source`: `bundled/<name>`, a local folder, else a hub id.
+
+    Only safetensors weights are read, never pickles, and no code of the checkpoint runs. A folder never touches the
+    network; a hub id honours `HF_HUB_OFFLINE`. Raises ModelLoadError naming what is wrong.
+    """
+    transformers_logging.disable_progress_bar()
+    place, local = _locate(source)
+    where = torch.device(
+        "cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device
+    )
+    options = {"local_files_only": local, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(place, **options)
+        if config.model_type not in FAMILIES:
+            raise ModelLoadError(
+                f"model {name!r} ({source}) is of family {config.model_type!r}; this engine runs {', '.join(FAMILIES)}"
+            )
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        network = AutoModelForCausalLM.from_pretrained(
+            place, config=config, dtype=_torch_dtype(dtype, where), use_safetensors=True, **options
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelLoadError(f"model {name!r} cannot be loaded from {source}: {error}") from error
+    if not tokenizer.chat_template:
+        raise ModelLoadError(f"model {name!r} ({source}) has no chat template; use an instruction-tuned checkpoint")
+    network = network.to(where).eval()
+    vocabulary = tokenizer.get_vocab()
+    end_think = vocabulary.get("</think>")
+    end_tokens = _end_tokens(network, tokenizer)
+    card = ModelCard(
+        name=name,
+        context_window=config.max_position_embeddings,
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        reasoning=end_think is not None and "</think>" in tokenizer.chat_template,
+    )
+    return LocalModel(
+        card=card,
+        network=network,
+        tokenizer=tokenizer,
+        device=where,
+        end_tokens=end_tokens,
+        special_tokens=end_tokens | frozenset(tokenizer.all_special_ids),
+        think_token=vocabulary.get("<think>"),
+        end_think_token=end_think,
+    )
+
+
+def _locate(source: str) -> tuple[str, bool]:
+    """(path or hub id, whether it is a local folder)."""
+    if source.startswith("bundled/"):
+        folder = _BUNDLED / source.removeprefix("bundled/")
+        if not (folder / "config.json").is_file():
+            names = sorted(path.parent.name for path in _BUNDLED.glob("*/config.json"))
+            raise ModelLoadError(f"there is no model {source!r}; bundled are: {', '.join(names) or 'none'}")
+        return str(folder), True
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return str(path), True
+    if source.startswith((".", "~", os.sep)):
+        raise ModelLoadError(f"there is no folder {source!r}")
+    return source, False
+
+
+def _torch_dtype(dtype: Dtype, device: torch.device) -> Any:
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+
+
+def _end_tokens(network: Any, tokenizer: Any) -> frozenset[int]:
+    stated = network.generation_config.eos_token_id
+    ends = stated if isinstance(stated, list) else [stated]
+    return frozenset(token for token in (*ends, tokenizer.eos_token_id) if token is not None)

@@ -1,0 +1,142 @@
+"""The engine process: a unix socket in front of an `Engine`. torch is imported only once the process is configured."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from local_engine.config import EngineConfig, configure_process
+from local_engine.errors import EngineError
+from local_engine.types import Event, Failed, Prober
+from local_engine.wire import FrameError, decode_command, encode_frame, read_frame
+
+if TYPE_CHECKING:
+    from local_engine.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+MAX_UNSENT_BYTES: Final = 16 * 1024 * 1024
+"""A client with more than this waiting for it does not read; it is disconnected."""
+_WATCH_S: Final = 0.5
+_FAREWELL_S: Final = 2.0  # for a client to read what it is still owed
+
+
+def run_engine(config: EngineConfig, prober: Prober | None) -> None:
+    """Load the models and serve them until SIGTERM, SIGINT or the end of the parent process. Blocking.
+
+    Raises ModelLoadError when a model cannot be served, EngineError when the engine itself breaks.
+    """
+    parent = os.getppid()
+    configure_process(config.threads)
+    import torch
+
+    from local_engine.engine import Engine
+    from local_engine.model import load_model
+
+    torch.set_num_threads(config.threads)
+    models = {name: load_model(name, source, config.dtype, config.device) for name, source in config.models.items()}
+    engine = Engine(models, prober, max_running=config.max_running, prefill_chunk=config.prefill_chunk)
+    asyncio.run(_run_until_told(engine, config, parent))
+
+
+async def _run_until_told(engine: "Engine", config: EngineConfig, parent: int) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    engine.start()
+    serving = asyncio.create_task(serve(engine, config.socket_path))
+    try:
+        while not (stop.is_set() or serving.done()):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), _WATCH_S)
+            # Polled, not PR_SET_PDEATHSIG: that fires when the starting *thread* ends, and only on Linux.
+            if config.exit_with_parent and os.getppid() != parent:
+                logger.warning("the parent process is gone; stopping")
+                stop.set()
+            if not engine.alive:
+                raise EngineError("the engine's thread ended unexpectedly; its log has the reason")
+    finally:
+        await asyncio.to_thread(engine.stop)  # running commands end as cancelled, and still reach their clients
+        serving.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await serving
+
+
+async def serve(engine: "Engine", socket_path: str) -> None:
+    """Serve a started engine on a unix socket until cancelled, then close every connection and remove the socket.
+
+    Only this user may connect. The socket appears once the engine is ready to answer.
+    """
+    connections: set[asyncio.Task[None]] = set()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        connections.add(task)
+        try:
+            await _serve_connection(engine, reader, writer)
+        except asyncio.CancelledError:
+            logger.debug("connection closed: the server stops")
+        finally:
+            connections.discard(task)
+
+    mask = os.umask(0o177)
+    try:
+        server = await asyncio.start_unix_server(accept, socket_path)
+    finally:
+        os.umask(mask)
+    try:
+        await asyncio.Event().wait()
+    finally:
+        server.close()
+        for task in tuple(connections):
+            task.cancel()
+        await asyncio.gather(*connections, return_exceptions=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(socket_path)
+
+
+async def _serve_connection(engine: "Engine", reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    loop = asyncio.get_running_loop()
+    link = engine.connect(lambda events: _hand_over(loop, writer, events))
+    try:
+        writer.write(encode_frame(engine.hello(os.getpid())))
+        while (body := await read_frame(reader)) is not None:
+            link.submit(decode_command(body))
+    except (FrameError, msgspec.DecodeError) as error:
+        logger.warning("closing a connection: %s", error)
+    finally:
+        link.close()
+        await asyncio.sleep(0)  # what the engine has handed over is written first
+        writer.close()
+        with contextlib.suppress(OSError, TimeoutError):
+            await asyncio.wait_for(writer.wait_closed(), _FAREWELL_S)
+        writer.transport.abort()
+
+
+def _hand_over(loop: asyncio.AbstractEventLoop, writer: asyncio.StreamWriter, events: list[Event]) -> None:
+    """From the engine's thread to the loop's; one write per step."""
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+        loop.call_soon_threadsafe(_write, writer, b"".join(_frame(event) for event in events))
+
+
+def _frame(event: Event) -> bytes:
+    try:
+        return encode_frame(event)
+    except FrameError as error:
+        assert not hasattr(event, "models"), "Hello is small"
+        return encode_frame(Failed(event.id, "invalid_request", f"the answer is too large: {error}"))
+
+
+def _write(writer: asyncio.StreamWriter, frames: bytes) -> None:
+    if writer.transport.is_closing():
+        return
+    writer.write(frames)
+    if writer.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+        logger.warning("disconnecting a client that does not read")
+        writer.transport.abort()
