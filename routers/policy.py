@@ -1,0 +1,226 @@
+"""A loaded policy: frozen, checked, and ready for the hot path. `routers.load` makes it from a file."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from routers.types import Query
+from routers.units import Budget, Rate, format_money
+
+Objective = Literal["cheapest", "best"]
+Otherwise = Literal["best", "cheapest", "refuse"]
+
+DEFAULT_CACHE_TTL_MS = 3_600_000
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """Nano-dollars per million tokens, by disjoint class: a token is counted in exactly one of them."""
+
+    input: int
+    cached_input: int
+    cache_write: int
+    output: int
+    reasoning: int
+
+
+FREE = Price(0, 0, 0, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What a price list knows of a model; it fills what the policy leaves out."""
+
+    price: Price
+    context: int | None = None
+    max_output: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """Where models run: the local engine (`engine`), or a server at `base_url`."""
+
+    name: str
+    engine: Literal["embedded"] | None
+    base_url: str | None
+    """Without a trailing slash."""
+    api_key_env: str | None
+    """The environment variable that holds the key; None: the server asks for none."""
+    timeout_ms: int
+    retries: int
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model as the policy names it."""
+
+    name: str
+    provider: str
+    upstream: str
+    """The provider's own name for it."""
+    context: int | None
+    """Tokens, prompt and answer together; None: not known."""
+    max_output: int | None
+    """Tokens of one answer; None: not known."""
+    price: Price
+    tools: bool
+    logprobs: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Difficulty:
+    """The signal p_success: which probe to ask, and which of its heads speaks for which model."""
+
+    probe: str
+    heads: Mapping[str, str]
+    """Model of the policy → head of the probe."""
+    timeout_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class When:
+    """Conditions that must all hold; within one, any of its values. Empty: no condition."""
+
+    tags: frozenset[str] = frozenset()
+    models: frozenset[str] = frozenset()
+    tenants: frozenset[str] = frozenset()
+
+    def __bool__(self) -> bool:
+        return bool(self.tags or self.models or self.tenants)
+
+
+@dataclass(frozen=True, slots=True)
+class Constraints:
+    """What a candidate must satisfy; None: not asked."""
+
+    p_success: float | None = None
+    """At least this chance of a good answer."""
+    p_success_gap: float | None = None
+    """At most this far below the best candidate's chance."""
+    cost_nanousd: int | None = None
+    """At most this expected cost."""
+
+    @property
+    def ask_p_success(self) -> bool:
+        """Whether one of them cannot be checked without p_success."""
+        return self.p_success is not None or self.p_success_gap is not None
+
+    def __str__(self) -> str:
+        parts = []
+        if self.p_success is not None:
+            parts.append(f"p_success >= {self.p_success:g}")
+        if self.p_success_gap is not None:
+            parts.append(f"p_success_gap <= {self.p_success_gap:g}")
+        if self.cost_nanousd is not None:
+            parts.append(f"cost <= {format_money(self.cost_nanousd)}")
+        return " and ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A condition and what follows from it. Either `use` (an ordered list) or `candidates` (an objective) is filled."""
+
+    name: str
+    when: When
+    use: tuple[str, ...]
+    candidates: tuple[str, ...]
+    """Listed from the weakest to the strongest: the order decides where p_success is not known."""
+    objective: Objective
+    constraints: Constraints
+    otherwise: Otherwise
+    on_failure: tuple[str, ...]
+    cache_ttl_ms: int | None
+    """How long an answer may be reused; None: not at all."""
+    heads: Mapping[str, str]
+    """Candidate → probe head, where this route needs p_success to decide; else empty."""
+    rule: str = field(init=False)
+    """The sentence of the objective, e.g. `cheapest with p_success >= 0.9`."""
+
+    def __post_init__(self) -> None:
+        asked = str(self.constraints)
+        rule = "first available of " + ", ".join(self.use) if self.use else self.objective
+        object.__setattr__(self, "rule", f"{rule} with {asked}" if asked else rule)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The models this route chooses from."""
+        return self.use or self.candidates
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """A budget or a rate (or both) for a key or a tenant; the name `*` means each of them by itself."""
+
+    scope: Literal["key", "tenant"]
+    name: str
+    budget: Budget | None
+    rate: Rate | None
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """One version of what the operator allows."""
+
+    providers: Mapping[str, Provider]
+    models: Mapping[str, Model]
+    difficulty: Difficulty | None
+    routes: tuple[Route, ...]
+    limits: tuple[Limit, ...]
+    version_hash: str
+    """12 hexadecimal digits over the content: comments, layout and key order do not change it, prices do."""
+    aliases: tuple[str, ...] = field(init=False)
+    """Names that callers may ask for and that are not models, such as `auto`; in route order."""
+    guarded: frozenset[str] = field(init=False)
+    """Models that a route names in its `when`: they are reached through a matching route, or not at all."""
+
+    def __post_init__(self) -> None:
+        asked = [name for route in self.routes for name in sorted(route.when.models) if name not in self.models]
+        object.__setattr__(self, "aliases", tuple(dict.fromkeys(asked)))
+        guarded = frozenset(name for route in self.routes for name in route.when.models if name in self.models)
+        object.__setattr__(self, "guarded", guarded)
+
+    def route_for(self, query: Query) -> Route | None:
+        """The first route whose conditions hold.
+
+        A model named by the caller skips a route without conditions: it goes straight to that model. A route on tags
+        or tenants holds for named models too, so that `private` stays private.
+        """
+        for route in self.routes:
+            when = route.when
+            if when.models:
+                if query.model not in when.models:
+                    continue
+            elif not when and query.model in self.models:
+                continue
+            if when.tenants and query.tenant not in when.tenants:
+                continue
+            if when.tags and when.tags.isdisjoint(query.tags):
+                continue
+            return route
+        return None
+
+    def heads_for(self, query: Query) -> Mapping[str, str]:
+        """Model → probe head to ask before deciding this query; empty where no signal would change the decision."""
+        route = self.route_for(query)
+        return route.heads if route is not None else {}
+
+    def cache_ttl_ms_for(self, query: Query) -> int | None:
+        """How long an answer to this query may be reused; None: not at all."""
+        route = self.route_for(query)
+        return route.cache_ttl_ms if route is not None else DEFAULT_CACHE_TTL_MS
+
+    def limits_for(self, *, key: str, tenant: str) -> tuple[Limit, ...]:
+        """The limits that hold for a caller. Budgets given for a name replace those of `*`, and so do rates."""
+        found: list[Limit] = []
+        for scope, name in (("key", key), ("tenant", tenant)):
+            general = [limit for limit in self.limits if limit.scope == scope and limit.name == "*"]
+            own = [limit for limit in self.limits if limit.scope == scope and limit.name == name != "*"]
+            own_budget = any(limit.budget for limit in own)
+            own_rate = any(limit.rate for limit in own)
+            for limit in general:
+                budget = None if own_budget else limit.budget
+                rate = None if own_rate else limit.rate
+                if budget or rate:
+                    found.append(Limit(limit.scope, limit.name, budget, rate))
+            found += own
+        return tuple(found)
