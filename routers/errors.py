@@ -52,8 +52,8 @@ class NoCandidate(RoutersError):
     `kind` is the obstacle of the model that came closest: one that is only `unavailable` now came closer than one
     over `budget`, and that one closer than one whose context is too short (`context_length`) or that lacks a feature
     (`capability`). `constraints`: models could run, but the route refuses when its constraints are not met.
-    `not_allowed`: the caller named a model that the matching route does not offer, or that no matching route takes. `unknown_model`: the name is
-    neither a model nor an alias, and no route takes it.
+    `not_allowed`: the caller named a model that the matching route does not offer, or that only other routes take.
+    `unknown_model`: the name is neither a model nor an alias, and no route takes it.
     """
 
     def __init__(self, kind: NoCandidateKind, message: str, reasons: tuple[tuple[str, str], ...] = ()) -> None:

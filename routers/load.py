@@ -66,12 +66,12 @@ def parse(text: str, *, file: str = "policy.yaml", prices: PriceLookup | None = 
 
 def load(path: FilePath | str, *, prices: PriceLookup | None = None) -> Policy:
     """The policy in a UTF-8 file. Raises PolicyError, and OSError where the file cannot be read."""
+    content = FilePath(path).read_bytes()
     try:
-        text = FilePath(path).read_text(encoding="utf-8")
+        return parse(content.decode(), file=str(path), prices=prices)
     except UnicodeDecodeError as error:
-        problem = Problem(str(path), 1, "", f"not UTF-8: {error.reason}", "save the file as UTF-8")
-        raise PolicyError([problem]) from None
-    return parse(text, file=str(path), prices=prices)
+        line = content.count(b"\n", 0, error.start) + 1
+    raise PolicyError([Problem(str(path), line, "", "not UTF-8", "save the file as UTF-8")])
 
 
 def preset(name: PresetName) -> str:
@@ -227,7 +227,9 @@ class _Loader:
             price = _price(part.price) if part.price else FREE if local else listing.price if listing else None
             if price is None:
                 fix = "add `price: {input: $…/Mtok, output: $…/Mtok}`, or `price: free`"
-                self._document.report(path, f"missing price: the price list does not know `{part.model}`", fix)
+                self._document.report(
+                    path, f"missing price: the price list does not know `{concealed(part.model)}`", fix
+                )
                 continue
             context = part.context or (listing.context if listing else None)
             max_output = part.max_output or (listing.max_output if listing else None)
@@ -270,7 +272,7 @@ class _Loader:
                 self._document.report(path, message, fix)
             elif when and (before := self._covered_by(when, routes)):
                 fix = f"move it before {before}, or change its `when`"
-                self._document.report((*path, "when"), f"unreachable: {before} already takes all of this", fix)
+                self._document.report((*path, "when"), f"unreachable: all of this is already taken by {before}", fix)
             routes.append(self._route(part, when))
         return routes
 
@@ -297,7 +299,7 @@ class _Loader:
         for index, name in enumerate(names):
             if "+" in name or ">" in name:
                 kind = "an effort (+)" if "+" in name else "a cascade (>)"
-                fix = f"write the model alone, `{re.split('[+>]', name)[0]}`"
+                fix = f"write the model alone, `{concealed(re.split('[+>]', name)[0])}`"
                 self._document.report((*path, index), f"{kind} is not part of policy version 1", fix)
             elif name in names[:index]:
                 self._document.report((*path, index), "listed twice", "keep one of the two")
@@ -343,7 +345,9 @@ class _Loader:
     def _covered_by(self, when: When, routes: list[Route]) -> str | None:
         """The names of the earlier routes that together take every query this condition can take, if they do."""
         takers: dict[str, None] = {}
-        for tag, model, tenant in product(when.tags or [None], when.models or [None], when.tenants or [None]):
+        for tag, model, tenant in product(
+            *(sorted(values) or [None] for values in (when.tags, when.models, when.tenants))
+        ):
             for route in routes:
                 earlier = route.when
                 if (

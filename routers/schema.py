@@ -5,7 +5,6 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
-from pydantic.json_schema import SkipJsonSchema
 
 from routers import units
 from routers.policy import Objective, Otherwise
@@ -60,7 +59,7 @@ def _bound(value: object, sign: str, example: str) -> str:
 
 def _probability(value: object, sign: str, example: str) -> float:
     text = _bound(value, sign, example)
-    if not re.match(r"\d{1,3}(\.\d{1,9})?\Z", text):
+    if not re.match(r"[0-9]{1,3}(\.[0-9]{1,9})?\Z", text):
         raise UnitError("not a probability", f'write a number between 0 and 1, such as "{sign} {example}"')
     number = float(text)
     if number > 1:
@@ -145,11 +144,11 @@ NameOrNames = Annotated[Names, BeforeValidator(_one_or_many, json_schema_input_t
 class ProviderFile(_Strict):
     """Where models run: `engine: embedded`, or the `base_url` of an OpenAI-compatible server."""
 
-    engine: Literal["embedded"] | SkipJsonSchema[None] = None
+    engine: Literal["embedded"] | None = None
     """The local engine, in this machine."""
-    base_url: BaseUrl | SkipJsonSchema[None] = None
+    base_url: BaseUrl | None = None
     """The server's address, without a query."""
-    api_key: SecretName | SkipJsonSchema[None] = None
+    api_key: SecretName | None = None
     """The name of the environment variable that holds the key. Leave it out for a server without keys."""
     timeout: Duration = 60_000
     """How long one attempt may take."""
@@ -161,12 +160,12 @@ class PriceFile(_Strict):
     """Dollars per million tokens. Each token is counted in one class."""
 
     input: TokenPrice
-    cached_input: TokenPrice | SkipJsonSchema[None] = None
+    cached_input: TokenPrice | None = None
     """Default: as input."""
-    cache_write: TokenPrice | SkipJsonSchema[None] = None
+    cache_write: TokenPrice | None = None
     """Default: as input."""
     output: TokenPrice
-    reasoning: TokenPrice | SkipJsonSchema[None] = None
+    reasoning: TokenPrice | None = None
     """Default: as output."""
 
 
@@ -176,16 +175,15 @@ class ModelFile(_Strict):
     provider: Text
     model: Text
     """The provider's own name for it."""
-    context: Tokens | SkipJsonSchema[None] = None
+    context: Tokens | None = None
     """Tokens, prompt and answer together."""
-    max_output: Tokens | SkipJsonSchema[None] = None
+    max_output: Tokens | None = None
     """Tokens of one answer."""
-    price: (
-        Annotated[PriceFile, BeforeValidator(_free, json_schema_input_type=Literal["free"] | PriceFile)]
-        | SkipJsonSchema[None]
-    ) = None
+    price: Annotated[PriceFile, BeforeValidator(_free, json_schema_input_type=Literal["free"] | PriceFile)] | None = (
+        None
+    )
     """Default: free on the local engine, else from the price list."""
-    tools: bool | SkipJsonSchema[None] = None
+    tools: bool | None = None
     """Whether it can call tools. Default: yes, and no on the local engine."""
     logprobs: bool = True
     """Whether it can return log probabilities."""
@@ -204,26 +202,26 @@ class DifficultyFile(_Strict):
 class SignalsFile(_Strict):
     """What is measured before routing."""
 
-    difficulty: DifficultyFile | SkipJsonSchema[None] = None
+    difficulty: DifficultyFile | None = None
 
 
 class WhenFile(_Strict):
     """Conditions, all of which must hold. A list means any of its values."""
 
-    tag: NameOrNames | SkipJsonSchema[None] = None
-    model: NameOrNames | SkipJsonSchema[None] = None
+    tag: NameOrNames | None = None
+    model: NameOrNames | None = None
     """The name that the caller asks for."""
-    tenant: NameOrNames | SkipJsonSchema[None] = None
+    tenant: NameOrNames | None = None
 
 
 class ConstraintsFile(_Strict):
     """What the chosen model must satisfy."""
 
-    p_success: AtLeast | SkipJsonSchema[None] = None
+    p_success: AtLeast | None = None
     """The chance of a good answer."""
-    p_success_gap: AtMost | SkipJsonSchema[None] = None
+    p_success_gap: AtMost | None = None
     """How far below the best candidate's chance."""
-    cost: CostAtMost | SkipJsonSchema[None] = None
+    cost: CostAtMost | None = None
     """The expected cost of the answer."""
 
 
@@ -237,34 +235,31 @@ class RouteFile(_Strict):
     """A condition and what follows from it. The first route whose condition holds decides."""
 
     name: Text
-    when: WhenFile | SkipJsonSchema[None] = None
+    when: WhenFile | None = None
     """Leave it out on the last route, to catch every name that is not a model."""
-    use: Names | SkipJsonSchema[None] = None
+    use: Names | None = None
     """The first of these that is available."""
-    candidates: Names | SkipJsonSchema[None] = None
+    candidates: Names | None = None
     """The models to choose from, from the weakest to the strongest."""
-    objective: Objective | SkipJsonSchema[None] = None
+    objective: Objective | None = None
     """How to choose among the candidates that satisfy `subject_to`. Default: cheapest."""
-    subject_to: ConstraintsFile | SkipJsonSchema[None] = None
-    otherwise: Otherwise | SkipJsonSchema[None] = None
+    subject_to: ConstraintsFile | None = None
+    otherwise: Otherwise | None = None
     """What to choose when no candidate satisfies `subject_to`. Default: best. The bound on cost still goes first."""
-    on_failure: Names | SkipJsonSchema[None] = None
+    on_failure: Names | None = None
     """What to try, in order, when the chosen model fails before its first word, or when none can run."""
-    cache: (
-        Annotated[CacheFile, BeforeValidator(_off, json_schema_input_type=Literal["off"] | CacheFile)]
-        | SkipJsonSchema[None]
-    ) = None
+    cache: Annotated[CacheFile, BeforeValidator(_off, json_schema_input_type=Literal["off"] | CacheFile)] | None = None
     """`off`, or how long. Default: one hour."""
 
 
 class LimitFile(_Strict):
     """What one key, or one tenant, may use. `*` means each of them by itself."""
 
-    key: Text | SkipJsonSchema[None] = None
+    key: Text | None = None
     """The name of a key, never the key."""
-    tenant: Text | SkipJsonSchema[None] = None
-    budget: BudgetText | SkipJsonSchema[None] = None
-    rate: RateText | SkipJsonSchema[None] = None
+    tenant: Text | None = None
+    budget: BudgetText | None = None
+    rate: RateText | None = None
 
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -286,18 +281,21 @@ def policy_schema() -> dict[str, Any]:
     schema = PolicyFile.model_json_schema(mode="validation")
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **_without_internal_defaults(schema),
+        **_as_written(schema),
         "title": "Leadline policy, version 1",
     }
 
 
-def _without_internal_defaults(node: Any) -> Any:
-    """Defaults are said in the descriptions: as values they would be null, or parsed forms that no file may hold."""
-    if isinstance(node, dict):
-        scalar = node.get("type") in ("integer", "boolean")
-        return {
-            key: _without_internal_defaults(value)
-            for key, value in node.items()
-            if not (key == "default" and not scalar) and not (key == "title" and isinstance(value, str))
-        }
-    return [_without_internal_defaults(item) for item in node] if isinstance(node, list) else node
+def _as_written(node: Any) -> Any:
+    """The schema without what no file may hold: nulls, and defaults in their parsed form."""
+    if isinstance(node, list):
+        return [_as_written(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    kept = {key: _as_written(value) for key, value in node.items() if not (key == "title" and isinstance(value, str))}
+    if node.get("type") not in ("integer", "boolean"):
+        kept.pop("default", None)
+    if "anyOf" in kept:
+        choices = [choice for choice in kept.pop("anyOf") if choice != {"type": "null"}]
+        kept |= choices[0] if len(choices) == 1 else {"anyOf": choices}
+    return kept

@@ -14,11 +14,11 @@ DURATION_PATTERN = r"^\d{1,9}(?:\.\d{1,3})?(?:ms|s|min|h|d)$"
 BUDGET_PATTERN = rf"^{_AMOUNT}/(?:{'|'.join(get_args(Window))})$".replace("?P<amount>", "?:")
 RATE_PATTERN = r"^[1-9]\d{0,8}/(?:s|min|h)$"
 
-_MONEY = re.compile(rf"{_AMOUNT}\Z")
-_TOKEN_PRICE = re.compile(rf"{_AMOUNT}/Mtok\Z")
-_DURATION = re.compile(r"(?P<count>\d{1,9}(?:\.\d{1,3})?)(?P<unit>ms|s|min|h|d)\Z")
-_BUDGET = re.compile(rf"{_AMOUNT}/(?P<window>{'|'.join(get_args(Window))})\Z")
-_RATE = re.compile(r"(?P<count>\d{1,9})/(?P<unit>s|min|h)\Z")
+_MONEY = re.compile(rf"{_AMOUNT}\Z", re.ASCII)
+_TOKEN_PRICE = re.compile(rf"{_AMOUNT}/Mtok\Z", re.ASCII)
+_DURATION = re.compile(r"(?P<count>\d{1,9}(?:\.\d{1,3})?)(?P<unit>ms|s|min|h|d)\Z", re.ASCII)
+_BUDGET = re.compile(rf"{_AMOUNT}/(?P<window>{'|'.join(get_args(Window))})\Z", re.ASCII)
+_RATE = re.compile(r"(?P<count>\d{1,9})/(?P<unit>s|min|h)\Z", re.ASCII)
 
 _UNIT_MS = {"ms": 1, "s": 1_000, "min": 60_000, "h": 3_600_000, "d": 86_400_000}
 _UNIT_S = {"s": 1, "min": 60, "h": 3_600}

@@ -8,6 +8,7 @@ empty values, anchors and aliases (with them the "billion laughs" files), tags, 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import yaml
 
@@ -70,11 +71,13 @@ def read(text: str, file: str) -> Document:
         _Reader(document, text).run()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        _stop(document, mark.line + 1 if mark else 1, (), f"not YAML: {error.problem}", "correct the YAML on this line")
+        line, message, fix = mark.line + 1 if mark else 1, f"not YAML: {error.problem}", "correct the YAML on this line"
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        _stop(document, line, (), "a character that YAML does not allow", "remove the control character on this line")
-    return document
+        message, fix = "a character that YAML does not allow", "remove the control character on this line"
+    else:
+        return document
+    _stop(document, line, (), message, fix)  # not inside `except`: PyYAML's error quotes the file, secrets and all
 
 
 def written(path: Path) -> str:
@@ -94,7 +97,7 @@ def _shown(value: object) -> str:
     return f"`{text[:80]}…`" if len(text) > 80 else f"`{text}`"
 
 
-def _stop(document: Document, line: int, path: Path, message: str, fix: str) -> None:
+def _stop(document: Document, line: int, path: Path, message: str, fix: str) -> NoReturn:
     document.problems.append(Problem(document.file, line, written(path), message, fix))
     raise PolicyError(document.problems)
 
@@ -119,8 +122,7 @@ class _Reader:
             _stop(self._document, _line(after), (), "a second document starts here", "keep one policy per file")
         if not isinstance(value, dict):
             _stop(self._document, _line(first), (), "a policy is a mapping", "start with `version: 1`")
-        else:
-            self._document.data.update(value)
+        self._document.data.update(value)
 
     def _next(self, path: Path, depth: int) -> yaml.Event:
         event = next(self._events)
@@ -153,7 +155,7 @@ class _Reader:
             line = _line(key_event)
             if not isinstance(key_event, yaml.ScalarEvent):
                 _stop(self._document, line, path, "a key must be a plain word", "write `key: value`")
-            key = str(getattr(key_event, "value", ""))
+            key = str(key_event.value)
             here = (*path, key)
             if key in result:
                 first = self._document.lines[here]

@@ -1,0 +1,439 @@
+"""Decisions: the right model, for the reason the policy states, and never by chance."""
+
+import contextlib
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from probes.types import Estimate
+from routers.cost import expected_and_worst_nanousd
+from routers.decide import decide
+from routers.errors import NoCandidate
+from routers.explain import from_dict, to_dict, to_lines
+from routers.load import parse
+from routers.policy import Model, Policy, Price
+from routers.types import Decision, Query, Signals, State
+
+HEAD = """\
+version: 1
+providers:
+  home:   {engine: embedded}
+  remote: {base_url: https://h/v1}
+models:
+  local:  {provider: home, model: base, context: 1024}
+  weak:   {provider: remote, model: w, context: 8000, max_output: 2000, price: {input: $1/Mtok, output: $2/Mtok}}
+  strong: {provider: remote, model: s, context: 100000, price: {input: $10/Mtok, output: $20/Mtok}}
+  other:  {provider: remote, model: o, logprobs: false, price: {input: $5/Mtok, cache_write: $6/Mtok, output: $5/Mtok}}
+signals:
+  difficulty: {probe: default, heads: {local: local, weak: weak, strong: strong}}
+routes:
+"""
+
+
+def policy(**route: str) -> Policy:
+    """A policy with one route for `auto`, of the given lines."""
+    lines = {"when": "{model: auto}", "candidates": "[local, weak, strong]"} | route
+    if "use" in route:
+        del lines["candidates"]
+    return parse(HEAD + "  - name: auto\n" + "".join(f"    {key}: {value}\n" for key, value in lines.items()))
+
+
+def routes(text: str) -> Policy:
+    return parse(HEAD + text)
+
+
+def query(model: str = "auto", **options: object) -> Query:
+    base = Query(model, "tenant", input_tokens_estimate=100, max_output_tokens=None)
+    return dataclasses.replace(base, **options)  # type: ignore[arg-type]  # checked when it runs
+
+
+def measured(**p: float) -> Signals:
+    return Signals({name: Estimate(value, f"a@1/{name}", value / 2, 1.0) for name, value in p.items()}, {}, "ok")
+
+
+def run(
+    policy: Policy, query: Query = query(), signals: Signals = Signals(), state: State = State(), seed: int = 0
+) -> Decision:
+    return decide(query, signals, policy, state, seed)
+
+
+def reasons(decision: Decision) -> dict[str, str]:
+    return {candidate.model: candidate.rejected for candidate in decision.candidates}
+
+
+P90 = '{p_success: ">= 0.90"}'
+EASY = measured(local=0.95, weak=0.97, strong=0.99)
+MIDDLING = measured(local=0.5, weak=0.92, strong=0.98)
+HARD = measured(local=0.1, weak=0.3, strong=0.6)
+
+
+@pytest.mark.parametrize(("signals", "model"), [(EASY, "local"), (MIDDLING, "weak"), (HARD, "strong")])
+def test_cheapest_that_is_good_enough(signals: Signals, model: str) -> None:
+    assert run(policy(subject_to=P90), signals=signals).plan.model == model
+
+
+def test_the_reasons_are_told() -> None:
+    decision = run(policy(subject_to=P90), signals=MIDDLING)
+    assert decision.rule == "cheapest with p_success >= 0.9"
+    assert (decision.route, decision.degraded, decision.probe_version) == ("auto", "", "a@1")
+    assert reasons(decision) == {
+        "local": "p_success 0.5 below 0.9",
+        "weak": "",
+        "strong": "costs $0.009, weak $0.0009",
+    }
+
+
+def test_otherwise_best() -> None:
+    decision = run(policy(subject_to=P90), signals=HARD)
+    assert decision.rule == "no candidate meets p_success >= 0.9; otherwise best (highest p_success)"
+    assert decision.degraded == ""
+
+
+def test_otherwise_cheapest() -> None:
+    decision = run(policy(subject_to=P90, otherwise="cheapest"), signals=HARD)
+    assert (decision.plan.model, decision.rule) == ("local", "no candidate meets p_success >= 0.9; otherwise cheapest")
+
+
+def test_otherwise_refuse() -> None:
+    with pytest.raises(
+        NoCandidate, match=r"no candidate meets p_success >= 0\.9; local: p_success 0\.1 below"
+    ) as caught:
+        run(policy(subject_to=P90, otherwise="refuse"), signals=HARD)
+    assert caught.value.kind == "constraints"
+    assert [model for model, _ in caught.value.reasons] == ["local", "weak", "strong"]
+
+
+def test_without_the_probe_the_last_listed_is_trusted() -> None:
+    decision = run(policy(subject_to=P90), signals=Signals(probe="unavailable"))
+    assert (decision.plan.model, decision.degraded) == ("strong", "probe_unavailable")
+    assert "last listed, as p_success is not known" in decision.rule
+    assert reasons(decision)["local"] == "p_success not known, 0.9 asked"
+
+
+def test_a_known_candidate_is_enough() -> None:
+    decision = run(policy(subject_to=P90), signals=measured(local=0.95))
+    assert (decision.plan.model, decision.degraded) == ("local", "")
+
+
+def test_best_takes_the_highest_and_breaks_ties_by_cost() -> None:
+    best = policy(objective="best")
+    assert run(best, signals=MIDDLING).plan.model == "strong"
+    tied = run(best, signals=measured(local=0.5, weak=0.9, strong=0.9))
+    assert tied.plan.model == "weak"
+    assert reasons(tied) == {
+        "local": "p_success 0.5 below 0.9 of weak",
+        "weak": "",
+        "strong": "costs $0.009, weak $0.0009",
+    }
+    guessed = run(best)
+    assert (guessed.plan.model, guessed.degraded) == ("strong", "probe_unavailable")
+
+
+def test_ties_go_to_the_first_listed() -> None:
+    both = policy(candidates="[weak, strong]", subject_to='{cost: "<= $1"}')
+    same = dataclasses.replace(both.models["strong"], price=both.models["weak"].price, max_output=2000, context=8000)
+    tied = dataclasses.replace(both, models={**both.models, "strong": same})
+    assert reasons(run(tied)) == {"weak": "", "strong": "as good as weak, listed later"}
+
+
+def test_the_gap_is_measured_from_the_best() -> None:
+    gap = policy(subject_to='{p_success_gap: "<= 0.10"}')
+    assert run(gap, signals=MIDDLING).plan.model == "weak"
+    assert reasons(run(gap, signals=MIDDLING))["local"] == "p_success 0.5 is 0.48 below the best, 0.1 allowed"
+    assert run(gap, signals=measured(weak=0.9, strong=0.91)).degraded == "probe_unavailable"
+
+
+def test_cost_goes_before_quality() -> None:
+    capped = policy(subject_to='{p_success: ">= 0.9", cost: "<= $0.001"}')
+    decision = run(capped, signals=HARD)
+    assert decision.plan.model == "weak"
+    assert decision.rule.endswith("otherwise best (highest p_success) with cost <= $0.001")
+    nothing = policy(candidates="[weak, strong]", subject_to='{cost: "<= $0.0001"}')
+    assert run(nothing).rule == "no candidate meets cost <= $0.0001; cheapest"
+    assert run(nothing).plan.model == "weak"
+
+
+def test_use_takes_the_first_available() -> None:
+    listed = policy(use="[strong, weak, local]")
+    assert reasons(run(listed)) == {"strong": "", "weak": "listed after strong", "local": "listed after strong"}
+    decision = run(listed, state=State({"strong": "breaker open"}))
+    assert (decision.plan.model, decision.degraded) == ("weak", "unavailable")
+    assert decision.rule == "first available of strong, weak, local"
+    assert reasons(decision)["strong"] == "unavailable: breaker open"
+    assert run(listed, state=State({}, 10_000_000)).degraded == "budget"
+
+
+def test_a_named_model_goes_straight_to_it() -> None:
+    decision = run(policy(), query("other"))
+    assert (decision.plan.model, decision.route, decision.fallbacks) == ("other", "named", ())
+    assert decision.rule == "the caller named other"
+
+
+def test_a_route_for_a_model_adds_what_follows() -> None:
+    named = routes("  - {name: s, when: {model: strong}, use: [strong], on_failure: [weak]}\n")
+    assert run(named, query("strong")).fallbacks == ("weak",)
+    assert named.aliases == ()
+
+
+def test_a_tag_goes_before_a_named_model() -> None:
+    private = routes("  - {name: private, when: {tag: private}, use: [local, weak]}\n")
+    tagged = frozenset({"private", "x"})
+    assert run(private, query("weak", tags=tagged)).plan.model == "weak"
+    assert run(private, query("anything", tags=tagged)).plan.model == "local"
+    with pytest.raises(NoCandidate, match="does not offer `strong`; it offers local, weak") as caught:
+        run(private, query("strong", tags=tagged))
+    assert caught.value.kind == "not_allowed"
+
+
+def test_a_model_that_a_route_names_is_reached_through_it_only() -> None:
+    guarded = routes("  - {name: out, when: {model: strong, tag: public}, use: [strong]}\n")
+    assert run(guarded, query("strong", tags=frozenset({"public"}))).route == "out"
+    with pytest.raises(NoCandidate) as caught:
+        run(guarded, query("strong"))
+    assert caught.value.kind == "not_allowed"
+
+
+def test_a_route_without_conditions_catches_unknown_names_only() -> None:
+    catching = routes("  - {name: t, when: {tenant: tenant, model: x}, use: [weak]}\n  - {name: rest, use: [local]}\n")
+    assert run(catching, query("gpt-4o")).route == "rest"
+    assert run(catching, query("x")).route == "t"
+    assert run(catching, query("x", tenant="b")).route == "rest"
+    assert run(catching, query("strong")).route == "named"
+
+
+def test_an_unknown_model() -> None:
+    with pytest.raises(NoCandidate, match="`nope` is neither a model nor an alias") as caught:
+        run(policy(), query("nope"))
+    assert caught.value.kind == "unknown_model"
+
+
+@pytest.mark.parametrize(
+    ("asked", "state", "kind", "reason"),
+    [
+        (
+            query("local", input_tokens_estimate=2000),
+            State(),
+            "context_length",
+            "does not fit: 2000 tokens in and 1 out",
+        ),
+        (query("local", max_output_tokens=1000), State(), "context_length", "100 tokens in and 1000 out, context 1024"),
+        (query("weak", max_output_tokens=3000), State(), "context_length", "answers at most 2000 tokens, 3000 asked"),
+        (query("local", needs_tools=True), State(), "capability", "cannot call tools"),
+        (query("other", needs_logprobs=True), State(), "capability", "cannot return log probabilities"),
+        (query("weak"), State({}, 4_099_999), "budget", r"may cost \$0.0041, budget left \$0.004099999"),
+        (query("weak"), State({}, -5), "budget", "budget left -"),
+        (query("weak"), State({"weak": "engine down"}), "unavailable", "unavailable: engine down"),
+    ],
+)
+def test_why_nothing_can_run(asked: Query, state: State, kind: str, reason: str) -> None:
+    with pytest.raises(NoCandidate, match=reason) as caught:
+        run(policy(), asked, state=state)
+    assert caught.value.kind == kind
+
+
+def test_the_kind_is_of_the_model_that_came_closest() -> None:
+    with pytest.raises(NoCandidate) as caught:
+        run(policy(), query(input_tokens_estimate=50_000), state=State({"strong": "down"}))
+    assert caught.value.kind == "unavailable"
+    with pytest.raises(NoCandidate) as caught:
+        run(policy(), query(input_tokens_estimate=50_000), state=State({"strong": "down"}, 0))
+    assert caught.value.kind == "budget"
+    assert [model for model, _ in caught.value.reasons] == ["local", "weak", "strong"]
+
+
+def test_exact_token_counts_go_before_the_estimate() -> None:
+    assert run(policy(), signals=Signals(input_tokens={"local": 5000})).plan.model == "weak"
+
+
+def test_an_empty_budget_leaves_what_is_free() -> None:
+    decision = run(policy(subject_to=P90), signals=MIDDLING, state=State({}, 0))
+    assert (decision.plan.model, decision.degraded) == ("local", "budget")
+    assert run(policy(subject_to=P90), signals=EASY, state=State({}, 0)).degraded == ""
+
+
+def test_the_reserve() -> None:
+    reserved = policy(subject_to=P90, on_failure="[strong, weak, local, other]")
+    decision = run(reserved, query(max_output_tokens=950), MIDDLING, State({"other": "down"}))
+    assert (decision.plan.model, decision.fallbacks) == ("weak", ("strong",))
+    assert "does not fit" in reasons(decision)["local"]
+    assert reasons(decision)["other"] == "unavailable: down"
+    assert reasons(decision)["strong"] == ""
+
+
+def test_the_reserve_steps_in_when_no_candidate_can_run() -> None:
+    reserved = policy(candidates="[weak, strong]", on_failure="[strong, local]")
+    decision = run(reserved, state=State({"weak": "down", "strong": "down"}))
+    assert (decision.plan.model, decision.fallbacks, decision.degraded) == ("local", (), "unavailable")
+    assert decision.rule == "first of on_failure, as no candidate can run"
+
+
+def test_which_heads_to_ask() -> None:
+    assert policy(subject_to=P90).heads_for(query()) == {"local": "local", "weak": "weak", "strong": "strong"}
+    assert policy().heads_for(query()) == {}, "the cheapest needs no probe"
+    assert policy(subject_to=P90).heads_for(query("weak")) == {}
+
+
+def test_costs_are_rounded_up_and_count_the_dearest_class() -> None:
+    model = Model("m", "p", "m", 1000, None, Price(1, 0, 3, 2, 5), True, True)
+    expected, worst = expected_and_worst_nanousd(model, query(input_tokens_estimate=100, choices=2), 100)
+    assert expected == 1  # (100*1 + 2*400*2) / 1e6, up
+    assert worst == 1  # (100*3 + 2*900*5) / 1e6, up
+    dear = dataclasses.replace(model, price=Price(10**6, 0, 3 * 10**6, 2 * 10**6, 5 * 10**6))
+    assert expected_and_worst_nanousd(dear, query(choices=2), 100) == (100 + 1600, 300 + 9000)
+    assert expected_and_worst_nanousd(dear, query(max_output_tokens=10), 100) == (100 + 20, 300 + 50)
+
+
+# Properties
+
+PROBABILITY = st.floats(min_value=0, max_value=1)
+NAMES = ("local", "weak", "strong", "other")
+ASKED = st.builds(
+    Query,
+    model=st.sampled_from(["auto", *NAMES]),
+    tenant=st.just("t"),
+    input_tokens_estimate=st.integers(0, 120_000),
+    max_output_tokens=st.none() | st.integers(1, 4000),
+    needs_tools=st.booleans(),
+    needs_logprobs=st.booleans(),
+    choices=st.integers(1, 3),
+)
+SIGNALS = st.builds(
+    Signals,
+    p_success=st.dictionaries(st.sampled_from(NAMES), PROBABILITY.map(lambda p: Estimate(p, "a@1/x", None, None))),
+    input_tokens=st.dictionaries(st.sampled_from(NAMES), st.integers(0, 20_000), max_size=2),
+    probe=st.sampled_from(["ok", "unavailable", "not_asked"]),
+)
+STATES = st.builds(
+    State,
+    unavailable=st.dictionaries(st.sampled_from(NAMES), st.just("down"), max_size=2),
+    budget_remaining_nanousd=st.none() | st.integers(-1, 10**8),
+)
+CAPS = [0, 10_000, 500_000, 900_000, 5_000_000, 10**9]
+
+
+def build(
+    objective: str,
+    p: float | None,
+    gap: float | None,
+    cap: int | None,
+    otherwise: str,
+    reserve: bool,
+    use: bool = False,
+) -> Policy:
+    if use:
+        return policy(use="[weak, local, strong]", **({"on_failure": "[other, strong, local]"} if reserve else {}))
+    bounds = []
+    if p is not None:
+        bounds.append(f'p_success: ">= {p}"')
+    if gap is not None:
+        bounds.append(f'p_success_gap: "<= {gap}"')
+    if cap is not None:
+        bounds.append(f'cost: "<= ${cap / 10**9:.9f}"')
+    options = {"subject_to": "{" + ", ".join(bounds) + "}", "otherwise": otherwise} if bounds else {}
+    if reserve:
+        options["on_failure"] = "[other, strong, local]"
+    return policy(objective=objective, **options)
+
+
+POLICIES = st.builds(
+    build,
+    objective=st.sampled_from(["cheapest", "best"]),
+    p=st.sampled_from([None, 0.5, 0.9]),
+    gap=st.sampled_from([None, 0.1]),
+    cap=st.sampled_from([None, *CAPS]),
+    otherwise=st.sampled_from(["best", "cheapest", "refuse"]),
+    reserve=st.booleans(),
+    use=st.booleans(),
+)
+
+
+def attempt(policy: Policy, query: Query, signals: Signals, state: State) -> Decision | None:
+    with contextlib.suppress(NoCandidate):
+        return decide(query, signals, policy, state, 7)
+    return None
+
+
+@given(POLICIES, ASKED, SIGNALS, STATES)
+def test_every_decision_is_sound(policy: Policy, query: Query, signals: Signals, state: State) -> None:
+    decision = attempt(policy, query, signals, state)
+    if decision is None:
+        return
+    assert decision == attempt(policy, query, signals, state), "the same inputs, the same decision"
+    assert from_dict(json.loads(json.dumps(to_dict(decision)))) == decision
+    assert to_lines(decision)[0].startswith(decision.plan.model)
+    by_name = {candidate.model: candidate for candidate in decision.candidates}
+    assert len(by_name) == len(decision.candidates)
+    running = {decision.plan.model, *decision.fallbacks}
+    assert decision.plan.model not in decision.fallbacks
+    for name, candidate in by_name.items():
+        assert (candidate.rejected == "") == (name in running)
+        assert 0 <= candidate.expected_cost_nanousd <= candidate.worst_cost_nanousd
+    for name in running:
+        assert name not in state.unavailable
+        if state.budget_remaining_nanousd is not None:
+            assert by_name[name].worst_cost_nanousd <= max(state.budget_remaining_nanousd, 0)
+    if query.model != "auto":
+        assert decision.plan.model == query.model
+        return
+    chosen, bounds = by_name[decision.plan.model], policy.routes[0].constraints
+    asked_for_less = "otherwise" in decision.rule or "no candidate" in decision.rule
+    if not asked_for_less:
+        if bounds.p_success is not None:
+            assert chosen.p_success is not None
+            assert chosen.p_success >= bounds.p_success
+        if bounds.cost_nanousd is not None:
+            assert chosen.expected_cost_nanousd <= bounds.cost_nanousd
+
+
+@given(
+    st.sampled_from(["cheapest", "best"]),
+    st.sampled_from([None, 0.5, 0.9]),
+    st.sampled_from([None, 0.1]),
+    st.sampled_from(["best", "cheapest"]),
+    st.sampled_from(CAPS),
+    st.sampled_from(CAPS),
+    ASKED,
+    SIGNALS,
+    STATES,
+)
+def test_a_tighter_bound_on_cost_never_costs_more(
+    objective: str,
+    p: float | None,
+    gap: float | None,
+    otherwise: str,
+    one: int,
+    two: int,
+    query: Query,
+    signals: Signals,
+    state: State,
+) -> None:
+    costs = []
+    for cap in sorted((one, two)):
+        decision = attempt(build(objective, p, gap, cap, otherwise, False), query, signals, state)
+        if decision is None:
+            return
+        costs.append(next(c.expected_cost_nanousd for c in decision.candidates if c.model == decision.plan.model))
+    assert costs[0] <= costs[1]
+
+
+def test_told_to_a_person() -> None:
+    decision = run(policy(subject_to=P90, on_failure="[local]"), signals=MIDDLING, seed=3)
+    assert to_lines(decision) == [
+        "weak, by route auto: cheapest with p_success >= 0.9",
+        "  local   P(success) 0.50 (0.25 to 1.00)  $0 expected, $0 at most  in reserve, number 1",
+        "  weak    P(success) 0.92 (0.46 to 1.00)  $0.0009 expected, $0.0041 at most  chosen",
+        "  strong  P(success) 0.98 (0.49 to 1.00)  $0.009 expected, $1.999 at most  costs $0.009, weak $0.0009",
+        f"policy {decision.policy_version}, probe a@1, seed 3",
+    ]
+    degraded = to_lines(run(policy(subject_to=P90)))
+    assert degraded[1] == "degraded: probe_unavailable"
+    assert "P(success) not known" in degraded[2]
+
+
+def test_a_plan_of_another_version_is_refused() -> None:
+    data = to_dict(run(policy())) | {"plan": {"kind": "cascade"}}
+    with pytest.raises(ValueError, match="kind 'cascade'"):
+        from_dict(data)

@@ -1,0 +1,376 @@
+"""A policy loads whole, or says everything that is wrong with it: where, what, and what to write instead."""
+
+import contextlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from routers.errors import PolicyError, Problem
+from routers.load import load, parse, preset
+from routers.policy import Listing, Policy, Price, Provider
+from routers.schema import policy_schema
+from routers.types import Query
+from routers.units import Budget, Rate
+
+POLICIES = Path(__file__).parents[2] / "policies"
+
+BASE = """\
+version: 1
+providers:
+  home:   {engine: embedded}
+  openai: {base_url: https://api.openai.com/v1, api_key: env:OPENAI_API_KEY}
+models:
+  local:  {provider: home, model: bundled/base, context: 1024}
+  weak:   {provider: openai, model: gpt-5-mini, price: {input: $0.25/Mtok, output: $2/Mtok}}
+  strong: {provider: openai, model: gpt-5, price: {input: $1.25/Mtok, output: $10/Mtok}}
+signals:
+  difficulty: {probe: default, heads: {local: local, weak: weak, strong: strong}}
+routes:
+  - name: private
+    when: {tag: private}
+    use: [local]
+  - name: auto
+    when: {model: auto}
+    candidates: [local, weak, strong]
+    subject_to: {p_success: ">= 0.90"}
+limits:
+  - {key: "*", budget: $50/month, rate: 600/min}
+"""
+
+
+def problems(text: str) -> tuple[Problem, ...]:
+    with pytest.raises(PolicyError) as caught:
+        parse(text, file="p.yaml")
+    return caught.value.problems
+
+
+def changed(old: str, new: str) -> str:
+    assert old in BASE
+    return BASE.replace(old, new, 1)
+
+
+def case(old: str, new: str, line: int, field: str, message: str, fix: str) -> object:
+    return pytest.param(changed(old, new), line, field, message, fix, id=f"{field or 'file'}: {message}")
+
+
+LOCAL = "local:  {provider: home, model: bundled/base, context: 1024}"
+WEAK_PRICE = "{input: $0.25/Mtok, output: $2/Mtok}"
+ENV = "env:OPENAI_API_KEY"
+LIMIT = '{key: "*", budget: $50/month, rate: 600/min}'
+URL = "https://api.openai.com/v1"
+P90 = '{p_success: ">= 0.90"}'
+HEADS = "heads: {local: local, weak: weak, strong: strong}"
+PRIVATE = "when: {tag: private}"
+
+CASES = [
+    # the file
+    case("version: 1", "version: 2", 1, "version", "not a version", "version: 1"),
+    case("version: 1\n", "", 1, "", "`version` is missing", "version: 1"),
+    case("signals:", "signal:", 9, "signal", "unknown key", "did you mean `signals`?"),
+    case("version: 1", "version: 1\nversion: 1", 2, "version", "given twice, first on line 1", "keep one"),
+    case("limits:", "limits:\nroutes:", 20, "routes", "given twice, first on line 11", "keep one"),
+    case(PRIVATE, "when: {tag: }", 13, "routes[0].when.tag", "there is no value", "remove the key"),
+    case(PRIVATE, "when: {tag: [private]", 14, "", "not YAML", "correct"),
+    case("embedded}", "&a embedded}", 3, "providers.home.engine", "anchors", "write the value out"),
+    case("embedded}", "*a}", 3, "providers.home.engine", "anchors", "write the value out"),
+    case("embedded}", "!!python/name:os.system x}", 3, "providers.home.engine", "tags are not read", "remove the tag"),
+    case("limits:", "---\nlimits:", 19, "", "a second document", "one policy per file"),
+    case("[local]", "[" * 20 + "]" * 20, 14, "", "nested deeper", "flatten"),
+    case("limits:", "? [a]\n: b\nlimits:", 19, "", "a key must be a plain word", "key: value"),
+    # providers
+    case("embedded", "embeded", 3, "providers.home.engine", "not one of", "did you mean `embedded`?"),
+    case("{engine: embedded}", "{timeout: 1s}", 3, "providers.home", "neither", "base_url"),
+    case("{engine: embedded}", f"{{engine: embedded, base_url: {URL}}}", 3, "providers.home", "both", "engine"),
+    case("embedded}", "embedded, api_key: env:X}", 3, "providers.home.api_key", "asks for no key", "remove it"),
+    case(ENV, "OPENAI_API_KEY", 4, "providers.openai.api_key", "not the name", "env:OPENAI_API_KEY"),
+    case(URL, "ftp://host", 4, "providers.openai.base_url", "not an http", "https://api.openai.com/v1"),
+    case(URL, "https://", 4, "providers.openai.base_url", "not an http", "https://api.openai.com/v1"),
+    case(URL, "https://h:port/v1", 4, "providers.openai.base_url", "not an address", "https://"),
+    case(URL, "https://u:p@h/v1", 4, "providers.openai.base_url", "a user or a password", "env:NAME"),
+    case(URL, '"https://h/v1?key=x"', 4, "providers.openai.base_url", "a query", "end the address"),
+    case(ENV, f"{ENV}, timeout: 60", 4, "providers.openai.timeout", "without its unit", "250ms"),
+    case(ENV, f"{ENV}, timeout: 0s", 4, "providers.openai.timeout", "zero", "longer"),
+    case(ENV, f"{ENV}, retries: 99", 4, "providers.openai.retries", "too large", "10 or less"),
+    case(ENV, f"{ENV}, retries: two", 4, "providers.openai.retries", "not a whole number", "whole number"),
+    case(ENV, f"{ENV}, retrys: 2", 4, "providers.openai.retrys", "unknown key", "did you mean `retries`?"),
+    # models
+    case("{provider: home,", "{provider: hom,", 6, "models.local.provider", "no provider", "did you mean `home`?"),
+    case("{provider: home, ", "{", 6, "models.local.provider", "missing", "add `provider:`"),
+    case(LOCAL, "a+b: {provider: home, model: x}", 6, "models.a+b", "cannot be used", "letters, digits"),
+    case(LOCAL, "local: bundled/base", 6, "models.local", "not a mapping", "key: value"),
+    case("context: 1024", "context: 0", 6, "models.local.context", "too small", "1 or more"),
+    case("context: 1024", "context: true", 6, "models.local.context", "not a whole number", "whole number"),
+    case("context: 1024", "context: 9, max_output: 10", 6, "models.local.max_output", "longer than the context", "9"),
+    case("context: 1024", "tools: off", 6, "models.local.tools", "neither true nor false", "true or false"),
+    case("model: gpt-5-mini", "model: 5", 7, "models.weak.model", "not text", "in quotes"),
+    case(f", price: {WEAK_PRICE}", "", 7, "models.weak", "missing price", "price: {input:"),
+    case(WEAK_PRICE, "cheap", 7, "models.weak.price", "not a price", "write free"),
+    case("$0.25/Mtok", "0.25", 7, "models.weak.price.input", "without its unit", "$0.25/Mtok"),
+    case("$0.25/Mtok", "$0.25", 7, "models.weak.price.input", "not a price", "$0.25/Mtok"),
+    case("$0.25/Mtok", "$0.0000000001/Mtok", 7, "models.weak.price.input", "finer than", "nine decimals"),
+    case("output: $2/Mtok", "outputs: $2/Mtok", 7, "models.weak.price.outputs", "unknown key", "`output`?"),
+    # signals
+    case("{local: local,", "{lokal: local,", 10, "signals.difficulty.heads.lokal", "no model", "did you mean `local`?"),
+    case(HEADS, "heads: {}", 10, "signals.difficulty.heads", "empty", "at least one"),
+    case("difficulty:", "dificulty:", 10, "signals.dificulty", "unknown key", "did you mean `difficulty`?"),
+    # routes
+    case("use: [local]", "use: [locl]", 14, "routes[0].use[0]", "no model of this name", "did you mean `local`?"),
+    case("use: [local]", "use: []", 14, "routes[0].use", "empty", "at least one"),
+    case("use: [local]", "use: local", 14, "routes[0].use", "not a list", "[a, b]"),
+    case("use: [local]", "use: [local, local]", 14, "routes[0].use[1]", "listed twice", "keep one"),
+    case("use: [local]", "use: [local+think]", 14, "routes[0].use[0]", "an effort (+)", "the model alone, `local`"),
+    case("[local, weak,", "[local>weak,", 17, "routes[1].candidates[0]", "a cascade (>)", "the model alone"),
+    case("use: [local]", "on_failure: [local]", 12, "routes[0]", "neither use nor candidates", "use: […]"),
+    case("use: [local]", "use: [local]\n    candidates: [weak]", 12, "routes[0]", "both", "use: […]"),
+    case("use: [local]", "use: [local]\n    objective: best", 15, "routes[0].objective", "no meaning", "candidates"),
+    case("[local, weak, strong]", "[local]\n    objective: worst", 18, "routes[1].objective", "not one of", "write"),
+    case(P90, '{p_success: ">= 1.5"}', 18, "routes[1].subject_to.p_success", "nothing can satisfy", "between 0 and 1"),
+    case(P90, '{p_success: "<= 0.9"}', 18, "routes[1].subject_to.p_success", "not a bound", '">= 0.90"'),
+    case(P90, "{p_success: 0.9}", 18, "routes[1].subject_to.p_success", "not a bound", '">= 0.90"'),
+    case(P90, '{p_success: ">= 90%"}', 18, "routes[1].subject_to.p_success", "not a probability", "between 0 and 1"),
+    case(P90, '{p_success_gap: "<= 2"}', 18, "routes[1].subject_to.p_success_gap", "always satisfied", "0.10"),
+    case(P90, '{cost: "<= 1"}', 18, "routes[1].subject_to.cost", "not an amount", "$0.01"),
+    case(P90, '{ttft: "<= 1s"}', 18, "routes[1].subject_to.ttft", "unknown key", "p_success, p_success_gap, cost"),
+    case(f"    subject_to: {P90}", "    otherwise: refuse", 18, "routes[1].otherwise", "no `subject_to`", "remove"),
+    case("name: auto", "name: private", 15, "routes[1].name", "the name of routes[0]", "of its own"),
+    case("name: auto", "name: named", 15, "routes[1].name", "reserved", "of its own"),
+    case(
+        "when: {model: auto}",
+        PRIVATE,
+        16,
+        "routes[1].when",
+        "unreachable: all of this is already taken by `private`",
+        "move it before",
+    ),
+    case("    when: {tag: private}\n", "", 12, "routes[0]", "unreachable", "move this route to the end"),
+    case("{model: auto}", "{model: weak}", 16, "routes[1].when.model", "goes straight to it", "another alias"),
+    case("{model: auto}", "{model: [auto, weak]}", 16, "routes[1].when.model[1]", "goes straight", "use: [weak]"),
+    case("{model: auto}", "{model: auto, hour: 9}", 16, "routes[1].when.hour", "unknown key", "tag, model, tenant"),
+    case("use: [local]", "use: [local]\n    cache: on", 15, "routes[0].cache", "not a mapping", "key: value"),
+    case("use: [local]", "use: [local]\n    cache: {ttl: 0s}", 15, "routes[0].cache.ttl", "zero", "longer"),
+    # limits
+    case('key: "*"', 'key: "*", tenant: a', 20, "limits[0]", "both key and tenant", "one of them"),
+    case('key: "*", ', "", 20, "limits[0]", "neither key nor tenant", "one of them"),
+    case(", budget: $50/month, rate: 600/min", "", 20, "limits[0]", "limits nothing", "add `budget"),
+    case("$50/month", "$50/year", 20, "limits[0].budget", "not a budget", "month"),
+    case("600/min", "0/min", 20, "limits[0].rate", "admits nobody", "at least 1"),
+    case("600/min", "600", 20, "limits[0].rate", "without its unit", "600/min"),
+    case(LIMIT, f"{LIMIT}\n  - {LIMIT}", 21, "limits[1].budget", "the same limit as in limits[0]", "keep one"),
+    case('key: "*"', 'key: "a b"', 20, "limits[0].key", "not a name", "the name given to the key"),
+]
+
+
+@pytest.mark.parametrize(("text", "line", "field", "message", "fix"), CASES)
+def test_each_problem_has_its_line_and_its_fix(text: str, line: int, field: str, message: str, fix: str) -> None:
+    found = problems(text)
+    matching = [p for p in found if message in p.message]
+    assert matching, found
+    problem = matching[0]
+    assert (problem.line, problem.file) == (line, "p.yaml")
+    assert field in problem.field
+    assert fix in problem.fix
+    assert str(problem).startswith(f"p.yaml:{line}: ")
+
+
+def test_all_problems_are_told_at_once_in_line_order() -> None:
+    text = changed("embedded", "embeded").replace("$2/Mtok", "2").replace("use: [local]", "use: [locl]")
+    text = text.replace("600/min", "600").replace(">= 0.90", ">= 9")
+    found = problems(text)
+    assert [p.line for p in found] == [3, 7, 14, 18, 20]
+    assert "Fix: did you mean `local`?" in str(found[2])
+
+
+def test_a_broken_model_is_not_also_an_unknown_one() -> None:
+    assert len(problems(changed("context: 1024", "context: many"))) == 1
+
+
+def test_an_empty_value_is_told_once() -> None:
+    assert len(problems(changed("model: bundled/base", "model:"))) == 1
+    assert len(problems(changed("use: [local]", "use: [local, ~]"))) == 1
+
+
+def test_bounds_on_p_success_need_heads() -> None:
+    assert (
+        "no candidate has a probe head"
+        in problems(changed(HEADS, "heads: {local: x}").replace("[local, w", "[w"))[0].message
+    )
+    gap = changed(P90, '{p_success_gap: "<= 0.1"}').replace(HEADS, "heads: {weak: x}")
+    assert "no probe head for local, strong" in problems(gap)[0].message
+    without = re.sub(r"signals:\n.*\n", "", changed(f"subject_to: {P90}", "objective: best"))
+    assert problems(without)[0].field == "routes[1].objective"
+
+
+def test_a_cost_of_zero_needs_a_free_candidate() -> None:
+    text = changed(P90, '{cost: "<= $0"}')
+    parse(text)
+    assert "no candidate is free" in problems(text.replace("[local, weak,", "[weak,"))[0].message
+
+
+def test_two_routes_together_can_make_a_third_unreachable() -> None:
+    routes = """
+  - {name: a, when: {tag: x}, use: [local]}
+  - {name: b, when: {tag: y}, use: [local]}
+  - {name: c, when: {tag: [x, y], model: auto}, use: [local]}
+"""
+    text = BASE[: BASE.index("routes:")] + "routes:" + routes
+    assert "already taken by `a` and `b`" in problems(text)[0].message
+    parse(text.replace("[x, y]", "[x, z]"))
+
+
+SECRET = "sk-proj-Abc123Def456Ghi789"  # shaped like a key, and none
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        changed(ENV, SECRET),
+        changed(ENV, f"[{SECRET}]"),
+        changed(ENV, f"{{value: {SECRET}}}"),
+        changed(f"api_key: {ENV}", f"apikey: {SECRET}"),
+        changed(URL, f"https://user:{SECRET}@h/v1"),
+        changed(URL, f'"https://h/v1?key={SECRET}"'),
+        changed(URL, f"https://h/v1?key={SECRET}"),
+        changed("use: [local]", f"use: [{SECRET}>weak]"),
+        changed(URL, SECRET),
+        changed("model: gpt-5-mini", f"model: gpt, token: {SECRET}"),
+        changed('key: "*"', f"key: {SECRET}"),
+        changed("use: [local]", f"use: [{SECRET}]"),
+        changed("engine: embedded", f"engine: {SECRET}"),
+        changed("  home: ", f"  {SECRET}: 1\n  home: "),
+        changed("  home: ", f"  home: {{{SECRET}: 1}}\n  home: "),
+        changed(ENV, f"{ENV}, api_key: {SECRET}"),
+        changed(ENV, f'"{SECRET}'),
+        changed(ENV, f"*{SECRET}"),
+        changed(ENV, f"!{SECRET} x"),
+    ],
+)
+def test_a_secret_is_never_told(text: str) -> None:
+    with pytest.raises(PolicyError) as caught:
+        parse(text)
+    assert "Abc123" not in str(caught.value)
+    assert "Abc123" not in repr(caught.value.problems)
+    assert caught.value.__context__ is None or "Abc123" not in str(caught.value.__context__)
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_a_policy_or_a_policy_error(text: str) -> None:
+    with pytest.raises(PolicyError) as caught:
+        parse(text)
+    assert all(p.line >= 1 and p.fix for p in caught.value.problems)
+
+
+@given(st.integers(min_value=0, max_value=len(BASE) - 1), st.sampled_from(list("{}[]:,'\"&*!|>%@-#?\t\n\0x1$ ")))
+def test_a_damaged_policy_loads_or_raises_a_policy_error(position: int, character: str) -> None:
+    text = BASE[:position] + character + BASE[position + 1 :]
+    with contextlib.suppress(PolicyError):
+        assert isinstance(parse(text), Policy)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, "a: &x [1]\n" + "".join(f"b{i}: [*x, *x]\n" for i in range(99)), "a" * 300_000, "- 1\n" * 60_000],
+    ids=["deep", "aliases", "long", "many"],
+)
+def test_hostile_files_are_refused_early(text: str) -> None:
+    assert problems(text)
+
+
+def test_what_a_policy_holds() -> None:
+    policy = parse(BASE)
+    assert policy.aliases == ("auto",)
+    assert policy.providers["openai"] == Provider("openai", None, URL, "OPENAI_API_KEY", 60_000, 2)
+    assert policy.models["weak"].price == Price(250_000_000, 250_000_000, 250_000_000, 2_000_000_000, 2_000_000_000)
+    assert (policy.models["local"].tools, policy.models["weak"].tools) == (False, True)
+    assert policy.routes[1].rule == "cheapest with p_success >= 0.9"
+    assert policy.limits[0].budget == Budget(50_000_000_000, "month")
+
+
+def test_prices_come_from_the_list_where_the_policy_gives_none() -> None:
+    listed = Listing(Price(1, 1, 1, 2, 2), context=400_000, max_output=128_000)
+    asked: list[tuple[str, str]] = []
+
+    def prices(provider: Provider, model: str) -> Listing | None:
+        asked.append((provider.name, model))
+        return listed if model == "gpt-5-mini" else None
+
+    policy = parse(changed(f", price: {WEAK_PRICE}", ""), prices=prices)
+    weak = policy.models["weak"]
+    assert (weak.price, weak.context, weak.max_output) == (listed.price, 400_000, 128_000)
+    assert ("openai", "gpt-5-mini") in asked
+    assert policy.models["strong"].price.output == 10_000_000_000, "the policy goes before the list"
+
+
+def test_the_version_is_of_the_content() -> None:
+    version = parse(BASE).version_hash
+    assert re.fullmatch(r"[0-9a-f]{12}", version)
+    assert parse("# a comment\n" + BASE).version_hash == version
+    assert parse(changed(LOCAL, "local: {context: 1024, provider: home, model: bundled/base}")).version_hash == version
+    assert parse(changed("$2/Mtok", "$2.00/Mtok")).version_hash == version
+    assert parse(changed("$2/Mtok", "$2.01/Mtok")).version_hash != version
+    assert parse(changed(">= 0.90", ">= 0.91")).version_hash != version
+    assert parse(changed("default,", "other,")).version_hash != version
+
+
+def test_words_of_yaml_1_1_are_words() -> None:
+    policy = parse(changed("tag: private", "tag: [off, no, 12:30]"))
+    assert policy.routes[0].when.tags == {"off", "no", "12:30"}
+
+
+def test_caching_by_route() -> None:
+    text = changed("use: [local]", "use: [local]\n    cache: off").replace(
+        "    subject_to", "    cache: {ttl: 2d}\n    subject_to"
+    )
+    policy = parse(text)
+    assert policy.cache_ttl_ms_for(Query("auto", "t", 1, None, tags=frozenset({"private"}))) is None
+    assert policy.cache_ttl_ms_for(Query("auto", "t", 1, None)) == 2 * 86_400_000
+    assert policy.cache_ttl_ms_for(Query("weak", "t", 1, None)) == 3_600_000
+
+
+def test_limits_of_a_name_replace_the_general_ones() -> None:
+    policy = parse(BASE + "  - {key: ci, rate: 10/s}\n  - {tenant: '*', budget: $9/day}\n")
+    ci = policy.limits_for(key="ci", tenant="t")
+    assert [(limit.name, limit.budget, limit.rate) for limit in ci] == [
+        ("*", Budget(50_000_000_000, "month"), None),
+        ("ci", None, Rate(10, 1)),
+        ("*", Budget(9_000_000_000, "day"), None),
+    ]
+    assert policy.limits_for(key="other", tenant="t")[0] == policy.limits[0]
+
+
+@pytest.mark.parametrize("name", ["default", "openai"])
+def test_presets_load(name: str) -> None:
+    policy = parse(preset(name), file=name)  # type: ignore[arg-type]  # the names are what is tested
+    assert policy.aliases == ("auto",)
+
+
+def test_an_unknown_preset_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no preset `x`; there are default, openai"):
+        preset("x")  # type: ignore[arg-type]  # the wrong name is the test
+
+
+@pytest.mark.parametrize("path", sorted(POLICIES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_load_alone_and_say_when_to_choose_them(path: Path) -> None:
+    assert load(path).aliases == ("auto",)
+    assert "# Choose this when" in path.read_text(encoding="utf-8")
+
+
+def test_load_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"# mine\nversion: \xff")
+    with pytest.raises(PolicyError, match=r"mine.yaml:2: not UTF-8"):
+        load(path)
+
+
+def test_the_published_schema_is_up_to_date() -> None:
+    published = json.loads((POLICIES / "schema.json").read_text(encoding="utf-8"))
+    assert published == policy_schema(), "write policies/schema.json from routers.schema.policy_schema()"
+
+
+def test_the_schema_knows_every_key_of_the_recipes() -> None:
+    schema = json.dumps(policy_schema())
+    for key in ("providers", "p_success_gap", "on_failure", "cached_input", "logprobs"):
+        assert f'"{key}"' in schema
