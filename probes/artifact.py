@@ -1,0 +1,174 @@
+"""A fitted probe on disk: `probe.safetensors` (numbers) and `probe.json` (what they mean). Never pickle."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from probes.calibrate import Calibrator, Isotonic, Platt
+from probes.errors import ArtifactError
+from probes.heads import Heads
+
+FORMAT = 1
+TENSORS, MANIFEST = "probe.safetensors", "probe.json"
+
+
+class HeadInfo(BaseModel):
+    """One head: what a label of 1 meant, and on how many labels it was fitted."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    label: str
+    n: int
+    base_rate: float
+    calibration: Literal["platt", "isotonic"]
+
+
+class Manifest(BaseModel):
+    """What the tensors mean. `layers` are hidden-state indices, 0 being the embeddings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1] = 1
+    name: str = Field(min_length=1)
+    encoder: str
+    encoder_sha256: str
+    layers: tuple[int, ...] = Field(min_length=1)
+    dims: int
+    pooling: Literal["mean"] = "mean"
+    max_tokens: int
+    heads: tuple[HeadInfo, ...] = Field(min_length=1)
+    data_sha256: str
+    n: int
+    created: str
+    """Date, ISO 8601."""
+    versions: dict[str, str]
+    metrics: dict[str, Any]
+    tensors_sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A manifest and the heads it describes."""
+
+    manifest: Manifest
+    heads: Heads
+
+    @property
+    def version(self) -> str:
+        """Name and content hash; equal versions answer alike. Dates, metrics and library versions do not enter."""
+        meaning = self.manifest.model_dump_json(exclude={"created", "versions", "metrics", "tensors_sha256"})
+        digest = hashlib.sha256(meaning.encode() + _tensor_bytes(self.heads))
+        return f"{self.manifest.name}@{digest.hexdigest()[:8]}"
+
+    def require_encoder(self, name: str, sha256: str) -> None:
+        """Refuse an encoder other than the one the heads were fitted on."""
+        if sha256 != self.manifest.encoder_sha256:
+            raise ArtifactError(
+                f"artifact {self.version} was fitted on encoder {self.manifest.encoder!r} "
+                f"(sha256 {self.manifest.encoder_sha256}), but {name!r} has sha256 {sha256}: "
+                "pass the right encoder or refit with `leadline probe fit`"
+            )
+
+
+def write(artifact: Artifact, folder: Path) -> None:
+    """Write both files; the manifest goes last, so a folder with one is complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = _tensor_bytes(artifact.heads)
+    manifest = artifact.manifest.model_copy(update={"tensors_sha256": hashlib.sha256(tensors).hexdigest()})
+    (folder / TENSORS).write_bytes(tensors)
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def read(folder: Path) -> Artifact:
+    """Load and check an artifact; raises ArtifactError with what is wrong and what to do."""
+    try:
+        text, data = (folder / MANIFEST).read_text(encoding="utf-8"), (folder / TENSORS).read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"no probe artifact in {folder}: {error.strerror} ({error.filename})") from None
+    manifest = _parse(text, folder)
+    if hashlib.sha256(data).hexdigest() != manifest.tensors_sha256:
+        raise ArtifactError(f"{folder / TENSORS} does not match tensors_sha256 in {MANIFEST}: restore both or refit")
+    try:
+        tensors = load(data)
+    except SafetensorError as error:
+        raise ArtifactError(f"{folder / TENSORS} is not a safetensors file: {error}") from None
+    return Artifact(manifest, _heads(manifest, tensors, folder))
+
+
+def _parse(text: str, folder: Path) -> Manifest:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ArtifactError(f"{folder / MANIFEST} is not JSON: {error}") from None
+    version = found.get("format") if isinstance(found, dict) else None
+    if version != FORMAT:
+        raise ArtifactError(f"{folder / MANIFEST}: format {version!r} is unknown, this release reads {FORMAT}; refit")
+    try:
+        return Manifest.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise ArtifactError(f"{folder / MANIFEST}: {field}: {first['msg']} (got {first['input']!r})") from None
+
+
+def _heads(manifest: Manifest, tensors: Mapping[str, npt.NDArray[Any]], folder: Path) -> Heads:
+    heads, features = len(manifest.heads), len(manifest.layers) * manifest.dims
+    # name: (dtype, shape); -1 stands for any length
+    expected: dict[str, tuple[type[np.floating], tuple[int, ...]]] = {
+        "weight": (np.float32, (heads, features)),
+        "bias": (np.float32, (heads,)),
+    }
+    for head in manifest.heads:
+        expected[f"calibration.{head.name}"] = (np.float64, (2,) if head.calibration == "platt" else (2, -1))
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or extra:
+        raise ArtifactError(f"{folder / TENSORS}: missing tensors {missing}, unexpected tensors {extra}; refit")
+    for name, (dtype, shape) in expected.items():
+        got = tensors[name]
+        wanted = tuple(have if want == -1 else want for want, have in zip(shape, got.shape, strict=False))
+        if got.dtype != dtype or got.shape != wanted or got.ndim != len(shape):
+            raise ArtifactError(
+                f"{folder / TENSORS}: {name} is {got.dtype}{list(got.shape)}, "
+                f"the manifest asks for {np.dtype(dtype)}{list(shape)}; refit"
+            )
+        if not np.isfinite(got).all():
+            raise ArtifactError(f"{folder / TENSORS}: {name} holds NaN or infinity; refit")
+    calibrators: list[Calibrator] = []
+    for head in manifest.heads:
+        numbers = tensors[f"calibration.{head.name}"]
+        platt = head.calibration == "platt"
+        calibrators.append(Platt(*map(float, numbers)) if platt else Isotonic(numbers[0], numbers[1]))
+    names = tuple(head.name for head in manifest.heads)
+    return Heads(names, tensors["weight"], tensors["bias"], tuple(calibrators))
+
+
+def _tensor_bytes(heads: Heads) -> bytes:
+    tensors: dict[str, npt.NDArray[Any]] = {"weight": heads.weight, "bias": heads.bias}
+    for name, calibrator in zip(heads.names, heads.calibrators, strict=True):
+        tensors[f"calibration.{name}"] = calibration_tensor(calibrator)
+    # safetensors writes memory as it lies: a transposed view would be stored wrongly.
+    data: bytes = save({name: np.ascontiguousarray(value) for name, value in tensors.items()})
+    return data
+
+
+def calibration_kind(calibrator: Calibrator) -> Literal["platt", "isotonic"]:
+    return "platt" if isinstance(calibrator, Platt) else "isotonic"
+
+
+def calibration_tensor(calibrator: Calibrator) -> npt.NDArray[np.float64]:
+    """[2] slope and intercept, or [2, knots]."""
+    if isinstance(calibrator, Platt):
+        return np.array([calibrator.slope, calibrator.intercept])
+    if isinstance(calibrator, Isotonic):
+        return np.stack([calibrator.x, calibrator.y])
+    raise TypeError(f"cannot store a {type(calibrator).__name__}")

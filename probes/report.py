@@ -1,0 +1,24 @@
+"""Measured rows as a table for people."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from probes.evaluate import Row
+
+
+def render_rows(title: str, rows: Sequence["Row"]) -> Table:
+    """A rich table of rows with their 95% intervals."""
+    table = Table(title=title, title_justify="left")
+    for header in ("name", "metric"):
+        table.add_column(header)
+    for header in ("value", "95% interval"):
+        table.add_column(header, justify="right")
+    table.add_column("unit")
+    for row in rows:
+        value = f"{row.value:.0f}" if row.metric == "n" else f"{row.value:.4f}"
+        spread = "" if row.low is None or row.high is None else f"{row.low:.4f} to {row.high:.4f}"
+        table.add_row(row.name, row.metric, value, spread, row.unit)
+    return table

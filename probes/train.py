@@ -1,0 +1,232 @@
+"""From a table of labelled prompts to a probe artifact with its measured worth."""
+
+import hashlib
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from probes.artifact import Artifact, HeadInfo, Manifest, calibration_kind
+from probes.calibrate import Array
+from probes.errors import TableError
+from probes.evaluate import Row, baselines, folds, head_rows, routing_rows
+from probes.extract import Encoder, FloatArray
+from probes.linear import ProbeClassifier
+
+LIBRARIES = ("numpy", "safetensors", "scikit-learn", "torch", "transformers")
+MIN_ROWS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Prompts with labels [n, heads] in {0, 1, NaN}; `sources` names each head's column; `groups` [n] or None."""
+
+    prompts: list[str]
+    labels: Array
+    names: tuple[str, ...]
+    sources: tuple[str, ...]
+    groups: npt.NDArray[np.object_] | None = None
+
+    def sha256(self) -> str:
+        """Digest of the prompts, the labels and the heads' names, in order."""
+        digest = hashlib.sha256("\x1f".join(self.names).encode())
+        for prompt, row in zip(self.prompts, self.labels, strict=True):
+            digest.update(prompt.encode("utf-8", "surrogatepass") + b"\x1f" + row.tobytes())
+        return digest.hexdigest()
+
+    def column(self, name: str) -> Array:
+        """Labels [n] of one head."""
+        return np.asarray(self.labels[:, self.names.index(name)])
+
+
+def read_table(
+    path: Path,
+    prompt: str,
+    heads: Mapping[str, str],
+    *,
+    drop_if: str | None = None,
+    group_column: str | None = None,
+) -> Table:
+    """Read a parquet or csv table; `heads` maps head to column. Raises TableError naming field, value and fix."""
+    if path.suffix not in (".parquet", ".csv"):
+        raise TableError(f"{path}: unknown table type {path.suffix!r}; give a .parquet or .csv file")
+    try:
+        frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise TableError(f"{path}: cannot be read: {error}") from None
+    for option, column in [
+        ("--prompt", prompt),
+        *((f"--head {name}", column) for name, column in heads.items()),
+        *([("--drop-if", drop_if)] if drop_if else []),
+        *([("--group-column", group_column)] if group_column else []),
+    ]:
+        if column not in frame.columns:
+            raise TableError(f"{path}: no column {column!r} for {option}; it has {', '.join(map(str, frame.columns))}")
+    if not heads:
+        raise TableError("no heads: give --head NAME=COLUMN at least once")
+    if drop_if:
+        frame = frame[~_binary(frame[drop_if], path, drop_if).astype(bool)]
+    if len(frame) < MIN_ROWS:
+        raise TableError(f"{path}: {len(frame)} usable rows; a probe needs at least {MIN_ROWS}")
+    blank = frame[prompt].isna()
+    if blank.any():
+        raise TableError(f"{path}: column {prompt!r} is empty in row {frame.index[blank][0]}; drop or fill such rows")
+    labels = np.column_stack([_binary(frame[column], path, column) for column in heads.values()])
+    for name, column, known in zip(heads, heads.values(), (~np.isnan(labels)).sum(0), strict=True):
+        if known == 0:
+            raise TableError(f"{path}: column {column!r} holds no label for head {name!r}")
+    groups = None if group_column is None else frame[group_column].astype(str).to_numpy(dtype=object)
+    return Table(list(map(str, frame[prompt])), labels, tuple(heads), tuple(heads.values()), groups)
+
+
+def _binary(column: Any, path: Path, name: str) -> Array:
+    """A label column as 0, 1, NaN."""
+    numbers = pd.to_numeric(column.astype(object), errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    bad = (np.isnan(numbers) & column.notna().to_numpy()) | ~(np.isnan(numbers) | np.isin(numbers, [0, 1]))
+    if bad.any():
+        row = int(np.flatnonzero(bad)[0])
+        raise TableError(
+            f"{path}: column {name!r} holds {column.iloc[row]!r} in row {column.index[row]}; "
+            "labels are 0 or 1 (or true, false), empty where unknown"
+        )
+    return np.asarray(numbers)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How features become heads. `layers` index hidden states (0: embeddings); None: the upper half."""
+
+    layers: tuple[int, ...] | None = None
+    max_tokens: int = 256
+    components: int | None = 256
+    seed: int = 0
+
+    def layers_of(self, encoder: Encoder) -> tuple[int, ...]:
+        return self.layers or tuple(range(encoder.layers // 2, encoder.layers))
+
+    def estimator(self) -> ProbeClassifier:
+        return ProbeClassifier(components=self.components, seed=self.seed)
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A probe and its out-of-fold worth."""
+
+    artifact: Artifact
+    rows: list[Row]
+
+
+def fit_probe(
+    table: Table, encoder: Encoder, recipe: Recipe | None = None, *, name: str = "probe", progress: bool = False
+) -> Fitted:
+    """Fit on all rows; measure out of fold (5 folds), and with whole groups held out where the table has groups."""
+    recipe = recipe or Recipe()
+    layers = recipe.layers_of(encoder)
+    features = layer_features(encoder, table.prompts, layers, recipe.max_tokens, progress)
+    rows = measure(table, features, recipe, progress)
+    heads = recipe.estimator().fit(features, table.labels, names=table.names).heads_
+    infos = []
+    for head, source, labels, calibrator in zip(
+        table.names, table.sources, table.labels.T, heads.calibrators, strict=True
+    ):
+        known = labels[~np.isnan(labels)]
+        infos.append(
+            HeadInfo(
+                name=head,
+                label=source,
+                n=len(known),
+                base_rate=float(known.mean()),
+                calibration=calibration_kind(calibrator),
+            )
+        )
+    manifest = Manifest(
+        name=name,
+        encoder=encoder.name,
+        encoder_sha256=encoder.sha256,
+        layers=layers,
+        dims=encoder.dims,
+        max_tokens=recipe.max_tokens,
+        heads=tuple(infos),
+        data_sha256=table.sha256(),
+        n=len(table.prompts),
+        created=date.today().isoformat(),
+        versions={library: importlib.metadata.version(library) for library in LIBRARIES},
+        metrics={"out_of_fold": [row.to_json() for row in rows]},
+    )
+    return Fitted(Artifact(manifest, heads), rows)
+
+
+def layer_features(
+    encoder: Encoder, prompts: Sequence[str], layers: Sequence[int], max_tokens: int, progress: bool = False
+) -> FloatArray:
+    """[n, len(layers) * dims], the chosen layers side by side, as the artifact's weights expect them."""
+    hidden = encoder.features(prompts, max_tokens=max_tokens, progress=progress)
+    return np.ascontiguousarray(hidden[:, list(layers)].reshape(len(prompts), -1))
+
+
+def measure(table: Table, features: FloatArray, recipe: Recipe, progress: bool = False) -> list[Row]:
+    """Out-of-fold rows: every head, routing between `weak` and `strong` if the table has both, held-out groups."""
+    splits = folds(len(table.prompts), recipe.seed)
+    probabilities = _out_of_fold(table, features, recipe, splits, progress)
+    rows = table_rows(table, {"probe": probabilities}, recipe.seed)
+    if table.groups is not None:
+        apart = folds(len(table.prompts), recipe.seed, table.groups)
+        held_out = {"probe": _out_of_fold(table, features, recipe, apart, progress)}
+        rows += [
+            Row(f"{row.name}, groups held out", row.metric, row.value, row.low, row.high, row.unit)
+            for row in table_rows(table, held_out, recipe.seed, baseline=False)
+            if row.metric in ("APGR", "CPT50", "CPT80", "ECE", "Brier", "AUC")
+        ]
+    return rows
+
+
+def _out_of_fold(
+    table: Table, features: FloatArray, recipe: Recipe, splits: Sequence[tuple[Any, Any]], progress: bool
+) -> Array:
+    """Calibrated probabilities [n, heads]; no row's scaling, fit or calibration has seen it."""
+    from tqdm import tqdm
+
+    out = np.full(table.labels.shape, np.nan)
+    for train, test in tqdm(splits, desc="folds", disable=not progress):
+        out[test] = recipe.estimator().fit(features[train], table.labels[train]).predict_proba(features[test])
+    return out
+
+
+def table_rows(table: Table, probes: Mapping[str, Array], seed: int = 0, *, baseline: bool = True) -> list[Row]:
+    """Rows for probabilities [n, heads] of each named probe on this table, beside the baselines."""
+    rows: list[Row] = []
+    for name, probabilities in probes.items():
+        for i, head in enumerate(table.names):
+            rows += head_rows(f"{name}: {head}", probabilities[:, i], table.labels[:, i], seed=seed)
+    if not {"weak", "strong"} <= set(table.names):
+        return rows
+    weak, strong = table.column("weak"), table.column("strong")
+    both = np.flatnonzero(~np.isnan(weak + strong))
+    if not len(both):
+        return rows
+    w, s = table.names.index("weak"), table.names.index("strong")
+    routers = {name: p[both, s] - p[both, w] for name, p in probes.items()}
+    reference = next(iter(routers))
+    if baseline:
+        prompts = [table.prompts[i] for i in both]
+        groups = None if table.groups is None else table.groups[both]
+        routers |= baselines(prompts, weak[both], strong[both], folds(len(both), seed), groups=groups, seed=seed)
+    return rows + routing_rows(routers, weak[both], strong[both], reference=reference if baseline else None, seed=seed)
+
+
+def score(table: Table, artifact: Artifact, encoder: Encoder, progress: bool = False) -> Array:
+    """Probabilities [n, heads of the table] of a fitted artifact; a head that it lacks is an error."""
+    artifact.require_encoder(encoder.name, encoder.sha256)
+    lacking = [name for name in table.names if name not in artifact.heads.names]
+    if lacking:
+        raise TableError(f"artifact {artifact.version} has no head {lacking[0]!r}; it has {artifact.heads.names}")
+    manifest = artifact.manifest
+    features = layer_features(encoder, table.prompts, manifest.layers, manifest.max_tokens, progress)
+    columns = [artifact.heads.names.index(name) for name in table.names]
+    return np.asarray(artifact.heads.predict_proba(features)[:, columns])
