@@ -75,6 +75,7 @@ def decide(query: Query, signals: Signals, policy: Policy, state: State, seed: i
             raise NoCandidate("not_allowed", f"route `{route.name}` does not offer `{query.model}`; it offers {offers}")
     else:
         targets = route.targets
+    narrowed = route is not None and len(targets) < len(route.targets)
 
     options = [_Option(policy.models[name], index, query, signals, state) for index, name in enumerate(targets)]
     reserve = [
@@ -86,6 +87,8 @@ def decide(query: Query, signals: Signals, policy: Policy, state: State, seed: i
     degraded = ""
     if usable:
         chosen, rule, guessed = _choose(route, usable, query)
+        if narrowed:
+            rule += f" (only {query.model}, which the caller named)"
         degraded = _missed(route, options, chosen, query) or ("probe_unavailable" if guessed else "")
         for option in usable:
             option.reason = "" if option is chosen else _why_not(route, option, chosen, usable)

@@ -5,21 +5,14 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict
-from difflib import get_close_matches
 from importlib import resources
-from itertools import product
 from pathlib import Path as FilePath
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar, get_args
-
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from typing import Literal, get_args
 
 from routers.errors import PolicyError, Problem
 from routers.policy import (
-    DEFAULT_CACHE_TTL_MS,
     FREE,
-    Constraints,
     Difficulty,
     Limit,
     Listing,
@@ -28,8 +21,8 @@ from routers.policy import (
     Price,
     Provider,
     Route,
-    When,
 )
+from routers.routes import RoutesReader
 from routers.schema import (
     NAME_PATTERN,
     LimitFile,
@@ -37,11 +30,9 @@ from routers.schema import (
     PolicyFile,
     PriceFile,
     ProviderFile,
-    RouteFile,
     SignalsFile,
-    WhenFile,
 )
-from routers.units import UnitError
+from routers.shape import NAME_FIX, did_you_mean, validated
 from routers.yaml import Document, Path, concealed, read
 
 PriceLookup = Callable[[Provider, str], Listing | None]
@@ -49,10 +40,8 @@ PriceLookup = Callable[[Provider, str], Listing | None]
 
 PresetName = Literal["default", "openai"]
 
-_Part = TypeVar("_Part", bound=BaseModel)
 _NAME = re.compile(NAME_PATTERN)
 _LIMIT_NAME = re.compile(r"\*\Z|[A-Za-z0-9][A-Za-z0-9._@:/-]{0,127}\Z")
-_HIDDEN = {"api_key", "base_url"}
 
 
 def parse(text: str, *, file: str = "policy.yaml", prices: PriceLookup | None = None) -> Policy:
@@ -97,7 +86,9 @@ class _Loader:
         self._read_providers()
         self._read_models()
         self._read_signals()
-        routes = self._read_routes()
+        routes = RoutesReader(
+            self._document, self._models, self._names("models"), self._difficulty, self._signals_read
+        ).read(self._items("routes"))
         limits = self._read_limits()
         content = {
             "providers": {name: asdict(provider) for name, provider in self._providers.items()},
@@ -120,18 +111,17 @@ class _Loader:
         assert self._difficulty is not None
         return self._difficulty.probe, dict(self._difficulty.heads), self._difficulty.timeout_ms
 
-    # Shape
-
     def _top(self) -> None:
         data, known = self._document.data, list(PolicyFile.model_fields)
         for key in data:
             if key not in known:
-                self._document.report((key,), "unknown key", _did_you_mean(key, known), show=False)
+                self._document.report((key,), "unknown key", did_you_mean(key, known), show=False)
         for key in ("version", "providers", "models"):
             if key not in data:
                 fix = "write `version: 1`" if key == "version" else f"add the section `{key}:`"
                 self._document.report((), f"`{key}` is missing", fix)
-        if data.get("version", 1) != 1 or isinstance(data.get("version"), bool):
+        version = data.get("version")
+        if version is not None and (version != 1 or not isinstance(version, int) or isinstance(version, bool)):
             self._document.report(("version",), "not a version that can be read here", "write `version: 1`")
 
     def _section(self, name: str) -> dict[str, object]:
@@ -142,10 +132,11 @@ class _Loader:
         if not isinstance(value, dict):
             self._document.report((name,), "not a mapping", "write one named entry per line, `name: {…}`")
             return {}
+        if not value:
+            self._document.report((name,), "empty", "add one named entry per line, `name: {…}`")
         for key in value:
-            if not _NAME.match(key):
-                fix = "use letters, digits and . _ : / @ -, starting with a letter or a digit"
-                self._document.report((name, key), "this name cannot be used", fix, show=False)
+            if not _NAME.fullmatch(key):
+                self._document.report((name, key), "this name cannot be used", NAME_FIX, show=False)
         return value
 
     def _items(self, name: str) -> list[object]:
@@ -157,45 +148,10 @@ class _Loader:
             return []
         return value
 
-    def _shape(self, kind: type[_Part], value: object, path: Path) -> _Part | None:
-        if value is None:  # an empty value, reported by the reader
-            return None
-        try:
-            return kind.model_validate(value)
-        except ValidationError as error:
-            for detail in error.errors(include_url=False):
-                self._report(kind, path, detail)
-            return None
-
-    def _report(self, kind: type[BaseModel], base: Path, detail: ErrorDetails) -> None:
-        path = (*base, *detail["loc"])
-        if path in self._document.lines and self._document.at(path) is None:  # an empty value, reported by the reader
-            return
-        show = not (_HIDDEN & {str(step) for step in path})
-        context: dict[str, Any] = detail.get("ctx", {})
-        match detail["type"]:
-            case "extra_forbidden":
-                known = _known_keys(kind, detail["loc"])
-                self._document.report(path, "unknown key", _did_you_mean(str(path[-1]), known), show=False)
-            case "missing":
-                self._document.report(path, "missing", f"add `{path[-1]}:`")
-            case "literal_error":
-                given = self._document.at(path)
-                options = re.findall(r"'([^']*)'", str(context["expected"]))
-                self._document.report(path, "not one of the choices", _did_you_mean(str(given), options), show=show)
-            case "value_error" if isinstance(context.get("error"), UnitError):
-                unit_error: UnitError = context["error"]
-                self._document.report(path, str(unit_error), unit_error.fix, show=show)
-            case type_name:
-                message, fix = _SHAPE_PROBLEMS.get(type_name, ("not valid", "see the schema of a policy"))
-                self._document.report(path, message.format(**context), fix.format(**context), show=show)
-
-    # Layers
-
     def _read_providers(self) -> None:
         for name, value in self._section("providers").items():
             path = ("providers", name)
-            part = self._shape(ProviderFile, value, path)
+            part = validated(self._document, ProviderFile, value, path)
             if part is None:
                 continue
             if (part.engine is None) == (part.base_url is None):
@@ -210,14 +166,14 @@ class _Loader:
                 )
 
     def _read_models(self) -> None:
-        providers = list(self._section_names("providers"))
+        providers = self._names("providers")
         for name, value in self._section("models").items():
             path = ("models", name)
-            part = self._shape(ModelFile, value, path)
+            part = validated(self._document, ModelFile, value, path)
             if part is None:
                 continue
             if part.provider not in providers:
-                fix = _did_you_mean(part.provider, providers)
+                fix = did_you_mean(part.provider, providers)
                 self._document.report((*path, "provider"), "no provider of this name", fix)
             provider = self._providers.get(part.provider)
             if provider is None:
@@ -242,155 +198,24 @@ class _Loader:
             )
 
     def _read_signals(self) -> None:
-        part = self._shape(SignalsFile, self._document.data.get("signals"), ("signals",))
+        part = validated(self._document, SignalsFile, self._document.data.get("signals"), ("signals",))
         self._signals_read = part is not None or "signals" not in self._document.data
         if part is None or part.difficulty is None:
             return
+        models = self._names("models")
         for name in part.difficulty.heads:
-            self._known_model(name, ("signals", "difficulty", "heads", name), show=False)
+            if name not in models:
+                path = ("signals", "difficulty", "heads", name)
+                self._document.report(path, "no model of this name", did_you_mean(name, models), show=False)
         heads = MappingProxyType(part.difficulty.heads)
         self._difficulty = Difficulty(part.difficulty.probe, heads, part.difficulty.timeout)
-
-    def _read_routes(self) -> list[Route]:
-        routes: list[Route] = []
-        items = self._items("routes")
-        names: dict[str, int] = {}
-        for index, value in enumerate(items):
-            path: Path = ("routes", index)
-            part = self._shape(RouteFile, value, path)
-            if part is None:
-                continue
-            if part.name == "named" or part.name in names:
-                taken = f"the name of routes[{names[part.name]}] too" if part.name in names else "a reserved name"
-                self._document.report((*path, "name"), taken, "give this route a name of its own")
-            names.setdefault(part.name, index)
-            self._check_route(part, path)
-            when = _when(part.when)
-            if not when and index < len(items) - 1:
-                fix = "move this route to the end, or give it a `when`"
-                message = "a route without conditions leaves nothing to the routes after it: they are unreachable"
-                self._document.report(path, message, fix)
-            elif when and (before := self._covered_by(when, routes)):
-                fix = f"move it before {before}, or change its `when`"
-                self._document.report((*path, "when"), f"unreachable: all of this is already taken by {before}", fix)
-            routes.append(self._route(part, when))
-        return routes
-
-    def _check_route(self, part: RouteFile, path: Path) -> None:
-        if (part.use is None) == (part.candidates is None):
-            given = "both use and candidates" if part.use else "neither use nor candidates"
-            fix = "write `use: […]` for a fixed order, or `candidates: […]` with an objective"
-            self._document.report(path, given, fix)
-        for key in ("use", "candidates", "on_failure"):
-            self._check_models(getattr(part, key) or [], (*path, key))
-        if part.use is not None:
-            for key in ("objective", "subject_to", "otherwise"):
-                if getattr(part, key) is not None:
-                    fix = "remove it, or write `candidates` instead of `use`"
-                    self._document.report((*path, key), "has no meaning with `use`, a fixed order", fix)
-        if part.otherwise is not None and part.subject_to is None:
-            message = "nothing to fall back from: the route has no `subject_to`"
-            self._document.report((*path, "otherwise"), message, "remove it, or add `subject_to`")
-        self._check_signals(part, path)
-        self._check_cost(part, path)
-        self._check_named(part, path)
-
-    def _check_models(self, names: list[str], path: Path) -> None:
-        for index, name in enumerate(names):
-            if "+" in name or ">" in name:
-                kind = "an effort (+)" if "+" in name else "a cascade (>)"
-                fix = f"write the model alone, `{concealed(re.split('[+>]', name)[0])}`"
-                self._document.report((*path, index), f"{kind} is not part of policy version 1", fix)
-            elif name in names[:index]:
-                self._document.report((*path, index), "listed twice", "keep one of the two")
-            else:
-                self._known_model(name, (*path, index))
-
-    def _check_signals(self, part: RouteFile, path: Path) -> None:
-        """A bound or an objective on p_success needs heads; a broken `signals` section has been reported already."""
-        if not part.candidates or not self._signals_read:
-            return
-        heads = self._difficulty.heads if self._difficulty else {}
-        headed = [name for name in part.candidates if name in heads]
-        bounds = part.subject_to
-        fix = "name heads for the candidates in `signals.difficulty.heads`"
-        if bounds and bounds.p_success is not None and not headed:
-            at = (*path, "subject_to", "p_success")
-            self._document.report(at, "nothing can satisfy this: no candidate has a probe head", fix)
-        if bounds and bounds.p_success_gap is not None and len(headed) < len(part.candidates):
-            missing = ", ".join(name for name in part.candidates if name not in headed)
-            at = (*path, "subject_to", "p_success_gap")
-            self._document.report(at, f"nothing can satisfy this: no probe head for {missing}", fix)
-        if part.objective == "best" and not headed:
-            at = (*path, "objective")
-            self._document.report(at, "no candidate has a probe head, so none is known to be best", f"{fix}, or `use`")
-
-    def _check_cost(self, part: RouteFile, path: Path) -> None:
-        cost = part.subject_to.cost if part.subject_to else None
-        models = [self._models[name] for name in part.candidates or [] if name in self._models]
-        if cost == 0 and models and all(model.price.input and model.price.output for model in models):
-            at = (*path, "subject_to", "cost")
-            self._document.report(at, "nothing can satisfy this: no candidate is free", "raise it, or add a free model")
-
-    def _check_named(self, part: RouteFile, path: Path) -> None:
-        asked = (part.when.model or []) if part.when else []
-        for index, name in enumerate(asked):
-            if name in self._section_names("models") and (len(asked) > 1 or not part.use or part.use[0] != name):
-                written_as_list = isinstance(self._document.at((*path, "when", "model")), list)
-                at = (*path, "when", "model", *([index] if written_as_list else []))
-                message = "this is a model, and a request that names a model goes straight to it"
-                fix = f"choose another alias, or write a route for this model alone with `use: [{name}]` first"
-                self._document.report(at, message, fix)
-
-    def _covered_by(self, when: When, routes: list[Route]) -> str | None:
-        """The names of the earlier routes that together take every query this condition can take, if they do."""
-        takers: dict[str, None] = {}
-        for tag, model, tenant in product(
-            *(sorted(values) or [None] for values in (when.tags, when.models, when.tenants))
-        ):
-            for route in routes:
-                earlier = route.when
-                if (
-                    earlier
-                    and (not earlier.tags or tag in earlier.tags)
-                    and (not earlier.models or model in earlier.models)
-                    and (not earlier.tenants or tenant in earlier.tenants)
-                ):
-                    takers[route.name] = None
-                    break
-            else:
-                return None
-        return " and ".join(f"`{concealed(name)}`" for name in takers)
-
-    def _route(self, part: RouteFile, when: When) -> Route:
-        bounds = part.subject_to
-        constraints = (
-            Constraints(bounds.p_success, bounds.p_success_gap, bounds.cost) if bounds is not None else Constraints()
-        )
-        objective = part.objective or "cheapest"
-        candidates = tuple(part.candidates or ())
-        otherwise = part.otherwise or "best"
-        asks = objective == "best" or constraints.ask_p_success
-        heads = self._difficulty.heads if self._difficulty and asks else {}
-        return Route(
-            name=part.name,
-            when=when,
-            use=tuple(part.use or ()),
-            candidates=candidates,
-            objective=objective,
-            constraints=constraints,
-            otherwise=otherwise,
-            on_failure=tuple(part.on_failure or ()),
-            cache_ttl_ms=DEFAULT_CACHE_TTL_MS if part.cache is None else part.cache.ttl or None,
-            heads=MappingProxyType({name: heads[name] for name in candidates if name in heads}),
-        )
 
     def _read_limits(self) -> list[Limit]:
         limits: list[Limit] = []
         seen: dict[tuple[str, ...], int] = {}
         for index, value in enumerate(self._items("limits")):
             path: Path = ("limits", index)
-            part = self._shape(LimitFile, value, path)
+            part = validated(self._document, LimitFile, value, path)
             if part is None:
                 continue
             if (part.key is None) == (part.tenant is None):
@@ -414,46 +239,10 @@ class _Loader:
             limits.append(Limit(scope, name, part.budget, part.rate))
         return limits
 
-    def _section_names(self, name: str) -> dict[str, object]:
+    def _names(self, section: str) -> list[str]:
         """The entries of a section, whether they loaded or not: a broken model is not also an unknown one."""
-        value = self._document.data.get(name)
-        return value if isinstance(value, dict) else {}
-
-    def _known_model(self, name: str, path: Path, *, show: bool = True) -> None:
-        models = list(self._section_names("models"))
-        if name not in models:
-            self._document.report(path, "no model of this name", _did_you_mean(name, models), show=show)
-
-
-_SHAPE_PROBLEMS = {
-    "string_type": ("not text", "write it as text, in quotes if it looks like a number"),
-    "string_too_short": ("empty", "write at least one character"),
-    "string_too_long": ("too long", "write at most {max_length} characters"),
-    "int_type": ("not a whole number", "write a whole number, without quotes"),
-    "bool_type": ("neither true nor false", "write true or false, without quotes"),
-    "list_type": ("not a list", "write a list, such as [a, b]"),
-    "dict_type": ("not a mapping", "write `name: value` pairs"),
-    "model_type": ("not a mapping", "write `key: value` pairs"),
-    "too_short": ("empty", "name at least one"),
-    "greater_than_equal": ("too small", "write {ge} or more"),
-    "less_than_equal": ("too large", "write {le} or less"),
-}
-
-
-def _did_you_mean(given: str, known: list[str]) -> str:
-    close = get_close_matches(given, known, n=1, cutoff=0.6)
-    if close:
-        return f"did you mean `{close[0]}`?"
-    return f"write one of: {', '.join(known)}" if known else "there is none yet; add it first"
-
-
-def _known_keys(kind: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:
-    """The keys that exist beside an unknown one."""
-    for step in location[:-1]:
-        annotation = kind.model_fields[str(step)].annotation
-        parts = [annotation, *(inner for outer in get_args(annotation) for inner in (outer, *get_args(outer)))]
-        kind = next(part for part in parts if isinstance(part, type) and issubclass(part, BaseModel))
-    return list(kind.model_fields)
+        value = self._document.data.get(section)
+        return list(value) if isinstance(value, dict) else []
 
 
 def _price(part: PriceFile) -> Price:
@@ -467,12 +256,6 @@ def _price(part: PriceFile) -> Price:
         output=part.output,
         reasoning=given(part.reasoning, part.output),
     )
-
-
-def _when(part: WhenFile | None) -> When:
-    if part is None:
-        return When()
-    return When(frozenset(part.tag or ()), frozenset(part.model or ()), frozenset(part.tenant or ()))
 
 
 def _canonical(route: Route) -> dict[str, object]:

@@ -136,6 +136,7 @@ BaseUrl = Annotated[str, BeforeValidator(_base_url), _schema(r"^https?://[^@?#\s
 SecretName = Annotated[
     str, BeforeValidator(_secret_name), _schema(r"^env:[A-Za-z_][A-Za-z0-9_]*$", "env:OPENAI_API_KEY")
 ]
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Tokens = Annotated[int, Field(ge=1, le=100_000_000)]
 Names = Annotated[list[Text], Field(min_length=1)]
 NameOrNames = Annotated[Names, BeforeValidator(_one_or_many, json_schema_input_type=Text | Names)]
@@ -234,7 +235,7 @@ class CacheFile(_Strict):
 class RouteFile(_Strict):
     """A condition and what follows from it. The first route whose condition holds decides."""
 
-    name: Text
+    name: Name
     when: WhenFile | None = None
     """Leave it out on the last route, to catch every name that is not a model."""
     use: Names | None = None
@@ -260,9 +261,6 @@ class LimitFile(_Strict):
     tenant: Text | None = None
     budget: BudgetText | None = None
     rate: RateText | None = None
-
-
-Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 
 
 class PolicyFile(_Strict):

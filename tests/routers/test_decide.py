@@ -181,7 +181,9 @@ def test_a_route_for_a_model_adds_what_follows() -> None:
 def test_a_tag_goes_before_a_named_model() -> None:
     private = routes("  - {name: private, when: {tag: private}, use: [local, weak]}\n")
     tagged = frozenset({"private", "x"})
-    assert run(private, query("weak", tags=tagged)).plan.model == "weak"
+    decision = run(private, query("weak", tags=tagged))
+    assert (decision.plan.model, decision.route) == ("weak", "private")
+    assert decision.rule == "first available of local, weak (only weak, which the caller named)"
     assert run(private, query("anything", tags=tagged)).plan.model == "local"
     with pytest.raises(NoCandidate, match="does not offer `strong`; it offers local, weak") as caught:
         run(private, query("strong", tags=tagged))

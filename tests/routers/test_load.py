@@ -69,6 +69,8 @@ PRIVATE = "when: {tag: private}"
 CASES = [
     # the file
     case("version: 1", "version: 2", 1, "version", "not a version", "version: 1"),
+    case("version: 1", "version: 1.0", 1, "version", "not a version", "version: 1"),
+    case("version: 1", 'version: "1"', 1, "version", "not a version", "version: 1"),
     case("version: 1\n", "", 1, "", "`version` is missing", "version: 1"),
     case("signals:", "signal:", 9, "signal", "unknown key", "did you mean `signals`?"),
     case("version: 1", "version: 1\nversion: 1", 2, "version", "given twice, first on line 1", "keep one"),
@@ -97,6 +99,9 @@ CASES = [
     case(ENV, f"{ENV}, retries: 99", 4, "providers.openai.retries", "too large", "10 or less"),
     case(ENV, f"{ENV}, retries: two", 4, "providers.openai.retries", "not a whole number", "whole number"),
     case(ENV, f"{ENV}, retrys: 2", 4, "providers.openai.retrys", "unknown key", "did you mean `retries`?"),
+    case("providers:", "providers: {}\nx:", 2, "providers", "empty", "one named entry per line"),
+    case("providers:", "providers: []\nx:", 2, "providers", "not a mapping", "one named entry per line"),
+    case("limits:", "limits: 7\nx:", 19, "limits", "not a list", "dash"),
     # models
     case("{provider: home,", "{provider: hom,", 6, "models.local.provider", "no provider", "did you mean `home`?"),
     case("{provider: home, ", "{", 6, "models.local.provider", "missing", "add `provider:`"),
@@ -137,6 +142,7 @@ CASES = [
     case(P90, '{ttft: "<= 1s"}', 18, "routes[1].subject_to.ttft", "unknown key", "p_success, p_success_gap, cost"),
     case(f"    subject_to: {P90}", "    otherwise: refuse", 18, "routes[1].otherwise", "no `subject_to`", "remove"),
     case("name: auto", "name: private", 15, "routes[1].name", "the name of routes[0]", "of its own"),
+    case("name: auto", 'name: "a b"', 15, "routes[1].name", "this name cannot be used", "letters, digits"),
     case("name: auto", "name: named", 15, "routes[1].name", "reserved", "of its own"),
     case(
         "when: {model: auto}",
@@ -240,6 +246,8 @@ SECRET = "sk-proj-Abc123Def456Ghi789"  # shaped like a key, and none
         changed('key: "*"', f"key: {SECRET}"),
         changed("use: [local]", f"use: [{SECRET}]"),
         changed("engine: embedded", f"engine: {SECRET}"),
+        changed("[local, weak, strong]", f"[{SECRET}]").replace('{p_success: ">= 0.90"}', '{p_success_gap: "<= 0.1"}'),
+        changed(f", price: {WEAK_PRICE}", "").replace("gpt-5-mini", SECRET),
         changed("  home: ", f"  {SECRET}: 1\n  home: "),
         changed("  home: ", f"  home: {{{SECRET}: 1}}\n  home: "),
         changed(ENV, f"{ENV}, api_key: {SECRET}"),

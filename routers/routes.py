@@ -1,0 +1,171 @@
+"""The routes of a policy file: each one checked against the models and signals, and all of them for reachability."""
+
+import re
+from collections.abc import Mapping
+from itertools import product
+from types import MappingProxyType
+
+from routers.policy import DEFAULT_CACHE_TTL_MS, Constraints, Difficulty, Model, Route, When
+from routers.schema import RouteFile, WhenFile
+from routers.shape import did_you_mean, validated
+from routers.yaml import Document, Path, concealed
+
+
+class RoutesReader:
+    """Reads routes against what the layers above them hold."""
+
+    def __init__(
+        self,
+        document: Document,
+        models: Mapping[str, Model],
+        model_names: list[str],
+        difficulty: Difficulty | None,
+        signals_read: bool,
+    ) -> None:
+        self._document = document
+        self._models = models
+        self._model_names = model_names  # also of models that did not load: a broken model is not an unknown one
+        self._difficulty = difficulty
+        self._signals_read = signals_read  # False: the section is broken, and what leans on it cannot be judged
+
+    def read(self, items: list[object]) -> list[Route]:
+        routes: list[Route] = []
+        names: dict[str, int] = {}
+        for index, value in enumerate(items):
+            path: Path = ("routes", index)
+            part = validated(self._document, RouteFile, value, path)
+            if part is None:
+                continue
+            if part.name == "named" or part.name in names:
+                taken = f"the name of routes[{names[part.name]}] too" if part.name in names else "a reserved name"
+                self._document.report((*path, "name"), taken, "give this route a name of its own")
+            names.setdefault(part.name, index)
+            self._check_route(part, path)
+            when = _when(part.when)
+            if not when and index < len(items) - 1:
+                fix = "move this route to the end, or give it a `when`"
+                message = "a route without conditions leaves nothing to the routes after it: they are unreachable"
+                self._document.report(path, message, fix)
+            elif when and (before := self._covered_by(when, routes)):
+                fix = f"move it before {before}, or change its `when`"
+                self._document.report((*path, "when"), f"unreachable: all of this is already taken by {before}", fix)
+            routes.append(self._route(part, when))
+        return routes
+
+    def _check_route(self, part: RouteFile, path: Path) -> None:
+        if (part.use is None) == (part.candidates is None):
+            given = "both use and candidates" if part.use else "neither use nor candidates"
+            fix = "write `use: […]` for a fixed order, or `candidates: […]` with an objective"
+            self._document.report(path, given, fix)
+        for key in ("use", "candidates", "on_failure"):
+            self._check_models(getattr(part, key) or [], (*path, key))
+        if part.use is not None:
+            for key in ("objective", "subject_to", "otherwise"):
+                if getattr(part, key) is not None:
+                    fix = "remove it, or write `candidates` instead of `use`"
+                    self._document.report((*path, key), "has no meaning with `use`, a fixed order", fix)
+        if part.otherwise is not None and part.subject_to is None:
+            message = "nothing to fall back from: the route has no `subject_to`"
+            self._document.report((*path, "otherwise"), message, "remove it, or add `subject_to`")
+        self._check_signals(part, path)
+        self._check_cost(part, path)
+        self._check_named(part, path)
+
+    def _check_models(self, names: list[str], path: Path) -> None:
+        for index, name in enumerate(names):
+            if "+" in name or ">" in name:
+                kind = "an effort (+)" if "+" in name else "a cascade (>)"
+                fix = f"write the model alone, `{concealed(re.split('[+>]', name)[0])}`"
+                self._document.report((*path, index), f"{kind} is not part of policy version 1", fix)
+            elif name in names[:index]:
+                self._document.report((*path, index), "listed twice", "keep one of the two")
+            elif name not in self._model_names:
+                self._document.report((*path, index), "no model of this name", did_you_mean(name, self._model_names))
+
+    def _check_signals(self, part: RouteFile, path: Path) -> None:
+        """A bound or an objective on p_success needs heads; a broken `signals` section has been reported already."""
+        if not part.candidates or not self._signals_read:
+            return
+        heads = self._difficulty.heads if self._difficulty else {}
+        headed = [name for name in part.candidates if name in heads]
+        bounds = part.subject_to
+        fix = "name heads for the candidates in `signals.difficulty.heads`"
+        if bounds and bounds.p_success is not None and not headed:
+            at = (*path, "subject_to", "p_success")
+            self._document.report(at, "nothing can satisfy this: no candidate has a probe head", fix)
+        if bounds and bounds.p_success_gap is not None and len(headed) < len(part.candidates):
+            missing = ", ".join(concealed(name) for name in part.candidates if name not in headed)
+            at = (*path, "subject_to", "p_success_gap")
+            self._document.report(at, f"nothing can satisfy this: no probe head for {missing}", fix)
+        if part.objective == "best" and not headed:
+            at = (*path, "objective")
+            self._document.report(at, "no candidate has a probe head, so none is known to be best", f"{fix}, or `use`")
+
+    def _check_cost(self, part: RouteFile, path: Path) -> None:
+        cost = part.subject_to.cost if part.subject_to else None
+        models = [self._models[name] for name in part.candidates or [] if name in self._models]
+        if cost == 0 and models and all(model.price.input and model.price.output for model in models):
+            at = (*path, "subject_to", "cost")
+            self._document.report(at, "nothing can satisfy this: no candidate is free", "raise it, or add a free model")
+
+    def _check_named(self, part: RouteFile, path: Path) -> None:
+        asked = (part.when.model or []) if part.when else []
+        for index, name in enumerate(asked):
+            if name in self._model_names and (len(asked) > 1 or not part.use or part.use[0] != name):
+                written_as_list = isinstance(self._document.at((*path, "when", "model")), list)
+                at = (*path, "when", "model", *([index] if written_as_list else []))
+                message = "this is a model, and a request that names a model goes straight to it"
+                fix = f"choose another alias, or write a route for this model alone with `use: [{name}]` first"
+                self._document.report(at, message, fix)
+
+    def _covered_by(self, when: When, routes: list[Route]) -> str | None:
+        """The names of the earlier routes that together take every query this condition can take, if they do."""
+        takers: dict[str, None] = {}
+        for tag, model, tenant in product(_each(when.tags), _each(when.models), _each(when.tenants)):
+            for route in routes:
+                earlier = route.when
+                if (
+                    earlier
+                    and (not earlier.tags or tag in earlier.tags)
+                    and (not earlier.models or model in earlier.models)
+                    and (not earlier.tenants or tenant in earlier.tenants)
+                ):
+                    takers[route.name] = None
+                    break
+            else:
+                return None
+        return " and ".join(f"`{concealed(name)}`" for name in takers)
+
+    def _route(self, part: RouteFile, when: When) -> Route:
+        bounds = part.subject_to
+        constraints = (
+            Constraints(bounds.p_success, bounds.p_success_gap, bounds.cost) if bounds is not None else Constraints()
+        )
+        objective = part.objective or "cheapest"
+        candidates = tuple(part.candidates or ())
+        otherwise = part.otherwise or "best"
+        asks = objective == "best" or constraints.ask_p_success
+        heads = self._difficulty.heads if self._difficulty and asks else {}
+        return Route(
+            name=part.name,
+            when=when,
+            use=tuple(part.use or ()),
+            candidates=candidates,
+            objective=objective,
+            constraints=constraints,
+            otherwise=otherwise,
+            on_failure=tuple(part.on_failure or ()),
+            cache_ttl_ms=DEFAULT_CACHE_TTL_MS if part.cache is None else part.cache.ttl or None,
+            heads=MappingProxyType({name: heads[name] for name in candidates if name in heads}),
+        )
+
+
+def _each(values: frozenset[str]) -> list[str | None]:
+    """The values of a condition; None stands for any."""
+    return [*sorted(values)] or [None]
+
+
+def _when(part: WhenFile | None) -> When:
+    if part is None:
+        return When()
+    return When(frozenset(part.tag or ()), frozenset(part.model or ()), frozenset(part.tenant or ()))
