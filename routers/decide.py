@@ -61,22 +61,7 @@ class _Option:
 def decide(query: Query, signals: Signals, policy: Policy, state: State, seed: int) -> Decision:
     """What will run and why: a pure function of its arguments. Raises NoCandidate where nothing can run."""
     route = policy.route_for(query)
-    named = query.model in policy.models
-    if route is None:
-        if not named:
-            raise NoCandidate("unknown_model", f"`{query.model}` is neither a model nor an alias of the policy")
-        if query.model in policy.guarded:
-            raise NoCandidate("not_allowed", f"no route that takes `{query.model}` takes this request")
-        targets: tuple[str, ...] = (query.model,)
-    elif named and not route.when.models:  # a route on tags or tenants: the caller's choice narrows it
-        targets = (query.model,)
-        if query.model not in route.targets:
-            offers = ", ".join(route.targets)
-            raise NoCandidate("not_allowed", f"route `{route.name}` does not offer `{query.model}`; it offers {offers}")
-    else:
-        targets = route.targets
-    narrowed = route is not None and len(targets) < len(route.targets)
-
+    targets = _targets(query, policy, route)
     options = [_Option(policy.models[name], index, query, signals, state) for index, name in enumerate(targets)]
     reserve = [
         next((option for option in options if option.model.name == name), None)
@@ -87,18 +72,17 @@ def decide(query: Query, signals: Signals, policy: Policy, state: State, seed: i
     degraded = ""
     if usable:
         chosen, rule, guessed = _choose(route, usable, query)
-        if narrowed:
+        if route is not None and len(targets) < len(route.targets):
             rule += f" (only {query.model}, which the caller named)"
         degraded = _missed(route, options, chosen, query) or ("probe_unavailable" if guessed else "")
         for option in usable:
             option.reason = "" if option is chosen else _why_not(route, option, chosen, usable)
     else:
-        kind = _closest(options)
         found = next((option for option in reserve if option.obstacle is None), None)
         if found is None:
             reasons = {option.model.name: option.reason for option in (*options, *reserve)}
-            raise NoCandidate(kind, "no model can run this", tuple(reasons.items()))
-        chosen, rule, degraded = found, "first of on_failure, as no candidate can run", kind
+            raise NoCandidate(_closest((*options, *reserve)), "no model can run this", tuple(reasons.items()))
+        chosen, rule, degraded = found, "first of on_failure, as no candidate can run", _closest(options)
 
     fallbacks = tuple(o.model.name for o in reserve if o.obstacle is None and o is not chosen)
     considered = options + [option for option in reserve if option not in options]
@@ -113,6 +97,23 @@ def decide(query: Query, signals: Signals, policy: Policy, state: State, seed: i
         seed=seed,
         degraded=degraded,
     )
+
+
+def _targets(query: Query, policy: Policy, route: Route | None) -> tuple[str, ...]:
+    """The models to choose from. A model named by the caller narrows a route on tags or tenants, and widens none."""
+    name = query.model
+    if route is None:
+        if name not in policy.models:
+            raise NoCandidate("unknown_model", f"`{name}` is neither a model nor an alias of the policy")
+        if name in policy.guarded:
+            raise NoCandidate("not_allowed", f"no route that takes `{name}` takes this request")
+        return (name,)
+    if name not in policy.models or route.when.models:
+        return route.targets
+    if name not in route.targets:
+        offers = ", ".join(route.targets)
+        raise NoCandidate("not_allowed", f"route `{route.name}` does not offer `{name}`; it offers {offers}")
+    return (name,)
 
 
 def _choose(route: Route | None, usable: Sequence[_Option], query: Query) -> tuple[_Option, str, bool]:

@@ -169,12 +169,13 @@ class _Loader:
         providers = self._names("providers")
         for name, value in self._section("models").items():
             path = ("models", name)
+            wanted = self._document.at((*path, "provider"))  # as written: another mistake must not hide this one
+            if isinstance(wanted, str) and wanted not in providers:
+                fix = did_you_mean(wanted, providers)
+                self._document.report((*path, "provider"), "no provider of this name", fix)
             part = validated(self._document, ModelFile, value, path)
             if part is None:
                 continue
-            if part.provider not in providers:
-                fix = did_you_mean(part.provider, providers)
-                self._document.report((*path, "provider"), "no provider of this name", fix)
             provider = self._providers.get(part.provider)
             if provider is None:
                 continue

@@ -33,6 +33,8 @@ class RoutesReader:
         names: dict[str, int] = {}
         for index, value in enumerate(items):
             path: Path = ("routes", index)
+            for key in ("use", "candidates", "on_failure"):
+                self._check_models((*path, key))
             part = validated(self._document, RouteFile, value, path)
             if part is None:
                 continue
@@ -57,8 +59,6 @@ class RoutesReader:
             given = "both use and candidates" if part.use else "neither use nor candidates"
             fix = "write `use: […]` for a fixed order, or `candidates: […]` with an objective"
             self._document.report(path, given, fix)
-        for key in ("use", "candidates", "on_failure"):
-            self._check_models(getattr(part, key) or [], (*path, key))
         if part.use is not None:
             for key in ("objective", "subject_to", "otherwise"):
                 if getattr(part, key) is not None:
@@ -71,8 +71,14 @@ class RoutesReader:
         self._check_cost(part, path)
         self._check_named(part, path)
 
-    def _check_models(self, names: list[str], path: Path) -> None:
+    def _check_models(self, path: Path) -> None:
+        """On the list as written, so that another mistake in the route does not hide these."""
+        names = self._document.at(path)
+        if not isinstance(names, list):
+            return
         for index, name in enumerate(names):
+            if not isinstance(name, str):
+                continue
             if "+" in name or ">" in name:
                 kind = "an effort (+)" if "+" in name else "a cascade (>)"
                 fix = f"write the model alone, `{concealed(re.split('[+>]', name)[0])}`"

@@ -72,6 +72,8 @@ def read(text: str, file: str) -> Document:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line, message, fix = mark.line + 1 if mark else 1, f"not YAML: {error.problem}", "correct the YAML on this line"
+        if isinstance(error, yaml.scanner.ScannerError):
+            fix += '; a value that starts with >, *, &, % or @ needs quotes, such as ">= 0.90"'
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         message, fix = "a character that YAML does not allow", "remove the control character on this line"

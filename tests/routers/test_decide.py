@@ -244,6 +244,16 @@ def test_the_kind_is_of_the_model_that_came_closest() -> None:
         run(policy(), query(input_tokens_estimate=50_000), state=State({"strong": "down"}, 0))
     assert caught.value.kind == "budget"
     assert [model for model, _ in caught.value.reasons] == ["local", "weak", "strong"]
+    reserved = policy(candidates="[local]", on_failure="[strong]")
+    with pytest.raises(NoCandidate) as caught:
+        run(reserved, query(input_tokens_estimate=50_000), state=State({"strong": "down"}))
+    assert caught.value.kind == "unavailable"
+
+
+def test_a_longer_context_in_reserve_steps_in() -> None:
+    reserved = policy(candidates="[local]", on_failure="[strong]")
+    decision = run(reserved, query(input_tokens_estimate=50_000))
+    assert (decision.plan.model, decision.degraded) == ("strong", "context_length")
 
 
 def test_exact_token_counts_go_before_the_estimate() -> None:

@@ -135,6 +135,9 @@ CASES = [
     case("[local, weak, strong]", "[local]\n    objective: worst", 18, "routes[1].objective", "not one of", "write"),
     case(P90, '{p_success: ">= 1.5"}', 18, "routes[1].subject_to.p_success", "nothing can satisfy", "between 0 and 1"),
     case(P90, '{p_success: "<= 0.9"}', 18, "routes[1].subject_to.p_success", "not a bound", '">= 0.90"'),
+    case(P90, "{p_success: >= 0.9}", 18, "", "not YAML", "needs quotes"),
+    case(P90, "\n      p_success: >= 0.9", 19, "", "not YAML", "needs quotes"),
+    case('key: "*"', "key: *", 20, "", "not YAML", "needs quotes"),
     case(P90, "{p_success: 0.9}", 18, "routes[1].subject_to.p_success", "not a bound", '">= 0.90"'),
     case(P90, '{p_success: ">= 90%"}', 18, "routes[1].subject_to.p_success", "not a probability", "between 0 and 1"),
     case(P90, '{p_success_gap: "<= 2"}', 18, "routes[1].subject_to.p_success_gap", "always satisfied", "0.10"),
@@ -188,6 +191,18 @@ def test_all_problems_are_told_at_once_in_line_order() -> None:
     found = problems(text)
     assert [p.line for p in found] == [3, 7, 14, 18, 20]
     assert "Fix: did you mean `local`?" in str(found[2])
+
+
+def test_one_mistake_does_not_hide_another_in_the_same_entry() -> None:
+    text = changed("use: [local]", "uze: [local]\n    on_failure: [locl]").replace(
+        "{provider: home,", "{provider: hom, x: 1,"
+    )
+    assert [p.field for p in problems(text)] == [
+        "models.local.provider",
+        "models.local.x",
+        "routes[0].uze",
+        "routes[0].on_failure[0]",
+    ]
 
 
 def test_a_broken_model_is_not_also_an_unknown_one() -> None:
