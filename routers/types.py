@@ -87,5 +87,5 @@ class Decision:
     probe_version: str | None
     seed: int
     degraded: str = ""
-    """Why this decision is less than the policy wanted, or empty: `probe_unavailable`, `budget`, `unavailable`, and where
-    `on_failure` steps in because no candidate can run, also `context_length` or `capability`."""
+    """Why this decision is less than the policy wanted, or empty: `probe_unavailable`, `budget`, `unavailable`, and
+    where `on_failure` steps in because no candidate can run, also `context_length` or `capability`."""
