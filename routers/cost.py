@@ -5,6 +5,8 @@ from routers.types import Query
 
 EXPECTED_OUTPUT_TOKENS = 400
 """Assumed length of an answer, where the caller's cap and the model's are longer."""
+ASSUMED_CONTEXT = 1 << 20
+"""Assumed bound of a prompt where nothing else bounds it."""
 ASSUMED_MAX_OUTPUT_TOKENS = 128_000
 """Assumed bound of an answer where neither the caller, the policy nor the price list states one."""
 
@@ -25,12 +27,15 @@ def expected_and_worst_nanousd(model: Model, query: Query, input_tokens: int) ->
     """(expected, worst) cost of all choices of one call.
 
     Expected: the prompt at the input price and `EXPECTED_OUTPUT_TOKENS` (or the cap, if lower) per choice. Worst: the
-    same prompt in its dearest class and the longest answer in its dearest class, so that worst >= expected.
+    most tokens that the prompt can have, in their dearest class, and the longest answer in its dearest class; never
+    below expected.
     """
     price = model.price
     longest = max_output_tokens(model, query, input_tokens)
     expected_output = min(longest, EXPECTED_OUTPUT_TOKENS) * query.choices
     expected = input_tokens * price.input + expected_output * price.output
-    worst = input_tokens * max(price.input, price.cached_input, price.cache_write)
-    worst += longest * query.choices * max(price.output, price.reasoning)
+    context = ASSUMED_CONTEXT if model.context is None else model.context
+    most = context if query.input_tokens_max is None else min(query.input_tokens_max, context)
+    worst = max(most, input_tokens) * max(price.input, price.cached_input, price.cache_write)
+    worst += max_output_tokens(model, query, 0) * query.choices * max(price.output, price.reasoning)
     return -(-expected // _PER_TOKENS), -(-worst // _PER_TOKENS)

@@ -23,6 +23,8 @@ class Query:
     needs_tools: bool = False
     needs_logprobs: bool = False
     choices: int = 1
+    input_tokens_max: int | None = None
+    """No tokenizer makes more prompt tokens than this (the bytes of the body); None: not bounded but by the context."""
 
 
 @dataclass(frozen=True, slots=True)

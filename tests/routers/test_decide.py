@@ -46,7 +46,7 @@ def routes(text: str) -> Policy:
 
 
 def query(model: str = "auto", **options: object) -> Query:
-    base = Query(model, "tenant", input_tokens_estimate=100, max_output_tokens=None)
+    base = Query(model, "tenant", input_tokens_estimate=100, max_output_tokens=None, input_tokens_max=100)
     return dataclasses.replace(base, **options)  # type: ignore[arg-type]  # checked when it runs
 
 
@@ -292,9 +292,9 @@ def test_costs_are_rounded_up_and_count_the_dearest_class() -> None:
     model = Model("m", "p", "m", 1000, None, Price(1, 0, 3, 2, 5), True, True)
     expected, worst = expected_and_worst_nanousd(model, query(input_tokens_estimate=100, choices=2), 100)
     assert expected == 1  # (100*1 + 2*400*2) / 1e6, up
-    assert worst == 1  # (100*3 + 2*900*5) / 1e6, up
+    assert worst == 1  # (100*3 + 2*1000*5) / 1e6, up
     dear = dataclasses.replace(model, price=Price(10**6, 0, 3 * 10**6, 2 * 10**6, 5 * 10**6))
-    assert expected_and_worst_nanousd(dear, query(choices=2), 100) == (100 + 1600, 300 + 9000)
+    assert expected_and_worst_nanousd(dear, query(choices=2), 100) == (100 + 1600, 300 + 10000)
     assert expected_and_worst_nanousd(dear, query(max_output_tokens=10), 100) == (100 + 20, 300 + 50)
 
 

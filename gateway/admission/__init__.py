@@ -1,0 +1,1 @@
+"""May it run? Keys, rates and budgets."""

@@ -1,0 +1,150 @@
+"""API keys: `sk-ll-<public id>-<secret>`. The id finds the row, an HMAC under the server's pepper proves the secret.
+
+Only the HMAC is stored. The comparison takes constant time, and the in-memory table is keyed by the public id and
+checked by the full digest, never by a part of the token.
+"""
+
+import hashlib
+import hmac
+import os
+import re
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sqlalchemy import Engine
+from sqlmodel import Session, col, select
+
+from gateway.errors import Unauthenticated
+from gateway.ledger.tables import ApiKey
+from routers.units import Window
+
+Role = Literal["admin", "user"]
+PREFIX = "sk-ll-"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+
+
+class KeyNameError(ValueError):
+    """A key's name or tenant cannot be used; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who is calling."""
+
+    key_id: str
+    key_name: str
+    tenant: str
+    role: Role
+    budget_nanousd: int | None = None
+    budget_window: Window | None = None
+
+
+def load_pepper(home: Path) -> bytes:
+    """The server's secret for key hashes, made on first use, readable by its owner alone."""
+    path = home / "pepper"
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return path.read_bytes()
+    with os.fdopen(fd, "wb") as file:
+        pepper = secrets.token_bytes(32)
+        file.write(pepper)
+    return pepper
+
+
+class KeyStore:
+    """All keys, in memory for look-ups, in SQL for good. Changes made here are seen by the next request."""
+
+    def __init__(self, engine: Engine, pepper: bytes) -> None:
+        self._engine = engine
+        self._pepper = pepper
+        self._keys: dict[str, tuple[str, Principal]] = {}
+        self.reload()
+
+    def reload(self) -> None:
+        with Session(self._engine) as session:
+            rows = session.exec(select(ApiKey).where(col(ApiKey.revoked_at_ms).is_(None))).all()
+        self._keys = {row.id: (row.hash, _principal(row)) for row in rows}
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def authenticate(self, token: str) -> Principal:
+        """Raises Unauthenticated: the message never repeats the token."""
+        public_id, _, secret = token.removeprefix(PREFIX).partition("-")
+        found = self._keys.get(public_id) if token.startswith(PREFIX) else None
+        digest = self._digest(public_id, secret)
+        if found is None or not hmac.compare_digest(found[0], digest):
+            raise Unauthenticated(
+                "Incorrect API key provided. Send one of this gateway's keys (they start with `sk-ll-`) as "
+                "`Authorization: Bearer …`; `leadline keys create NAME` makes one."
+            )
+        return found[1]
+
+    def create(
+        self,
+        name: str,
+        *,
+        tenant: str = "default",
+        role: Role = "user",
+        budget_nanousd: int | None = None,
+        budget_window: Window = "month",
+    ) -> str:
+        """Make a key and return it: the only time it is seen whole. Raises KeyNameError."""
+        for field, value in (("name", name), ("tenant", tenant)):
+            if not _NAME.fullmatch(value):
+                raise KeyNameError(f"{field} {value!r}: use 1 to 64 letters, digits, '.', '_', '@' or '-'")
+        if any(principal.key_name == name for _, principal in self._keys.values()):
+            raise KeyNameError(f"name {name!r}: a key of that name exists; choose another or revoke it first")
+        public_id, secret = secrets.token_hex(6), secrets.token_urlsafe(24).replace("-", "x")
+        row = ApiKey(
+            id=public_id,
+            name=name,
+            tenant=tenant,
+            role=role,
+            hash=self._digest(public_id, secret),
+            created_at_ms=time.time_ns() // 1_000_000,
+            budget_nanousd=budget_nanousd,
+            budget_window=budget_window if budget_nanousd is not None else None,
+        )
+        with Session(self._engine) as session:
+            for old in session.exec(select(ApiKey).where(ApiKey.name == name)):
+                old.name = f"{name}#{old.id}"  # a revoked key gives its name back
+                session.add(old)
+            session.flush()
+            session.add(row)
+            session.commit()
+            self._keys[public_id] = (row.hash, _principal(row))
+        return f"{PREFIX}{public_id}-{secret}"
+
+    def revoke(self, key_id: str) -> bool:
+        """False when there is no such key."""
+        with Session(self._engine) as session:
+            row = session.get(ApiKey, key_id)
+            if row is None or row.revoked_at_ms is not None:
+                return False
+            row.revoked_at_ms = time.time_ns() // 1_000_000
+            session.add(row)
+            session.commit()
+        self._keys.pop(key_id, None)
+        return True
+
+    def all(self) -> list[Principal]:
+        return [principal for _, principal in self._keys.values()]
+
+    def _digest(self, public_id: str, secret: str) -> str:
+        return hmac.digest(self._pepper, f"{public_id}:{secret}".encode(), hashlib.sha256).hex()
+
+
+def _principal(row: ApiKey) -> Principal:
+    return Principal(
+        key_id=row.id,
+        key_name=row.name,
+        tenant=row.tenant,
+        role=row.role,  # type: ignore[arg-type]
+        budget_nanousd=row.budget_nanousd,
+        budget_window=row.budget_window,  # type: ignore[arg-type]
+    )

@@ -1,0 +1,157 @@
+"""Build every part once, wire them up, start and stop them in order: the application of one worker."""
+
+import asyncio
+import contextlib
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import structlog
+
+from gateway.admission.budgets import Budgets
+from gateway.admission.keys import KeyStore, load_pepper
+from gateway.admission.rates import RateLimiter
+from gateway.cache.exact import ExactCache, MemoryCache, RedisCache
+from gateway.dashboard.views import mount_dashboard
+from gateway.edge.api import build_web
+from gateway.edge.asgi import Receive, Scope, Send
+from gateway.edge.chat import ChatEndpoint
+from gateway.engine_process import EngineProcess
+from gateway.ledger import report
+from gateway.ledger.journal import Journal
+from gateway.ledger.store import LedgerStore, connect
+from gateway.lifecycle import Lifecycle
+from gateway.settings import Settings
+from gateway.signals import SignalReader
+from gateway.telemetry.metrics import Metrics
+from gateway.upstream.openai import open_session
+from gateway.world import build_world
+from routers.policy import Policy
+
+log = structlog.get_logger(__name__)
+
+KEY_POLL_S = 0.5
+"""Keys made or revoked by other processes (the command line) are seen this soon."""
+
+
+class App:
+    """The ASGI application. The data plane is answered here directly, all else by FastAPI."""
+
+    def __init__(self, settings: Settings, policy: Policy) -> None:
+        self.settings = settings
+        self.policy = policy
+        self.web = build_web()
+        mount_dashboard(self.web)
+        self.engine: EngineProcess | None = None
+        self.first_key: str | None = None
+        """The key that `start` made because there was none; None on later starts."""
+        self._chat: ChatEndpoint | None = None
+        self._stack = contextlib.AsyncExitStack()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] == "/v1/chat/completions" and scope["method"] == "POST":
+            assert self._chat is not None
+            await self._chat(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+        else:
+            await self.web(scope, receive, send)
+
+    async def start(self) -> None:
+        """Everything up but the engine, which comes up beside it. Raises what makes it impossible to serve."""
+        settings, policy, stack = self.settings, self.policy, self._stack
+        settings.prepare_home()
+        pepper = load_pepper(settings.home)
+        metrics = Metrics()
+        database = connect(settings.database_url)
+        stack.callback(database.dispose)
+        ledger = LedgerStore(database, Journal(settings.home / "journal"))
+        replayed = ledger.replay()
+        if replayed:
+            log.warning("ledger.replayed", requests=replayed)
+        ledger.start()
+        stack.push_async_callback(ledger.stop)
+        keys = KeyStore(database, pepper)
+        if not len(keys):
+            self.first_key = _make_first_key(keys, settings.home)
+        cache: ExactCache = RedisCache(settings.redis_url) if settings.redis_url else MemoryCache(settings.cache_bytes)
+        stack.push_async_callback(cache.close)
+        session = await stack.enter_async_context(open_session())
+        self.engine = engine = _engine_process(settings, policy, metrics)
+        world = build_world(policy, session, engine)
+        if world.local_models or policy.difficulty is not None:
+            engine.start()
+            stack.push_async_callback(engine.stop)
+
+        async def spent_since(scope: str, start_ms: int) -> int:
+            await ledger.flush()
+            return await asyncio.to_thread(report.spent_since, database, scope, start_ms)
+
+        lifecycle = Lifecycle(
+            world=world,
+            keys=keys,
+            rates=RateLimiter(),
+            budgets=Budgets(spent_since),
+            cache=cache,
+            ledger=ledger,
+            signals=SignalReader(engine, metrics),
+            metrics=metrics,
+            pepper=pepper,
+        )
+        self.web.state.lifecycle = lifecycle
+        self.web.state.pepper = pepper
+        self.web.state.started_at = time.time()
+        self._chat = ChatEndpoint(lifecycle, settings.max_body_bytes)
+        polling = asyncio.create_task(_poll_keys(keys), name="key-poll")
+        stack.callback(polling.cancel)
+
+    async def stop(self) -> None:
+        await self._stack.aclose()
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        await receive()
+        try:
+            await self.start()
+        except Exception as error:
+            log.exception("gateway.start_failed")
+            await self._stack.aclose()
+            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            return
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await self.stop()
+        await send({"type": "lifespan.shutdown.complete"})
+
+
+def _make_first_key(keys: KeyStore, home: Path) -> str:
+    """An admin key, also left in the state folder for the command line and the SDK on this machine."""
+    token = keys.create("first", role="admin")
+    fd = os.open(home / "key", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(fd, "w") as file:
+        file.write(token)
+    return token
+
+
+def _engine_process(settings: Settings, policy: Policy, metrics: Metrics) -> EngineProcess:
+    engines = {name for name, provider in policy.providers.items() if provider.engine is not None}
+    models = {model.upstream: model.upstream for model in policy.models.values() if model.provider in engines}
+    probe = policy.difficulty.probe if policy.difficulty is not None else None
+    return EngineProcess(models, probe, _socket_path(settings.home), metrics)
+
+
+def _socket_path(home: Path) -> Path:
+    """In the state folder; a unix socket's path holds about 100 bytes, so a deep folder gets one elsewhere."""
+    path = home / "engine.sock"
+    if len(str(path).encode()) <= 96:
+        return path
+    return Path(tempfile.mkdtemp(prefix="leadline-")) / "engine.sock"
+
+
+async def _poll_keys(keys: KeyStore) -> None:
+    while True:
+        await asyncio.sleep(KEY_POLL_S)
+        try:
+            await asyncio.to_thread(keys.reload)
+        except Exception as error:
+            log.warning("keys.reload_failed", error=str(error)[:200])

@@ -1,0 +1,1 @@
+"""Do we already know? Exact answers, per tenant."""

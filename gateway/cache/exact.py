@@ -1,0 +1,146 @@
+"""The exact response cache: the same request of the same tenant gets the same complete answer, for its ttl.
+
+The key is an HMAC, under the server's pepper, of the tenant, the policy version, the route and every byte of the body
+except `stream` and `stream_options` (a stored answer can be replayed either way). Only complete answers are stored.
+A request that asks for chance (`temperature` above 0 in so many words) is not cached at all: see `cacheable`.
+"""
+
+import hashlib
+import hmac
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import msgspec
+import redis.asyncio as redis
+import structlog
+
+log = structlog.get_logger(__name__)
+
+NOT_IN_KEY = frozenset({"stream", "stream_options", "metadata", "user", "store"})
+"""Fields that do not change the answer's content."""
+REDIS_TIMEOUT_S = 0.25
+REDIS_PAUSE_S = 5.0
+"""How long a Redis that failed is not asked again."""
+_REDIS_PREFIX = b"leadline:exact:"
+
+
+class CachedAnswer(msgspec.Struct, frozen=True):
+    """A complete chat completion as it was first given."""
+
+    body: bytes
+    model: str
+    provider: str
+
+
+def cacheable(fields: Mapping[str, msgspec.Raw]) -> bool:
+    """False for requests that ask for chance: an explicit temperature above zero without a seed."""
+    temperature = bytes(fields.get("temperature", b"0"))
+    try:
+        return temperature == b"null" or float(temperature) == 0 or "seed" in fields
+    except ValueError:
+        return False
+
+
+def cache_key(
+    pepper: bytes, *, tenant: str, policy_version: str, route: str, fields: Mapping[str, msgspec.Raw]
+) -> bytes:
+    """32 bytes that differ whenever anything that can change the answer differs."""
+    digest = hmac.new(pepper, digestmod=hashlib.sha256)
+    for part in (tenant, policy_version, route):
+        digest.update(b"%d:%b" % (len(part), part.encode()))
+    for name in sorted(fields.keys() - NOT_IN_KEY):
+        value = bytes(fields[name])
+        digest.update(b"%d:%b=%d:" % (len(name), name.encode(), len(value)))
+        digest.update(value)
+    return digest.digest()
+
+
+class ExactCache(Protocol):
+    async def get(self, key: bytes) -> CachedAnswer | None: ...
+
+    async def put(self, key: bytes, answer: CachedAnswer, ttl_s: float) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+class MemoryCache:
+    """Least recently used, bounded by bytes. `clock` is any monotonic clock in seconds."""
+
+    def __init__(self, max_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._max_bytes = max_bytes
+        self._clock = clock
+        self._entries: OrderedDict[bytes, tuple[float, CachedAnswer]] = OrderedDict()
+        self._bytes = 0
+
+    async def get(self, key: bytes) -> CachedAnswer | None:
+        entry = self._entries.get(key)
+        if entry is None:
+            return None
+        expires, answer = entry
+        if expires <= self._clock():
+            self._drop(key)
+            return None
+        self._entries.move_to_end(key)
+        return answer
+
+    async def put(self, key: bytes, answer: CachedAnswer, ttl_s: float) -> None:
+        if len(answer.body) > self._max_bytes // 8:
+            return
+        self._drop(key)
+        self._entries[key] = (self._clock() + ttl_s, answer)
+        self._bytes += _weight(answer)
+        while self._bytes > self._max_bytes:
+            self._drop(next(iter(self._entries)))
+
+    async def close(self) -> None:
+        self._entries.clear()
+        self._bytes = 0
+
+    def statistics(self) -> dict[str, int]:
+        return {"entries": len(self._entries), "bytes": self._bytes}
+
+    def _drop(self, key: bytes) -> None:
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self._bytes -= _weight(entry[1])
+
+
+def _weight(answer: CachedAnswer) -> int:
+    return len(answer.body) + 256
+
+
+class RedisCache:
+    """Shared by all workers. A Redis that fails or dawdles costs a miss, and is left alone for a while; never a request."""
+
+    def __init__(self, url: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._client = redis.Redis.from_url(url, socket_timeout=REDIS_TIMEOUT_S, socket_connect_timeout=REDIS_TIMEOUT_S)
+        self._decoder = msgspec.msgpack.Decoder(CachedAnswer)
+        self._clock = clock
+        self._away_until = 0.0
+
+    async def get(self, key: bytes) -> CachedAnswer | None:
+        if self._clock() < self._away_until:
+            return None
+        try:
+            value: bytes | None = await self._client.get(_REDIS_PREFIX + key)  # type: ignore[assignment]
+            return None if value is None else self._decoder.decode(value)
+        except (redis.RedisError, OSError, TimeoutError, msgspec.DecodeError) as error:
+            self._failed(error)
+            return None
+
+    async def put(self, key: bytes, answer: CachedAnswer, ttl_s: float) -> None:
+        if self._clock() < self._away_until:
+            return
+        try:
+            await self._client.set(_REDIS_PREFIX + key, msgspec.msgpack.encode(answer), px=max(1, int(ttl_s * 1000)))
+        except (redis.RedisError, OSError, TimeoutError) as error:
+            self._failed(error)
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    def _failed(self, error: Exception) -> None:
+        self._away_until = self._clock() + REDIS_PAUSE_S
+        log.warning("cache.redis_failed", error=type(error).__name__, pause_s=REDIS_PAUSE_S)

@@ -1,0 +1,312 @@
+"""The `leadline` command. Each command imports what it needs, so that the base installation can run the light ones."""
+
+import asyncio
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+    from gateway.admission.keys import KeyStore
+    from gateway.app import App
+    from routers.policy import Policy
+    from routers.types import Signals
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+keys_app = typer.Typer(help="Make, list and revoke the gateway's API keys.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
+
+ENGINE_WAIT_S = 60.0
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    _mount_probe()
+    try:
+        app()
+    except ModuleNotFoundError as error:
+        _stop(
+            f"this command needs the package {error.name!r}, which is not installed; "
+            "install leadline[server] for the gateway, leadline[server,local] for local models and probes"
+        )
+
+
+@app.command()
+def serve(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
+    host: Annotated[str, typer.Option(help="Address to bind. Beyond loopback, put TLS in front.")] = "127.0.0.1",
+    policy: Annotated[Path | None, typer.Option(help="Policy file; without it, the embedded default.")] = None,
+) -> None:
+    """Run the gateway, and the engine process that its policy needs, until Ctrl-C."""
+    from gateway.app import App
+    from gateway.ledger.journal import JournalError
+    from gateway.settings import Settings, SettingsError
+    from gateway.telemetry.logs import configure_logs
+    from gateway.world import missing_secrets
+
+    configure_logs()
+    loaded = _load(policy)
+    missing = missing_secrets(loaded)
+    if missing:
+        _stop("\n".join(missing))
+    try:
+        settings = Settings.from_env()
+        listener = socket.create_server((host, port), backlog=4096)
+    except SettingsError as error:
+        _stop(str(error))
+    except OSError as error:
+        _stop(f"--host {host} --port {port}: cannot listen there ({error.strerror}); choose another with --port")
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            status = runner.run(_serve(App(settings, loaded), listener))
+    except JournalError as error:
+        _stop(str(error))
+    raise typer.Exit(status)
+
+
+async def _serve(gateway: "App", listener: socket.socket) -> int:
+    import uvicorn
+
+    config = uvicorn.Config(
+        gateway, http="httptools", ws="none", lifespan="on", access_log=False, log_level="warning",
+        timeout_keep_alive=75, timeout_graceful_shutdown=30, server_header=False, date_header=False,
+    )  # fmt: skip
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.01)
+    if server.started:
+        if gateway.engine is not None and gateway.engine.started:
+            waiting = asyncio.create_task(gateway.engine.ready.wait())
+            await asyncio.wait((waiting, serving), timeout=ENGINE_WAIT_S, return_when=asyncio.FIRST_COMPLETED)
+            waiting.cancel()
+        if not serving.done():
+            _banner(gateway, listener)
+    await serving
+    return 0 if server.started else 1
+
+
+def _banner(gateway: "App", listener: socket.socket) -> None:
+    host, port = listener.getsockname()[:2]
+    url = f"http://{host}:{port}"
+    key = gateway.first_key
+    engine = gateway.engine
+    if engine is None or not engine.started:
+        state = "not needed by this policy"
+    elif engine.client is None:
+        state = "still starting"
+    else:
+        state = ", ".join(card.name for card in engine.client.hello.models) or "probes only"
+    typer.echo(
+        f"""
+Leadline is ready.
+  URL        {url}/v1
+  Dashboard  {url}/dashboard
+  Key        {key or f"made earlier; see {gateway.settings.home / 'key'}, or: leadline keys create NAME"}
+  Engine     {state}
+
+Try next:
+  curl {url}/v1/chat/completions -H "Authorization: Bearer $(cat {gateway.settings.home / "key"})" \\
+    -H "Content-Type: application/json" -d '{{"model":"auto","messages":[{{"role":"user","content":"What is 23 + 48 - 7?"}}]}}'
+  python -c 'from gateway.sdk import Leadline; c = Leadline(base_url="{url}/v1"); print(c.explain("What is 2 + 2?"))'
+  open {url}/dashboard and log in with the key
+"""
+    )
+    sys.stdout.flush()
+
+
+@app.command()
+def check(file: Annotated[Path, typer.Argument(help="Policy file.")]) -> None:
+    """Load a policy file strictly: every problem with its line and its fix, or a short summary."""
+    from gateway.world import missing_secrets
+
+    policy = _load(file)
+    typer.echo(
+        f"{file}: ok, version {policy.version_hash}: {len(policy.providers)} providers, {len(policy.models)} models, "
+        f"{len(policy.routes)} routes, {len(policy.limits)} limits"
+    )
+    for sentence in missing_secrets(policy):
+        typer.echo(f"note: {sentence}")
+
+
+@app.command()
+def explain(
+    file: Annotated[Path, typer.Argument(help="Policy file.")],
+    prompt: Annotated[str, typer.Argument(help="The user's message.")],
+    model: Annotated[str, typer.Option(help="The model or alias that a caller would name.")] = "auto",
+    tag: Annotated[list[str] | None, typer.Option(help="A tag of the request; may be repeated.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="The caller's own cap.")] = None,
+) -> None:
+    """Say what the policy would decide for a prompt, and why each other model lost. Nothing runs but the probe."""
+    import msgspec
+
+    from routers.decide import decide
+    from routers.errors import NoCandidate
+    from routers.explain import to_lines
+    from routers.types import Query, State
+
+    policy = _load(file)
+    body = msgspec.json.encode([{"role": "user", "content": prompt}])
+    query = Query(
+        model=model,
+        tenant="default",
+        input_tokens_estimate=-(-len(body) // 4),
+        input_tokens_max=len(body),
+        max_output_tokens=max_tokens,
+        tags=frozenset(tag or ()),
+    )
+    try:
+        decision = decide(query, _probe_signals(policy, query, prompt), policy, State(), seed=0)
+    except NoCandidate as error:
+        _stop(str(error))
+    for line in to_lines(decision):
+        typer.echo(line)
+
+
+@keys_app.command("create")
+def create_key(
+    name: Annotated[str, typer.Argument(help="A name to know it by; limits in the policy may use it.")],
+    tenant: Annotated[str, typer.Option(help="Caches, spend and receipts are kept apart by tenant.")] = "default",
+    admin: Annotated[bool, typer.Option("--admin", help="May see every tenant's spend and the dashboard.")] = False,
+    budget: Annotated[str | None, typer.Option(help="A hard budget, such as $5/month.")] = None,
+) -> None:
+    """Make a key and print it: the only time it is shown. A running gateway knows it within a second."""
+    from gateway.admission.keys import KeyNameError
+    from routers.units import UnitError, parse_budget
+
+    try:
+        limit = parse_budget(budget) if budget is not None else None
+        token = _with_keys(
+            lambda keys, _: keys.create(
+                name,
+                tenant=tenant,
+                role="admin" if admin else "user",
+                budget_nanousd=limit.nanousd if limit is not None else None,
+                budget_window=limit.window if limit is not None else "month",
+            )
+        )
+    except KeyNameError as error:
+        _stop(str(error))
+    except UnitError as error:
+        _stop(f"--budget {budget!r}: {error}; {error.fix}")
+    typer.echo(token)
+
+
+@keys_app.command("list")
+def list_keys() -> None:
+    """Every key that works, without its secret."""
+    from routers.units import format_money
+
+    def show(keys: "KeyStore", _: "Engine") -> None:
+        for p in sorted(keys.all(), key=lambda p: p.key_name):
+            limit = (
+                f"{format_money(p.budget_nanousd)}/{p.budget_window}" if p.budget_nanousd is not None else "no budget"
+            )
+            typer.echo(f"{p.key_id}  {p.key_name}  tenant {p.tenant}  {p.role}  {limit}")
+
+    _with_keys(show)
+
+
+@keys_app.command("revoke")
+def revoke_key(key_id: Annotated[str, typer.Argument(help="The id that `keys list` shows.")]) -> None:
+    """End a key for good. A running gateway refuses it within a second."""
+    if not _with_keys(lambda keys, _: keys.revoke(key_id)):
+        _stop(f"{key_id!r} is not the id of a key that works; `leadline keys list` shows them")
+
+
+@app.command()
+def spend(hours: Annotated[float, typer.Option(min=0, help="How far back.")] = 720) -> None:
+    """What was spent, from the ledger: exact, by model."""
+    from gateway.ledger import report
+    from routers.units import format_money
+
+    def show(_: "KeyStore", engine: "Engine") -> None:
+        since_ms = int((time.time() - hours * 3600) * 1000)
+        totals = report.summary(engine, since_ms=since_ms)
+        typer.echo(
+            f"{totals['requests']} requests, {format_money(totals['cost_nanousd'])} spent, "
+            f"{totals['cache_hits']} from the cache, {totals['not_ok']} failed or cancelled"
+        )
+        for row in report.by_model(engine, since_ms=since_ms):
+            typer.echo(f"  {row['model']:<24} {row['requests']:>8}  {format_money(row['cost_nanousd'])}")
+
+    _with_keys(show)
+
+
+def _with_keys(use: "Callable[[KeyStore, Engine], Any]") -> Any:
+    from gateway.admission.keys import KeyStore, load_pepper
+    from gateway.ledger.store import connect
+    from gateway.settings import Settings, SettingsError
+
+    try:
+        settings = Settings.from_env()
+    except SettingsError as error:
+        _stop(str(error))
+    settings.prepare_home()
+    engine = connect(settings.database_url)
+    try:
+        return use(KeyStore(engine, load_pepper(settings.home)), engine)
+    finally:
+        engine.dispose()
+
+
+def _load(file: Path | None) -> "Policy":
+    from gateway.world import load_policy
+    from routers.errors import PolicyError
+
+    try:
+        return load_policy(None if file is None else str(file))
+    except PolicyError as error:
+        _stop(str(error))
+    except OSError as error:
+        _stop(f"{file}: cannot be read ({error.strerror})")
+
+
+def _probe_signals(policy: "Policy", query: Any, prompt: str) -> "Signals":
+    """The probe's word on one prompt, in this process; absent where the probe is not installed."""
+    from probes.types import Estimate
+    from routers.types import Signals
+
+    heads = policy.heads_for(query)
+    if not heads or policy.difficulty is None:
+        return Signals()
+    try:
+        from probes.runtime import EncoderProbe, default_artifact_path
+    except ModuleNotFoundError as error:
+        typer.echo(f"note: no probe here ({error.name} is not installed); install leadline[local]", err=True)
+        return Signals(probe="unavailable")
+    name = policy.difficulty.probe
+    probe = EncoderProbe.load(default_artifact_path() if name == "default" else Path(name))
+    found = probe.probe([[{"role": "user", "content": prompt}]])[0]
+    return Signals(
+        p_success={m: Estimate(found[h], source=f"{probe.version}/{h}") for m, h in heads.items() if h in found},
+        probe="ok",
+    )
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ModuleNotFoundError:
+        return None
+    return uvloop.new_event_loop
+
+
+def _mount_probe() -> None:
+    try:
+        from probes.cli import app as probe_app
+    except ModuleNotFoundError:
+        return
+    app.add_typer(probe_app, name="probe")
+
+
+def _stop(message: str) -> NoReturn:
+    typer.echo(message, err=True)
+    raise typer.Exit(os.EX_DATAERR)

@@ -1,0 +1,1 @@
+"""The cost dashboard: server-rendered, no build step, no outside request."""

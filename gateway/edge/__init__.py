@@ -1,0 +1,1 @@
+"""Parse and answer: the wire formats, and nothing else, live here."""

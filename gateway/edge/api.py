@@ -1,0 +1,144 @@
+"""Everything beside the data plane: models, health, metrics, receipts, spend, explain. FastAPI, documented at /docs."""
+
+import asyncio
+import time
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from gateway import __version__
+from gateway.admission.keys import Principal
+from gateway.edge.wire import read_headers
+from gateway.errors import LeadlineError, NotFound
+from gateway.ledger import report
+from gateway.lifecycle import BYTES_PER_TOKEN, Lifecycle
+from routers.explain import to_dict, to_lines
+from routers.types import Query
+
+router = APIRouter()
+
+
+def lifecycle_of(request: Request) -> Lifecycle:
+    lifecycle: Lifecycle = request.app.state.lifecycle
+    return lifecycle
+
+
+def caller(request: Request) -> Principal:
+    """The key's owner. Raises Unauthenticated."""
+    return lifecycle_of(request).keys.authenticate(read_headers(request.scope["headers"]).token)
+
+
+Caller = Annotated[Principal, Depends(caller)]
+TheLifecycle = Annotated[Lifecycle, Depends(lifecycle_of)]
+
+
+@router.get("/health/liveness", tags=["health"])
+async def liveness() -> dict[str, str]:
+    """The process runs its event loop. Asks nobody else."""
+    return {"status": "alive", "version": __version__}
+
+
+@router.get("/health/readiness", tags=["health"])
+async def readiness(lifecycle: TheLifecycle) -> Response:
+    """200 while at least one model of the policy can serve; what is not available is named."""
+    world = lifecycle.world
+    unavailable = world.unavailable()
+    ready = len(unavailable) < len(world.targets) and lifecycle.ledger.accepts
+    body = {
+        "status": "ready" if ready else "not_ready",
+        "unavailable": unavailable,
+        "policy": world.policy.version_hash,
+    }
+    return JSONResponse(body, status_code=200 if ready else 503)
+
+
+@router.get("/metrics", tags=["health"])
+async def metrics(lifecycle: TheLifecycle) -> Response:
+    return Response(lifecycle.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@router.get("/v1/models", tags=["openai"])
+async def models(principal: Caller, lifecycle: TheLifecycle) -> dict[str, Any]:
+    """The policy's models and aliases, in OpenAI's shape."""
+    policy = lifecycle.world.policy
+    owners = [(alias, "leadline") for alias in policy.aliases]
+    owners += [(model.name, model.provider) for model in policy.models.values()]
+    return {
+        "object": "list",
+        "data": [{"id": name, "object": "model", "created": 0, "owned_by": owner} for name, owner in owners],
+    }
+
+
+@router.get("/v1/models/{name:path}", tags=["openai"])
+async def model(name: str, principal: Caller, lifecycle: TheLifecycle) -> dict[str, Any]:
+    for entry in (await models(principal, lifecycle))["data"]:
+        if entry["id"] == name:
+            return dict(entry)
+    raise NotFound(f"model: {name[:100]!r} is not in the policy.", param="model")
+
+
+@router.get("/leadline/v1/requests/{request_id}", tags=["receipts"])
+async def receipt(request_id: str, principal: Caller, lifecycle: TheLifecycle) -> dict[str, Any]:
+    """One request's receipt: its row, its attempts, its decision. Only the caller's own tenant's (admins: any)."""
+    await lifecycle.ledger.flush()
+    found = await asyncio.to_thread(report.request, lifecycle.ledger.engine, request_id, tenant=_scope(principal))
+    if found is None:
+        raise NotFound(f"request: {request_id[:60]!r} is not in the ledger.")
+    row, attempts = found
+    decision = row.pop("decision")
+    return {**row, "decision": msgspec.json.decode(decision) if decision else None, "attempt_rows": attempts}
+
+
+@router.get("/leadline/v1/spend", tags=["receipts"])
+async def spend(principal: Caller, lifecycle: TheLifecycle, hours: float = 720) -> dict[str, Any]:
+    """Totals of the caller's tenant (admins: of all) over the last `hours`."""
+    await lifecycle.ledger.flush()
+    since_ms = int((time.time() - max(0.0, hours) * 3600) * 1000)
+    engine, tenant = lifecycle.ledger.engine, _scope(principal)
+    totals = await asyncio.to_thread(report.summary, engine, since_ms=since_ms, tenant=tenant)
+    models = await asyncio.to_thread(report.by_model, engine, since_ms=since_ms, tenant=tenant)
+    return {"since_ms": since_ms, "tenant": tenant, **totals, "by_model": models}
+
+
+class ExplainRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = "auto"
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    tags: list[str] = []
+
+
+@router.post("/leadline/v1/explain", tags=["receipts"])
+async def explain(body: ExplainRequest, principal: Caller, lifecycle: TheLifecycle) -> dict[str, Any]:
+    """What would be decided for this request now, and why; nothing runs and nothing is spent on a model."""
+    messages = msgspec.json.encode(body.messages)
+    query = Query(
+        model=body.model,
+        tenant=principal.tenant,
+        input_tokens_estimate=-(-len(messages) // BYTES_PER_TOKEN),
+        input_tokens_max=len(messages),
+        max_output_tokens=body.max_tokens,
+        tags=frozenset(body.tags),
+    )
+    decision = await lifecycle.explain(query, messages)
+    return {"decision": to_dict(decision), "lines": to_lines(decision)}
+
+
+def _scope(principal: Principal) -> str | None:
+    return None if principal.role == "admin" else principal.tenant
+
+
+async def _error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, LeadlineError)
+    return JSONResponse(error.body(), status_code=error.http_status)
+
+
+def build_web() -> FastAPI:
+    web = FastAPI(title="Leadline", version=__version__, docs_url="/docs", redoc_url=None)
+    web.include_router(router)
+    web.add_exception_handler(LeadlineError, _error)
+    return web

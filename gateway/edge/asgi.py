@@ -1,0 +1,133 @@
+"""The data plane speaks ASGI directly: no framework object is built per request (docs/decisions.md has the numbers)."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from typing import Any
+
+import msgspec
+
+from gateway.errors import BodyTooLarge, InvalidRequest, LeadlineError
+from gateway.ticket import Headers
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+BODY_TIMEOUT_S = 30.0
+"""How long a caller may take to send its body."""
+JSON = (b"content-type", b"application/json")
+_encode = msgspec.json.Encoder().encode
+
+
+class ClientGone(Exception):
+    """The caller hung up before its request was read."""
+
+
+async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
+    """Raises BodyTooLarge as soon as the size is known, InvalidRequest for a body that does not arrive, ClientGone."""
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit() and int(value) > max_bytes:
+            raise _too_large(max_bytes)
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                if size > max_bytes:
+                    raise _too_large(max_bytes)
+                if not message.get("more_body"):
+                    return b"".join(parts)
+    except TimeoutError as error:
+        raise InvalidRequest(f"The body did not arrive within {BODY_TIMEOUT_S:g} s.") from error
+
+
+def _too_large(max_bytes: int) -> BodyTooLarge:
+    return BodyTooLarge(
+        f"The body is larger than {max_bytes >> 20} MiB. Send less, or raise LEADLINE_MAX_BODY_MIB on the gateway."
+    )
+
+
+class AsgiReply:
+    """One HTTP answer, whole or as server-sent events."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._streaming = False
+        self.complete = False
+        """The whole answer has been handed to the server."""
+
+    async def whole(self, status: int, headers: Headers, body: bytes) -> None:
+        await self._send(
+            {
+                "type": "http.response.start",
+                "status": status,
+                "headers": [JSON, (b"content-length", b"%d" % len(body)), *headers],
+            }
+        )
+        self.complete = True
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def start_stream(self, headers: Headers) -> None:
+        self._streaming = True
+        await self._send(
+            {
+                "type": "http.response.start",
+                "status": 200,
+                "headers": [
+                    (b"content-type", b"text/event-stream; charset=utf-8"),
+                    (b"cache-control", b"no-cache"),
+                    (b"x-accel-buffering", b"no"),
+                    *headers,
+                ],
+            }
+        )
+
+    async def send(self, data: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end(self) -> None:
+        self.complete = True
+        await self._send({"type": "http.response.body", "body": b""})
+
+    async def fail(self, error: LeadlineError, headers: Headers) -> None:
+        body = _encode(error.body())
+        if self._streaming:
+            await self.send(b"data: " + body + b"\n\n")
+            await self.end()
+            return
+        headers = [*headers, (b"x-should-retry", b"true" if error.should_retry else b"false")]
+        if error.retry_after_s is not None:
+            headers.append((b"retry-after", b"%d" % max(1, round(error.retry_after_s + 0.5))))
+            headers.append((b"retry-after-ms", b"%d" % (error.retry_after_s * 1000)))
+        await self.whole(error.http_status, headers, body)
+
+
+async def until_gone(receive: Receive, reply: AsgiReply, work: Coroutine[Any, Any, None]) -> None:
+    """Run `work` in this task, and cancel it when the caller hangs up before its answer is complete."""
+    here = asyncio.current_task()
+    assert here is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        if not reply.complete:
+            gone = True
+            here.cancel()
+
+    watching = asyncio.create_task(watch())
+    try:
+        await work
+    except asyncio.CancelledError:
+        if not gone:
+            raise
+        here.uncancel()
+    finally:
+        watching.cancel()

@@ -1,0 +1,27 @@
+"""`POST /v1/chat/completions`."""
+
+import os
+
+from gateway.edge.asgi import AsgiReply, ClientGone, Receive, Scope, Send, read_body, until_gone
+from gateway.edge.wire import read_chat, read_headers
+from gateway.errors import LeadlineError
+from gateway.lifecycle import Lifecycle
+
+
+class ChatEndpoint:
+    def __init__(self, lifecycle: Lifecycle, max_body_bytes: int) -> None:
+        self._lifecycle = lifecycle
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        reply = AsgiReply(send)
+        try:
+            headers = read_headers(scope["headers"])
+            self._lifecycle.keys.authenticate(headers.token)  # before a byte of the body is kept
+            call = read_chat(await read_body(scope, receive, self._max_body_bytes), headers)
+            await until_gone(receive, reply, self._lifecycle.chat(call, reply))
+        except LeadlineError as error:
+            # Not admitted: no row, no cost. What was admitted answers for itself, in lifecycle.
+            await reply.fail(error, [(b"x-request-id", b"req_" + os.urandom(12).hex().encode())])
+        except ClientGone:
+            return

@@ -1,0 +1,174 @@
+"""From the bytes of a chat request to a ChatCall: read what we need, touch nothing else.
+
+The caller's fields stay the caller's own bytes (`msgspec.Raw`) all the way to the provider, so that provider prompt
+caches see stable prefixes and fields that we do not know pass through.
+"""
+
+import re
+from collections.abc import Iterable
+from decimal import Decimal, InvalidOperation
+
+import msgspec
+
+from gateway.errors import InvalidRequest
+from gateway.upstream.types import CallHeaders, ChatCall, Sampling
+
+_MAX_CHOICES = 128
+
+
+class _Message(msgspec.Struct):
+    role: str
+
+
+class _StreamOptions(msgspec.Struct):
+    include_usage: bool | None = False
+
+
+class _ChatRequest(msgspec.Struct):
+    model: str
+    messages: list[_Message]
+    stream: bool | None = False
+    stream_options: _StreamOptions | None = None
+    n: int | None = 1
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    logprobs: bool | None = False
+    top_logprobs: int | None = None
+    tools: list[msgspec.Raw] | None = None
+    reasoning_effort: str | None = None
+
+
+_fields_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_request_decoder = msgspec.json.Decoder(_ChatRequest)
+_PATH = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
+_NOT_TEXT = (b'"image_url"', b'"input_audio"', b'"file"', b'"input_image"')
+
+
+def read_chat(body: bytes, headers: CallHeaders) -> ChatCall:
+    """Raises InvalidRequest, naming the field, what is wrong with it and what would be right."""
+    try:
+        fields = _fields_decoder.decode(body)
+        request = _request_decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise _invalid(str(error)) from error
+    except msgspec.DecodeError as error:
+        raise InvalidRequest(f"The body is not valid JSON: {error}.") from error
+    except RecursionError as error:
+        raise InvalidRequest("The body is nested too deeply; flatten it.") from error
+    choices = 1 if request.n is None else request.n
+    max_tokens = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
+    _check(request, choices, max_tokens)
+    return ChatCall(
+        fields=fields,
+        body_bytes=len(body),
+        model=request.model,
+        stream=bool(request.stream),
+        include_usage=bool(request.stream_options and request.stream_options.include_usage),
+        choices=choices,
+        has_tools=bool(request.tools),
+        text_only=not any(mark in body for mark in _NOT_TEXT),
+        sampling=Sampling(
+            max_tokens=max_tokens,
+            temperature=1.0 if request.temperature is None else request.temperature,
+            top_p=1.0 if request.top_p is None else request.top_p,
+            seed=request.seed,
+            stop=_stops(request.stop),
+            logprobs=bool(request.logprobs),
+            top_logprobs=request.top_logprobs or 0,
+            reasoning_effort=request.reasoning_effort,
+        ),
+        headers=headers,
+    )
+
+
+def _check(request: _ChatRequest, choices: int, max_tokens: int | None) -> None:
+    if not request.messages:
+        raise InvalidRequest("messages: [] is empty; send at least one message.", param="messages")
+    if not request.model or len(request.model) > 256:
+        raise InvalidRequest("model: must be 1 to 256 characters; `auto` lets the gateway choose.", param="model")
+    if not 1 <= choices <= _MAX_CHOICES:
+        raise InvalidRequest(f"n: {choices} is not between 1 and {_MAX_CHOICES}.", param="n")
+    if max_tokens is not None and max_tokens < 1:
+        name = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
+        raise InvalidRequest(f"{name}: {max_tokens} is not positive.", param=name)
+    if request.temperature is not None and not 0 <= request.temperature <= 2:
+        raise InvalidRequest(f"temperature: {request.temperature:g} is not between 0 and 2.", param="temperature")
+    if request.top_p is not None and not 0 < request.top_p <= 1:
+        raise InvalidRequest(f"top_p: {request.top_p:g} is not above 0 and at most 1.", param="top_p")
+    if request.top_logprobs is not None:
+        if not 0 <= request.top_logprobs <= 20:
+            raise InvalidRequest(f"top_logprobs: {request.top_logprobs} is not between 0 and 20.", param="top_logprobs")
+        if not request.logprobs:
+            raise InvalidRequest("top_logprobs: needs logprobs: true.", param="top_logprobs")
+
+
+def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
+    if stop is None:
+        return ()
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if any(not s for s in stops) or len(stops) > 16:
+        raise InvalidRequest("stop: send 1 to 16 strings, none of them empty.", param="stop")
+    return stops
+
+
+def _invalid(message: str) -> InvalidRequest:
+    """msgspec's sentence, with the field in front."""
+    found = _PATH.search(message)
+    path = found["path"] if found else None
+    sentence = message[: found.start()] if found else message
+    return InvalidRequest(f"{path}: {sentence}." if path else f"{sentence}.", param=path)
+
+
+_SESSION_HEADERS = (b"x-session-id", b"x-claude-code-session-id", b"session-id", b"thread-id")
+
+
+def read_headers(raw: Iterable[tuple[bytes, bytes]]) -> CallHeaders:
+    """The headers we read; all others are ignored, and none is forwarded. Raises InvalidRequest."""
+    token = ""
+    sessions: dict[bytes, str] = {}
+    tags: frozenset[str] = frozenset()
+    no_cache = no_store = False
+    scope: str | None = None
+    scope_budget: int | None = None
+    for name, value in raw:
+        if name == b"authorization":
+            scheme, _, rest = value.decode("latin-1").partition(" ")
+            token = rest.strip() if scheme.lower() == "bearer" else ""
+        elif name in _SESSION_HEADERS:
+            sessions[name] = value.decode("latin-1")[:128]
+        elif name == b"cache-control":
+            no_cache = no_cache or b"no-cache" in value or b"no-store" in value
+            no_store = no_store or b"no-store" in value
+        elif name.startswith(b"x-leadline-"):
+            text = value.decode("latin-1").strip()
+            if name == b"x-leadline-tags":
+                tags = frozenset(tag.strip() for tag in text.split(",") if tag.strip())
+            elif name == b"x-leadline-scope":
+                scope = _scope(text)
+            elif name == b"x-leadline-scope-budget":
+                scope_budget = _dollars(text)
+    if scope_budget is not None and scope is None:
+        raise InvalidRequest("x-leadline-scope-budget: needs x-leadline-scope, the name of the scope it limits.")
+    session = next((sessions[name] for name in _SESSION_HEADERS if name in sessions), None)
+    return CallHeaders(token, session, tags, no_cache, no_store, scope, scope_budget)
+
+
+def _scope(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._:-]{1,64}", text):
+        raise InvalidRequest("x-leadline-scope: use 1 to 64 letters, digits, '.', '_', ':' or '-'.")
+    return text
+
+
+def _dollars(text: str) -> int:
+    try:
+        nanousd = Decimal(text.removeprefix("$")) * 10**9
+        whole = int(nanousd)
+    except (InvalidOperation, ValueError, OverflowError):
+        whole, nanousd = -1, Decimal(0)
+    if whole < 0 or whole != nanousd or whole >= 2**63:
+        raise InvalidRequest(f"x-leadline-scope-budget: {text[:40]!r} is not an amount of dollars such as 0.50.")
+    return whole

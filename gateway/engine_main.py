@@ -1,0 +1,28 @@
+"""The engine process: `python -m gateway.engine_main CONFIG`, CONFIG being JSON from `gateway.engine_process`.
+
+The one place where engine and probe meet: neither package knows the other. The only module of `gateway` that leads to
+torch; no worker imports it.
+"""
+
+import json
+import sys
+
+from local_engine.config import EngineConfig, configure_process
+from local_engine.server import run_engine
+
+
+def main(argument: str) -> None:
+    config = json.loads(argument)
+    engine = EngineConfig(models=config["models"], socket_path=config["socket_path"])
+    configure_process(engine.threads)
+    prober = None
+    if config["probe"] is not None:
+        from probes.runtime import EncoderProbe, default_artifact_path
+
+        artifact = default_artifact_path() if config["probe"] == "default" else config["probe"]
+        prober = EncoderProbe.load(artifact)
+    run_engine(engine, prober)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

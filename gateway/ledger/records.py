@@ -1,0 +1,84 @@
+"""One request and its attempts on their way to the ledger: the rows of `tables`, as light structs for the hot path.
+
+The fields are those of the tables, name by name (a test compares them).
+"""
+
+import msgspec
+
+from gateway.ledger.settle import Usage
+
+
+class AttemptRecord(msgspec.Struct, array_like=True):
+    id: str
+    request_id: str
+    seq: int
+    model: str
+    provider: str
+    started_at_ms: int
+    first_byte_us: int | None = None
+    duration_us: int = 0
+    outcome: str = "running"
+    upstream_status: int | None = None
+    error: str | None = None
+    input_tokens: int = 0
+    cached_input_tokens: int = 0
+    cache_write_tokens: int = 0
+    output_tokens: int = 0
+    reasoning_tokens: int = 0
+    cost_nanousd: int | None = 0
+    cost_estimated: bool = False
+
+    def bill(self, usage: Usage, cost: int | None) -> None:
+        self.input_tokens = usage.input
+        self.cached_input_tokens = usage.cached_input
+        self.cache_write_tokens = usage.cache_write
+        self.output_tokens = usage.output
+        self.reasoning_tokens = usage.reasoning
+        self.cost_nanousd = cost
+        self.cost_estimated = usage.estimated
+
+
+class RequestRecord(msgspec.Struct, array_like=True):
+    id: str
+    created_at_ms: int
+    tenant: str
+    key_id: str
+    endpoint: str
+    stream: bool
+    model_requested: str
+    session: str | None = None
+    scope: str | None = None
+    model_served: str | None = None
+    provider: str | None = None
+    route: str = ""
+    policy_version: str = ""
+    decision: str | None = None
+    outcome: str = "running"
+    http_status: int = 0
+    error_code: str | None = None
+    cache: str = "off"
+    attempts: int = 0
+    input_tokens: int = 0
+    cached_input_tokens: int = 0
+    cache_write_tokens: int = 0
+    output_tokens: int = 0
+    reasoning_tokens: int = 0
+    cost_nanousd: int | None = 0
+    cost_estimated: bool = False
+    baseline_nanousd: int | None = None
+    reserved_nanousd: int = 0
+    first_byte_us: int | None = None
+    duration_us: int = 0
+    overhead_us: int = 0
+
+    def total(self, attempts: list[AttemptRecord]) -> None:
+        """Sum the attempts into the request: the request's cost is exactly what its attempts cost."""
+        self.attempts = len(attempts)
+        self.input_tokens = sum(a.input_tokens for a in attempts)
+        self.cached_input_tokens = sum(a.cached_input_tokens for a in attempts)
+        self.cache_write_tokens = sum(a.cache_write_tokens for a in attempts)
+        self.output_tokens = sum(a.output_tokens for a in attempts)
+        self.reasoning_tokens = sum(a.reasoning_tokens for a in attempts)
+        costs = [a.cost_nanousd for a in attempts]
+        self.cost_nanousd = None if any(c is None for c in costs) else sum(c for c in costs if c is not None)
+        self.cost_estimated = any(a.cost_estimated for a in attempts)

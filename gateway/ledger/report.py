@@ -1,0 +1,122 @@
+"""Read the ledger: sums and rows for the dashboard, the API and budgets. All from the same tables, all blocking."""
+
+from typing import Any
+
+from sqlalchemy import Engine, case, func, select
+from sqlmodel import col
+
+from gateway.ledger.tables import AttemptRow, RequestRow
+
+
+def spent_since(engine: Engine, scope: str, start_ms: int) -> int:
+    """Nano-dollars that `scope` (`key:ID`, `tenant:NAME` or `scope:KEY:NAME`) has spent since `start_ms`."""
+    kind, _, name = scope.partition(":")
+    query = select(func.coalesce(func.sum(col(RequestRow.cost_nanousd)), 0)).where(
+        col(RequestRow.created_at_ms) >= start_ms
+    )
+    if kind == "key":
+        query = query.where(col(RequestRow.key_id) == name)
+    elif kind == "tenant":
+        query = query.where(col(RequestRow.tenant) == name)
+    else:
+        key_id, _, label = name.partition(":")
+        query = query.where(col(RequestRow.key_id) == key_id, col(RequestRow.scope) == label)
+    with engine.connect() as connection:
+        return int(connection.execute(query).scalar_one() or 0)
+
+
+def summary(engine: Engine, *, since_ms: int, tenant: str | None = None) -> dict[str, Any]:
+    """Totals of all requests since `since_ms`, of one tenant or of all."""
+    row = RequestRow
+    query = select(
+        func.count().label("requests"),
+        func.coalesce(func.sum(col(row.cost_nanousd)), 0).label("cost_nanousd"),
+        func.coalesce(func.sum(col(row.baseline_nanousd)), 0).label("baseline_nanousd"),
+        func.coalesce(func.sum(case((col(row.cost_nanousd).is_(None), 1), else_=0)), 0).label("unpriced"),
+        func.coalesce(func.sum(case((col(row.cost_estimated), 1), else_=0)), 0).label("estimated"),
+        func.coalesce(func.sum(case((col(row.cache) == "hit", 1), else_=0)), 0).label("cache_hits"),
+        func.coalesce(func.sum(case((col(row.outcome) != "ok", 1), else_=0)), 0).label("not_ok"),
+        func.coalesce(
+            func.sum(col(row.input_tokens) + col(row.cached_input_tokens) + col(row.cache_write_tokens)), 0
+        ).label("input_tokens"),
+        func.coalesce(func.sum(col(row.output_tokens) + col(row.reasoning_tokens)), 0).label("output_tokens"),
+    ).where(col(row.created_at_ms) >= since_ms)
+    if tenant is not None:
+        query = query.where(col(row.tenant) == tenant)
+    with engine.connect() as connection:
+        return {name: int(value) for name, value in connection.execute(query).mappings().one().items()}
+
+
+def by_model(engine: Engine, *, since_ms: int, tenant: str | None = None) -> list[dict[str, Any]]:
+    """Requests, cost and tokens per model served, most requests first."""
+    row = RequestRow
+    query = (
+        select(
+            col(row.model_served).label("model"),
+            func.count().label("requests"),
+            func.coalesce(func.sum(col(row.cost_nanousd)), 0).label("cost_nanousd"),
+            func.coalesce(func.sum(case((col(row.cache) == "hit", 1), else_=0)), 0).label("cache_hits"),
+        )
+        .where(col(row.created_at_ms) >= since_ms, col(row.model_served).is_not(None))
+        .group_by(col(row.model_served))
+        .order_by(func.count().desc(), col(row.model_served))
+    )
+    if tenant is not None:
+        query = query.where(col(row.tenant) == tenant)
+    with engine.connect() as connection:
+        return [
+            {"model": r["model"], "requests": int(r["requests"]), "cost_nanousd": int(r["cost_nanousd"]),
+             "cache_hits": int(r["cache_hits"])}
+            for r in connection.execute(query).mappings()
+        ]  # fmt: skip
+
+
+def by_hour(engine: Engine, *, since_ms: int) -> list[dict[str, int]]:
+    """Requests and cost per hour since `since_ms`; hours without requests are absent."""
+    hour = (col(RequestRow.created_at_ms) // 3_600_000).label("hour")
+    query = (
+        select(
+            hour, func.count().label("requests"), func.coalesce(func.sum(col(RequestRow.cost_nanousd)), 0).label("cost")
+        )
+        .where(col(RequestRow.created_at_ms) >= since_ms)
+        .group_by(hour)
+        .order_by(hour)
+    )
+    with engine.connect() as connection:
+        return [
+            {"start_ms": int(r["hour"]) * 3_600_000, "requests": int(r["requests"]), "cost_nanousd": int(r["cost"])}
+            for r in connection.execute(query).mappings()
+        ]
+
+
+def last_requests(
+    engine: Engine, *, limit: int, tenant: str | None = None, before_ms: int | None = None
+) -> list[dict[str, Any]]:
+    """The newest rows first, decisions left out."""
+    columns = [c for c in RequestRow.__table__.columns if c.name != "decision"]  # type: ignore[attr-defined]
+    query = select(*columns).order_by(col(RequestRow.created_at_ms).desc(), col(RequestRow.id).desc()).limit(limit)
+    if tenant is not None:
+        query = query.where(col(RequestRow.tenant) == tenant)
+    if before_ms is not None:
+        query = query.where(col(RequestRow.created_at_ms) < before_ms)
+    with engine.connect() as connection:
+        return [dict(r) for r in connection.execute(query).mappings()]
+
+
+def request(
+    engine: Engine, request_id: str, *, tenant: str | None = None
+) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+    """One request's row with its attempts; None when there is none (or it is another tenant's)."""
+    with engine.connect() as connection:
+        query = select(RequestRow.__table__).where(col(RequestRow.id) == request_id)  # type: ignore[attr-defined]
+        if tenant is not None:
+            query = query.where(col(RequestRow.tenant) == tenant)
+        found = connection.execute(query).mappings().first()
+        if found is None:
+            return None
+        attempts = connection.execute(
+            select(AttemptRow.__table__)  # type: ignore[attr-defined]
+            .where(col(AttemptRow.request_id) == request_id)
+            .order_by(col(AttemptRow.seq))
+        ).mappings()
+        return dict(found), [dict(attempt) for attempt in attempts]

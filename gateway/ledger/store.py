@@ -1,0 +1,176 @@
+"""The SQL side of the ledger: rows in batches from one writer thread, reads beside it.
+
+`close_request` returns once the journal has the row; SQL follows within `BATCH_WAIT_S`. A reader who must see its own
+writes awaits `flush` first.
+"""
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import structlog
+from sqlalchemy import Engine, Table, create_engine, event
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlmodel import SQLModel
+
+from gateway.ledger.journal import Journal
+from gateway.ledger.records import AttemptRecord, RequestRecord
+from gateway.ledger.tables import AttemptRow, RequestRow
+
+BATCH_ROWS = 256
+BATCH_WAIT_S = 0.05
+RETRY_WAIT_S = 0.5
+MAX_PENDING = 100_000
+"""Closed requests that may wait for SQL in memory; past that, nothing new is admitted."""
+
+log = structlog.get_logger(__name__)
+Closed = tuple[RequestRecord, list[AttemptRecord]]
+
+
+def connect(url: str) -> Engine:
+    """An engine for `url`; creates the tables that are missing."""
+    engine = create_engine(url, pool_pre_ping=True)
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _sqlite_pragmas)
+    SQLModel.metadata.create_all(engine)
+    return engine
+
+
+def _sqlite_pragmas(connection: Any, _record: Any) -> None:
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=NORMAL")
+    cursor.execute("PRAGMA busy_timeout=5000")
+    cursor.close()
+
+
+class LedgerStore:
+    """Writes closed requests; owned by the event loop, with one thread of its own from `start` to `stop`."""
+
+    def __init__(self, engine: Engine, journal: Journal) -> None:
+        self.engine = engine
+        self.journal = journal
+        self._insert_request = _insert_or_ignore(engine, RequestRow)
+        self._insert_attempt = _insert_or_ignore(engine, AttemptRow)
+        self._pending: deque[Closed] = deque()
+        self._wake = threading.Event()
+        self._urgent = threading.Event()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._enqueued = 0
+        self._committed = 0
+        self._barriers: list[tuple[int, asyncio.Future[None]]] = []
+
+    def replay(self) -> int:
+        """Bring what a crash left in the journal into SQL; returns how many requests that were. Call before `start`."""
+        rows = self.journal.recover()
+        for at in range(0, len(rows), BATCH_ROWS):
+            self._insert(rows[at : at + BATCH_ROWS])
+        self.journal.forget()
+        return len(rows)
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._write_batches, name="ledger-writer", daemon=True)
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """Write what is pending, then end the thread and release the journal."""
+        try:
+            async with asyncio.timeout(10):
+                await self.flush()
+        except TimeoutError:
+            log.warning("ledger.stop_without_flush", pending=len(self._pending))
+        self._stopping = True
+        self._urgent.set()
+        self._wake.set()
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join, 5)
+        self.journal.close()
+
+    @property
+    def accepts(self) -> bool:
+        """False while SQL is so far behind that admitting more would not be bounded."""
+        return len(self._pending) < MAX_PENDING
+
+    def close_request(self, request: RequestRecord, attempts: list[AttemptRecord]) -> None:
+        """The final rows of one request: durable in the journal on return, in SQL soon after."""
+        try:
+            self.journal.closed(request, attempts)
+        except OSError as error:
+            log.error("journal.write_failed", error=str(error), request_id=request.id)
+        self._pending.append((request, attempts))
+        self._enqueued += 1
+        if not self._wake.is_set():
+            self._wake.set()
+
+    async def flush(self) -> None:
+        """Returns when everything closed before this call is in SQL."""
+        if self._committed >= self._enqueued:
+            return
+        barrier: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._barriers.append((self._enqueued, barrier))
+        self._urgent.set()
+        self._wake.set()
+        await barrier
+
+    def statistics(self) -> dict[str, int]:
+        return {"pending": len(self._pending), "uncommitted": self.journal.uncommitted()}
+
+    def _write_batches(self) -> None:
+        while True:
+            self._wake.wait()
+            self._wake.clear()
+            while self._pending:
+                if len(self._pending) < BATCH_ROWS:
+                    self._urgent.wait(BATCH_WAIT_S)
+                batch = [self._pending[i] for i in range(min(BATCH_ROWS, len(self._pending)))]
+                try:
+                    self._insert(batch)
+                except Exception as error:
+                    log.error("ledger.write_failed", error=str(error)[:300], pending=len(self._pending))
+                    if self._stopping:
+                        return
+                    time.sleep(RETRY_WAIT_S)
+                    continue
+                for _ in batch:
+                    self._pending.popleft()
+                if self._loop is not None and not self._loop.is_closed():
+                    self._loop.call_soon_threadsafe(self._on_committed, [request.id for request, _ in batch])
+            self._urgent.clear()
+            if self._stopping:
+                return
+
+    def _on_committed(self, ids: list[str]) -> None:
+        self._committed += len(ids)
+        self.journal.committed(ids)
+        waiting = []
+        for goal, barrier in self._barriers:
+            if self._committed >= goal:
+                if not barrier.done():
+                    barrier.set_result(None)
+            else:
+                waiting.append((goal, barrier))
+        self._barriers = waiting
+        if waiting:
+            self._urgent.set()
+            self._wake.set()
+
+    def _insert(self, rows: Sequence[Closed]) -> None:
+        requests = [msgspec.structs.asdict(request) for request, _ in rows]
+        attempts = [msgspec.structs.asdict(attempt) for _, tried in rows for attempt in tried]
+        with self.engine.begin() as connection:
+            connection.execute(self._insert_request, requests)
+            if attempts:
+                connection.execute(self._insert_attempt, attempts)
+
+
+def _insert_or_ignore(engine: Engine, model: type[SQLModel]) -> Any:
+    dialect = postgresql if engine.dialect.name == "postgresql" else sqlite
+    table: Table = model.__table__  # type: ignore[attr-defined]
+    return dialect.insert(table).on_conflict_do_nothing(index_elements=["id"])

@@ -1,0 +1,94 @@
+"""The SQL tables, the same on SQLite and on PostgreSQL.
+
+Money is integers of nano-dollars (1 USD = 10**9); time is integers: milliseconds since the epoch for instants,
+microseconds for durations. A NULL cost is *unpriced*, never zero.
+"""
+
+from typing import Any
+
+from sqlalchemy import BigInteger, Column, Index, Text
+from sqlmodel import Field, SQLModel
+
+
+def _big(*, nullable: bool = False) -> Any:
+    return Field(default=None if nullable else 0, sa_column=Column(BigInteger, nullable=nullable))
+
+
+class ApiKey(SQLModel, table=True):
+    """A caller's key: only its HMAC is kept; looked up by its public id."""
+
+    __tablename__ = "api_key"
+
+    id: str = Field(primary_key=True, max_length=16)
+    name: str = Field(max_length=64, unique=True)
+    tenant: str = Field(max_length=64, index=True)
+    role: str = Field(max_length=16)
+    hash: str = Field(max_length=64)
+    created_at_ms: int = _big()
+    revoked_at_ms: int | None = _big(nullable=True)
+    budget_nanousd: int | None = _big(nullable=True)
+    budget_window: str | None = Field(default=None, max_length=8)
+
+
+class RequestRow(SQLModel, table=True):
+    """One per admitted request, whatever happened to it."""
+
+    __tablename__ = "request"
+    __table_args__ = (Index("request_by_key_time", "key_id", "created_at_ms"),)
+
+    id: str = Field(primary_key=True, max_length=40)
+    created_at_ms: int = Field(sa_column=Column(BigInteger, nullable=False, index=True))
+    tenant: str = Field(max_length=64)
+    key_id: str = Field(max_length=16)
+    endpoint: str = Field(max_length=32)
+    stream: bool
+    session: str | None = Field(default=None, max_length=128)
+    scope: str | None = Field(default=None, max_length=64)
+    model_requested: str = Field(max_length=256)
+    model_served: str | None = Field(default=None, max_length=128)
+    provider: str | None = Field(default=None, max_length=64)
+    route: str = Field(default="", max_length=64)
+    policy_version: str = Field(default="", max_length=64)
+    decision: str | None = Field(default=None, sa_column=Column(Text, nullable=True))
+    outcome: str = Field(max_length=16)
+    http_status: int
+    error_code: str | None = Field(default=None, max_length=64)
+    cache: str = Field(default="off", max_length=8)
+    attempts: int = 0
+    input_tokens: int = _big()
+    cached_input_tokens: int = _big()
+    cache_write_tokens: int = _big()
+    output_tokens: int = _big()
+    reasoning_tokens: int = _big()
+    cost_nanousd: int | None = _big(nullable=True)
+    cost_estimated: bool = False
+    baseline_nanousd: int | None = _big(nullable=True)
+    reserved_nanousd: int = _big()
+    first_byte_us: int | None = _big(nullable=True)
+    duration_us: int = _big()
+    overhead_us: int = _big()
+
+
+class AttemptRow(SQLModel, table=True):
+    """One per upstream call, linked to its request."""
+
+    __tablename__ = "attempt"
+
+    id: str = Field(primary_key=True, max_length=48)
+    request_id: str = Field(max_length=40, index=True)
+    seq: int
+    model: str = Field(max_length=128)
+    provider: str = Field(max_length=64)
+    started_at_ms: int = _big()
+    first_byte_us: int | None = _big(nullable=True)
+    duration_us: int = _big()
+    outcome: str = Field(max_length=24)
+    upstream_status: int | None = None
+    error: str | None = Field(default=None, max_length=300)
+    input_tokens: int = _big()
+    cached_input_tokens: int = _big()
+    cache_write_tokens: int = _big()
+    output_tokens: int = _big()
+    reasoning_tokens: int = _big()
+    cost_nanousd: int | None = _big(nullable=True)
+    cost_estimated: bool = False

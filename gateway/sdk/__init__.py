@@ -1,0 +1,1 @@
+"""The Python SDK: `openai.OpenAI` with the gateway's address, and typed receipts."""

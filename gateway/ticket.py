@@ -1,0 +1,203 @@
+"""One admitted request: what is known of it, what it holds, what it has cost so far.
+
+The journal hears of an attempt before it goes out, budgets hold the most it can cost while it runs, and `settle`
+closes the row exactly once. Nothing here awaits, so nothing can come in between.
+"""
+
+import time
+from dataclasses import dataclass
+
+from gateway.admission.budgets import Budget, Hold, reserve
+from gateway.ledger.records import AttemptRecord, RequestRecord
+from gateway.ledger.settle import NO_USAGE, Usage, cost_nanousd, estimated_usage, worst_case_usage
+from gateway.ledger.store import LedgerStore
+from gateway.telemetry.metrics import Metrics
+from gateway.upstream.types import ChatCall, Target, UpstreamError
+from gateway.world import World
+from routers.policy import Price
+from routers.types import Decision, Query
+from routers.units import format_money
+
+Headers = list[tuple[bytes, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """An attempt under way: what it holds, and since when."""
+
+    hold: Hold
+    started_ns: int
+
+
+class Ticket:
+    def __init__(
+        self,
+        call: ChatCall,
+        query: Query,
+        world: World,
+        budgets: tuple[Budget, ...],
+        record: RequestRecord,
+        ledger: LedgerStore,
+        metrics: Metrics,
+    ) -> None:
+        self.call = call
+        self.query = query
+        self.world = world
+        self.budgets = budgets
+        self.record = record
+        self.decision: Decision | None = None
+        self.baseline_price: Price | None = None
+        """What repricing compares with; None where nothing was chosen."""
+        self.cache_key: bytes | None = None
+        self.cache_ttl_s = 0.0
+        self.attempts: list[AttemptRecord] = []
+        self._ledger = ledger
+        self._metrics = metrics
+        self._running: dict[str, _Running] = {}
+        self._started_ns = time.perf_counter_ns()
+        self._upstream_ns = 0
+        self._settled = False
+
+    def budget_remaining(self) -> int | None:
+        return min((budget.remaining_nanousd for budget in self.budgets), default=None)
+
+    # attempts -------------------------------------------------------------------------------------------------------
+
+    def begin_attempt(self, target: Target) -> AttemptRecord:
+        """Hold the most this attempt can cost, then journal it: only then may it go out. Raises BudgetExceeded."""
+        record, call = self.record, self.call
+        asked = call.sampling.max_tokens
+        worst = worst_case_usage(
+            target.price,
+            body_bytes=call.body_bytes,
+            context=target.context,
+            max_output=min(asked, target.max_output) if asked is not None else target.max_output,
+            choices=call.choices,
+            text_only=call.text_only,
+        )
+        worst_cost = cost_nanousd(target.price, worst)
+        hold = reserve(self.budgets, worst_cost)
+        seq = len(self.attempts)
+        attempt = AttemptRecord(
+            id=f"{record.id}-{seq}",
+            request_id=record.id,
+            seq=seq,
+            model=target.model,
+            provider=target.provider,
+            started_at_ms=time.time_ns() // 1_000_000,
+        )
+        attempt.bill(worst, worst_cost)  # what the journal believes until the end is known
+        self.attempts.append(attempt)
+        self._running[attempt.id] = _Running(hold, time.perf_counter_ns())
+        record.model_served, record.provider = target.model, target.provider
+        record.reserved_nanousd = max(record.reserved_nanousd, worst_cost)
+        self._ledger.journal.dispatched(attempt)
+        return attempt
+
+    def first_byte(self, attempt: AttemptRecord) -> None:
+        now_ns = time.perf_counter_ns()
+        waited_ns = now_ns - self._running[attempt.id].started_ns
+        attempt.first_byte_us = waited_ns // 1000
+        self._upstream_ns += waited_ns
+        self.record.first_byte_us = (now_ns - self._started_ns) // 1000
+        self.record.overhead_us = (now_ns - self._started_ns - self._upstream_ns) // 1000
+
+    def fail_attempt(self, attempt: AttemptRecord, error: UpstreamError) -> None:
+        """One that never gave its first byte. It costs nothing, unless the provider may have worked on it."""
+        attempt.upstream_status = error.status
+        attempt.error = error.message[:300]
+        self._upstream_ns += time.perf_counter_ns() - self._running[attempt.id].started_ns
+        self.end_attempt(attempt, error.cause, None if error.may_be_billed else NO_USAGE)
+
+    def end_attempt(
+        self, attempt: AttemptRecord, outcome: str, usage: Usage | None, *, delivered_bytes: int = 0, deltas: int = 0
+    ) -> None:
+        """Bill one attempt and give its hold back. `usage` None: the provider did not say, so it is estimated."""
+        running = self._running.pop(attempt.id)
+        target = self.world.targets[attempt.model]
+        if usage is None:
+            usage = estimated_usage(
+                body_bytes=self.call.body_bytes, delivered_bytes=delivered_bytes, delivered_deltas=deltas
+            )
+        cost = cost_nanousd(target.price, usage)
+        attempt.bill(usage, cost)
+        attempt.outcome = outcome
+        attempt.duration_us = (time.perf_counter_ns() - running.started_ns) // 1000
+        running.hold.settle(cost)
+        self._metrics.attempt(attempt)
+
+    # the end --------------------------------------------------------------------------------------------------------
+
+    def settle(self, outcome: str, status: int, error_code: str | None = None) -> None:
+        """Close the row: once, by this code alone, however the request ended. Later calls do nothing."""
+        if self._settled:
+            return
+        self._settled = True
+        for attempt in self.attempts:
+            if attempt.id in self._running:  # its caller left
+                self.end_attempt(attempt, "cancelled", None)
+        record = self.record
+        record.outcome, record.http_status, record.error_code = outcome, status, error_code
+        record.total(self.attempts)
+        if self.baseline_price is not None and self.attempts:
+            record.baseline_nanousd = cost_nanousd(self.baseline_price, _usage(self.attempts[-1]))
+        record.duration_us = (time.perf_counter_ns() - self._started_ns) // 1000
+        if record.first_byte_us is None:
+            record.overhead_us = record.duration_us - self._upstream_ns // 1000
+        self._ledger.close_request(record, self.attempts)
+        self._metrics.request(record)
+
+    def headers(self, *, final: bool) -> Headers:
+        """What every answer says of itself. `final`: the cost is known (a stream learns it at its end)."""
+        record = self.record
+        headers = [
+            (b"x-request-id", record.id.encode()),
+            (b"x-leadline-decision", b"dec" + record.id[3:].encode()),
+            (b"x-leadline-model", (record.model_served or "").encode()),
+            (b"x-leadline-provider", (record.provider or "").encode()),
+            (b"x-leadline-route", record.route.encode()),
+            (b"x-leadline-cache", record.cache.encode()),
+            (b"x-leadline-attempts", b"%d" % len(self.attempts)),
+            (b"x-leadline-overhead-ms", b"%.3f" % (record.overhead_us / 1000)),
+        ]
+        if not final:
+            headers.append((b"x-leadline-cost-nanousd", b"in-last-event"))
+        elif record.cost_nanousd is None:
+            headers.append((b"x-leadline-cost-nanousd", b"unpriced"))
+        else:
+            usd = format_money(record.cost_nanousd).removeprefix("$").encode()
+            headers += [
+                (b"x-leadline-cost-nanousd", b"%d" % record.cost_nanousd),
+                (b"x-leadline-cost", usd),
+                (b"x-litellm-response-cost", usd),  # dashboards made for LiteLLM read this one
+            ]
+        remaining = self.budget_remaining()
+        if remaining is not None:
+            headers.append((b"x-leadline-budget-remaining-nanousd", b"%d" % remaining))
+        if self.decision is not None and self.decision.degraded:
+            headers.append((b"x-leadline-degraded", self.decision.degraded.encode()))
+        return headers
+
+    def receipt(self) -> dict[str, object]:
+        """The extension that a stream's last usage chunk carries."""
+        record = self.record
+        return {
+            "request_id": record.id,
+            "model": record.model_served,
+            "provider": record.provider,
+            "route": record.route,
+            "cost_nanousd": record.cost_nanousd,
+            "cost_estimated": record.cost_estimated,
+            "cache": record.cache,
+            "attempts": len(self.attempts),
+        }
+
+
+def _usage(attempt: AttemptRecord) -> Usage:
+    return Usage(
+        attempt.input_tokens,
+        attempt.cached_input_tokens,
+        attempt.cache_write_tokens,
+        attempt.output_tokens,
+        attempt.reasoning_tokens,
+    )

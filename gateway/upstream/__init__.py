@@ -1,0 +1,1 @@
+"""Run it: local engine or remote server, one interface, streams and whole answers alike."""

@@ -1,0 +1,227 @@
+"""The local engine as an upstream: engine events in, OpenAI chunks out.
+
+The engine runs in its own process; this side holds no torch. A call that its caller abandons is cancelled in the
+engine within one step, because closing the iterator sends the cancel.
+"""
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+import msgspec
+
+from gateway.ledger.settle import Usage
+from gateway.upstream.gather import Gathered
+from gateway.upstream.types import Answer, ChatCall, Event, StreamState, Target, UpstreamError
+from local_engine.client import EngineClient
+from local_engine.errors import EngineFailure, EngineGone
+from local_engine.types import Delta, Effort, Finished, SamplingParams, TokenLogprob
+
+_encode = msgspec.json.Encoder().encode
+_EFFORTS: dict[str, Effort] = {
+    "none": "none", "minimal": "none", "low": "low", "medium": "high", "high": "high", "xhigh": "high",
+}  # fmt: skip
+_FINISH = {"stop": "stop", "length": "length", "cancelled": "stop"}
+
+
+class EngineLink(Protocol):
+    """Where the running engine is; a supervisor may replace it at any time."""
+
+    @property
+    def client(self) -> EngineClient | None:
+        """None while no engine is up."""
+        ...
+
+
+class LocalUpstream:
+    def __init__(self, link: EngineLink) -> None:
+        self._link = link
+        self._seeds = itertools.count(time.time_ns() & 0x7FFFFFFF)
+
+    def unavailable(self, target: Target) -> str | None:
+        client = self._link.client
+        if client is None:
+            return "the engine process is not up"
+        if all(card.name != target.wire_model for card in client.hello.models):
+            return f"the engine has not loaded {target.wire_model}"
+        return None
+
+    async def stream(self, target: Target, call: ChatCall) -> "LocalStream":
+        client = self._link.client
+        if client is None:
+            raise UpstreamError("engine_gone", "the engine process is not up")
+        stream = LocalStream(self._generations(client, target, call), target.model, call)
+        try:
+            await stream.read_first()
+        except BaseException:
+            await stream.close()
+            raise
+        return stream
+
+    async def complete(self, target: Target, call: ChatCall) -> Answer:
+        """The stream, gathered: one code path, so that both are metered alike."""
+        stream = await self.stream(target, call)
+        whole = Gathered(stream.completion_id, stream.created, target.model)
+        try:
+            async for events in stream:
+                for event in events:
+                    whole.add(event.data)
+        finally:
+            await stream.close()
+        return Answer(whole.body(), stream.state.usage, stream.state.delivered_bytes)
+
+    def _generations(
+        self, client: EngineClient, target: Target, call: ChatCall
+    ) -> list[AsyncIterator[Delta | Finished]]:
+        asked = call.sampling
+        seed = asked.seed if asked.seed is not None else next(self._seeds)
+        tools = call.fields.get("tools")
+        return [
+            client.generate(
+                target.wire_model,
+                bytes(call.fields["messages"]),
+                SamplingParams(
+                    max_tokens=asked.max_tokens,
+                    temperature=asked.temperature,
+                    top_p=asked.top_p,
+                    seed=seed + choice,
+                    stop=asked.stop,
+                    logprobs=asked.logprobs,
+                    top_logprobs=asked.top_logprobs,
+                    effort=_EFFORTS.get(asked.reasoning_effort or "low", "low"),
+                ),
+                tools_json=bytes(tools) if tools is not None else None,
+            )
+            for choice in range(call.choices)
+        ]
+
+
+class LocalStream:
+    """The choices of one call, merged as their tokens come."""
+
+    def __init__(self, generations: list[AsyncIterator[Delta | Finished]], model: str, call: ChatCall) -> None:
+        self.state = StreamState()
+        self.completion_id = f"chatcmpl-{time.time_ns():x}"
+        self.created = int(time.time())
+        self._model = model
+        self._wants_logprobs = call.sampling.logprobs
+        self._generations = generations
+        self._merged: asyncio.Queue[tuple[int, Delta | Finished | BaseException]] = asyncio.Queue(maxsize=256)
+        self._tasks = [asyncio.create_task(self._pump(i, g)) for i, g in enumerate(generations)]
+        self._running = len(generations)
+        self._finished: list[Finished] = []
+        self._first: list[Event] = []
+
+    async def read_first(self) -> None:
+        self._first = [
+            self._chunk(choice, {"role": "assistant", "content": ""}) for choice in range(len(self._generations))
+        ]
+        self._first.extend(await self._read_group())
+
+    async def __aiter__(self) -> AsyncIterator[list[Event]]:
+        yield self._first
+        while self._running:
+            yield await self._read_group()
+        self.state.done = True
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _pump(self, choice: int, generation: AsyncIterator[Delta | Finished]) -> None:
+        try:
+            async for item in generation:
+                await self._merged.put((choice, item))
+        except (EngineFailure, EngineGone) as error:
+            await self._merged.put((choice, error))
+        finally:
+            close = getattr(generation, "aclose", None)
+            if close is not None:
+                await close()
+
+    async def _read_group(self) -> list[Event]:
+        """Waits for one event, then takes what else has arrived."""
+        waiting = [await self._merged.get()]
+        while not self._merged.empty():
+            waiting.append(self._merged.get_nowait())
+        events: list[Event] = []
+        for choice, item in waiting:
+            if isinstance(item, BaseException):
+                raise _upstream_error(item)
+            if isinstance(item, Delta):
+                events.append(self._delta(choice, item))
+            else:
+                self._running -= 1
+                self._finished.append(item)
+                events.append(self._chunk(choice, {}, finish_reason=_FINISH[item.finish_reason]))
+        if not self._running:
+            events.append(self._usage())
+        return events
+
+    def _delta(self, choice: int, delta: Delta) -> Event:
+        fields: dict[str, Any] = {}
+        if delta.reasoning:
+            fields["reasoning_content"] = delta.reasoning
+        if delta.content:
+            fields["content"] = delta.content
+        self.state.delivered_bytes += len(delta.reasoning.encode()) + len(delta.content.encode())
+        self.state.deltas += delta.tokens
+        logprobs = {"content": [_logprob(token) for token in delta.logprobs]} if self._wants_logprobs else None
+        return self._chunk(choice, fields, logprobs=logprobs)
+
+    def _chunk(
+        self,
+        choice: int,
+        delta: dict[str, Any],
+        *,
+        finish_reason: str | None = None,
+        logprobs: dict[str, Any] | None = None,
+    ) -> Event:
+        piece = {"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        return Event(_encode({**self._frame(), "choices": [piece]}))
+
+    def _usage(self) -> Event:
+        # n choices of one prompt read it once: the prompt is counted once, as OpenAI does.
+        prompt = self._finished[0].input_tokens
+        output = sum(f.output_tokens for f in self._finished)
+        reasoning = sum(f.reasoning_tokens for f in self._finished)
+        self.state.usage = Usage(input=prompt, output=output - reasoning, reasoning=reasoning)
+        usage = {
+            "prompt_tokens": prompt,
+            "completion_tokens": output,
+            "total_tokens": prompt + output,
+            "prompt_tokens_details": {"cached_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": reasoning},
+        }
+        return Event(_encode({**self._frame(), "choices": [], "usage": usage}), usage_only=True)
+
+    def _frame(self) -> dict[str, Any]:
+        return {
+            "id": self.completion_id,
+            "object": "chat.completion.chunk",
+            "created": self.created,
+            "model": self._model,
+        }
+
+
+def _logprob(token: TokenLogprob) -> dict[str, Any]:
+    return {
+        "token": token.token,
+        "logprob": token.logprob,
+        "bytes": list(token.token.encode()),
+        "top_logprobs": [{"token": t, "logprob": p, "bytes": list(t.encode())} for t, p in token.top],
+    }
+
+
+def _upstream_error(error: BaseException) -> UpstreamError:
+    if isinstance(error, EngineFailure):
+        if error.code in ("context_length_exceeded", "invalid_request"):
+            body: dict[str, object] = {
+                "message": str(error), "type": "invalid_request_error", "param": "messages", "code": error.code,
+            }  # fmt: skip
+            return UpstreamError("refused", str(error), status=400, error=body)
+        return UpstreamError("status", f"the engine failed: {error}", status=500)
+    return UpstreamError("engine_gone", "the engine process went away")

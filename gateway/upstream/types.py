@@ -1,0 +1,153 @@
+"""What lifecycle knows of an upstream: a target, a call, an answer, an error."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import msgspec
+
+from gateway.ledger.settle import Usage
+from routers.policy import Price
+
+Cause = Literal["connect", "timeout", "status", "bad_answer", "cut", "auth", "refused", "engine_gone"]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One model of the policy and how to reach it."""
+
+    model: str
+    """Its name in the policy."""
+    provider: str
+    wire_model: str
+    """Its name at the provider."""
+    price: Price
+    context: int
+    max_output: int
+    timeout_s: float
+    retries: int
+
+
+class UpstreamError(Exception):
+    """An attempt failed before its first byte went to the caller."""
+
+    def __init__(
+        self,
+        cause: Cause,
+        message: str,
+        *,
+        status: int | None = None,
+        error: dict[str, object] | None = None,
+        retry_after_s: float | None = None,
+        may_be_billed: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.cause = cause
+        self.message = message
+        self.status = status
+        self.error = error
+        self.retry_after_s = retry_after_s
+        self.may_be_billed = may_be_billed
+        """The provider may have worked on it: the attempt is billed as an estimate."""
+
+    @property
+    def retryable(self) -> bool:
+        """Whether the same target is worth another try."""
+        return self.cause not in ("auth", "refused")
+
+
+class Sampling(msgspec.Struct, frozen=True):
+    """The sampling fields of a chat request that a local engine needs."""
+
+    max_tokens: int | None
+    temperature: float
+    top_p: float
+    seed: int | None
+    stop: tuple[str, ...]
+    logprobs: bool
+    top_logprobs: int
+    reasoning_effort: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ChatCall:
+    """One chat request as it came in: the fields untouched, the few that we read decoded."""
+
+    fields: dict[str, msgspec.Raw]
+    """Every field of the body, as the caller's own bytes."""
+    body_bytes: int
+    model: str
+    stream: bool
+    include_usage: bool
+    choices: int
+    has_tools: bool
+    text_only: bool
+    sampling: Sampling
+    headers: "CallHeaders"
+
+
+@dataclass(frozen=True, slots=True)
+class CallHeaders:
+    """What we read of the request's headers."""
+
+    token: str
+    session: str | None = None
+    tags: frozenset[str] = frozenset()
+    no_cache: bool = False
+    no_store: bool = False
+    scope: str | None = None
+    scope_budget_nanousd: int | None = None
+
+
+@dataclass(slots=True)
+class Answer:
+    """A whole chat completion."""
+
+    body: bytes
+    usage: Usage | None
+    """None when the provider reported none."""
+    delivered_bytes: int = 0
+
+
+@dataclass(slots=True)
+class StreamState:
+    """How far a stream has come; read by the ledger when it ends, however it ends."""
+
+    usage: Usage | None = None
+    delivered_bytes: int = 0
+    """UTF-8 bytes of generated text (content, reasoning, tool arguments)."""
+    deltas: int = 0
+    finished_choices: set[int] = field(default_factory=set)
+    done: bool = False
+    """The terminator came, or a finish reason for every choice: nothing is missing."""
+
+
+class Event(msgspec.Struct, frozen=True):
+    """One server-sent event, ready to be forwarded."""
+
+    data: bytes
+    """The JSON after `data: `."""
+    usage_only: bool = False
+    """A last chunk that carries usage and no choices."""
+
+
+class AnswerStream(Protocol):
+    """A running stream whose first event has arrived. Iterating raises UpstreamError(`cut`) if it ends too soon."""
+
+    state: StreamState
+
+    def __aiter__(self) -> AsyncIterator[list[Event]]:
+        """Events in the groups in which they arrived."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Upstream(Protocol):
+    async def complete(self, target: Target, call: ChatCall) -> Answer: ...
+
+    async def stream(self, target: Target, call: ChatCall) -> AnswerStream: ...
+
+    def unavailable(self, target: Target) -> str | None:
+        """Why this target cannot serve now; None when it can."""
+        ...

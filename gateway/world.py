@@ -1,0 +1,100 @@
+"""What one policy makes of the world: targets, upstreams and keys, built whole and swapped whole."""
+
+import os
+from collections.abc import Mapping
+from typing import Literal
+
+import aiohttp
+
+from gateway.ledger import prices
+from gateway.upstream.local import EngineLink, LocalUpstream
+from gateway.upstream.openai import OpenAIUpstream
+from gateway.upstream.types import Target, Upstream
+from routers.cost import ASSUMED_CONTEXT, ASSUMED_MAX_OUTPUT_TOKENS
+from routers.load import load, parse, preset
+from routers.policy import Policy, Price
+
+
+class MissingSecret(ValueError):
+    """A policy names an environment variable that is not set."""
+
+
+class World:
+    def __init__(self, policy: Policy, targets: Mapping[str, Target], upstreams: Mapping[str, Upstream]) -> None:
+        self.policy = policy
+        self.targets = targets
+        """By the policy's name of the model."""
+        self.upstreams = upstreams
+        """By provider."""
+        engines = {name for name, provider in policy.providers.items() if provider.engine is not None}
+        self.local_models = {t.wire_model: t.model for t in targets.values() if t.provider in engines}
+        """The engine's name of a model → the policy's."""
+
+    def unavailable(self) -> dict[str, str]:
+        """Models that cannot serve now, with the reason."""
+        found = {}
+        for name in self.local_models.values():
+            target = self.targets[name]
+            reason = self.upstreams[target.provider].unavailable(target)
+            if reason is not None:
+                found[name] = reason
+        return found
+
+    def dearest(self, models: tuple[str, ...]) -> Price:
+        """The price that repricing compares with: of `models`, the dearest by output token."""
+        return max((self.targets[name].price for name in models), key=lambda price: (price.output, price.input))
+
+
+def load_policy(path: str | None, env: Mapping[str, str] | None = None) -> Policy:
+    """The policy in `path`, else the embedded default; with OPENAI_API_KEY set, the default that knows OpenAI too.
+
+    Raises PolicyError with all problems, OSError when the file cannot be read.
+    """
+    env = os.environ if env is None else env
+    if path is not None:
+        return load(path, prices=prices.lookup)
+    name: Literal["openai", "default"] = "openai" if env.get("OPENAI_API_KEY") else "default"
+    return parse(preset(name), file=f"the embedded policy {name!r}", prices=prices.lookup)
+
+
+def missing_secrets(policy: Policy, env: Mapping[str, str] | None = None) -> list[str]:
+    """A sentence for each provider whose key is not in the environment."""
+    env = os.environ if env is None else env
+    return [
+        f"providers.{provider.name}.api_key: the environment variable {provider.api_key_env} is not set; set it, or "
+        "remove the provider from the policy"
+        for provider in policy.providers.values()
+        if provider.api_key_env is not None and not env.get(provider.api_key_env)
+    ]
+
+
+def build_world(
+    policy: Policy, session: aiohttp.ClientSession, engine: EngineLink, env: Mapping[str, str] | None = None
+) -> World:
+    """Raises MissingSecret."""
+    env = os.environ if env is None else env
+    missing = missing_secrets(policy, env)
+    if missing:
+        raise MissingSecret("; ".join(missing))
+    upstreams: dict[str, Upstream] = {}
+    for provider in policy.providers.values():
+        if provider.base_url is None:
+            upstreams[provider.name] = LocalUpstream(engine)
+        else:
+            key = env[provider.api_key_env] if provider.api_key_env is not None else None
+            upstreams[provider.name] = OpenAIUpstream(session, provider.name, provider.base_url, key)
+    targets = {}
+    for model in policy.models.values():
+        provider = policy.providers[model.provider]
+        context = model.context or ASSUMED_CONTEXT
+        targets[model.name] = Target(
+            model=model.name,
+            provider=model.provider,
+            wire_model=model.upstream,
+            price=model.price,
+            context=context,
+            max_output=model.max_output or min(context, ASSUMED_MAX_OUTPUT_TOKENS),
+            timeout_s=provider.timeout_ms / 1000,
+            retries=provider.retries,
+        )
+    return World(policy, targets, upstreams)
