@@ -45,7 +45,7 @@ class EngineClient:
 
     @property
     def connected(self) -> bool:
-        return self._writer is not None
+        return self._writer is not None and not self._writer.is_closing()
 
     @property
     def hello(self) -> Hello:
@@ -73,16 +73,20 @@ class EngineClient:
             writer.close()
             raise
         self._hello, self._writer = hello, writer
-        self._reading = asyncio.create_task(self._read(reader, writer), name="engine-client")
+        self._reading = asyncio.create_task(self._read(reader), name="engine-client")
         return hello
 
     async def close(self) -> None:
         """Hang up; the engine cancels what this connection asked for. Harmless when not connected."""
+        self._hang_up("this client closed the connection")
         reading, self._reading = self._reading, None
+        writer, self._writer = self._writer, None
         if reading is not None:
             reading.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await reading
+            await asyncio.gather(reading, return_exceptions=True)
+        if writer is not None:
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
 
     async def generate(
         self, model: str, messages_json: bytes, sampling: SamplingParams, tools_json: bytes | None = None
@@ -139,7 +143,7 @@ class EngineClient:
             del self._inboxes[id]
 
     def _send(self, command: Command) -> None:
-        if self._writer is None:
+        if self._writer is None or self._writer.is_closing():
             raise EngineGone("not connected to the engine")
         try:
             self._writer.write(encode_frame(command))
@@ -150,7 +154,7 @@ class EngineClient:
         with contextlib.suppress(EngineGone):  # then nothing is left to cancel
             self._send(Cancel(id))
 
-    async def _read(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _read(self, reader: asyncio.StreamReader) -> None:
         reason = "the engine closed the connection"
         try:
             while (body := await read_frame(reader)) is not None:
@@ -160,12 +164,13 @@ class EngineClient:
         except (FrameError, msgspec.DecodeError) as error:
             reason = f"the engine sent what is no event: {error}"
         finally:
-            self._writer = None
-            for inbox in self._inboxes.values():
-                inbox.close(EngineGone(reason))
-            writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
+            self._hang_up(reason)
+
+    def _hang_up(self, reason: str) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        for inbox in self._inboxes.values():
+            inbox.close(EngineGone(reason))
 
 
 class _Inbox:
@@ -185,7 +190,7 @@ class _Inbox:
         self._changed.set()
 
     def close(self, error: EngineGone) -> None:
-        self._closed = error
+        self._closed = self._closed or error
         self._changed.set()
 
     async def get(self) -> Event:

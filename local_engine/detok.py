@@ -42,7 +42,7 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Ends text before the first stop string, and holds back what may be the beginning of one."""
+    """Ends text before the stop string completed first, and holds back what may be the beginning of one."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
@@ -52,10 +52,11 @@ class StopStrings:
     def push(self, text: str) -> str:
         """The text that is safe to show."""
         self._held += text
-        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
             self.hit = True
-            shown, self._held = self._held[: min(found)], ""
+            _, start = min(found)
+            shown, self._held = self._held[:start], ""
             return shown
         keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
         cut = len(self._held) - keep

@@ -159,6 +159,7 @@ class Engine:
         with torch.inference_mode():
             while self._await_work():
                 self._take_commands()
+                self._flush()  # probes and refusals do not wait for the step
                 self._step()
                 self._flush()
         self._take_commands()

@@ -8,19 +8,23 @@ was chosen on one CPU core; nothing here is needed to serve the model.
 import argparse
 import json
 import math
+import queue
 import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from local_engine.arithmetic import LEVELS, REFUSAL, Problem, other_prompt, problem_stream
+from local_engine.arithmetic import LEVELS, REFUSAL, Problem, other_prompt, problem_stream, problems
+from local_engine.engine import Engine
+from local_engine.model import load_model
+from local_engine.types import Delta, Effort, Event, Generate, SamplingParams
 
 OUT = Path(__file__).parents[1] / "local_engine" / "bundled" / "base"
 LEVEL_SHARES = (0.28, 0.28, 0.22, 0.22)
@@ -253,6 +257,45 @@ def train(args: argparse.Namespace) -> None:
     (args.out / "card.json").write_text(json.dumps(card, indent=2) + "\n")
 
 
+def evaluate(args: argparse.Namespace) -> None:
+    """Ask the real engine held-out problems, greedily, and write the shares right into the card."""
+    torch.set_num_threads(args.threads)
+    engine = Engine({"base": load_model("base", str(args.out))})
+    engine.start()
+    accuracy: dict[str, dict[str, Any]] = {}
+    for effort in get_args(Effort):
+        for level in LEVELS:
+            asked = problems(args.seed, level, args.n)
+            right = sum(
+                said == _final(problem) for said, problem in zip(answers(engine, asked, effort), asked, strict=True)
+            )
+            low, high = wilson(right, args.n)
+            row = {"right": right, "n": args.n, "share": right / args.n, "wilson95": [round(low, 3), round(high, 3)]}
+            accuracy.setdefault(effort, {})[f"level_{level}"] = row
+            print(effort, level, row, flush=True)
+    engine.stop()
+    card_path = args.out / "card.json"
+    card = {**json.loads(card_path.read_text()), "accuracy": accuracy}
+    card_path.write_text(json.dumps(card, indent=2) + "\n")
+
+
+def answers(engine: Engine, asked: list[Problem], effort: Effort) -> list[str]:
+    """The content of each answer, thinking left out."""
+    events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
+    link = engine.connect(events.put)
+    for id, problem in enumerate(asked):
+        messages = json.dumps([{"role": "user", "content": problem.question}]).encode()
+        link.submit(Generate(id, "base", messages, SamplingParams(temperature=0, max_tokens=300, effort=effort)))
+    said, open_answers = [""] * len(asked), len(asked)
+    while open_answers:
+        for event in events.get():
+            if isinstance(event, Delta):
+                said[event.id] += event.content
+            else:
+                open_answers -= 1
+    return said
+
+
 def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """The 95% Wilson score interval of a share."""
     p, scale = right / n, 1 + z * z / n
@@ -262,15 +305,16 @@ def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("command", choices=("train",))
+    parser.add_argument("command", choices=("train", "evaluate"))
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--seed", type=int, default=20260101)
     parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--n", type=int, default=200, help="problems per level and effort")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    train(args)
+    {"train": train, "evaluate": evaluate}[args.command](args)
 
 
 if __name__ == "__main__":
