@@ -112,11 +112,12 @@ async def _serve_connection(engine: "Engine", reader: asyncio.StreamReader, writ
         logger.warning("closing a connection: %s", error)
     finally:
         link.close()
-        await asyncio.sleep(0)  # what the engine has handed over is written first
         writer.close()
-        with contextlib.suppress(OSError, TimeoutError):
-            await asyncio.wait_for(writer.wait_closed(), _FAREWELL_S)
-        writer.transport.abort()
+        try:
+            with contextlib.suppress(OSError, TimeoutError):
+                await asyncio.wait_for(writer.wait_closed(), _FAREWELL_S)
+        finally:
+            writer.transport.abort()
 
 
 def _hand_over(loop: asyncio.AbstractEventLoop, writer: asyncio.StreamWriter, events: list[Event]) -> None:

@@ -1,0 +1,104 @@
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from engine_harness import FakeProber, WatchedNetwork
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import local_engine
+from local_engine.engine import Engine
+from local_engine.model import LocalModel, load_model
+
+BUNDLED = Path(local_engine.__file__).parent / "bundled" / "base"
+ARCHITECTURES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+}
+StartEngine = Callable[..., Engine]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def bundled() -> LocalModel:
+    return load_model("m", "bundled/base", dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A folder with a randomly initialised checkpoint of the family, and the bundled tokenizer."""
+
+    def make(family: str) -> Path:
+        folder = tmp_path_factory.getbasetemp() / f"tiny-{family}"
+        if not folder.exists():
+            config_class, model_class = ARCHITECTURES[family]
+            torch.manual_seed(5)
+            sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+            extra = {"sliding_window": 24} if family == "mistral" else {}
+            config = config_class(
+                vocab_size=512,
+                num_key_value_heads=2,
+                max_position_embeddings=256,
+                initializer_range=0.4,
+                bos_token_id=None,
+                eos_token_id=None,
+                **sizes,
+                **extra,
+            )
+            model_class(config).save_pretrained(folder)
+            AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def watched(bundled: LocalModel) -> tuple[LocalModel, WatchedNetwork]:
+    """The bundled model, never ending its turn, with a network that waits for leave."""
+    network = WatchedNetwork(bundled.network, gated=True)
+    return dataclasses.replace(bundled, network=network, end_tokens=frozenset()), network
+
+
+@pytest.fixture
+def prober() -> FakeProber:
+    return FakeProber()
+
+
+@pytest.fixture
+def start_engine() -> Iterator[StartEngine]:
+    """Start engines that stop with the test; each must be healthy then."""
+    engines: list[Engine] = []
+
+    def start(model: LocalModel, prober: FakeProber | None = None, **options: int) -> Engine:
+        engine = Engine({"m": model}, prober, **options)
+        engine.start()
+        engines.append(engine)
+        return engine
+
+    yield start
+    for engine in engines:
+        assert engine.alive, "the engine's thread died"
+        engine.stop()
+        assert not engine.alive

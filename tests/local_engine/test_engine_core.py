@@ -1,0 +1,309 @@
+"""The engine in this process: the same tokens as transformers, in turns, and gone when cancelled."""
+
+import dataclasses
+import itertools
+import math
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, StartEngine
+from engine_harness import GREEDY, Caller, FakeProber, WatchedNetwork, user
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from local_engine.arithmetic import problems
+from local_engine.chat import parse_messages, prompt_tokens
+from local_engine.engine import Engine
+from local_engine.errors import ModelLoadError
+from local_engine.model import LocalModel, load_model
+from local_engine.types import Delta, ProbeResult, SamplingParams
+
+Watched = tuple[LocalModel, WatchedNetwork]
+QUESTION = "Anna has 12 apples. She buys 7 more. How many apples are there now?"
+
+
+def generated_by_transformers(model: LocalModel, text: str, n: int) -> list[int]:
+    prompt = prompt_tokens(model.tokenizer, parse_messages(user(text)))
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        out: Any = model.network.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False)
+    tokens: list[int] = out[0, len(prompt) :].tolist()
+    return tokens
+
+
+@pytest.mark.parametrize("prefill_chunk", [7, 256])
+@pytest.mark.parametrize("family", ["bundled", *ARCHITECTURES])
+def test_greedy_tokens_equal_those_of_generate(
+    family: str,
+    prefill_chunk: int,
+    bundled: LocalModel,
+    tiny_folder: Callable[[str], Path],
+    start_engine: StartEngine,
+) -> None:
+    model = bundled if family == "bundled" else load_model("m", str(tiny_folder(family)), "float32", "cpu")
+    expected = generated_by_transformers(model, QUESTION, 40)
+    network = WatchedNetwork(model.network)
+    never_ending = model if family == "bundled" else dataclasses.replace(model, end_tokens=frozenset())
+    caller = Caller(start_engine(dataclasses.replace(never_ending, network=network), prefill_chunk=prefill_chunk))
+    id = caller.generate(QUESTION, SamplingParams(temperature=0, max_tokens=40))
+    finished = caller.finished(id)
+    prompt = prompt_tokens(model.tokenizer, parse_messages(user(QUESTION)))
+    read = [token for tokens in network.passes for token in tokens]
+    assert read == prompt + expected[:-1]
+    assert (finished.input_tokens, finished.output_tokens) == (len(prompt), len(expected))
+
+
+def test_parallel_requests_get_what_they_get_alone(bundled: LocalModel, start_engine: StartEngine) -> None:
+    questions = [problem.question for problem in problems(9, 2, 6)]
+    caller = Caller(start_engine(bundled, max_running=4, prefill_chunk=8))
+    alone = [caller.content(caller.generate(question)) for question in questions]
+    ids = [caller.generate(question) for question in questions]
+    assert [caller.content(id) for id in ids] == alone
+
+
+def test_the_bundled_model_answers_held_out_questions(bundled: LocalModel, start_engine: StartEngine) -> None:
+    asked = problems(77, 1, 60)
+    caller = Caller(start_engine(bundled))
+    ids = [caller.generate(problem.question) for problem in asked]
+    right = sum(
+        caller.content(id) == f"The answer is {problem.answer}." for id, problem in zip(ids, asked, strict=True)
+    )
+    assert right >= 0.85 * len(asked)
+
+
+def test_thinking_is_counted_and_kept_apart(bundled: LocalModel, start_engine: StartEngine) -> None:
+    caller = Caller(start_engine(bundled))
+    id = caller.generate("What is 3 + 4?")
+    finished = caller.finished(id)
+    assert caller.reasoning(id) == "3 + 4 = 7\n"
+    assert caller.content(id) == "The answer is 7."
+    spelled = "<think>\n3 + 4 = 7\n</think>", "\n\nThe answer is 7.<|im_end|>"
+    thought, said = (len(bundled.tokenizer(part).input_ids) for part in spelled)
+    assert (finished.reasoning_tokens, finished.output_tokens) == (thought, thought + said)
+    assert finished.finish_reason == "stop"
+
+
+def test_no_effort_means_no_thinking(bundled: LocalModel, start_engine: StartEngine) -> None:
+    caller = Caller(start_engine(bundled))
+    id = caller.generate("What is 3 + 4?", SamplingParams(temperature=0, effort="none"))
+    assert caller.finished(id).reasoning_tokens == 0
+    assert caller.reasoning(id) == ""
+    assert caller.content(id).startswith("The answer is")
+
+
+def test_a_stop_string_across_tokens_ends_the_answer(bundled: LocalModel, start_engine: StartEngine) -> None:
+    caller = Caller(start_engine(bundled))
+    id = caller.generate("What is 3 + 4?", SamplingParams(temperature=0, stop=("er is",)))
+    assert caller.finished(id).finish_reason == "stop"
+    assert caller.content(id) == "The answ"
+
+
+def test_max_tokens_cut_the_answer(bundled: LocalModel, start_engine: StartEngine) -> None:
+    caller = Caller(start_engine(bundled))
+    finished = caller.finished(caller.generate("What is 3 + 4?", SamplingParams(temperature=0, max_tokens=5)))
+    assert (finished.finish_reason, finished.output_tokens) == ("length", 5)
+
+
+def test_a_seed_decides_the_answer(bundled: LocalModel, start_engine: StartEngine) -> None:
+    caller = Caller(start_engine(bundled))
+
+    def said(seed: int) -> str:
+        params = SamplingParams(temperature=5.0, seed=seed, max_tokens=30)
+        id = caller.generate("What is 3 + 4?", params)
+        caller.finished(id)
+        return caller.reasoning(id) + caller.content(id)
+
+    assert said(1) == said(1)
+    assert len({said(seed) for seed in (1, 2, 3)}) > 1
+
+
+def test_logprobs_belong_to_the_content(bundled: LocalModel, start_engine: StartEngine) -> None:
+    caller = Caller(start_engine(bundled))
+    id = caller.generate("What is 3 + 4?", SamplingParams(temperature=0, logprobs=True, top_logprobs=3))
+    caller.finished(id)
+    entries = [entry for event in caller.wait(id) if isinstance(event, Delta) for entry in event.logprobs]
+    assert "".join(entry.token for entry in entries).strip() == caller.content(id)
+    for entry in entries:
+        assert entry.top[0] == (entry.token, entry.logprob)
+        assert entry.logprob <= 0
+        assert len(entry.top) == 3
+        assert sum(math.exp(logprob) for _, logprob in entry.top) <= 1 + 1e-5
+
+
+def test_a_cancel_stops_before_the_next_forward_pass(watched: Watched, start_engine: StartEngine) -> None:
+    model, network = watched
+    engine = start_engine(model)
+    caller = Caller(engine)
+    id = caller.generate("What is 3 + 4?")
+    network.allow(5)
+    network.wait_for_pass(6)  # the sixth is asked for, and held
+    caller.cancel(id)
+    network.allow(100)
+    finished = caller.finished(id)
+    assert (finished.finish_reason, finished.output_tokens) == ("cancelled", 6)
+    assert len(network.passes) == 6
+    assert engine.stats() == dataclasses.replace(engine.stats(), running=0, waiting=0, steps=6, kv_tokens=0)
+
+
+def test_a_closed_link_cancels_its_commands_only(watched: Watched, start_engine: StartEngine) -> None:
+    model, network = watched
+    engine = start_engine(model, max_running=2)
+    leaving, staying = Caller(engine), Caller(engine)
+    for _ in range(3):
+        leaving.generate("What is 3 + 4?")
+    network.allow(5)
+    network.wait_for_pass(6)
+    leaving.link.close()
+    network.allow(10_000)
+    assert staying.finished(staying.generate("1 + 1", SamplingParams(temperature=0, max_tokens=9))).output_tokens == 9
+    assert engine.stats().running == engine.stats().waiting == 0
+
+
+def test_a_waiting_request_can_be_cancelled(watched: Watched, start_engine: StartEngine) -> None:
+    model, network = watched
+    caller = Caller(start_engine(model, max_running=1))
+    first, second = caller.generate("1 + 1"), caller.generate("2 + 2")
+    network.wait_for_pass(1)
+    caller.cancel(second)
+    network.allow(2)
+    assert caller.finished(second).finish_reason == "cancelled"
+    caller.cancel(first)
+    network.allow(10)
+    assert caller.finished(first).finish_reason == "cancelled"
+
+
+def test_a_long_prompt_does_not_starve_decoding(watched: Watched, start_engine: StartEngine) -> None:
+    model, network = watched
+    caller = Caller(start_engine(model, prefill_chunk=16))
+    short = caller.generate("1 + 1", SamplingParams(temperature=0, max_tokens=30))
+    network.allow(4)
+    network.wait_for_pass(5)
+    long = caller.generate("1 + 1 " * 120, SamplingParams(temperature=0, max_tokens=1))
+    network.allow(10_000)
+    caller.finished(short)
+    caller.finished(long)
+    sizes = [len(tokens) for tokens in network.passes]
+    first_chunk = next(at for at, size in enumerate(sizes) if at >= 5 and size == 16)
+    last_decode = max(at for at, size in enumerate(sizes) if size == 1)
+    beside = sizes[first_chunk:last_decode]
+    assert beside.count(16) > 10, "the long prompt was read while the short one decoded"
+    assert all({one, other} == {1, 16} for one, other in itertools.pairwise(beside))
+
+
+def test_a_probe_is_answered_while_others_generate(
+    watched: Watched, prober: FakeProber, start_engine: StartEngine
+) -> None:
+    model, network = watched
+    caller = Caller(start_engine(model, prober))
+    running = caller.generate("1 + 1")
+    network.allow(2)
+    network.wait_for_pass(3)
+    ids = [caller.probe(user(text)) for text in ("a", "bbb", "cc")]
+    network.allow(1)  # the pass under way; then the probes have their turn
+    network.wait_for_pass(4)
+    results = [caller.wait(id)[-1] for id in ids]
+    assert [result.p_success["m"] for result in results if isinstance(result, ProbeResult)] == [0.5, 0.25, 1 / 3]
+    assert prober.batches == [3]
+    assert len(network.passes) == 4
+    caller.cancel(running)
+    network.allow(10)
+    caller.finished(running)
+
+
+def test_a_probe_counts_the_prompt_as_generate_does(
+    bundled: LocalModel, prober: FakeProber, start_engine: StartEngine
+) -> None:
+    caller = Caller(start_engine(bundled, prober))
+    probed = caller.wait(caller.probe(user(QUESTION)))[-1]
+    assert isinstance(probed, ProbeResult)
+    assert probed.input_tokens == {"m": caller.finished(caller.generate(QUESTION)).input_tokens}
+
+
+def test_an_engine_without_a_prober_still_counts(bundled: LocalModel, start_engine: StartEngine) -> None:
+    caller = Caller(start_engine(bundled))
+    probed = caller.wait(caller.probe(user("hello")))[-1]
+    assert isinstance(probed, ProbeResult)
+    assert probed.p_success == {}
+    assert probed.input_tokens["m"] > 0
+
+
+def test_a_broken_probe_fails_alone(bundled: LocalModel, prober: FakeProber, start_engine: StartEngine) -> None:
+    caller = Caller(start_engine(bundled, prober))
+    assert caller.failed(caller.probe(user("break"))).code == "internal"
+    assert caller.failed(caller.probe(b"{")).code == "invalid_request"
+    assert isinstance(caller.wait(caller.probe(user("fine")))[-1], ProbeResult)
+
+
+def test_a_prompt_over_the_window_names_both_numbers(bundled: LocalModel, start_engine: StartEngine) -> None:
+    caller = Caller(start_engine(bundled))
+    text = "1 + " * 600
+    failed = caller.failed(caller.generate(text))
+    assert failed.code == "context_length_exceeded"
+    n = len(prompt_tokens(bundled.tokenizer, parse_messages(user(text))))
+    assert f"{n} tokens" in failed.message
+    assert "1024" in failed.message
+
+
+def test_an_answer_ends_where_the_window_ends(bundled: LocalModel, start_engine: StartEngine) -> None:
+    never_ending = dataclasses.replace(bundled, end_tokens=frozenset())
+    caller = Caller(start_engine(never_ending))
+    finished = caller.finished(caller.generate("1 + " * 330, SamplingParams(temperature=0, max_tokens=5000)))
+    assert finished.finish_reason == "length"
+    assert finished.input_tokens + finished.output_tokens == 1024
+
+
+@pytest.mark.parametrize(
+    ("messages", "sampling", "model", "code"),
+    [
+        (user("hi"), GREEDY, "other", "model_not_found"),
+        (b"[1]", GREEDY, "m", "invalid_request"),
+        (user("hi"), SamplingParams(top_p=2), "m", "invalid_request"),
+    ],
+)
+def test_a_request_that_cannot_run_is_refused(
+    messages: bytes, sampling: SamplingParams, model: str, code: str, bundled: LocalModel, start_engine: StartEngine
+) -> None:
+    caller = Caller(start_engine(bundled))
+    assert caller.failed(caller.generate(messages, sampling, model)).code == code
+
+
+def test_a_failing_step_fails_one_request(bundled: LocalModel, start_engine: StartEngine) -> None:
+    network = WatchedNetwork(bundled.network)
+    network.fails_at = 4
+    engine = start_engine(dataclasses.replace(bundled, network=network))
+    caller = Caller(engine)
+    assert caller.failed(caller.generate("3 + 4")).code == "internal"
+    assert caller.content(caller.generate("What is 3 + 4?")) == "The answer is 7."
+    assert engine.stats().running == 0
+
+
+def test_stopping_ends_everything_as_cancelled(watched: Watched) -> None:
+    model, network = watched
+    engine = Engine({"m": model}, max_running=1)
+    engine.start()
+    caller = Caller(engine)
+    ids = [caller.generate("1 + 1") for _ in range(3)]
+    network.wait_for_pass(1)
+    stopping = threading.Thread(target=engine.stop)
+    stopping.start()
+    network.allow(10_000)
+    stopping.join()
+    assert not engine.alive
+    assert [caller.finished(id).finish_reason for id in ids] == ["cancelled"] * 3
+
+
+def test_another_family_is_named(tmp_path: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path)
+    with pytest.raises(ModelLoadError, match=r"'gpt2'.*llama, mistral, qwen2, qwen3"):
+        load_model("m", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"), [("bundled/none", "bundled are: base"), ("./no/such/folder", "no folder")]
+)
+def test_a_missing_model_is_named(source: str, reason: str) -> None:
+    with pytest.raises(ModelLoadError, match=reason):
+        load_model("m", source)
