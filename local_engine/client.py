@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import itertools
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 
 import msgspec
 
@@ -90,7 +90,7 @@ class EngineClient:
 
     async def generate(
         self, model: str, messages_json: bytes, sampling: SamplingParams, tools_json: bytes | None = None
-    ) -> AsyncIterator[Delta | Finished]:
+    ) -> AsyncGenerator[Delta | Finished, None]:
         """Stream an answer; the last event is Finished. Leaving early (`aclose`, a cancelled task) cancels it.
 
         Raises EngineFailure when the engine refuses or fails, EngineGone when the link is or gets lost. Use

@@ -210,27 +210,26 @@ class Engine:
         self._waiting.append(job)
 
     def _serve_probes(self, jobs: list[tuple[_Job, Probe]]) -> None:
-        asked: list[tuple[_Job, list[Message], dict[str, int]]] = []
+        asked: list[tuple[_Job, list[Message]]] = []
         for job, command in jobs:
-            if job.cancelled:
-                self._finish_cancelled(job)
-                continue
-            try:
-                messages = parse_messages(command.messages_json)
-            except InvalidRequest as error:
-                self._fail(job, "invalid_request", str(error))
-                continue
-            asked.append((job, messages, self._counts(messages)))
+            self._guarded(job, self._hear_probe, command, asked)
+        conversations = [messages for _, messages in asked]
         try:
-            verdicts = self._prober.probe([messages for _, messages, _ in asked]) if self._prober and asked else None
+            verdicts = self._prober.probe(conversations) if self._prober and asked else [{} for _ in asked]
+            answers = list(zip(asked, verdicts, map(self._counts, conversations), strict=True))
         except Exception:
-            logger.exception("the prober failed on a batch of %d", len(asked))
-            for job, _, _ in asked:
+            logger.exception("the probe failed on a batch of %d", len(asked))
+            for job, _ in asked:
                 self._fail(job, "internal", "the probe failed; the engine's log has the details")
             return
-        for at, (job, _, counts) in enumerate(asked):
+        for (job, _), p_success, counts in answers:
             cost_us = int((time.perf_counter() - job.since) * 1e6)
-            self._end(job, ProbeResult(job.command.id, verdicts[at] if verdicts else {}, counts, cost_us))
+            self._end(job, ProbeResult(job.command.id, p_success, counts, cost_us))
+
+    def _hear_probe(self, job: _Job, command: Probe, asked: list[tuple[_Job, list[Message]]]) -> None:
+        if job.cancelled:
+            return self._finish_cancelled(job)
+        asked.append((job, parse_messages(command.messages_json)))
 
     def _counts(self, messages: list[Message]) -> dict[str, int]:
         """Exact prompt tokens per model; a model whose template refuses these messages is left out."""
@@ -281,7 +280,7 @@ class Engine:
     def _reap_waiting(self) -> None:
         for job in [job for job in self._waiting if job.cancelled]:
             self._waiting.remove(job)
-            self._finish_cancelled(job)
+            self._guarded(job, self._finish_cancelled)
 
     def _advance(self, job: _Job) -> None:
         assert job.sequence is not None

@@ -4,31 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_harness import FakeProber, WatchedNetwork
-from transformers import (
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from engine_harness import ARCHITECTURES, StartEngine, WatchedNetwork
+from fake_prober import FakeProber
+from transformers import AutoTokenizer
 
 import local_engine
 from local_engine.engine import Engine
 from local_engine.model import LocalModel, load_model
 
 BUNDLED = Path(local_engine.__file__).parent / "bundled" / "base"
-ARCHITECTURES = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-}
-StartEngine = Callable[..., Engine]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,8 +4,19 @@ import asyncio
 import json
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
+
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from local_engine.engine import Engine, Link
 from local_engine.types import (
@@ -15,12 +26,18 @@ from local_engine.types import (
     Failed,
     Finished,
     Generate,
-    Message,
     Probe,
     ProbeResult,
     SamplingParams,
 )
 
+ARCHITECTURES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+}
+StartEngine = Callable[..., Engine]
 PATIENCE_S = 60.0
 """A bound that only a broken engine meets."""
 GREEDY = SamplingParams(temperature=0)
@@ -117,22 +134,3 @@ class Caller:
 
     def reasoning(self, id: int) -> str:
         return "".join(event.reasoning for event in self.wait(id) if isinstance(event, Delta))
-
-
-class FakeProber:
-    """Finds everything as hard as it is long, and remembers its batches."""
-
-    version = "fake-1"
-    heads = ("m",)
-
-    def __init__(self) -> None:
-        self.batches: list[int] = []
-
-    def probe(self, conversations: Sequence[Sequence[Message]]) -> list[dict[str, float]]:
-        self.batches.append(len(conversations))
-        if any(conversation[-1]["content"] == "break" for conversation in conversations):
-            raise RuntimeError("made to fail")
-        return [{"m": 1 / (1 + len(conversation[-1]["content"]))} for conversation in conversations]
-
-    def embed(self, texts: Sequence[str]) -> tuple[bytes, int, int]:
-        return b"\0\0\x80\x3f" * 2 * len(texts), 2, sum(len(text) for text in texts)

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, StartEngine
-from engine_harness import GREEDY, Caller, FakeProber, WatchedNetwork, user
+from engine_harness import ARCHITECTURES, GREEDY, Caller, StartEngine, WatchedNetwork, user
+from fake_prober import FakeProber
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from local_engine.arithmetic import problems
@@ -299,6 +300,14 @@ def test_another_family_is_named(tmp_path: Path) -> None:
     GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path)
     with pytest.raises(ModelLoadError, match=r"'gpt2'.*llama, mistral, qwen2, qwen3"):
         load_model("m", str(tmp_path))
+
+
+def test_pickled_weights_are_never_read(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder("llama"), tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "m" / "pytorch_model.bin")
+    with pytest.raises(ModelLoadError, match="cannot be loaded"):
+        load_model("m", str(tmp_path / "m"))
 
 
 @pytest.mark.parametrize(

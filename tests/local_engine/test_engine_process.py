@@ -23,11 +23,11 @@ import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(HARNESS)!r}]
 from local_engine.config import EngineConfig
 from local_engine.server import run_engine
-from engine_harness import FakeProber
+from fake_prober import FakeProber
 run_engine(EngineConfig(models={{"m": "bundled/base"}}, socket_path=sys.argv[1], threads=1), FakeProber())
 """
 PARENT = """
-import subprocess, sys, time
+import subprocess, sys
 subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]])
 sys.stdin.read()
 """

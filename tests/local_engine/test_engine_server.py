@@ -3,14 +3,14 @@
 import asyncio
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 
 import msgspec
 import pytest
-from conftest import StartEngine
-from engine_harness import GREEDY, PATIENCE_S, FakeProber, WatchedNetwork, until, user
+from engine_harness import GREEDY, PATIENCE_S, StartEngine, WatchedNetwork, until, user
+from fake_prober import FakeProber
 
 from local_engine.client import EngineClient
 from local_engine.config import EngineConfig
@@ -38,7 +38,7 @@ async def client(
         yield await anext(clients)
 
 
-async def served(engine: Engine, socket_path: str) -> AsyncIterator[EngineClient]:
+async def served(engine: Engine, socket_path: str) -> AsyncGenerator[EngineClient, None]:
     serving = asyncio.create_task(serve(engine, socket_path))
     client = EngineClient(socket_path)
     while not client.connected:
@@ -78,9 +78,9 @@ async def test_an_answer_streams_and_is_counted(client: EngineClient) -> None:
 
 
 async def test_many_tasks_share_a_connection(client: EngineClient) -> None:
-    probe, vectors, *answers = await asyncio.gather(
-        client.probe(user("abc")), client.embed(["a", "bc"]), *(answer(client, f"What is {n} + 1?") for n in range(9))
-    )
+    many = asyncio.gather(*(answer(client, f"What is {n} + 1?") for n in range(9)))
+    probe, vectors = await asyncio.gather(client.probe(user("abc")), client.embed(["a", "bc"]))
+    answers = await many
     assert probe.p_success == {"m": 0.25}
     assert (vectors.dims, len(vectors.vectors), vectors.tokens) == (2, 16, 3)
     assert [content for content, _ in answers] == [f"The answer is {n + 1}." for n in range(9)]
