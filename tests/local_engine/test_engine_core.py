@@ -238,6 +238,16 @@ def test_a_broken_probe_fails_alone(bundled: LocalModel, prober: FakeProber, sta
     assert isinstance(caller.wait(caller.probe(user("fine")))[-1], ProbeResult)
 
 
+def test_a_prober_that_loses_answers_fails_its_batch_only(
+    bundled: LocalModel, prober: FakeProber, start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller = Caller(start_engine(bundled, prober))
+    monkeypatch.setattr(prober, "probe", lambda conversations: [])
+    assert caller.failed(caller.probe(user("hello"))).code == "internal"
+    monkeypatch.undo()
+    assert isinstance(caller.wait(caller.probe(user("hello")))[-1], ProbeResult)
+
+
 def test_a_prompt_over_the_window_names_both_numbers(bundled: LocalModel, start_engine: StartEngine) -> None:
     caller = Caller(start_engine(bundled))
     text = "1 + " * 600
