@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_harness import ARCHITECTURES, StartEngine, WatchedNetwork
-from fake_prober import FakeProber
 from transformers import AutoTokenizer
 
 import local_engine
 from local_engine.engine import Engine
 from local_engine.model import LocalModel, load_model
+from tests.local_engine.engine_harness import ARCHITECTURES, StartEngine, WatchedNetwork
+from tests.local_engine.fake_prober import FakeProber
 
 BUNDLED = Path(local_engine.__file__).parent / "bundled" / "base"
 
@@ -18,11 +18,6 @@ BUNDLED = Path(local_engine.__file__).parent / "bundled" / "base"
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def anyio_backend() -> str:
-    return "asyncio"
 
 
 @pytest.fixture(scope="session")

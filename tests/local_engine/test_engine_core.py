@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from engine_harness import ARCHITECTURES, GREEDY, Caller, StartEngine, WatchedNetwork, user
-from fake_prober import FakeProber
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from local_engine.arithmetic import problems
@@ -21,6 +19,8 @@ from local_engine.engine import Engine
 from local_engine.errors import ModelLoadError
 from local_engine.model import LocalModel, load_model
 from local_engine.types import Delta, ProbeResult, SamplingParams
+from tests.local_engine.engine_harness import ARCHITECTURES, GREEDY, Caller, StartEngine, WatchedNetwork, user
+from tests.local_engine.fake_prober import FakeProber
 
 Watched = tuple[LocalModel, WatchedNetwork]
 QUESTION = "Anna has 12 apples. She buys 7 more. How many apples are there now?"

@@ -8,22 +8,21 @@ from contextlib import aclosing
 from pathlib import Path
 
 import pytest
-from engine_harness import GREEDY, PATIENCE_S, until, user
 
 import local_engine
 from local_engine.client import EngineClient
 from local_engine.errors import EngineGone
 from local_engine.types import Delta, SamplingParams
+from tests.local_engine.engine_harness import GREEDY, PATIENCE_S, until, user
 
 pytestmark = [pytest.mark.anyio, pytest.mark.engine]
 ROOT = Path(local_engine.__file__).parents[1]
-HARNESS = Path(__file__).parent
 ENGINE = f"""
 import sys
-sys.path[:0] = [{str(ROOT)!r}, {str(HARNESS)!r}]
+sys.path.insert(0, {str(ROOT)!r})
 from local_engine.config import EngineConfig
 from local_engine.server import run_engine
-from fake_prober import FakeProber
+from tests.local_engine.fake_prober import FakeProber
 run_engine(EngineConfig(models={{"m": "bundled/base"}}, socket_path=sys.argv[1], threads=1), FakeProber())
 """
 PARENT = """

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from engine_harness import GREEDY, PATIENCE_S, StartEngine, WatchedNetwork, until, user
-from fake_prober import FakeProber
 
 from local_engine.client import EngineClient
 from local_engine.config import EngineConfig
@@ -20,6 +18,8 @@ from local_engine.model import LocalModel
 from local_engine.server import serve
 from local_engine.types import Delta, Event, Finished, Generate, Hello, SamplingParams
 from local_engine.wire import MAX_FRAME_BYTES, decode_event, encode_frame, read_frame
+from tests.local_engine.engine_harness import GREEDY, PATIENCE_S, StartEngine, WatchedNetwork, until, user
+from tests.local_engine.fake_prober import FakeProber
 
 pytestmark = pytest.mark.anyio
 

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from engine_harness import user
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +13,7 @@ from local_engine.detok import Detokenizer, StopStrings, TextStream
 from local_engine.model import LocalModel
 from local_engine.sampler import Sampler, sampling_problem
 from local_engine.types import SamplingParams
+from tests.local_engine.engine_harness import user
 
 CPU = torch.device("cpu")
 
