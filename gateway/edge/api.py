@@ -93,14 +93,17 @@ async def receipt(request_id: str, principal: Caller, lifecycle: TheLifecycle) -
 
 
 @router.get("/leadline/v1/spend", tags=["receipts"])
-async def spend(principal: Caller, lifecycle: TheLifecycle, hours: float = 720) -> dict[str, Any]:
-    """Totals of the caller's tenant (admins: of all) over the last `hours`."""
+async def spend(
+    principal: Caller, lifecycle: TheLifecycle, hours: float = 720, scope: str | None = None
+) -> dict[str, Any]:
+    """Totals of the caller's tenant (admins: of all) over the last `hours`; with `scope`, of that scope of its key."""
     await lifecycle.ledger.flush()
     since_ms = int((time.time() - max(0.0, hours) * 3600) * 1000)
     engine, tenant = lifecycle.ledger.engine, _scope(principal)
-    totals = await asyncio.to_thread(report.summary, engine, since_ms=since_ms, tenant=tenant)
-    models = await asyncio.to_thread(report.by_model, engine, since_ms=since_ms, tenant=tenant)
-    return {"since_ms": since_ms, "tenant": tenant, **totals, "by_model": models}
+    of_scope = (principal.key_id, scope) if scope is not None else None
+    totals = await asyncio.to_thread(report.summary, engine, since_ms=since_ms, tenant=tenant, scope=of_scope)
+    models = await asyncio.to_thread(report.by_model, engine, since_ms=since_ms, tenant=tenant, scope=of_scope)
+    return {"since_ms": since_ms, "tenant": tenant, "scope": scope, **totals, "by_model": models}
 
 
 class ExplainRequest(BaseModel):

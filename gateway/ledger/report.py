@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sqlalchemy import Engine, case, func, select
+from sqlalchemy import Engine, Select, case, func, select
 from sqlmodel import col
 
 from gateway.ledger.tables import AttemptRow, RequestRow
@@ -25,13 +25,20 @@ def spent_since(engine: Engine, scope: str, start_ms: int) -> int:
         return int(connection.execute(query).scalar_one() or 0)
 
 
-def summary(engine: Engine, *, since_ms: int, tenant: str | None = None) -> dict[str, Any]:
-    """Totals of all requests since `since_ms`, of one tenant or of all."""
+def summary(
+    engine: Engine, *, since_ms: int, tenant: str | None = None, scope: tuple[str, str] | None = None
+) -> dict[str, Any]:
+    """Totals of all requests since `since_ms`, of one tenant or of all, or of one (key id, budget scope).
+
+    `savings_nanousd` is repriced: over the rows with a baseline and a cost, what the same tokens would have cost at
+    the price of the dearest candidate, less what they did cost.
+    """
     row = RequestRow
     query = select(
         func.count().label("requests"),
         func.coalesce(func.sum(col(row.cost_nanousd)), 0).label("cost_nanousd"),
         func.coalesce(func.sum(col(row.baseline_nanousd)), 0).label("baseline_nanousd"),
+        func.coalesce(func.sum(col(row.baseline_nanousd) - col(row.cost_nanousd)), 0).label("savings_nanousd"),
         func.coalesce(func.sum(case((col(row.cost_nanousd).is_(None), 1), else_=0)), 0).label("unpriced"),
         func.coalesce(func.sum(case((col(row.cost_estimated), 1), else_=0)), 0).label("estimated"),
         func.coalesce(func.sum(case((col(row.cache) == "hit", 1), else_=0)), 0).label("cache_hits"),
@@ -43,11 +50,14 @@ def summary(engine: Engine, *, since_ms: int, tenant: str | None = None) -> dict
     ).where(col(row.created_at_ms) >= since_ms)
     if tenant is not None:
         query = query.where(col(row.tenant) == tenant)
+    query = _of_scope(query, scope)
     with engine.connect() as connection:
         return {name: int(value) for name, value in connection.execute(query).mappings().one().items()}
 
 
-def by_model(engine: Engine, *, since_ms: int, tenant: str | None = None) -> list[dict[str, Any]]:
+def by_model(
+    engine: Engine, *, since_ms: int, tenant: str | None = None, scope: tuple[str, str] | None = None
+) -> list[dict[str, Any]]:
     """Requests, cost and tokens per model served, most requests first."""
     row = RequestRow
     query = (
@@ -63,6 +73,7 @@ def by_model(engine: Engine, *, since_ms: int, tenant: str | None = None) -> lis
     )
     if tenant is not None:
         query = query.where(col(row.tenant) == tenant)
+    query = _of_scope(query, scope)
     with engine.connect() as connection:
         return [
             {"model": r["model"], "requests": int(r["requests"]), "cost_nanousd": int(r["cost_nanousd"]),
@@ -120,3 +131,10 @@ def request(
             .order_by(col(AttemptRow.seq))
         ).mappings()
         return dict(found), [dict(attempt) for attempt in attempts]
+
+
+def _of_scope(query: Select[Any], scope: tuple[str, str] | None) -> Select[Any]:
+    if scope is None:
+        return query
+    key_id, name = scope
+    return query.where(col(RequestRow.key_id) == key_id, col(RequestRow.scope) == name)

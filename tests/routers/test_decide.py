@@ -437,7 +437,7 @@ def test_told_to_a_person() -> None:
         "weak, by route auto: cheapest with p_success >= 0.9",
         "  local   P(success) 0.50 (0.25 to 1.00)  $0 expected, $0 at most  in reserve, number 1",
         "  weak    P(success) 0.92 (0.46 to 1.00)  $0.0009 expected, $0.0041 at most  chosen",
-        "  strong  P(success) 0.98 (0.49 to 1.00)  $0.009 expected, $1.999 at most  costs $0.009, weak $0.0009",
+        "  strong  P(success) 0.98 (0.49 to 1.00)  $0.009 expected, $2.001 at most  costs $0.009, weak $0.0009",
         f"policy {decision.policy_version}, probe a@1, seed 3",
     ]
     degraded = to_lines(run(policy(subject_to=P90)))

@@ -1,0 +1,52 @@
+# Two commands: `make serve` and `make test`. Everything they need, they install.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
+
+.PHONY: serve install test check fmt bench bench-gateway bench-probe demo clean
+
+serve: install ## Run the gateway on 127.0.0.1:8080 with embedded defaults
+	$(BIN)/leadline serve
+
+install: $(STAMP) ## Make .venv and install everything
+
+# torch comes first and by its exact version: installed by name, as a dependency of another package, it would be the
+# newest build with several gigabytes of CUDA. On a GPU host, install the build you want into $(VENV) beforehand.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Leadline needs Python >= 3.11; set PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e '.[server,local,train,dev]'
+	touch $(STAMP)
+
+test: install ## Lint, types, import contracts, all tests (real Redis, PostgreSQL, Chromium)
+	sh scripts/ensure_services.sh
+	$(MAKE) --no-print-directory check
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fmt: install
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+demo: install ## Real GSM8K questions through a running gateway, with a proof of every nano-dollar
+	$(BIN)/python benchmarks/demo.py
+
+bench: bench-gateway bench-probe
+
+bench-gateway: install ## Requests per second and added latency, beside nginx, a bare aiohttp proxy and LiteLLM
+	sh scripts/ensure_services.sh nginx wrk
+	$(BIN)/python benchmarks/bench_gateway.py
+
+bench-probe: install
+	$(BIN)/python benchmarks/bench_probe.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

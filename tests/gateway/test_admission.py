@@ -1,0 +1,197 @@
+"""Keys, rates and budgets."""
+
+import asyncio
+import datetime as dt
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.admission.budgets import Budget, Hold, reserve, window_start_ms
+from gateway.admission.keys import KeyNameError, KeyStore, load_pepper
+from gateway.admission.rates import RateLimiter
+from gateway.errors import BudgetExceeded, RateLimited, Unauthenticated
+from gateway.ledger.store import connect
+from tests.gateway.conftest import Gateway, StartGateway, ask
+from tests.gateway.fake_upstream import FakeUpstream
+
+anyio = pytest.mark.anyio
+
+
+@pytest.fixture
+def keys(tmp_path: Path, database_url: str) -> Iterator[KeyStore]:
+    engine = connect(database_url)
+    yield KeyStore(engine, load_pepper(tmp_path))
+    engine.dispose()
+
+
+def test_a_key_is_stored_as_a_hash_and_checked_whole(keys: KeyStore, tmp_path: Path) -> None:
+    token = keys.create("alice", tenant="acme", budget_nanousd=5, budget_window="day")
+    principal = keys.authenticate(token)
+    assert (principal.key_name, principal.tenant, principal.role, principal.budget_nanousd) == (
+        "alice",
+        "acme",
+        "user",
+        5,
+    )
+    for wrong in (
+        token[:-1],
+        token + "x",
+        token.upper(),
+        token[:25],
+        "",
+        "sk-ll-",
+        "sk-other",
+        f"sk-ll-{principal.key_id}-",
+    ):
+        with pytest.raises(Unauthenticated) as caught:
+            keys.authenticate(wrong)
+        assert len(wrong) < 8 or wrong not in caught.value.message
+    with keys._engine.connect() as connection:
+        stored = str(connection.exec_driver_sql("SELECT * FROM api_key").all())
+    assert token.rpartition("-")[2] not in stored
+
+
+def test_a_revoked_key_ends_and_gives_its_name_back(keys: KeyStore) -> None:
+    old = keys.create("bob")
+    with pytest.raises(KeyNameError, match="bob"):
+        keys.create("bob")
+    assert keys.revoke(keys.authenticate(old).key_id)
+    with pytest.raises(Unauthenticated):
+        keys.authenticate(old)
+    assert keys.authenticate(keys.create("bob")).key_name == "bob"
+    keys.reload()
+    assert [p.key_name for p in keys.all()] == ["bob"]
+    assert not keys.revoke("nobody")
+
+
+@pytest.mark.parametrize("name", ["", "a b", "x" * 65, "<script>", "-x"])
+def test_a_key_name_that_cannot_be_used_says_why(keys: KeyStore, name: str) -> None:
+    with pytest.raises(KeyNameError, match="name"):
+        keys.create(name)
+
+
+@given(st.floats(0.1, 100), st.integers(1, 20), st.lists(st.floats(0, 3), max_size=60))
+def test_no_stretch_of_time_sees_more_than_its_rate(rate: float, burst: int, gaps: list[float]) -> None:
+    limiter, now, admitted = RateLimiter(), 0.0, []
+    for gap in gaps:
+        now += gap
+        try:
+            limiter.admit("k", rate_per_s=rate, burst=burst, now=now)
+            admitted.append(now)
+        except RateLimited as error:
+            assert error.retry_after_s is not None
+            assert error.retry_after_s > 0
+    for i, start in enumerate(admitted):
+        for j in range(i, len(admitted)):
+            assert j - i + 1 <= burst + rate * (admitted[j] - start) + 1e-6
+
+
+@anyio
+async def test_a_key_beyond_its_rate_is_told_when_to_come_back(start_gateway: StartGateway) -> None:
+    async with start_gateway('limits: [{key: "*", rate: 2/min}]') as gateway:
+        statuses = [(await gateway.chat(ask(f"{i}")))[0] for i in range(2)]
+        status, headers, body = await gateway.chat(ask("more"))
+        rows = await gateway.rows()
+    assert statuses[0] == 200
+    assert (status, body["error"]["code"], headers["x-should-retry"]) == (429, "rate_limit_exceeded", "true")
+    assert int(headers["retry-after"]) >= 1
+    assert len(rows) == statuses.count(200), "what was not admitted has no row"
+
+
+def test_windows_start_on_the_calendar() -> None:
+    now = int(dt.datetime(2026, 11, 21, 13, 45, 30, tzinfo=dt.UTC).timestamp() * 1000)
+    starts = {
+        w: dt.datetime.fromtimestamp(window_start_ms(w, now) / 1000, dt.UTC) for w in ("hour", "day", "week", "month")
+    }  # type: ignore[arg-type]
+    assert starts == {
+        "hour": dt.datetime(2026, 11, 21, 13, tzinfo=dt.UTC),
+        "day": dt.datetime(2026, 11, 21, tzinfo=dt.UTC),
+        "week": dt.datetime(2026, 11, 16, tzinfo=dt.UTC),
+        "month": dt.datetime(2026, 11, 1, tzinfo=dt.UTC),
+    }
+    assert window_start_ms("total", now) == 0
+
+
+@given(st.integers(0, 100), st.lists(st.tuples(st.integers(0, 60), st.floats(0, 1), st.booleans()), max_size=40))
+def test_reserved_plus_spent_never_exceeds_a_limit(limit: int, calls: list[tuple[int, float, bool]]) -> None:
+    budget = Budget("key:k", limit, "total", 0, 0)
+    running: list[tuple[Hold, int]] = []
+    for worst, share, settle_one in calls:
+        try:
+            running.append((reserve((budget,), worst), int(worst * share)))
+        except BudgetExceeded:
+            assert worst > budget.remaining_nanousd, "refused although it fitted"
+        if settle_one and running:
+            hold, cost = running.pop(0)
+            hold.settle(cost)
+        assert budget.spent_nanousd + budget.reserved_nanousd <= limit
+    for hold, cost in running:
+        hold.settle(cost)
+    assert budget.reserved_nanousd == 0
+
+
+@anyio
+async def test_racing_calls_never_overspend_a_budget(start_gateway: StartGateway, upstream: FakeUpstream) -> None:
+    async with start_gateway('limits: [{key: "*", budget: $0.0003/day}]') as gateway:
+        calls = [gateway.chat(ask(f"{i}", max_tokens=100)) for i in range(64)]
+        answers = await asyncio.gather(*calls)
+        rows = await gateway.rows()
+        (budget,) = gateway.app.web.state.lifecycle.budgets.all()
+    served = [a for a in answers if a[0] == 200]
+    refused = [a for a in answers if a[0] == 429]
+    assert served
+    assert refused
+    assert len(served) + len(refused) == 64
+    assert all(a[2]["error"]["type"] == "budget_exceeded" and a[1]["x-should-retry"] == "false" for a in refused)
+    spent = sum(bill.nanousd for bill in upstream.truth)
+    assert spent == budget.spent_nanousd <= 300_000
+    assert budget.reserved_nanousd == 0
+    assert len(rows) == 64
+    assert {row["outcome"] for row in rows} == {"ok", "refused"}
+
+
+@anyio
+async def test_spend_survives_a_restart(start_gateway: StartGateway, tmp_path: Path) -> None:
+    limits = 'limits: [{key: "*", budget: $0.00005/month}]'
+    async with start_gateway(limits) as gateway:
+        assert (await gateway.chat(ask(max_tokens=10)))[0] == 200
+        first = await gateway.chat(ask("and more of it", max_tokens=10))
+        remaining = int(first[1]["x-leadline-budget-remaining-nanousd"])
+    async with start_gateway(limits) as gateway:
+        status, headers, _ = await gateway.chat(ask("third", max_tokens=1000))
+        assert status == 429
+        (budget,) = gateway.app.web.state.lifecycle.budgets.all()
+        assert budget.remaining_nanousd == remaining < 50_000
+
+
+@anyio
+async def test_a_scope_has_its_own_budget(gateway: Gateway) -> None:
+    scope = {"X-Leadline-Scope": "run-1", "X-Leadline-Scope-Budget": "0.0001"}
+    statuses = [(await gateway.chat(ask(f"{i}", max_tokens=100), **scope))[0] for i in range(20)]
+    assert statuses[0] == 200
+    assert statuses[-1] == 429
+    assert (await gateway.chat(ask("outside the scope")))[0] == 200
+    async with gateway.session.get(f"{gateway.url}/leadline/v1/spend", headers=gateway.headers()) as response:
+        assert (await response.json())["requests"] == 21
+
+
+@anyio
+async def test_keys_made_by_another_process_work_within_a_second(gateway: Gateway) -> None:
+    settings = gateway.app.settings
+    other = KeyStore(connect(settings.database_url), load_pepper(settings.home))
+    token = other.create("late")
+    async with asyncio.timeout(5):
+        while (
+            await gateway.session.get(f"{gateway.url}/v1/models", headers={"Authorization": f"Bearer {token}"})
+        ).status != 200:
+            await asyncio.sleep(0.05)
+    other.revoke(other.authenticate(token).key_id)
+    async with asyncio.timeout(5):
+        while (
+            await gateway.session.get(f"{gateway.url}/v1/models", headers={"Authorization": f"Bearer {token}"})
+        ).status == 200:
+            await asyncio.sleep(0.05)
+    other._engine.dispose()
