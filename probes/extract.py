@@ -8,7 +8,7 @@ import hashlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -161,18 +161,12 @@ class Encoder:
         return out, sum(map(len, ids))
 
     def _tokenize(self, texts: Sequence[str], max_tokens: int, keep: Keep) -> list[list[int]]:
-        """Token ids with special tokens, at most `max_tokens` each."""
-        tokenizer = self._tokenizer
-        budget = max_tokens - int(tokenizer.num_special_tokens_to_add())
-        head = budget if keep == "start" else budget // 4
-        tail = budget - head
+        """Token ids with special tokens, at most `max_tokens` each; those that end a text are always kept."""
+        head = max_tokens - 1 if keep == "start" else max_tokens // 4
         reach = max_tokens * MAX_CHARS_PER_TOKEN
         clipped = [text if len(text) <= 2 * reach else f"{text[:reach]} {text[-reach:]}" for text in texts]
-        out = []
-        for ids in tokenizer(clipped, add_special_tokens=False, verbose=False)["input_ids"] if clipped else ():
-            short = ids if len(ids) <= budget else ids[:head] + ids[len(ids) - tail :]
-            out.append(cast(list[int], tokenizer.build_inputs_with_special_tokens(short)))
-        return out
+        every: list[list[int]] = self._tokenizer(clipped, verbose=False)["input_ids"] if clipped else []
+        return [ids if len(ids) <= max_tokens else ids[:head] + ids[head - max_tokens :] for ids in every]
 
     @torch.inference_mode()
     def _run(

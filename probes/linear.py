@@ -54,9 +54,11 @@ class ProbeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # 
         scaler = StandardScaler().fit(X)
         reduced = scaler.transform(X)
         basis = np.eye(X.shape[1])
-        if self.components is not None and self.components < min(X.shape):
+        # Never more components than rows; and where PCA would only rotate, it is left out.
+        components = X.shape[1] if self.components is None else min(self.components, *X.shape)
+        if components < X.shape[1]:
             # Centred by the scaler, so the mean that PCA would subtract is zero.
-            basis = PCA(self.components, svd_solver="randomized", random_state=self.seed).fit(reduced).components_.T
+            basis = PCA(components, random_state=self.seed).fit(reduced).components_.T
             reduced = reduced @ basis
         weights, biases, calibrators, strengths = zip(*(self._fit_head(reduced, c) for c in labels.T), strict=True)
         weight = (np.stack(weights) @ basis.T) / scaler.scale_
@@ -71,17 +73,18 @@ class ProbeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # 
 
     def predict_proba(self, X: Any) -> Array:
         """Calibrated probabilities: [n, 2] in the order of `classes_`, or [n, heads] of P(correct)."""
-        p = self.heads_.predict_proba(self._features(X))
+        p = self._probabilities(X)
         return p if self.multi_head_ else np.column_stack([1 - p[:, 0], p[:, 0]])
 
     def decision_function(self, X: Any) -> Array:
-        """Uncalibrated log-odds, [n] or [n, heads]."""
-        scores = self.heads_.decision_function(self._features(X))
+        """Calibrated log-odds, [n] or [n, heads]."""
+        p = np.clip(self._probabilities(X), 1e-15, 1 - 1e-15)
+        scores = np.asarray(np.log(p) - np.log1p(-p))
         return scores if self.multi_head_ else scores[:, 0]
 
     def predict(self, X: Any) -> Any:
         """The likelier class, [n] or [n, heads]."""
-        likelier = (self.heads_.predict_proba(self._features(X)) > 0.5).astype(int)
+        likelier = (self._probabilities(X) > 0.5).astype(int)
         return self.classes_[likelier if self.multi_head_ else likelier[:, 0]]
 
     def __sklearn_tags__(self) -> Any:
@@ -89,13 +92,13 @@ class ProbeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # 
         tags.classifier_tags.multi_class = False
         return tags
 
-    def _features(self, X: Any) -> Array:
+    def _probabilities(self, X: Any) -> Array:
         check_is_fitted(self)
-        return np.asarray(validate_data(self, X, dtype=np.float64, reset=False))
+        return self.heads_.predict_proba(validate_data(self, X, dtype=np.float64, reset=False))
 
     def _validate(self, X: Any, y: Any) -> tuple[Array, Array]:
         """Features [n, d] and labels [n, heads] as 0, 1, NaN."""
-        self.multi_head_ = np.ndim(y) == 2
+        self.multi_head_ = np.asarray(y).ndim == 2
         if self.multi_head_:
             X = validate_data(self, X, dtype=np.float64)
             labels = np.asarray(y, np.float64)

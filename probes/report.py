@@ -13,9 +13,9 @@ def render_rows(title: str, rows: Sequence["Row"]) -> Table:
     """A rich table of rows with their 95% intervals."""
     table = Table(title=title, title_justify="left")
     for header in ("name", "metric"):
-        table.add_column(header)
+        table.add_column(header, no_wrap=True)
     for header in ("value", "95% interval"):
-        table.add_column(header, justify="right")
+        table.add_column(header, justify="right", no_wrap=True)
     table.add_column("unit")
     for row in rows:
         value = f"{row.value:.0f}" if row.metric == "n" else f"{row.value:.4f}"

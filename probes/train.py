@@ -92,7 +92,7 @@ def _binary(column: Any, path: Path, name: str) -> Array:
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
         raise TableError(
-            f"{path}: column {name!r} holds {column.iloc[row]!r} in row {column.index[row]}; "
+            f"{path}: column {name!r} holds {column.iloc[row : row + 1].tolist()[0]!r} in row {column.index[row]}; "
             "labels are 0 or 1 (or true, false), empty where unknown"
         )
     return np.asarray(numbers)
@@ -123,12 +123,22 @@ class Fitted:
 
 
 def fit_probe(
-    table: Table, encoder: Encoder, recipe: Recipe | None = None, *, name: str = "probe", progress: bool = False
+    table: Table,
+    encoder: Encoder,
+    recipe: Recipe | None = None,
+    *,
+    name: str = "probe",
+    features: FloatArray | None = None,
+    progress: bool = False,
 ) -> Fitted:
-    """Fit on all rows; measure out of fold (5 folds), and with whole groups held out where the table has groups."""
+    """Fit on all rows; measure out of fold (5 folds), and with whole groups held out where the table has groups.
+
+    `features` may be given by a caller that kept them; they must be `layer_features` of this table and recipe.
+    """
     recipe = recipe or Recipe()
     layers = recipe.layers_of(encoder)
-    features = layer_features(encoder, table.prompts, layers, recipe.max_tokens, progress)
+    if features is None:
+        features = layer_features(encoder, table.prompts, layers, recipe.max_tokens, progress)
     rows = measure(table, features, recipe, progress)
     heads = recipe.estimator().fit(features, table.labels, names=table.names).heads_
     infos = []

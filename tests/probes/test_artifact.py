@@ -1,0 +1,83 @@
+"""Artifacts come back bit for bit, and damaged or foreign ones are refused."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from probes.artifact import MANIFEST, TENSORS, Artifact, read, write
+from probes.errors import ArtifactError
+from probes.extract import file_sha256
+
+
+def test_round_trip_is_bit_equal(artifact: Artifact, tmp_path: Path) -> None:
+    write(artifact, tmp_path)
+    back = read(tmp_path)
+    assert back.heads.weight.tobytes() == artifact.heads.weight.tobytes()
+    assert back.version == artifact.version
+    x = np.random.default_rng(0).normal(size=(5, 4 * 384)).astype(np.float32)
+    assert back.heads.predict_proba(x).tobytes() == artifact.heads.predict_proba(x).tobytes()
+
+
+def test_the_version_follows_the_content_and_nothing_else(artifact: Artifact) -> None:
+    later = artifact.manifest.model_copy(update={"created": "2030-01-01", "metrics": {"x": 1}})
+    assert replace(artifact, manifest=later).version == artifact.version
+    shorter = artifact.manifest.model_copy(update={"max_tokens": 32})
+    assert replace(artifact, manifest=shorter).version != artifact.version
+    moved = replace(artifact.heads, bias=artifact.heads.bias + 1)
+    assert replace(artifact, heads=moved).version != artifact.version
+
+
+def test_another_encoder_is_refused(artifact: Artifact) -> None:
+    artifact.require_encoder("toy-encoder", artifact.manifest.encoder_sha256)
+    with pytest.raises(ArtifactError, match=r"was fitted on encoder 'toy-encoder'.*'other' has sha256 00"):
+        artifact.require_encoder("other", "00")
+
+
+def _edit(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        change(manifest)
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+
+    return apply
+
+
+def _tensors(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / TENSORS)
+        change(tensors)
+        save_file(tensors, folder / TENSORS)
+        _edit(lambda m: m.update(tensors_sha256=file_sha256(folder / TENSORS)))(folder)
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (_edit(lambda m: m.update(format=2)), "format 2 is unknown"),
+        (_edit(lambda m: m.pop("format")), "format None is unknown"),
+        (_edit(lambda m: m.update(surprise=1)), "surprise"),
+        (_edit(lambda m: m.pop("encoder_sha256")), "encoder_sha256"),
+        (_edit(lambda m: m.update(tensors_sha256="0")), "does not match tensors_sha256"),
+        (_tensors(lambda t: t.pop("bias")), r"missing tensors \['bias'\]"),
+        (_tensors(lambda t: t.update(more=np.ones(1))), r"unexpected tensors \['more'\]"),
+        (_tensors(lambda t: t.update(bias=np.ones(3, np.float32))), r"bias is float32\[3\]"),
+        (_tensors(lambda t: t.update(bias=np.ones(2))), r"bias is float64\[2\]"),
+        (_tensors(lambda t: t.update({"calibration.weak": np.ones((2, 3))})), r"calibration.weak is"),
+        (_tensors(lambda t: t.update(bias=np.full(2, np.nan, np.float32))), "NaN"),
+        (lambda folder: (folder / MANIFEST).write_text("{"), "not JSON"),
+        (lambda folder: (folder / TENSORS).unlink(), "no probe artifact"),
+    ],
+)
+def test_refusals(artifact: Artifact, tmp_path: Path, damage: Callable[[Path], None], complaint: str) -> None:
+    write(artifact, tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ArtifactError, match=complaint):
+        read(tmp_path)

@@ -1,0 +1,83 @@
+"""`leadline probe fit` and `eval`, end to end on a small table."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from probes.cli import app
+from probes.runtime import EncoderProbe
+
+ARGUMENTS = ["--prompt", "question", "--head", "weak=cheap", "--head", "strong=dear"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_fit_then_eval(sums_and_essays: pd.DataFrame, tmp_path: Path, kind: str) -> None:
+    table = tmp_path / f"outcomes.{kind}"
+    sums_and_essays.to_parquet(table) if kind == "parquet" else sums_and_essays.to_csv(table, index=False)
+    out, rows_file = tmp_path / "sums", tmp_path / "rows.json"
+    options = ["--drop-if", "bad", "--group-column", "kind", "--out", str(out), "--json", str(rows_file)]
+    done = CliRunner().invoke(app, ["fit", str(table), *ARGUMENTS, *options])
+    assert done.exit_code == 0, done.output
+    rows = {(row["name"], row["metric"]): row for row in json.loads(rows_file.read_text())}
+    assert rows["probe: weak", "n"]["value"] == 78
+    assert rows["probe", "APGR"]["value"] > 0.7
+    assert {"random", "prompt length", "group prior", "TF-IDF + LR (gap)", "oracle"} <= {name for name, _ in rows}
+    assert ("probe, groups held out", "APGR") in rows
+
+    probe = EncoderProbe.load(out)
+    assert probe.heads == ("weak", "strong")
+    easy, hard = probe.probe([[{"content": "What is 5 plus 6?"}], [{"content": "Write an essay on empire 9."}]])
+    assert easy["weak"] > 0.5 > hard["weak"]
+
+    done = CliRunner().invoke(app, ["eval", str(table), str(out), *ARGUMENTS, "--drop-if", "bad"])
+    assert done.exit_code == 0, done.output
+    assert "fitted on this very table" in done.output
+
+
+def test_the_same_seed_gives_the_same_version(sums_and_essays: pd.DataFrame, tmp_path: Path) -> None:
+    table = tmp_path / "outcomes.parquet"
+    sums_and_essays.to_parquet(table)
+    versions = []
+    for folder in ("first", "second"):
+        run = ["fit", str(table), *ARGUMENTS, "--name", "twice", "--out", str(tmp_path / folder)]
+        assert CliRunner().invoke(app, run).exit_code == 0
+        versions.append(EncoderProbe.load(tmp_path / folder).version)
+    assert versions[0] == versions[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "complaint"),
+    [
+        ({}, ["--head", "other=nowhere"], "no column 'nowhere' for --head other; it has question, cheap"),
+        ({}, ["--drop-if", "nowhere"], "no column 'nowhere' for --drop-if"),
+        ({"cheap": 0.5}, [], "column 'cheap' holds 0.5 in row 0; labels are 0 or 1"),
+        ({"cheap": "yes"}, [], "column 'cheap' holds 'yes' in row 0"),
+        ({"cheap": np.nan}, [], "column 'cheap' holds no label for head 'weak'"),
+        ({"question": None}, [], "column 'question' is empty in row 0"),
+        ({"bad": True}, ["--drop-if", "bad"], "0 usable rows"),
+        ({}, ["--head", "weak"], "write --head NAME=COLUMN"),
+        ({}, ["--head", "weak=dear"], "given twice"),
+        ({}, ["--encoder", "."], "no model.safetensors"),
+    ],
+)
+def test_bad_input_says_what_to_do(
+    sums_and_essays: pd.DataFrame, tmp_path: Path, change: dict[str, object], options: list[str], complaint: str
+) -> None:
+    table = tmp_path / "outcomes.csv"
+    sums_and_essays.assign(**change).to_csv(table, index=False)
+    done = CliRunner().invoke(app, ["fit", str(table), *ARGUMENTS, *options, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 2
+    assert complaint in " ".join(done.output.replace("│", " ").split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unreadable_table_is_named(tmp_path: Path) -> None:
+    for name, complaint in [("table.txt", "unknown table type '.txt'"), ("table.parquet", "cannot be read")]:
+        (tmp_path / name).write_text("nothing")
+        done = CliRunner().invoke(app, ["fit", str(tmp_path / name), *ARGUMENTS, "--out", str(tmp_path / "out")])
+        assert done.exit_code == 2
+        assert complaint in done.output

@@ -1,0 +1,86 @@
+"""The shipped probe, as the engine runs it."""
+
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from probes.artifact import Artifact
+from probes.errors import ArtifactError
+from probes.extract import Encoder
+from probes.runtime import EncoderProbe, default_artifact_path
+
+EASY = "What is the capital of France?\nA. Berlin\nB. Paris\nC. Rome\nD. Madrid\nAnswer:"
+HARD = (
+    "Let F be a free group on two generators. How many subgroups of index 3 does it have?\n"
+    "A. 4\nB. 7\nC. 13\nD. 22\nAnswer:"
+)
+
+
+def _ask(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def test_the_shipped_artifact_is_small() -> None:
+    assert sum(file.stat().st_size for file in default_artifact_path().iterdir()) < 200_000
+
+
+def test_probabilities_fall_with_difficulty(default_probe: EncoderProbe) -> None:
+    easy, hard = default_probe.probe([_ask(EASY), _ask(HARD)])
+    assert list(easy) == list(default_probe.heads)
+    assert all(0 <= p <= 1 for p in (*easy.values(), *hard.values()))
+    assert easy["weak"] > hard["weak"] + 0.2
+    assert easy["strong"] > hard["strong"]
+    assert hard["strong"] - hard["weak"] > easy["strong"] - easy["weak"]
+
+
+def test_a_batch_answers_as_its_members_do(default_probe: EncoderProbe) -> None:
+    asked = [_ask(EASY), _ask(HARD), _ask(""), [*_ask(EASY), {"role": "assistant", "content": "B"}, *_ask("Why?")]]
+    together = default_probe.probe(asked)
+    for conversation, answer in zip(asked, together, strict=True):
+        assert default_probe.probe([conversation])[0] == pytest.approx(answer, abs=1e-4)
+    assert default_probe.probe([]) == []
+
+
+def test_embeddings_travel_as_bytes(default_probe: EncoderProbe) -> None:
+    data, dims, tokens = default_probe.embed(["one", "two"])
+    assert np.frombuffer(data, "<f4").reshape(2, dims).shape == (2, 384)
+    assert tokens == 6
+    assert default_probe.embed([]) == (b"", 384, 0)
+
+
+def test_the_version_names_the_artifact(default_probe: EncoderProbe) -> None:
+    name, _, digest = default_probe.version.partition("@")
+    assert name == "default"
+    assert len(digest) == 8
+
+
+def test_a_probe_refuses_another_encoder(artifact: Artifact, encoder: Encoder) -> None:
+    foreign = Artifact(artifact.manifest.model_copy(update={"encoder_sha256": "0" * 64}), artifact.heads)
+    with pytest.raises(ArtifactError, match="was fitted on encoder"):
+        EncoderProbe(foreign, encoder)
+
+
+def test_inference_needs_neither_scikit_learn_nor_pandas() -> None:
+    code = """
+import sys, time, json
+for name in ("sklearn", "pandas", "pyarrow", "scipy", "sentence_transformers"):
+    sys.modules[name] = None
+import torch, transformers
+from transformers import AutoModel, AutoTokenizer
+from transformers.models.bert import modeling_bert
+start = time.perf_counter()
+from probes.runtime import EncoderProbe
+probe = EncoderProbe.load()
+loaded = time.perf_counter() - start
+print(json.dumps([loaded, probe.probe([[{"role": "user", "content": "What is 2 plus 2?"}]])]))
+"""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - start < 60
+    loaded_s, answers = json.loads(done.stdout)
+    assert loaded_s < 10  # 0.5 s on an idle machine
+    assert set(answers[0]) >= {"weak", "strong"}
