@@ -74,13 +74,6 @@ def cpt(scores: Array, weak: Array, strong: Array, recovered: float) -> float:
     return float(share[first - 1] + rise * (share[first] - share[first - 1]))
 
 
-def cpt_interpolated(scores: Array, weak: Array, strong: Array, recovered: float) -> float:
-    """RouteLLM's own CPT, to compare with its published table."""
-    line = curve(scores, weak, strong)
-    target = line.weak + recovered * (line.strong - line.weak)
-    return float(np.interp(target, line.accuracy[::-1], line.share[::-1]))
-
-
 Statistic = Callable[[Array, Array, Array], float]
 
 

@@ -34,7 +34,9 @@ def test_probabilities_fall_with_difficulty(default_probe: EncoderProbe) -> None
     assert all(0 <= p <= 1 for p in (*easy.values(), *hard.values()))
     assert easy["weak"] > hard["weak"] + 0.2
     assert easy["strong"] > hard["strong"]
-    assert hard["strong"] - hard["weak"] > easy["strong"] - easy["weak"]
+    if "local" in default_probe.heads:
+        (sum_,) = default_probe.probe([_ask("What is 12 + 7?")])
+        assert sum_["local"] > 0.8 > 0.2 > hard["local"]
 
 
 def test_a_batch_answers_as_its_members_do(default_probe: EncoderProbe) -> None:
