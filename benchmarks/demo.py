@@ -1,0 +1,363 @@
+"""`make demo`: real questions through a running gateway, with a proof of every nano-dollar.
+
+GSM8K test questions go through `leadline serve` to an upstream that replays what GPT-4-1106 and Mixtral-8x7B really
+answered to them; arithmetic questions are answered by the local engine. Four ways to answer are compared: always the
+weak model, always the strong one, by lot at Leadline's share, and Leadline's choice. At the end ledger, upstream and
+client must agree on every call, or the demo fails.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from json import dumps
+from pathlib import Path
+from typing import Any
+
+from demo_client import Call, Task, drive
+from demo_money import prove, read_ledger, read_truth
+from demo_report import Arm, Paired, Row, measured, results, table
+from demo_servers import Gateway, fit_probe, gateway, recorded_upstream, write_policy
+from recorded_upstream import RECORDINGS
+from rich.console import Console
+
+from local_engine.arithmetic import LEVELS, problems
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "demo.json"
+GOLD = "gsm8k.parquet"
+SOUNDED = 300
+"""GSM8K training questions, without labels, that the constraint is set by."""
+GAP_WITHOUT_DATA = 0.10
+"""The constraint where there is nothing to set it by."""
+STRONG_SHARE = 0.5
+CACHED = 20
+"""Questions asked twice to show the cache."""
+CANDIDATES = ("local", "weak", "strong")
+
+
+@dataclass
+class Demo:
+    """What one run is about, and what it has gathered so far."""
+
+    console: Console
+    folder: Path
+    upstream: str
+    concurrency: int
+    probe: str
+    calls: list[Call] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def home(self) -> Path:
+        """One state folder, thus one ledger, for every gateway of the run."""
+        home = self.folder / "home"
+        home.mkdir(exist_ok=True)
+        return home
+
+    def say(self, sentence: str) -> None:
+        """Something the reader of the numbers must know."""
+        self.notes.append(sentence)
+        self.console.print(sentence, highlight=False, soft_wrap=True)
+
+    def serve(self, name: str, gap: float, *, probe: str, candidates: tuple[str, ...] = CANDIDATES) -> Any:
+        policy = write_policy(
+            self.folder / f"{name}.yaml", upstream=self.upstream, probe=probe, candidates=candidates, gap=gap
+        )
+        return gateway(self.home, policy)
+
+    def drive(self, to: Gateway, arm: str, model: str, tasks: Sequence[Task], *, store: bool = False) -> list[Call]:
+        calls = drive(to.base_url, to.key, arm, model, tasks, concurrency=self.concurrency, store=store)
+        self.calls += calls
+        return calls
+
+
+def main() -> int:
+    args = _arguments()
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    data = Path(os.environ.get("LEADLINE_DATA") or ROOT.parent / "shared" / "data")
+    folder = Path(tempfile.mkdtemp(prefix="leadline-demo-"))
+    truth = folder / "truth.jsonl"
+    truth.touch()
+    started = time.monotonic()
+    try:
+        with recorded_upstream(data, truth) as upstream:
+            demo = Demo(console, folder, upstream, args.concurrency, args.probe)
+            agreed = _run(demo, args, data, truth)
+            demo.console.print(f"took {time.monotonic() - started:.0f} s", highlight=False)
+    finally:
+        shutil.rmtree(folder)
+    return 0 if agreed else 1
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit", type=_positive, help="at most this many GSM8K and as many arithmetic questions")
+    parser.add_argument("--seed", type=int, default=0, help="of order, arithmetic and halves")
+    parser.add_argument("--concurrency", type=_positive, default=4, help="callers at a time")
+    parser.add_argument("--probe", default="default", help="`default`, or a folder that `leadline probe fit` wrote")
+    parser.add_argument("--skip-fitted", action="store_true", help="leave out the probes fitted on recorded answers")
+    parser.add_argument("--keep", action="store_true", help="leave the gateway running at the end, until Ctrl-C")
+    parser.add_argument("--out", type=Path, help=f"results file; a full run writes {RESULTS.relative_to(ROOT)}")
+    return parser.parse_args()
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
+
+
+def _run(demo: Demo, args: argparse.Namespace, data: Path, truth: Path) -> bool:
+    """All parts, the table, the proof; whether the books agreed."""
+    arithmetic = arithmetic_tasks(args.seed, args.limit)
+    missing = [name for name in (RECORDINGS, GOLD) if not (data / name).is_file()]
+    if missing:
+        demo.say(
+            f"No {' and no '.join(missing)} in ../shared/data (or $LEADLINE_DATA): without the recorded answers only "
+            f"the arithmetic part runs. The constraint is p_success_gap <= {GAP_WITHOUT_DATA:g}, set by nothing."
+        )
+        gsm8k, gap = [], GAP_WITHOUT_DATA
+    else:
+        gsm8k, gap = read_tasks(data, args.seed, args.limit), _sounded_gap(demo, data, args.seed)
+    with demo.serve("leadline", gap, probe=demo.probe) as first:
+        arms, gains = _compared(demo, first, gsm8k, arithmetic, args.seed)
+        if gsm8k:
+            _cache_part(demo, first, gsm8k[:CACHED])
+    if gsm8k and not args.skip_fitted:
+        fitted_arms, fitted_gain = _fitted_part(demo, data, gsm8k, args.seed)
+        arms[-1:-1] = fitted_arms
+        gains.append(fitted_gain)
+    _show(demo, arms, gains)
+    with demo.serve("leadline", gap, probe=demo.probe) as last:
+        agreed = _prove(demo, last, truth)
+        out = args.out or (None if args.limit or missing else RESULTS)
+        if out is not None:
+            _write(demo, out)
+        if args.keep:
+            _wait(demo.console, last)
+    return agreed
+
+
+def arithmetic_tasks(seed: int, limit: int | None) -> list[Task]:
+    """Problems that the bundled model was not trained on, every level alike."""
+    each = 50 if limit is None else -(-limit // len(LEVELS))
+    drawn = [p for level in LEVELS for p in problems(seed, level, each)]
+    return [Task("arithmetic", p.question, str(p.answer), level=p.level) for p in drawn]
+
+
+def read_tasks(data: Path, seed: int, limit: int | None) -> list[Task]:
+    """Uncontaminated GSM8K test questions with their gold answers and recorded outcomes, in a seeded order."""
+    import pandas as pd
+
+    frame = pd.read_parquet(data / RECORDINGS)
+    frame = frame[~frame["contaminated"]]
+    gold = pd.read_parquet(data / GOLD).set_index("question")["final"]
+    columns = zip(frame["prompt"], frame["mixtral_8x7b_correct"], frame["gpt4_1106_correct"], strict=True)
+    tasks = [Task("gsm8k", prompt, gold[prompt], (bool(weak), bool(strong))) for prompt, weak, strong in columns]
+    random.Random(seed).shuffle(tasks)
+    return tasks[:limit]
+
+
+def training_questions(data: Path, seed: int) -> list[str]:
+    """GSM8K training questions; their answers are not read."""
+    import pandas as pd
+
+    frame = pd.read_parquet(data / GOLD, columns=["split", "question"])
+    questions: list[str] = frame.loc[frame["split"] == "train", "question"].tolist()
+    return random.Random(seed).sample(questions, SOUNDED)
+
+
+def _sounded_gap(demo: Demo, data: Path, seed: int, *, probe: str | None = None) -> float:
+    """The constraint that sends STRONG_SHARE of unlabelled training questions to strong: their median gap."""
+    candidates = CANDIDATES if probe is None else CANDIDATES[1:]
+    with demo.serve("sounding", 1.0, probe=probe or demo.probe, candidates=candidates) as sounding:
+        gaps = [_gap(sounding, question) for question in training_questions(data, seed)]
+    gaps.sort()
+    return min(1.0, max(0.0, gaps[round(len(gaps) * (1 - STRONG_SHARE)) - 1]))
+
+
+def _gap(to: Gateway, question: str) -> float:
+    """How far weak's chance is below the best candidate's, by the gateway's own explanation."""
+    body = {"model": "auto", "messages": [{"role": "user", "content": question}]}
+    decision = to.api("/leadline/v1/explain", body)["decision"]
+    chances = {c["model"]: c["p_success"] for c in decision["candidates"]}
+    if None in chances.values():
+        raise RuntimeError(f"the probe {decision['probe_version']} does not know all candidates: {chances}")
+    return float(max(chances.values()) - chances["weak"])
+
+
+def _compared(
+    demo: Demo, to: Gateway, gsm8k: list[Task], arithmetic: list[Task], seed: int
+) -> tuple[list[Arm], list[Row]]:
+    """The arms of the table on the shipped probe, arithmetic last, and Leadline's gain over the lot."""
+    mixed = [*gsm8k, *arithmetic]
+    random.Random(seed).shuffle(mixed)
+    routed = demo.drive(to, "leadline", "auto", mixed)
+    _tell_degraded(demo, routed)
+    on_arithmetic = [call for call in routed if call.task.kind == "arithmetic"]
+    arms, gains = [], []
+    if gsm8k:
+        on_gsm8k = [call for call in routed if call.task.kind == "gsm8k"]
+        weak, strong = (demo.drive(to, name, name, gsm8k) for name in ("weak", "strong"))
+        paired = Paired.of(on_gsm8k, weak, strong)
+        arms = [
+            measured("always weak: Mixtral-8x7B", weak),
+            measured("always strong: GPT-4-1106", strong),
+            paired.at_random("by lot, Leadline's share"),
+            paired.longest("longest prompts, same share"),
+            measured("Leadline, shipped probe", on_gsm8k),
+        ]
+        gains = [paired.gain("Leadline, shipped probe")]
+        _tell_gsm8k(demo, on_gsm8k, [*weak, *strong])
+    _tell_arithmetic(demo, on_arithmetic)
+    return [*arms, measured("arithmetic, through Leadline", on_arithmetic)], gains
+
+
+def _tell_degraded(demo: Demo, calls: Sequence[Call]) -> None:
+    degraded = sum(bool(call.degraded) for call in calls)
+    demo.rows.append(Row("Leadline", "decisions_without_probe", degraded, unit="calls"))
+    if degraded:
+        demo.say(f"{degraded} of {len(calls)} decisions were degraded (the probe's answer was late or missing).")
+
+
+def _tell_gsm8k(demo: Demo, routed: Sequence[Call], named: Sequence[Call]) -> None:
+    local = sum(call.model == "local" for call in routed)
+    differ = sum(call.graded != call.correct for call in named)
+    demo.rows += [
+        Row("GSM8K", "answered_locally", local, unit="questions"),
+        Row("GSM8K", "recorded_label_differs_from_text", differ, unit="answers"),
+    ]
+    demo.say(
+        f"GSM8K: {local} of {len(routed)} questions went to the local model. In {differ} of {len(named)} answers the "
+        "recorded label differs from our reading of the text (mostly `$20.00` for a gold 20, recorded as wrong); the "
+        "table judges by the recorded label."
+    )
+
+
+def _tell_arithmetic(demo: Demo, calls: Sequence[Call]) -> None:
+    local = [call for call in calls if call.model == "local"]
+    away = len(calls) - len(local)
+    right = sum(call.correct for call in local)
+    demo.rows += [
+        Row("arithmetic", "answered_locally", len(local), unit="questions"),
+        Row("arithmetic", "right_of_those_answered_locally", right, unit="questions"),
+    ]
+    levels = ", ".join(
+        f"{level}: {sum(c.correct for c in calls if c.task.level == level)}/{sum(c.task.level == level for c in calls)}"
+        for level in LEVELS
+    )
+    demo.say(
+        f"Arithmetic: the local engine answered {len(local)} of {len(calls)} itself, {right} of them right, for $0. "
+        + (
+            f"{away} were sent to a remote model, which has no recording of them (404, counted as wrong). "
+            if away
+            else ""
+        )
+        + f"Right by number of operations: {levels}."
+    )
+
+
+def _cache_part(demo: Demo, to: Gateway, tasks: Sequence[Task]) -> None:
+    """The same questions twice, the cache allowed: the second answers are hits, free, and the same."""
+    first, second = (demo.drive(to, "cache", "weak", tasks, store=True) for _ in range(2))
+    hits = [b for a, b in zip(first, second, strict=True) if b.cache == "hit" and b.text == a.text]
+    saved = sum(call.cost_nanousd or 0 for call in first) - sum(call.cost_nanousd or 0 for call in second)
+    p50 = [statistics.median(call.latency_ms for call in calls) for calls in (first, second)]
+    demo.rows += [
+        Row("cache, asked again", "hits_with_the_same_text", len(hits), unit="calls"),
+        Row("cache, asked again", "saved", saved / 1e9, unit="USD"),
+    ]
+    demo.say(
+        f"Cache (all else above and below runs with no-store): {len(tasks)} questions asked again, {len(hits)} "
+        f"answered from the cache with the same text, for $0; p50 {p50[0]:.1f} ms before, {p50[1]:.1f} ms after."
+    )
+
+
+def _fitted_part(demo: Demo, data: Path, tasks: Sequence[Task], seed: int) -> tuple[list[Arm], Row]:
+    """What a user with labels gets: a probe fitted on one half decides about the other half, and the reverse."""
+    routed: list[Call] = []
+    for half in (0, 1):
+        asked = [task for task in tasks if _half(task.question, seed) == half]
+        probe = _fit_on_the_others(demo.folder, data, seed, half)
+        gap = _sounded_gap(demo, data, seed, probe=str(probe))
+        with demo.serve(f"fitted-{half}", gap, probe=str(probe), candidates=CANDIDATES[1:]) as fitted:
+            routed += demo.drive(fitted, "fitted", "auto", asked)
+    _tell_degraded(demo, routed)
+    weak, strong = ([call for call in demo.calls if call.arm == name] for name in ("weak", "strong"))
+    name = "Leadline, probe of the other half"
+    paired = Paired.of(routed, weak, strong)
+    return [paired.at_random("by lot, that share"), measured(name, routed)], paired.gain(name)
+
+
+def _fit_on_the_others(folder: Path, data: Path, seed: int, half: int) -> Path:
+    """A probe that has seen no question of `half`."""
+    import pandas as pd
+
+    frame = pd.read_parquet(data / RECORDINGS)
+    frame = frame[~frame["contaminated"]]
+    table_path, out = folder / f"train-{half}.parquet", folder / f"probe-{half}"
+    frame[[_half(prompt, seed) != half for prompt in frame["prompt"]]].to_parquet(table_path)
+    fit_probe(table_path, out)
+    return out
+
+
+def _half(question: str, seed: int) -> int:
+    """0 or 1, by the text alone, so that a limit changes nothing."""
+    return random.Random(f"{seed}/{question}").getrandbits(1)
+
+
+def _show(demo: Demo, arms: Sequence[Arm], gains: Sequence[Row]) -> None:
+    strong = next((arm.cost_usd for arm in arms if arm.name.startswith("always strong")), None)
+    demo.console.print(
+        table("Replayed answers: latency is the gateway's and the replay's, not the providers'", arms, strong)
+    )
+    for gain in gains:
+        demo.console.print(
+            f"{gain.name}: {gain.value:+.3f} accuracy over the lot at equal share, "
+            f"95% [{gain.low:+.3f}, {gain.high:+.3f}] (paired bootstrap over the questions)",
+            highlight=False,
+        )
+    demo.rows[:0] = [row for arm in arms for row in arm.rows()] + list(gains)
+
+
+def _prove(demo: Demo, to: Gateway, truth: Path) -> bool:
+    spent = to.api("/leadline/v1/spend")["cost_nanousd"]
+    proof = prove(demo.calls, *read_ledger(demo.home), read_truth(truth), spent)
+    demo.rows += [
+        Row("proof", "calls_joined", proof.calls, unit="calls"),
+        Row("proof", "spent", proof.nanousd, unit="nano-dollars"),
+        Row("proof", "differences", len(proof.differences), unit="calls"),
+    ]
+    demo.say(str(proof))
+    return not proof.differences
+
+
+def _write(demo: Demo, out: Path) -> None:
+    command = " ".join(["python benchmarks/demo.py", *sys.argv[1:]])
+    content = results(command, date.today().isoformat(), demo.notes, demo.rows)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _wait(console: Console, to: Gateway) -> None:
+    """Until Ctrl-C."""
+    console.print(f"\nDashboard  {to.base_url.removesuffix('/v1')}/dashboard\nKey        {to.key}\nCtrl-C ends it.")
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        console.print("ended")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

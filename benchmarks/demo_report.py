@@ -1,0 +1,191 @@
+"""From transcripts to a table: accuracy with intervals, strong-model share, cost, latency."""
+
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from demo_client import Call
+from rich.table import Table
+
+Array = npt.NDArray[np.float64]
+Statistic = Callable[[npt.NDArray[np.int64]], float]
+RESAMPLES = 2000
+Z95 = 1.959964
+LIBRARIES = ("leadline", "openai", "aiohttp", "torch", "transformers", "scikit-learn")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One number of the results, with its 95% interval where it has one."""
+
+    name: str
+    metric: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    unit: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One way to answer the same questions. Latency is None where nothing was called."""
+
+    name: str
+    n: int
+    accuracy: float
+    low: float
+    high: float
+    strong_share: float
+    cost_usd: float
+    latency_ms: tuple[float, float] | None = None
+    graded: float | None = None
+    """Accuracy graded from the text that the client received."""
+
+    def rows(self) -> list[Row]:
+        rows = [
+            Row(self.name, "accuracy", self.accuracy, self.low, self.high),
+            Row(self.name, "strong_share", self.strong_share),
+            Row(self.name, "cost", self.cost_usd, unit="USD"),
+            Row(self.name, "n", self.n, unit="questions"),
+        ]
+        if self.graded is not None:
+            rows.append(Row(self.name, "accuracy_graded_from_text", self.graded))
+        if self.latency_ms is not None:
+            for metric, value in zip(("latency_p50", "latency_p95"), self.latency_ms, strict=True):
+                rows.append(Row(self.name, metric, value, unit="ms, replayed"))
+        return rows
+
+
+def measured(name: str, calls: Sequence[Call]) -> Arm:
+    """An arm whose calls were really made."""
+    right = [call.correct for call in calls]
+    low, high = wilson(sum(right), len(right))
+    p50, p95 = np.percentile([call.latency_ms for call in calls], (50, 95))
+    return Arm(
+        name,
+        len(calls),
+        float(np.mean(right)),
+        low,
+        high,
+        strong_share=float(np.mean([call.model == "strong" for call in calls])),
+        cost_usd=sum(call.cost_nanousd or 0 for call in calls) / 1e9,
+        latency_ms=(float(p50), float(p95)),
+        graded=float(np.mean([call.graded for call in calls])),
+    )
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """95% interval of a share."""
+    p, z2 = right / n, Z95 * Z95
+    middle, half = p + z2 / (2 * n), Z95 * (p * (1 - p) / n + z2 / (4 * n * n)) ** 0.5
+    return max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n))
+
+
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """Routed, weak and strong answers to the same questions, question by question."""
+
+    routed: Array
+    """1 where the routed answer was right."""
+    strong_used: Array
+    weak: Array
+    strong: Array
+    weak_usd: Array
+    strong_usd: Array
+    length: Array
+    """Characters of the prompt."""
+
+    @classmethod
+    def of(cls, routed: Sequence[Call], weak: Sequence[Call], strong: Sequence[Call]) -> "Paired":
+        """All three in the order of `routed`."""
+        by_question = [{call.task.question: call for call in arm} for arm in (weak, strong)]
+        w, s = ([arm[call.task.question] for call in routed] for arm in by_question)
+
+        def right(calls: Sequence[Call]) -> Array:
+            return np.array([float(call.correct) for call in calls])
+
+        def usd(calls: Sequence[Call]) -> Array:
+            return np.array([(call.cost_nanousd or 0) / 1e9 for call in calls])
+
+        used = np.array([float(call.model == "strong") for call in routed])
+        length = np.array([float(len(call.task.question)) for call in routed])
+        return cls(right(routed), used, right(w), right(s), usd(w), usd(s), length)
+
+    def at_random(self, name: str) -> Arm:
+        """What sending the same share to strong by lot is expected to give; the interval is over the questions."""
+        share = self.strong_used.mean()
+        expected = (1 - share) * self.weak + share * self.strong
+        low, high = self._interval(self._random)
+        cost = float(((1 - share) * self.weak_usd + share * self.strong_usd).sum())
+        return Arm(name, len(expected), float(expected.mean()), low, high, float(share), cost)
+
+    def longest(self, name: str) -> Arm:
+        """The simplest router: the same share to strong, the longest prompts first."""
+        n = len(self.length)
+        chosen = np.zeros(n)
+        chosen[np.argsort(-self.length, kind="stable")[: round(self.strong_used.sum())]] = 1
+        right = np.where(chosen > 0, self.strong, self.weak)
+        low, high = wilson(round(right.sum()), n)
+        cost = float(np.where(chosen > 0, self.strong_usd, self.weak_usd).sum())
+        return Arm(name, n, float(right.mean()), low, high, float(chosen.mean()), cost)
+
+    def gain(self, name: str) -> Row:
+        """Routed minus random at the same share: a paired bootstrap over the questions."""
+        everything = np.arange(len(self.routed))
+        low, high = self._interval(self._gain)
+        return Row(name, "accuracy_over_random_at_equal_share", self._gain(everything), low, high)
+
+    def _gain(self, at: npt.NDArray[np.int64]) -> float:
+        return float(self.routed[at].mean() - self._random(at))
+
+    def _random(self, at: npt.NDArray[np.int64]) -> float:
+        share = self.strong_used[at].mean()
+        return float((1 - share) * self.weak[at].mean() + share * self.strong[at].mean())
+
+    def _interval(self, statistic: Statistic) -> tuple[float, float]:
+        rng = np.random.default_rng(0)
+        n = len(self.routed)
+        low, high = np.percentile([statistic(rng.integers(n, size=n)) for _ in range(RESAMPLES)], (2.5, 97.5))
+        return float(low), float(high)
+
+
+def table(title: str, arms: Sequence[Arm], strong_usd: float | None) -> Table:
+    """The arms side by side; costs also as a share of always-strong's."""
+    shown = Table(title=title, title_justify="left")
+    shown.add_column("")
+    for heading in ("accuracy [95%]", "to strong", "cost", "of strong's", "p50 / p95 ms", "n"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for arm in arms:
+        latency = "computed" if arm.latency_ms is None else f"{arm.latency_ms[0]:.0f} / {arm.latency_ms[1]:.0f}"
+        of_strong = f"{arm.cost_usd / strong_usd:.0%}" if strong_usd else ""
+        accuracy = f"{arm.accuracy:.3f} [{arm.low:.3f}, {arm.high:.3f}]"
+        shown.add_row(
+            arm.name, accuracy, f"{arm.strong_share:.1%}", f"${arm.cost_usd:.4f}", of_strong, latency, str(arm.n)
+        )
+    return shown
+
+
+def results(command: str, date: str, notes: Sequence[str], rows: Sequence[Row]) -> dict[str, object]:
+    """The content of the results file."""
+    return {
+        "machine": machine(),
+        "date": date,
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES},
+        "command": command,
+        "notes": list(notes),
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def machine() -> str:
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        cpu = names[0] if names else cpu
+    return f"{cpu}, {os.cpu_count()} cores, {platform.system()}"
