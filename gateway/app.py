@@ -50,7 +50,7 @@ class App:
         self._stack = contextlib.AsyncExitStack()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] == "/v1/chat/completions" and scope["method"] == "POST":
+        if scope["type"] == "http" and scope["path"] == "/v1/chat/completions":
             assert self._chat is not None
             await self._chat(scope, receive, send)
         elif scope["type"] == "lifespan":

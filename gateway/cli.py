@@ -1,17 +1,20 @@
 """The `leadline` command. Each command imports what it needs, so that the base installation can run the light ones."""
 
 import asyncio
+import contextlib
 import os
+import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
+    import uvicorn
     from sqlalchemy import Engine
 
     from gateway.admission.keys import KeyStore
@@ -71,6 +74,21 @@ def serve(
     raise typer.Exit(status)
 
 
+def _quiet_server(config: "uvicorn.Config") -> "uvicorn.Server":
+    """A server that ends in order, with status 0, on Ctrl-C and on SIGTERM; uvicorn's own raises the signal again."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, self.handle_exit, number, None)
+            yield
+
+    return Server(config)
+
+
 async def _serve(gateway: "App", listener: socket.socket) -> int:
     import uvicorn
 
@@ -78,10 +96,10 @@ async def _serve(gateway: "App", listener: socket.socket) -> int:
         gateway, http="httptools", ws="none", lifespan="on", access_log=False, log_level="warning",
         timeout_keep_alive=75, timeout_graceful_shutdown=30, server_header=False, date_header=False,
     )  # fmt: skip
-    server = uvicorn.Server(config)
+    server = _quiet_server(config)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started and not serving.done():
-        await asyncio.sleep(0.01)
+        await asyncio.wait((serving,), timeout=0.01)
     if server.started:
         if gateway.engine is not None and gateway.engine.started:
             waiting = asyncio.create_task(gateway.engine.ready.wait())
@@ -104,18 +122,20 @@ def _banner(gateway: "App", listener: socket.socket) -> None:
         state = "still starting"
     else:
         state = ", ".join(card.name for card in engine.client.hello.models) or "probes only"
+    question = '{"model":"auto","messages":[{"role":"user","content":"What is 23 + 48 - 7?"}]}'
+    code = f'from gateway.sdk import Leadline; print(Leadline(base_url="{url}/v1").explain("What is 2 + 2?"))'
+    key_file = gateway.settings.home / "key"
     typer.echo(
         f"""
 Leadline is ready.
   URL        {url}/v1
   Dashboard  {url}/dashboard
-  Key        {key or f"made earlier; see {gateway.settings.home / 'key'}, or: leadline keys create NAME"}
+  Key        {key or f"made earlier, in {key_file}; another: leadline keys create NAME"}
   Engine     {state}
 
 Try next:
-  curl {url}/v1/chat/completions -H "Authorization: Bearer $(cat {gateway.settings.home / "key"})" \\
-    -H "Content-Type: application/json" -d '{{"model":"auto","messages":[{{"role":"user","content":"What is 23 + 48 - 7?"}}]}}'
-  python -c 'from gateway.sdk import Leadline; c = Leadline(base_url="{url}/v1"); print(c.explain("What is 2 + 2?"))'
+  curl -i {url}/v1/chat/completions -H "Authorization: Bearer $(cat {key_file})" -d '{question}'
+  {sys.executable} -c '{code}'
   open {url}/dashboard and log in with the key
 """
     )

@@ -7,7 +7,8 @@
     ├── Unauthenticated             401  no key, or not one of ours
     ├── Forbidden                   403  a good key without the right
     ├── UnknownModel                404  no such model or alias in the policy
-    ├── NotFound                    404  no such object
+    ├── NotFound                    404  no such object or path
+    ├── MethodNotAllowed            405  this path takes another method
     ├── RateLimited                 429  too fast: wait `retry_after_s`
     ├── BudgetExceeded              429  no money left: raise the budget or wait for its window
     ├── UpstreamRefused             4xx  the provider refused the request itself: its own words, passed on
@@ -83,6 +84,12 @@ class NotFound(LeadlineError):
     status = 404
     type = "invalid_request_error"
     code = "not_found"
+
+
+class MethodNotAllowed(LeadlineError):
+    status = 405
+    type = "invalid_request_error"
+    code = "method_not_allowed"
 
 
 class RateLimited(LeadlineError):

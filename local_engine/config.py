@@ -19,7 +19,7 @@ def default_threads() -> int:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     models: Mapping[str, str]
-    """Name on the link -> a local path, a Hugging Face hub id, or `bundled/<name>`."""
+    """Name on the link -> a local path, a Hugging Face hub id, or `bundled/<name>`; may be empty, for probes alone."""
     socket_path: str
     threads: int = field(default_factory=default_threads)
     dtype: Dtype = "auto"
@@ -33,8 +33,6 @@ class EngineConfig:
     """Stop when the process that started this one is gone, so that no engine outlives its supervisor."""
 
     def __post_init__(self) -> None:
-        if not self.models:
-            raise ValueError("models is empty: name at least one model to serve")
         for name, source in self.models.items():
             if not name or not source:
                 raise ValueError(f"models holds {name!r}: {source!r}; both the name and the path or hub id are needed")

@@ -30,6 +30,10 @@ def run_engine(config: EngineConfig, prober: Prober | None) -> None:
 
     Raises ModelLoadError when a model cannot be served, EngineError when the engine itself breaks.
     """
+    if not config.models and prober is None:
+        from local_engine.errors import ModelLoadError
+
+        raise ModelLoadError("nothing to serve: name at least one model, or pass a prober")
     parent = os.getppid()
     configure_process(config.threads)
     import torch

@@ -77,8 +77,8 @@ def reserve(budgets: tuple[Budget, ...], amount_nanousd: int) -> Hold:
         if amount_nanousd > budget.remaining_nanousd and amount_nanousd > 0:
             raise BudgetExceeded(
                 f"Budget of {budget.scope} ({format_money(budget.limit_nanousd)}/{budget.window}): "
-                f"{format_money(budget.remaining_nanousd)} left, this request may cost up to {format_money(amount_nanousd)}. "
-                "Lower max_tokens, choose a cheaper model, or raise the budget."
+                f"{format_money(budget.remaining_nanousd)} left, and this request may cost up to "
+                f"{format_money(amount_nanousd)}. Lower max_tokens, choose a cheaper model, or raise the budget."
             )
     for budget in budgets:
         budget.reserved_nanousd += amount_nanousd

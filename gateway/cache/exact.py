@@ -112,7 +112,7 @@ def _weight(answer: CachedAnswer) -> int:
 
 
 class RedisCache:
-    """Shared by all workers. A Redis that fails or dawdles costs a miss, and is left alone for a while; never a request."""
+    """Shared by all workers. A Redis that fails or dawdles costs a miss and is left alone for a while."""
 
     def __init__(self, url: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._client = redis.Redis.from_url(url, socket_timeout=REDIS_TIMEOUT_S, socket_connect_timeout=REDIS_TIMEOUT_S)

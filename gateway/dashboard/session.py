@@ -1,7 +1,7 @@
 """Who looks at the dashboard: a key, pasted once, becomes a signed cookie that names it and says until when.
 
-The cookie holds no secret and no server keeps a list: it is `<key id>.<expiry>.<HMAC under the server's pepper>`. The key
-is looked up on every request, so a revoked key ends its sessions.
+The cookie holds no secret and no server keeps a list: it is `<key id>.<expiry>.<HMAC under the server's pepper>`. The
+key is looked up on every request, so a revoked key ends its sessions.
 """
 
 import hashlib

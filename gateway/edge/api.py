@@ -6,13 +6,15 @@ from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
 
 from gateway import __version__
 from gateway.admission.keys import Principal
 from gateway.edge.wire import read_headers
-from gateway.errors import LeadlineError, NotFound
+from gateway.errors import InvalidRequest, LeadlineError, MethodNotAllowed, NotFound
 from gateway.ledger import report
 from gateway.lifecycle import BYTES_PER_TOKEN, Lifecycle
 from routers.explain import to_dict, to_lines
@@ -140,8 +142,27 @@ async def _error(request: Request, error: Exception) -> Response:
     return JSONResponse(error.body(), status_code=error.http_status)
 
 
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Starlette's own refusals (no such path, wrong method), in the shape of all others."""
+    assert isinstance(error, HTTPException)
+    where = f"{request.method} {request.url.path[:200]}"
+    known: LeadlineError = NotFound(f"{where}: no such path; /docs lists them.")
+    if error.status_code == 405:
+        known = MethodNotAllowed(f"{where}: this path takes another method; /docs lists them.")
+    return JSONResponse(known.body(), status_code=error.status_code, headers=error.headers)
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"][1:])
+    return await _error(request, InvalidRequest(f"{path}: {first['msg']}.", param=path or None))
+
+
 def build_web() -> FastAPI:
     web = FastAPI(title="Leadline", version=__version__, docs_url="/docs", redoc_url=None)
     web.include_router(router)
     web.add_exception_handler(LeadlineError, _error)
+    web.add_exception_handler(HTTPException, _http_error)
+    web.add_exception_handler(RequestValidationError, _invalid)
     return web

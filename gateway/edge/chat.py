@@ -4,7 +4,7 @@ import os
 
 from gateway.edge.asgi import AsgiReply, ClientGone, Receive, Scope, Send, read_body, until_gone
 from gateway.edge.wire import read_chat, read_headers
-from gateway.errors import LeadlineError
+from gateway.errors import LeadlineError, MethodNotAllowed
 from gateway.lifecycle import Lifecycle
 
 
@@ -16,6 +16,8 @@ class ChatEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = AsgiReply(send)
         try:
+            if scope["method"] != "POST":
+                raise MethodNotAllowed(f"{scope['method']} /v1/chat/completions: send a POST.")
             headers = read_headers(scope["headers"])
             self._lifecycle.keys.authenticate(headers.token)  # before a byte of the body is kept
             call = read_chat(await read_body(scope, receive, self._max_body_bytes), headers)

@@ -40,6 +40,7 @@ class _ChatRequest(msgspec.Struct):
     top_logprobs: int | None = None
     tools: list[msgspec.Raw] | None = None
     reasoning_effort: str | None = None
+    service_tier: str | None = None
 
 
 _fields_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -57,6 +58,8 @@ def read_chat(body: bytes, headers: CallHeaders) -> ChatCall:
         raise _invalid(str(error)) from error
     except msgspec.DecodeError as error:
         raise InvalidRequest(f"The body is not valid JSON: {error}.") from error
+    except UnicodeDecodeError as error:
+        raise InvalidRequest("The body is not valid JSON: it is not UTF-8.") from error
     except RecursionError as error:
         raise InvalidRequest("The body is nested too deeply; flatten it.") from error
     choices = 1 if request.n is None else request.n
@@ -104,6 +107,12 @@ def _check(request: _ChatRequest, choices: int, max_tokens: int | None) -> None:
             raise InvalidRequest(f"top_logprobs: {request.top_logprobs} is not between 0 and 20.", param="top_logprobs")
         if not request.logprobs:
             raise InvalidRequest("top_logprobs: needs logprobs: true.", param="top_logprobs")
+    if request.service_tier not in (None, "auto", "default"):
+        raise InvalidRequest(
+            f"service_tier: {request.service_tier[:40]!r} has prices of its own, which the ledger does not know; "
+            "leave it out.",
+            param="service_tier",
+        )
 
 
 def _stops(stop: str | list[str] | None) -> tuple[str, ...]:

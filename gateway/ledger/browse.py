@@ -78,7 +78,7 @@ def cells(engine: Engine, of: Slice, *, span_ms: int) -> list[Cell]:
             total(col(row.cost_nanousd)),
             total(col(row.baseline_nanousd) - col(row.cost_nanousd)),
             count(col(row.cost_nanousd).is_(None)),
-            count(col(row.cost_estimated)),
+            count(col(row.cost_estimated).is_(True)),
             count(col(row.cache) == "hit"),
             count(col(row.cache) == "miss"),
             count(col(row.outcome) == "cancelled"),

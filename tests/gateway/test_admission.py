@@ -82,8 +82,9 @@ def test_no_stretch_of_time_sees_more_than_its_rate(rate: float, burst: int, gap
             limiter.admit("k", rate_per_s=rate, burst=burst, now=now)
             admitted.append(now)
         except RateLimited as error:
-            assert error.retry_after_s is not None
-            assert error.retry_after_s > 0
+            now += (error.retry_after_s or 0) + 1e-9  # whoever waits as told is let in
+            limiter.admit("k", rate_per_s=rate, burst=burst, now=now)
+            admitted.append(now)
     for i, start in enumerate(admitted):
         for j in range(i, len(admitted)):
             assert j - i + 1 <= burst + rate * (admitted[j] - start) + 1e-6
@@ -161,7 +162,7 @@ async def test_spend_survives_a_restart(start_gateway: StartGateway, tmp_path: P
         first = await gateway.chat(ask("and more of it", max_tokens=10))
         remaining = int(first[1]["x-leadline-budget-remaining-nanousd"])
     async with start_gateway(limits) as gateway:
-        status, headers, _ = await gateway.chat(ask("third", max_tokens=1000))
+        status, _, _ = await gateway.chat(ask("third", max_tokens=1000))
         assert status == 429
         (budget,) = gateway.app.web.state.lifecycle.budgets.all()
         assert budget.remaining_nanousd == remaining < 50_000

@@ -1,4 +1,4 @@
-"""Truth × ledger × transcript: the upstream's own books, ours, and what the client was told agree to the nano-dollar."""
+"""Truth × ledger × transcript: the upstream's books, ours, and what the client was told agree to the nano-dollar."""
 
 import asyncio
 import json

@@ -1,0 +1,132 @@
+"""Bad input gets an error that names the field, the value and the fix; what was admitted has its row."""
+
+import io
+from typing import Any
+
+import pytest
+
+from gateway.edge.wire import read_chat, read_headers
+from gateway.errors import InvalidRequest
+from gateway.upstream.types import CallHeaders
+from tests.gateway.conftest import Gateway, ask
+from tests.gateway.fake_upstream import FakeUpstream
+
+anyio = pytest.mark.anyio
+HELLO = '[{"role":"user","content":"x"}]'
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        (b"", None, "not valid JSON"),
+        (b"{", None, "not valid JSON"),
+        (b"[]", None, "Expected `object`"),
+        (b'{"model":"m"}', None, "missing required field `messages`"),
+        (f'{{"messages":{HELLO}}}'.encode(), None, "missing required field `model`"),
+        (b'{"model":"m","messages":[]}', "messages", "at least one message"),
+        (b'{"model":"m","messages":"x"}', "messages", "Expected `array`"),
+        (b'{"model":"m","messages":[{"content":"x"}]}', "messages[0]", "missing required field `role`"),
+        (f'{{"model":7,"messages":{HELLO}}}'.encode(), "model", "Expected `str`, got `int`"),
+        (f'{{"model":"","messages":{HELLO}}}'.encode(), "model", "1 to 256 characters"),
+        (f'{{"model":"m","n":0,"messages":{HELLO}}}'.encode(), "n", "0 is not between"),
+        (f'{{"model":"m","n":"2","messages":{HELLO}}}'.encode(), "n", "Expected `int"),
+        (f'{{"model":"m","max_tokens":-1,"messages":{HELLO}}}'.encode(), "max_tokens", "-1 is not positive"),
+        (f'{{"model":"m","temperature":9,"messages":{HELLO}}}'.encode(), "temperature", "9 is not between"),
+        (f'{{"model":"m","temperature":1e999,"messages":{HELLO}}}'.encode(), "temperature", "out of range"),
+        (f'{{"model":"m","top_p":0,"messages":{HELLO}}}'.encode(), "top_p", "0 is not above 0"),
+        (f'{{"model":"m","stop":[""],"messages":{HELLO}}}'.encode(), "stop", "none of them empty"),
+        (f'{{"model":"m","top_logprobs":2,"messages":{HELLO}}}'.encode(), "top_logprobs", "needs logprobs"),
+        (f'{{"model":"m","service_tier":"priority","messages":{HELLO}}}'.encode(), "service_tier", "priority"),
+        (b'{"model":"m","messages":' + b"[" * 100_000 + b"]" * 100_000 + b"}", None, ""),
+        (b'{"model":"\xff","messages":[]}', None, "not valid JSON"),
+    ],
+)
+def test_a_malformed_request_names_what_is_wrong(body: bytes, param: str | None, words: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        read_chat(body, CallHeaders(""))
+    assert caught.value.param == param
+    assert words in caught.value.message
+    assert len(caught.value.message) < 300
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        (b"x-leadline-scope", b"a b", "letters"),
+        (b"x-leadline-scope-budget", b"lots", "'lots' is not an amount"),
+        (b"x-leadline-scope-budget", b"-1", "'-1'"),
+        (b"x-leadline-scope-budget", b"1e-12", "1e-12"),
+        (b"x-leadline-scope-budget", b"nan", "nan"),
+    ],
+)
+def test_a_malformed_header_names_itself(name: bytes, value: bytes, words: str) -> None:
+    with pytest.raises(InvalidRequest, match=name.decode()) as caught:
+        read_headers([(b"x-leadline-scope", b"ok"), (name, value)])
+    assert words in caught.value.message
+
+
+@anyio
+@pytest.mark.parametrize("declared", [True, False], ids=["declared", "chunked"])
+async def test_a_50_mb_body_is_refused(gateway: Gateway, declared: bool) -> None:
+    huge = b'{"model":"cheap","messages":[{"role":"user","content":"' + b"x" * (50 << 20) + b'"}]}'
+
+    async def chunks() -> Any:
+        for at in range(0, len(huge), 1 << 20):
+            yield huge[at : at + (1 << 20)]
+
+    try:
+        async with gateway.session.post(
+            f"{gateway.url}/v1/chat/completions",
+            data=io.BytesIO(huge) if declared else chunks(),
+            headers=gateway.headers(),
+        ) as response:
+            assert response.status == 413
+            error = (await response.json())["error"]
+            assert error["code"] == "body_too_large"
+            assert "16 MiB" in error["message"]
+            assert "LEADLINE_MAX_BODY_MIB" in error["message"]
+    except ConnectionError:  # the server may hang up while we are still sending
+        pass
+    assert await gateway.rows() == []
+    assert (await gateway.chat(ask()))[0] == 200
+
+
+@anyio
+@pytest.mark.parametrize("path", ["/v1/chat/completions"])
+@pytest.mark.parametrize("authorization", ["", "Bearer ", "Bearer sk-ll-nope-nope", "Basic abc"])
+async def test_a_missing_or_wrong_key_is_a_401(gateway: Gateway, path: str, authorization: str) -> None:
+    async with gateway.session.post(
+        gateway.url + path, json=ask(), headers={"Authorization": authorization}
+    ) as response:
+        assert response.status == 401
+        assert (await response.json())["error"]["code"] == "invalid_api_key"
+        assert response.headers["x-request-id"].startswith("req_")
+    assert await gateway.rows() == []
+
+
+@anyio
+async def test_an_unknown_model_is_named_with_those_that_exist(gateway: Gateway) -> None:
+    status, headers, body = await gateway.chat(ask(model="gpt-99"))
+    assert (status, body["error"]["param"], headers["x-should-retry"]) == (404, "model", "false")
+    assert "'gpt-99'" in body["error"]["message"]
+    assert "auto, fragile, uncached, cheap, dear, gone" in body["error"]["message"]
+    (row,) = await gateway.rows()
+    assert (row["outcome"], row["error_code"], row["cost_nanousd"]) == ("error", "model_not_found", 0)
+
+
+@anyio
+async def test_a_prompt_beyond_the_context_is_told_before_it_is_sent(gateway: Gateway, upstream: FakeUpstream) -> None:
+    status, _, body = await gateway.chat(ask("word " * 20_000))
+    assert (status, body["error"]["code"]) == (400, "context_length_exceeded")
+    assert "16000" in body["error"]["message"]
+    assert upstream.bodies == []
+    status, headers, _ = await gateway.chat(ask("word " * 20_000, model="auto"))
+    assert (status, headers["x-leadline-model"]) == (200, "dear"), "auto takes the model that it fits"
+
+
+@anyio
+async def test_other_methods_and_paths_are_refused_in_the_same_shape(gateway: Gateway) -> None:
+    for method, path, status in (("GET", "/v1/chat/completions", 405), ("POST", "/v1/nothing", 404)):
+        async with gateway.session.request(method, gateway.url + path, headers=gateway.headers()) as response:
+            assert response.status == status
+            assert set((await response.json())["error"]) == {"message", "type", "param", "code"}

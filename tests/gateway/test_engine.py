@@ -1,0 +1,207 @@
+"""The whole path on one machine: a gateway process, its engine process, the bundled model, the probe."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from local_engine.arithmetic import problems
+from tests.conftest import free_port, stop, wait_for_port
+from tests.gateway.conftest import Gateway, running
+from tests.gateway.fake_upstream import FakeUpstream
+
+pytestmark = [pytest.mark.anyio, pytest.mark.engine]
+
+POLICY = """
+version: 1
+providers:
+  home: {{engine: embedded}}
+  fake: {{base_url: "{url}", timeout: 5s, retries: 0}}
+models:
+  local: {{provider: home, model: bundled/base, context: 1024, price: free}}
+  cheap: {{provider: fake, model: cheap, context: 16000, max_output: 1000,
+          price: {{input: $0.15/Mtok, cached_input: $0.075/Mtok, output: $0.60/Mtok}}}}
+signals:
+  difficulty: {{probe: default, heads: {{local: local, cheap: weak}}, timeout: 2s}}
+routes:
+  - name: private
+    when: {{tag: private}}
+    use: [local]
+  - name: auto
+    when: {{model: auto}}
+    objective: best
+    candidates: [local, cheap]
+    on_failure: [cheap]
+limits: [{{key: "*", budget: $1/day}}]
+"""
+
+
+@pytest.fixture
+async def home(upstream: FakeUpstream, tmp_path: Path) -> AsyncIterator[Gateway]:
+    """A gateway with an engine, both up."""
+    async with running(POLICY.format(url=upstream.url), tmp_path / "home") as gateway:
+        assert gateway.app.engine is not None
+        async with asyncio.timeout(60):
+            await gateway.app.engine.ready.wait()
+        yield gateway
+
+
+def ask(text: str, model: str = "local", **fields: Any) -> dict[str, Any]:
+    return {"model": model, "messages": [{"role": "user", "content": text}], "temperature": 0, **fields}
+
+
+async def test_the_bundled_model_answers_and_reasons_in_one_stream(home: Gateway) -> None:
+    (problem,) = problems(seed=11, level=1, n=1)
+    async with openai.AsyncOpenAI(base_url=f"{home.url}/v1", api_key=home.key) as client:
+        stream = await client.chat.completions.create(
+            model="local", messages=[{"role": "user", "content": problem.question}], temperature=0, stream=True,
+            stream_options={"include_usage": True}, extra_headers={"Cache-Control": "no-store"},
+        )  # fmt: skip
+        content = reasoning = ""
+        usage = None
+        async for chunk in stream:
+            for choice in chunk.choices:
+                content += choice.delta.content or ""
+                reasoning += (choice.delta.model_extra or {}).get("reasoning_content", "")
+            usage = chunk.usage or usage
+        plain = await client.chat.completions.create(
+            model="local", messages=[{"role": "user", "content": problem.question}], temperature=0,
+            extra_headers={"Cache-Control": "no-store"},
+        )  # fmt: skip
+    assert reasoning
+    assert content == plain.choices[0].message.content
+    assert usage is not None
+    assert usage == plain.usage
+    rows = await home.rows()
+    assert {(row["cost_nanousd"], row["cost_estimated"]) for row in rows} == {(0, False)}
+    assert len({(row["output_tokens"], row["reasoning_tokens"], row["input_tokens"]) for row in rows}) == 1
+
+
+async def test_choices_stop_logprobs_and_seed_on_the_local_model(home: Gateway) -> None:
+    body = ask("What is 3 + 4?", n=2, logprobs=True, top_logprobs=2, temperature=1.0, seed=5)
+    _, _, answer = await home.chat(body, **{"Cache-Control": "no-store"})
+    _, _, again = await home.chat(body, **{"Cache-Control": "no-store"})
+    assert [c["index"] for c in answer["choices"]] == [0, 1]
+    assert answer["choices"] == again["choices"]
+    token = answer["choices"][0]["logprobs"]["content"][0]
+    assert token["logprob"] <= 0
+    assert len(token["top_logprobs"]) == 2
+    _, _, stopped = await home.chat(ask("What is 3 + 4?", stop=[" is"]))
+    assert stopped["choices"][0]["message"]["content"] == "The answer"
+    assert stopped["choices"][0]["finish_reason"] == "stop"
+
+
+async def test_auto_sounds_the_query_and_says_why(home: Gateway) -> None:
+    await home.chat(ask("What is 12 + 30?", model="auto"))
+    await home.chat(ask("Which enzyme unwinds DNA during replication in eukaryotes?", model="auto"))
+    hard, easy = await home.rows()
+    decisions = [json.loads(row["decision"]) for row in (easy, hard)]
+    assert all(d["probe_version"] and not d["degraded"] for d in decisions)
+    assert all(0 <= c["p_success"] <= 1 for d in decisions for c in d["candidates"])
+    assert (easy["model_served"], hard["model_served"]) == ("local", "cheap")
+
+
+async def test_a_prompt_beyond_the_local_context_is_refused_with_its_count(home: Gateway) -> None:
+    status, _, body = await home.chat(ask("1 + " * 900))
+    assert (status, body["error"]["code"]) == (400, "context_length_exceeded")
+    assert "1024" in body["error"]["message"]
+
+
+async def test_a_private_tag_stays_on_this_machine(home: Gateway, upstream: FakeUpstream) -> None:
+    status, headers, _ = await home.chat(ask("2 + 2", model="auto"), **{"X-Leadline-Tags": "private"})
+    assert (status, headers["x-leadline-model"], headers["x-leadline-route"]) == (200, "local", "private")
+    status, _, body = await home.chat(ask("2 + 2", model="cheap"), **{"X-Leadline-Tags": "private"})
+    assert (status, body["error"]["code"]) == (403, "forbidden")
+    assert upstream.bodies == []
+
+
+async def test_a_caller_who_leaves_frees_the_engine(home: Gateway) -> None:
+    async with home.session.post(
+        f"{home.url}/v1/chat/completions", json=ask("What is 9 + 8 - 7 + 6 - 5 + 4?", stream=True, n=8),
+        headers=home.headers(),
+    ) as response:  # fmt: skip
+        await response.content.readany()
+        response.close()
+    async with asyncio.timeout(5):
+        while not (rows := await home.rows()):
+            await asyncio.sleep(0.02)
+    assert rows[0]["outcome"] == "cancelled"
+    status, _, _ = await home.chat(ask("What is 1 + 1?"))
+    assert status == 200
+
+
+async def test_a_dead_engine_is_replaced_while_the_fallback_serves(home: Gateway, upstream: FakeUpstream) -> None:
+    engine = home.app.engine
+    assert engine is not None
+    assert engine.pid is not None
+    os.kill(engine.pid, signal.SIGKILL)
+    async with asyncio.timeout(5):
+        while engine.client is not None:
+            await asyncio.sleep(0.01)
+    status, headers, _ = await home.chat(ask("What is 2 + 3?", model="auto"))
+    assert (status, headers["x-leadline-model"]) == (200, "cheap")
+    assert headers["x-leadline-degraded"] in ("unavailable", "probe_unavailable")
+    status, headers, body = await home.chat(ask("What is 2 + 3?"))
+    assert (status, body["error"]["code"], headers["x-should-retry"]) == (503, "unavailable", "true")
+    assert "engine" in body["error"]["message"]
+    async with asyncio.timeout(60):
+        await engine.ready.wait()
+    status, _, body = await home.chat(ask("What is 2 + 3?"))
+    assert (status, body["choices"][0]["message"]["content"]) == (200, "The answer is 5.")
+
+
+async def test_an_engine_killed_in_the_middle_of_a_stream_ends_it_with_an_error(home: Gateway) -> None:
+    engine = home.app.engine
+    assert engine is not None
+    assert engine.pid is not None
+    async with home.session.post(
+        f"{home.url}/v1/chat/completions", json=ask("What is 9 + 8 - 7 + 6 - 5 + 4?", stream=True, n=4),
+        headers=home.headers(),
+    ) as response:  # fmt: skip
+        raw = await response.content.readany()
+        os.kill(engine.pid, signal.SIGKILL)
+        raw += await response.read()
+    assert b"[DONE]" not in raw
+    assert b'data: {"error":{' in raw
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """`leadline serve` with nothing but its defaults, as a newcomer runs it."""
+    port = free_port()
+    env = {**os.environ, "LEADLINE_HOME": str(tmp_path)}
+    env.pop("OPENAI_API_KEY", None)
+    with (tmp_path / "out").open("wb") as out:
+        process = subprocess.Popen([sys.executable, "-m", "gateway", "serve", "--port", str(port)], env=env, stdout=out)
+    wait_for_port(port, process)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health/liveness", timeout=30):
+        pass
+    yield f"http://127.0.0.1:{port}", str(tmp_path)
+    stop(process)
+    assert process.returncode == 0
+
+
+async def test_serve_prints_what_a_newcomer_needs(served: tuple[str, str]) -> None:
+    url, home = served
+    out = Path(home, "out")
+    async with asyncio.timeout(60):
+        while "Try next" not in out.read_text():
+            await asyncio.sleep(0.05)
+    text, key = out.read_text(), Path(home, "key").read_text()
+    for promised in (f"{url}/v1", f"{url}/dashboard", key, "bundled/base", "curl"):
+        assert promised in text
+    assert Path(home, "key").stat().st_mode & 0o077 == 0
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key) as client:
+        answer = await client.chat.completions.create(
+            model="auto", messages=[{"role": "user", "content": "What is 23 + 48 - 7?"}], temperature=0
+        )
+    assert answer.choices[0].message.content == "The answer is 64."
