@@ -12,8 +12,8 @@ def short_money(nanousd: int) -> str:
     if amount >= 1:
         return f"{sign}${amount.quantize(Decimal('0.01'), ROUND_HALF_EVEN):,}"
     digits = 4 if amount >= Decimal("0.01") else 2 - amount.adjusted()
-    text = f"{amount:.{digits}f}".rstrip("0")
-    return f"{sign}${text}"
+    whole, _, rest = f"{amount:.{digits}f}".partition(".")
+    return f"{sign}${whole}.{rest.rstrip('0'):0<2}"
 
 
 def instant(at_ms: int) -> str:
