@@ -15,16 +15,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import date
 from json import dumps
 from pathlib import Path
-from typing import Any
 
 from demo_client import Call, Task, drive
 from demo_money import prove, read_ledger, read_truth
 from demo_report import Arm, Paired, Row, measured, results, table
-from demo_servers import Gateway, fit_probe, gateway, recorded_upstream, write_policy
+from demo_servers import DemoError, Gateway, fit_probe, gateway, recorded_upstream, write_policy
 from recorded_upstream import RECORDINGS
 from rich.console import Console
 
@@ -54,6 +54,7 @@ class Demo:
     probe: str
     calls: list[Call] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
+    gains: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -68,14 +69,18 @@ class Demo:
         self.notes.append(sentence)
         self.console.print(sentence, highlight=False, soft_wrap=True)
 
-    def serve(self, name: str, gap: float, *, probe: str, candidates: tuple[str, ...] = CANDIDATES) -> Any:
+    def serve(
+        self, name: str, gap: float, *, probe: str, candidates: tuple[str, ...] = CANDIDATES
+    ) -> AbstractContextManager[Gateway]:
         policy = write_policy(
             self.folder / f"{name}.yaml", upstream=self.upstream, probe=probe, candidates=candidates, gap=gap
         )
         return gateway(self.home, policy)
 
     def drive(self, to: Gateway, arm: str, model: str, tasks: Sequence[Task], *, store: bool = False) -> list[Call]:
+        started = time.monotonic()
         calls = drive(to.base_url, to.key, arm, model, tasks, concurrency=self.concurrency, store=store)
+        self.console.print(f"  {arm}: {len(calls):,} calls in {time.monotonic() - started:.1f} s", highlight=False)
         self.calls += calls
         return calls
 
@@ -93,6 +98,9 @@ def main() -> int:
             demo = Demo(console, folder, upstream, args.concurrency, args.probe)
             agreed = _run(demo, args, data, truth)
             demo.console.print(f"took {time.monotonic() - started:.0f} s", highlight=False)
+    except DemoError as error:
+        console.print(str(error), highlight=False, markup=False)
+        return 1
     finally:
         shutil.rmtree(folder)
     return 0 if agreed else 1
@@ -128,23 +136,19 @@ def _run(demo: Demo, args: argparse.Namespace, data: Path, truth: Path) -> bool:
         )
         gsm8k, gap = [], GAP_WITHOUT_DATA
     else:
-        gsm8k, gap = read_tasks(data, args.seed, args.limit), _sounded_gap(demo, data, args.seed)
-    with demo.serve("leadline", gap, probe=demo.probe) as first:
-        arms, gains = _compared(demo, first, gsm8k, arithmetic, args.seed)
+        gsm8k, gap = read_tasks(data, args.seed, args.limit), _sounded_gap(demo, data, args.seed, probe=demo.probe)
+    fitted = [] if args.skip_fitted or not gsm8k else _fitted_part(demo, data, gsm8k, args.seed)
+    with demo.serve("leadline", gap, probe=demo.probe) as to:
+        sections = _main_part(demo, to, gsm8k, arithmetic, fitted, args.seed)
         if gsm8k:
-            _cache_part(demo, first, gsm8k[:CACHED])
-    if gsm8k and not args.skip_fitted:
-        fitted_arms, fitted_gain = _fitted_part(demo, data, gsm8k, args.seed)
-        arms[-1:-1] = fitted_arms
-        gains.append(fitted_gain)
-    _show(demo, arms, gains)
-    with demo.serve("leadline", gap, probe=demo.probe) as last:
-        agreed = _prove(demo, last, truth)
+            _cache_part(demo, to, gsm8k[:CACHED])
+        _show(demo, sections)
+        agreed = _prove(demo, to, truth)
         out = args.out or (None if args.limit or missing else RESULTS)
         if out is not None:
             _write(demo, out)
         if args.keep:
-            _wait(demo.console, last)
+            _wait(demo.console, to)
     return agreed
 
 
@@ -177,13 +181,17 @@ def training_questions(data: Path, seed: int) -> list[str]:
     return random.Random(seed).sample(questions, SOUNDED)
 
 
-def _sounded_gap(demo: Demo, data: Path, seed: int, *, probe: str | None = None) -> float:
-    """The constraint that sends STRONG_SHARE of unlabelled training questions to strong: their median gap."""
-    candidates = CANDIDATES if probe is None else CANDIDATES[1:]
-    with demo.serve("sounding", 1.0, probe=probe or demo.probe, candidates=candidates) as sounding:
-        gaps = [_gap(sounding, question) for question in training_questions(data, seed)]
-    gaps.sort()
-    return min(1.0, max(0.0, gaps[round(len(gaps) * (1 - STRONG_SHARE)) - 1]))
+def _sounded_gap(demo: Demo, data: Path, seed: int, *, probe: str, candidates: tuple[str, ...] = CANDIDATES) -> float:
+    """The constraint that would send STRONG_SHARE of unlabelled training questions to strong: a quantile of gaps."""
+    with demo.serve("sounding", 1.0, probe=probe, candidates=candidates) as sounding:
+        gaps = sorted(_gap(sounding, question) for question in training_questions(data, seed))
+    gap = gaps[round(len(gaps) * (1 - STRONG_SHARE)) - 1]
+    name = "the shipped probe" if probe == "default" else f"probe {Path(probe).name}"
+    demo.say(
+        f"Constraint for {name}: p_success_gap <= {gap:.4f}, so that {STRONG_SHARE:.0%} of {SOUNDED} GSM8K training "
+        "questions, whose answers are not read, would go to strong."
+    )
+    return gap
 
 
 def _gap(to: Gateway, question: str) -> float:
@@ -192,35 +200,45 @@ def _gap(to: Gateway, question: str) -> float:
     decision = to.api("/leadline/v1/explain", body)["decision"]
     chances = {c["model"]: c["p_success"] for c in decision["candidates"]}
     if None in chances.values():
-        raise RuntimeError(f"the probe {decision['probe_version']} does not know all candidates: {chances}")
+        raise DemoError(f"the probe {decision['probe_version']} does not know all candidates: {chances}")
     return float(max(chances.values()) - chances["weak"])
 
 
-def _compared(
-    demo: Demo, to: Gateway, gsm8k: list[Task], arithmetic: list[Task], seed: int
-) -> tuple[list[Arm], list[Row]]:
-    """The arms of the table on the shipped probe, arithmetic last, and Leadline's gain over the lot."""
+def _main_part(
+    demo: Demo, to: Gateway, gsm8k: list[Task], arithmetic: list[Task], fitted: list[Call], seed: int
+) -> list[Sequence[Arm]]:
+    """Leadline on the shipped probe, weak and strong by name. The sections of the table, arithmetic last."""
     mixed = [*gsm8k, *arithmetic]
     random.Random(seed).shuffle(mixed)
-    routed = demo.drive(to, "leadline", "auto", mixed)
-    _tell_degraded(demo, routed)
-    on_arithmetic = [call for call in routed if call.task.kind == "arithmetic"]
-    arms, gains = [], []
+    routed = demo.drive(to, "Leadline, shipped probe", "auto", mixed)
+    _tell_degraded(demo, [*routed, *fitted])
+    sections: list[Sequence[Arm]] = []
     if gsm8k:
         on_gsm8k = [call for call in routed if call.task.kind == "gsm8k"]
-        weak, strong = (demo.drive(to, name, name, gsm8k) for name in ("weak", "strong"))
-        paired = Paired.of(on_gsm8k, weak, strong)
-        arms = [
-            measured("always weak: Mixtral-8x7B", weak),
-            measured("always strong: GPT-4-1106", strong),
-            paired.at_random("by lot, Leadline's share"),
-            paired.longest("longest prompts, same share"),
-            measured("Leadline, shipped probe", on_gsm8k),
-        ]
-        gains = [paired.gain("Leadline, shipped probe")]
+        weak, strong = (demo.drive(to, f"always {name}", name, gsm8k) for name in ("weak", "strong"))
         _tell_gsm8k(demo, on_gsm8k, [*weak, *strong])
-    _tell_arithmetic(demo, on_arithmetic)
-    return [*arms, measured("arithmetic, through Leadline", on_arithmetic)], gains
+        sections += [
+            (measured("always weak: Mixtral-8x7B", weak), measured("always strong: GPT-4-1106", strong)),
+            _beside_baselines(demo, "Leadline, shipped probe", on_gsm8k, weak, strong),
+        ]
+        if fitted:
+            sections.append(_beside_baselines(demo, "Leadline, probe fitted on the other half", fitted, weak, strong))
+    local = _tell_arithmetic(demo, [call for call in routed if call.task.kind == "arithmetic"])
+    return [*sections, (measured("arithmetic, answered locally", local),)] if local else sections
+
+
+def _beside_baselines(
+    demo: Demo, name: str, routed: Sequence[Call], weak: Sequence[Call], strong: Sequence[Call]
+) -> Sequence[Arm]:
+    """Routed calls below what a lot and the prompts' length make of the same share of strong calls."""
+    paired = Paired.of(routed, weak, strong)
+    longest = paired.longest()
+    demo.gains += [paired.gain(name), longest.gain(f"Longest prompts, at the share of {name}")]
+    return (
+        paired.at_random("by lot, equal share"),
+        longest.computed("longest prompts, equal share"),
+        measured(name, routed),
+    )
 
 
 def _tell_degraded(demo: Demo, calls: Sequence[Call]) -> None:
@@ -244,27 +262,25 @@ def _tell_gsm8k(demo: Demo, routed: Sequence[Call], named: Sequence[Call]) -> No
     )
 
 
-def _tell_arithmetic(demo: Demo, calls: Sequence[Call]) -> None:
+def _tell_arithmetic(demo: Demo, calls: Sequence[Call]) -> list[Call]:
+    """Says where the arithmetic went; the calls that the local engine answered."""
     local = [call for call in calls if call.model == "local"]
-    away = len(calls) - len(local)
     right = sum(call.correct for call in local)
     demo.rows += [
         Row("arithmetic", "answered_locally", len(local), unit="questions"),
         Row("arithmetic", "right_of_those_answered_locally", right, unit="questions"),
     ]
+    away = len(calls) - len(local)
     levels = ", ".join(
-        f"{level}: {sum(c.correct for c in calls if c.task.level == level)}/{sum(c.task.level == level for c in calls)}"
+        f"{level}: {sum(c.correct for c in local if c.task.level == level)}/{sum(c.task.level == level for c in local)}"
         for level in LEVELS
     )
     demo.say(
-        f"Arithmetic: the local engine answered {len(local)} of {len(calls)} itself, {right} of them right, for $0. "
-        + (
-            f"{away} were sent to a remote model, which has no recording of them (404, counted as wrong). "
-            if away
-            else ""
-        )
-        + f"Right by number of operations: {levels}."
+        f"Arithmetic: {len(local)} of {len(calls)} questions were answered by the local engine, {right} of them right, "
+        f"for $0 (right by number of operations: {levels})."
+        + (f" {away} were routed to a remote model, which has no recording of them: 404, $0." if away else "")
     )
+    return local
 
 
 def _cache_part(demo: Demo, to: Gateway, tasks: Sequence[Task]) -> None:
@@ -283,29 +299,25 @@ def _cache_part(demo: Demo, to: Gateway, tasks: Sequence[Task]) -> None:
     )
 
 
-def _fitted_part(demo: Demo, data: Path, tasks: Sequence[Task], seed: int) -> tuple[list[Arm], Row]:
+def _fitted_part(demo: Demo, data: Path, tasks: Sequence[Task], seed: int) -> list[Call]:
     """What a user with labels gets: a probe fitted on one half decides about the other half, and the reverse."""
     routed: list[Call] = []
     for half in (0, 1):
         asked = [task for task in tasks if _half(task.question, seed) == half]
-        probe = _fit_on_the_others(demo.folder, data, seed, half)
-        gap = _sounded_gap(demo, data, seed, probe=str(probe))
-        with demo.serve(f"fitted-{half}", gap, probe=str(probe), candidates=CANDIDATES[1:]) as fitted:
-            routed += demo.drive(fitted, "fitted", "auto", asked)
-    _tell_degraded(demo, routed)
-    weak, strong = ([call for call in demo.calls if call.arm == name] for name in ("weak", "strong"))
-    name = "Leadline, probe of the other half"
-    paired = Paired.of(routed, weak, strong)
-    return [paired.at_random("by lot, that share"), measured(name, routed)], paired.gain(name)
+        probe = str(_fit_on_the_others(demo.folder, data, seed, half))
+        gap = _sounded_gap(demo, data, seed, probe=probe, candidates=CANDIDATES[1:])
+        with demo.serve(f"fitted-{half}", gap, probe=probe, candidates=CANDIDATES[1:]) as fitted:
+            routed += demo.drive(fitted, f"Leadline, probe fitted on half {1 - half}", "auto", asked)
+    return routed
 
 
 def _fit_on_the_others(folder: Path, data: Path, seed: int, half: int) -> Path:
-    """A probe that has seen no question of `half`."""
+    """A probe fitted on the other half's recorded outcomes."""
     import pandas as pd
 
     frame = pd.read_parquet(data / RECORDINGS)
     frame = frame[~frame["contaminated"]]
-    table_path, out = folder / f"train-{half}.parquet", folder / f"probe-{half}"
+    table_path, out = folder / f"half-{1 - half}.parquet", folder / f"half-{1 - half}"
     frame[[_half(prompt, seed) != half for prompt in frame["prompt"]]].to_parquet(table_path)
     fit_probe(table_path, out)
     return out
@@ -316,18 +328,17 @@ def _half(question: str, seed: int) -> int:
     return random.Random(f"{seed}/{question}").getrandbits(1)
 
 
-def _show(demo: Demo, arms: Sequence[Arm], gains: Sequence[Row]) -> None:
-    strong = next((arm.cost_usd for arm in arms if arm.name.startswith("always strong")), None)
-    demo.console.print(
-        table("Replayed answers: latency is the gateway's and the replay's, not the providers'", arms, strong)
-    )
-    for gain in gains:
-        demo.console.print(
+def _show(demo: Demo, sections: Sequence[Sequence[Arm]]) -> None:
+    arms = [arm for section in sections for arm in section]
+    strong_usd = next((arm.cost_usd for arm in arms if arm.name.startswith("always strong")), None)
+    title = "Latency is the gateway's and the replay's, not the providers'"
+    demo.console.print(table(title, sections, strong_usd))
+    for gain in demo.gains:
+        demo.say(
             f"{gain.name}: {gain.value:+.3f} accuracy over the lot at equal share, "
-            f"95% [{gain.low:+.3f}, {gain.high:+.3f}] (paired bootstrap over the questions)",
-            highlight=False,
+            f"95% [{gain.low:+.3f}, {gain.high:+.3f}] (paired bootstrap over the questions)."
         )
-    demo.rows[:0] = [row for arm in arms for row in arm.rows()] + list(gains)
+    demo.rows[:0] = [row for arm in arms for row in arm.rows()] + demo.gains
 
 
 def _prove(demo: Demo, to: Gateway, truth: Path) -> bool:

@@ -3,7 +3,7 @@
 import os
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from demo_client import Call
 from rich.table import Table
 
 Array = npt.NDArray[np.float64]
-Statistic = Callable[[npt.NDArray[np.int64]], float]
+Indices = npt.NDArray[np.int64]
 RESAMPLES = 2000
 Z95 = 1.959964
 LIBRARIES = ("leadline", "openai", "aiohttp", "torch", "transformers", "scikit-learn")
@@ -116,23 +116,25 @@ class Paired:
         length = np.array([float(len(call.task.question)) for call in routed])
         return cls(right(routed), used, right(w), right(s), usd(w), usd(s), length)
 
+    def longest(self) -> "Paired":
+        """The simplest router instead: as many questions to strong, the longest prompts first."""
+        used = np.zeros_like(self.strong_used)
+        used[np.argsort(-self.length, kind="stable")[: round(self.strong_used.sum())]] = 1
+        return replace(self, strong_used=used, routed=np.where(used > 0, self.strong, self.weak))
+
+    def computed(self, name: str) -> Arm:
+        """The routed answers as an arm, priced as the calls of the named arms were."""
+        low, high = wilson(round(self.routed.sum()), len(self.routed))
+        cost = float(np.where(self.strong_used > 0, self.strong_usd, self.weak_usd).sum())
+        share = float(self.strong_used.mean())
+        return Arm(name, len(self.routed), float(self.routed.mean()), low, high, share, cost)
+
     def at_random(self, name: str) -> Arm:
         """What sending the same share to strong by lot is expected to give; the interval is over the questions."""
-        share = self.strong_used.mean()
-        expected = (1 - share) * self.weak + share * self.strong
+        share = float(self.strong_used.mean())
         low, high = self._interval(self._random)
         cost = float(((1 - share) * self.weak_usd + share * self.strong_usd).sum())
-        return Arm(name, len(expected), float(expected.mean()), low, high, float(share), cost)
-
-    def longest(self, name: str) -> Arm:
-        """The simplest router: the same share to strong, the longest prompts first."""
-        n = len(self.length)
-        chosen = np.zeros(n)
-        chosen[np.argsort(-self.length, kind="stable")[: round(self.strong_used.sum())]] = 1
-        right = np.where(chosen > 0, self.strong, self.weak)
-        low, high = wilson(round(right.sum()), n)
-        cost = float(np.where(chosen > 0, self.strong_usd, self.weak_usd).sum())
-        return Arm(name, n, float(right.mean()), low, high, float(chosen.mean()), cost)
+        return Arm(name, len(self.weak), self._random(np.arange(len(self.weak))), low, high, share, cost)
 
     def gain(self, name: str) -> Row:
         """Routed minus random at the same share: a paired bootstrap over the questions."""
@@ -140,34 +142,43 @@ class Paired:
         low, high = self._interval(self._gain)
         return Row(name, "accuracy_over_random_at_equal_share", self._gain(everything), low, high)
 
-    def _gain(self, at: npt.NDArray[np.int64]) -> float:
-        return float(self.routed[at].mean() - self._random(at))
+    def _gain(self, at: Indices) -> float:
+        return float(self.routed[at].mean()) - self._random(at)
 
-    def _random(self, at: npt.NDArray[np.int64]) -> float:
+    def _random(self, at: Indices) -> float:
         share = self.strong_used[at].mean()
         return float((1 - share) * self.weak[at].mean() + share * self.strong[at].mean())
 
-    def _interval(self, statistic: Statistic) -> tuple[float, float]:
+    def _interval(self, statistic: Callable[[Indices], float]) -> tuple[float, float]:
         rng = np.random.default_rng(0)
         n = len(self.routed)
         low, high = np.percentile([statistic(rng.integers(n, size=n)) for _ in range(RESAMPLES)], (2.5, 97.5))
         return float(low), float(high)
 
 
-def table(title: str, arms: Sequence[Arm], strong_usd: float | None) -> Table:
+def table(title: str, sections: Sequence[Sequence[Arm]], strong_usd: float | None) -> Table:
     """The arms side by side; costs also as a share of always-strong's."""
     shown = Table(title=title, title_justify="left")
     shown.add_column("")
     for heading in ("accuracy [95%]", "to strong", "cost", "of strong's", "p50 / p95 ms", "n"):
         shown.add_column(heading, justify="right", no_wrap=True)
-    for arm in arms:
-        latency = "computed" if arm.latency_ms is None else f"{arm.latency_ms[0]:.0f} / {arm.latency_ms[1]:.0f}"
-        of_strong = f"{arm.cost_usd / strong_usd:.0%}" if strong_usd else ""
-        accuracy = f"{arm.accuracy:.3f} [{arm.low:.3f}, {arm.high:.3f}]"
-        shown.add_row(
-            arm.name, accuracy, f"{arm.strong_share:.1%}", f"${arm.cost_usd:.4f}", of_strong, latency, str(arm.n)
-        )
+    for section in sections:
+        for arm in section:
+            shown.add_row(*_cells(arm, strong_usd))
+        shown.add_section()
     return shown
+
+
+def _cells(arm: Arm, strong_usd: float | None) -> list[str]:
+    return [
+        arm.name,
+        f"{arm.accuracy:.3f} [{arm.low:.3f}, {arm.high:.3f}]",
+        f"{arm.strong_share:.1%}",
+        f"${arm.cost_usd:.4f}",
+        f"{arm.cost_usd / strong_usd:.0%}" if strong_usd else "",
+        "computed" if arm.latency_ms is None else f"{arm.latency_ms[0]:.0f} / {arm.latency_ms[1]:.0f}",
+        str(arm.n),
+    ]
 
 
 def results(command: str, date: str, notes: Sequence[str], rows: Sequence[Row]) -> dict[str, object]:

@@ -65,6 +65,10 @@ def write_policy(path: Path, *, upstream: str, probe: str, candidates: tuple[str
     return path
 
 
+class DemoError(RuntimeError):
+    """The demo cannot go on; the message says what to do about it."""
+
+
 @contextlib.contextmanager
 def recorded_upstream(data: Path, truth: Path) -> Iterator[str]:
     """The base URL of a recorded upstream in a process of its own."""
@@ -74,7 +78,7 @@ def recorded_upstream(data: Path, truth: Path) -> Iterator[str]:
         assert process.stdout is not None
         url = process.stdout.readline().strip()
         if not url:
-            raise RuntimeError("the recorded upstream did not start; its words are above")
+            raise DemoError("the recorded upstream did not start; its words are above")
         yield url
 
 
@@ -118,7 +122,7 @@ def _when_ready(process: subprocess.Popen[Any], log: Path) -> str:
         if found and _all_models_up(found[1]):
             return found[1]
         time.sleep(0.05)
-    raise RuntimeError(f"the gateway did not become ready:\n{log.read_text(encoding='utf-8')[-2000:]}")
+    raise DemoError(f"the gateway did not become ready:\n{log.read_text(encoding='utf-8')[-2000:]}")
 
 
 def _all_models_up(url: str) -> bool:
@@ -147,4 +151,4 @@ def fit_probe(table: Path, out: Path) -> None:
     heads = ["--head", "weak=mixtral_8x7b_correct", "--head", "strong=gpt4_1106_correct"]
     done = subprocess.run([*command, *heads], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"`leadline probe fit` failed:\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
+        raise DemoError(f"`leadline probe fit` failed:\n{done.stdout[-1000:]}{done.stderr[-2000:]}")

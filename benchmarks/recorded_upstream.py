@@ -178,7 +178,7 @@ def read_recordings(folder: Path) -> dict[tuple[str, str], str]:
 
 
 async def serve(folder: Path, truth: Path) -> None:
-    """Serve on a free loopback port, printed as one line, until SIGTERM."""
+    """Serve on a free loopback port, printed as one line, until asked to stop."""
     with truth.open("a", encoding="utf-8") as file:
         runner = web.AppRunner(RecordedUpstream(read_recordings(folder), file).app(), access_log=None)
         await runner.setup()
@@ -187,7 +187,8 @@ async def serve(folder: Path, truth: Path) -> None:
         host, port = runner.addresses[0][:2]
         print(f"http://{host}:{port}/v1", flush=True)
         stopped = asyncio.Event()
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stopped.set)
         await stopped.wait()
         await runner.cleanup()
 
