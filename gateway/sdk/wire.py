@@ -1,0 +1,83 @@
+"""What both clients say on the wire: settings from the environment, paths, headers, request ids."""
+
+import os
+import re
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import openai
+
+DEFAULT_BASE_URL = "http://127.0.0.1:8080/v1"
+SCOPE = "x-leadline-scope"
+SCOPE_BUDGET = "x-leadline-scope-budget"
+TAGS = "x-leadline-tags"
+ALL_HOURS = 24 * 366 * 100
+"""Longer than any ledger: a scope's budget has no window."""
+
+Prompt = str | Sequence[Mapping[str, Any]]
+"""A user's words, or messages in OpenAI's shape."""
+Money = Decimal | float | str
+"""Dollars. A float counts as the decimal it prints as: 0.1 is ten cents."""
+
+
+def find_key() -> str:
+    """LEADLINE_API_KEY, else the key that a gateway of this machine left in its state folder. Raises OpenAIError."""
+    from_env = os.environ.get("LEADLINE_API_KEY")
+    if from_env:
+        return from_env
+    file = Path(os.environ.get("LEADLINE_HOME") or Path.home() / ".leadline").expanduser() / "key"
+    try:
+        return file.read_text().strip()
+    except OSError as error:
+        raise openai.OpenAIError(
+            f"no API key: pass api_key, set LEADLINE_API_KEY, or start a gateway here (it leaves a key in {file})"
+        ) from error
+
+
+def find_base_url() -> str:
+    return os.environ.get("LEADLINE_BASE_URL") or DEFAULT_BASE_URL
+
+
+def request_id_of(response: object) -> str:
+    """The id of what any of openai's calls returned: a completion, a raw response, a stream; or the id itself.
+
+    Raises ValueError for anything that carries none.
+    """
+    if isinstance(response, str):
+        return response
+    found = getattr(response, "_request_id", None) or getattr(response, "request_id", None)
+    if found is None:
+        http = getattr(response, "response", None) or getattr(response, "_response", None)
+        found = getattr(http, "headers", {}).get("x-request-id")
+    if not isinstance(found, str) or not found:
+        raise ValueError(f"a {type(response).__name__} carries no request id; pass a response of this gateway or an id")
+    return found
+
+
+def explain_body(prompt: Prompt, model: str, max_tokens: int | None, tags: Iterable[str]) -> dict[str, Any]:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    return {"model": model, "messages": messages, "max_tokens": max_tokens, "tags": list(tags)}
+
+
+def scope_headers(limit: Money, name: str | None) -> dict[str, str]:
+    """Raises ValueError for a limit or a name that the gateway would not take."""
+    dollars = Decimal(str(limit))
+    if not dollars.is_finite() or dollars < 0 or dollars.scaleb(9) % 1:
+        raise ValueError(f"budget {limit!r}: must be dollars, not negative, to the nano-dollar at the finest")
+    name = f"scope-{uuid.uuid4().hex}" if name is None else name
+    if not re.fullmatch(r"[A-Za-z0-9._:-]{1,64}", name):
+        raise ValueError(f"scope {name!r}: use 1 to 64 letters, digits, '.', '_', ':' or '-'")
+    return {SCOPE: name, SCOPE_BUDGET: f"{dollars:f}"}
+
+
+def tag_headers(tags: Iterable[str], before: Mapping[str, str]) -> dict[str, str]:
+    """These tags beside those that the client sends already. Raises ValueError for one that cannot be sent."""
+    listed = [tag for tag in before.get(TAGS, "").split(",") if tag]
+    for tag in tags:
+        if not re.fullmatch(r"[!-+\--~]+", tag):
+            raise ValueError(f"tag {tag!r}: use printable ASCII without spaces or commas")
+        listed.append(tag)
+    return {TAGS: ",".join(dict.fromkeys(listed))}

@@ -1,0 +1,71 @@
+"""Where the key and the address come from, and what is refused before anything is sent."""
+
+from decimal import Decimal
+from pathlib import Path
+
+import openai
+import pytest
+
+from gateway.sdk import Leadline
+from gateway.sdk.wire import request_id_of, scope_headers, tag_headers
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("LEADLINE_API_KEY", "LEADLINE_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LEADLINE_HOME", str(tmp_path))
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-not-for-the-gateway")
+    monkeypatch.setenv("OPENAI_BASE_URL", "https://not.the.gateway/v1")
+
+
+def test_the_key_is_the_argument_then_the_variable_then_the_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "key").write_text("from-file\n")
+    assert Leadline().api_key == "from-file"
+    monkeypatch.setenv("LEADLINE_API_KEY", "from-variable")
+    assert Leadline().api_key == "from-variable"
+    assert Leadline(api_key="from-argument").api_key == "from-argument"
+
+
+def test_without_a_key_the_error_names_every_way_to_give_one(tmp_path: Path) -> None:
+    with pytest.raises(openai.OpenAIError, match="LEADLINE_API_KEY") as caught:
+        Leadline()
+    assert str(tmp_path / "key") in str(caught.value)
+
+
+def test_the_address_is_the_argument_then_the_variable_then_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert str(Leadline(api_key="k").base_url) == "http://127.0.0.1:8080/v1/"
+    monkeypatch.setenv("LEADLINE_BASE_URL", "http://gateway:1/v1")
+    assert str(Leadline(api_key="k").base_url) == "http://gateway:1/v1/"
+    assert str(Leadline(api_key="k", base_url="http://other/v1").base_url) == "http://other/v1/"
+
+
+@pytest.mark.parametrize(
+    ("limit", "sent"), [(0.1, "0.1"), ("0.50", "0.50"), (Decimal("1e-9"), "0.000000001"), (1e-05, "0.00001"), (3, "3")]
+)
+def test_a_budget_is_sent_as_exact_dollars(limit: Decimal | float | str, sent: str) -> None:
+    assert scope_headers(limit, "s") == {"x-leadline-scope": "s", "x-leadline-scope-budget": sent}
+
+
+@pytest.mark.parametrize("limit", [-1, "1e-10", float("nan"), float("inf")])
+def test_a_budget_that_is_no_amount_is_refused(limit: float | str) -> None:
+    with pytest.raises(ValueError, match="budget"):
+        scope_headers(limit, None)
+
+
+def test_a_scope_without_a_name_is_a_new_one() -> None:
+    assert scope_headers(1, None)["x-leadline-scope"] != scope_headers(1, None)["x-leadline-scope"]
+
+
+def test_tags_add_up_and_cannot_smuggle_others() -> None:
+    client = Leadline(api_key="k").tagged("private").tagged("batch", "private")
+    assert client.default_headers["x-leadline-tags"] == "private,batch"
+    with pytest.raises(ValueError, match="tag"):
+        tag_headers(["a,b"], {})
+
+
+def test_what_carries_no_request_id_is_refused() -> None:
+    with pytest.raises(ValueError, match="request id"):
+        request_id_of(object())
