@@ -1,0 +1,32 @@
+"""The bare minimum of a Python gateway, to compare with: aiohttp in, aiohttp out, nothing in between."""
+
+import sys
+
+import aiohttp
+import uvloop
+from aiohttp import web
+
+UPSTREAM = sys.argv[2]
+
+
+async def forward(request: web.Request) -> web.Response:
+    session: aiohttp.ClientSession = request.app[SESSION]
+    async with session.post(
+        UPSTREAM + "/chat/completions", data=await request.read(), headers={"Content-Type": "application/json"}
+    ) as response:
+        return web.Response(body=await response.read(), status=response.status, content_type="application/json")
+
+
+SESSION = web.AppKey("session", aiohttp.ClientSession)
+
+
+async def build() -> web.Application:
+    app = web.Application()
+    app[SESSION] = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+    app.router.add_post("/v1/chat/completions", forward)
+    return app
+
+
+if __name__ == "__main__":
+    uvloop.install()
+    web.run_app(build(), host="127.0.0.1", port=int(sys.argv[1]), access_log=None, print=lambda *_: None)

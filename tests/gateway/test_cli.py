@@ -1,0 +1,115 @@
+"""The command line, as a person types it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import free_port
+
+ROOT = Path(__file__).parents[2]
+
+
+def leadline(*arguments: str, home: Path, **env: str) -> "subprocess.CompletedProcess[str]":
+    clean = {k: v for k, v in os.environ.items() if k not in ("OPENAI_API_KEY", "DATABASE_URL", "REDIS_URL")}
+    return subprocess.run(
+        [sys.executable, "-m", "gateway", *arguments],
+        env={**clean, "LEADLINE_HOME": str(home), **env}, capture_output=True, text=True, timeout=100, cwd=ROOT,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "policies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_check_accepts_every_recipe(recipe: Path, tmp_path: Path) -> None:
+    done = leadline("check", str(recipe), home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert ": ok, version " in done.stdout
+
+
+def test_check_names_line_value_and_fix(tmp_path: Path) -> None:
+    policy = tmp_path / "bad.yaml"
+    policy.write_text(
+        "version: 1\nproviders:\n  p: {base_url: 'http://127.0.0.1:9/v1', timout: 5s}\n"
+        "models:\n  m: {provider: p, model: m}\nroutes:\n  - {name: r, when: {model: auto}, use: [n]}\n"
+    )
+    done = leadline("check", str(policy), home=tmp_path)
+    assert done.returncode != 0
+    assert "bad.yaml:3" in done.stderr
+    assert "timout" in done.stderr
+    assert "timeout" in done.stderr
+    assert "Traceback" not in done.stderr
+    policy.write_text(policy.read_text().replace("timout", "timeout").replace("[n]", "[m]"))
+    done = leadline("check", str(policy), home=tmp_path)
+    assert done.returncode != 0
+    assert "bad.yaml:5: models.m: missing price" in done.stderr
+
+
+def test_check_of_a_file_that_is_not_there(tmp_path: Path) -> None:
+    done = leadline("check", str(tmp_path / "none.yaml"), home=tmp_path)
+    assert done.returncode != 0
+    assert "none.yaml: cannot be read" in done.stderr
+
+
+def test_a_missing_provider_key_stops_the_start_and_is_named(tmp_path: Path) -> None:
+    policy = tmp_path / "p.yaml"
+    policy.write_text(
+        "version: 1\nproviders:\n  p: {base_url: 'http://127.0.0.1:9/v1', api_key: env:NO_SUCH_KEY}\n"
+        "models:\n  m: {provider: p, model: m, price: {input: $1/Mtok, output: $1/Mtok}}\n"
+        "routes:\n  - {name: r, when: {model: auto}, use: [m]}\n"
+    )
+    done = leadline("serve", "--port", str(free_port()), "--policy", str(policy), home=tmp_path)
+    assert done.returncode != 0
+    assert "providers.p.api_key: the environment variable NO_SUCH_KEY is not set" in done.stderr
+    assert "note: " in leadline("check", str(policy), home=tmp_path).stdout
+
+
+def test_a_taken_port_is_named(tmp_path: Path) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = leadline("serve", "--port", str(port), home=tmp_path)
+    assert done.returncode != 0
+    assert f"--port {port}: cannot listen there" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("LEADLINE_MAX_BODY_MIB", "lots"), ("DATABASE_URL", "mysql://x"), ("LEADLINE_CACHE_MIB", "0")]
+)
+def test_a_wrong_setting_is_named(tmp_path: Path, name: str, value: str) -> None:
+    done = leadline("serve", "--port", "0", home=tmp_path, **{name: value})
+    assert done.returncode != 0
+    assert done.stderr.startswith(name)
+
+
+def test_keys_are_made_listed_and_revoked(tmp_path: Path) -> None:
+    made = leadline("keys", "create", "alice", "--tenant", "acme", "--budget", "$5/month", home=tmp_path)
+    assert made.stdout.startswith("sk-ll-")
+    listed = leadline("keys", "list", home=tmp_path).stdout
+    assert "alice  tenant acme  user  $5/month" in listed
+    assert made.stdout.strip() not in listed
+    assert "a key of that name exists" in leadline("keys", "create", "alice", home=tmp_path).stderr
+    assert "--budget" in leadline("keys", "create", "bob", "--budget", "5", home=tmp_path).stderr
+    key_id = listed.split()[0]
+    assert leadline("keys", "revoke", key_id, home=tmp_path).returncode == 0
+    assert leadline("keys", "revoke", key_id, home=tmp_path).returncode != 0
+    assert leadline("keys", "list", home=tmp_path).stdout == ""
+    assert leadline("spend", home=tmp_path).stdout.startswith("0 requests, $0 spent")
+
+
+@pytest.mark.engine
+def test_explain_says_who_wins_and_why_the_others_lost(tmp_path: Path) -> None:
+    recipe = str(ROOT / "policies" / "cheapest-at-quality.yaml")
+    done = leadline("explain", recipe, "What is 12 + 7?", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "P(success)" in done.stdout
+    assert "chosen" in done.stdout
+    assert "probe default@" in done.stdout
+
+
+def test_help_needs_nothing_installed(tmp_path: Path) -> None:
+    done = leadline("--help", home=tmp_path)
+    assert done.returncode == 0
+    for command in ("serve", "check", "explain", "keys", "spend", "probe"):
+        assert command in done.stdout
