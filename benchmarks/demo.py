@@ -222,7 +222,7 @@ def _main_part(
             _beside_baselines(demo, "Leadline, shipped probe", on_gsm8k, weak, strong),
         ]
         if fitted:
-            sections.append(_beside_baselines(demo, "Leadline, probe fitted on the other half", fitted, weak, strong))
+            sections.append(_beside_baselines(demo, "Leadline, probe of the other half", fitted, weak, strong))
     local = _tell_arithmetic(demo, [call for call in routed if call.task.kind == "arithmetic"])
     return [*sections, (measured("arithmetic, answered locally", local),)] if local else sections
 
@@ -233,10 +233,11 @@ def _beside_baselines(
     """Routed calls below what a lot and the prompts' length make of the same share of strong calls."""
     paired = Paired.of(routed, weak, strong)
     longest = paired.longest()
-    demo.gains += [paired.gain(name), longest.gain(f"Longest prompts, at the share of {name}")]
+    share = f"{paired.strong_used.mean():.1%} to strong"
+    demo.gains += [paired.gain(name), longest.gain(f"longest prompts, {share}")]
     return (
-        paired.at_random("by lot, equal share"),
-        longest.computed("longest prompts, equal share"),
+        paired.at_random(f"by lot, {share}"),
+        longest.computed(f"longest prompts, {share}"),
         measured(name, routed),
     )
 
@@ -250,15 +251,16 @@ def _tell_degraded(demo: Demo, calls: Sequence[Call]) -> None:
 
 def _tell_gsm8k(demo: Demo, routed: Sequence[Call], named: Sequence[Call]) -> None:
     local = sum(call.model == "local" for call in routed)
-    differ = sum(call.graded != call.correct for call in named)
+    differ = [call for call in named if call.graded != call.correct]
+    harsh = sum(call.graded for call in differ)
     demo.rows += [
         Row("GSM8K", "answered_locally", local, unit="questions"),
-        Row("GSM8K", "recorded_label_differs_from_text", differ, unit="answers"),
+        Row("GSM8K", "recorded_label_differs_from_text", len(differ), unit="answers"),
     ]
     demo.say(
-        f"GSM8K: {local} of {len(routed)} questions went to the local model. In {differ} of {len(named)} answers the "
-        "recorded label differs from our reading of the text (mostly `$20.00` for a gold 20, recorded as wrong); the "
-        "table judges by the recorded label."
+        f"GSM8K: {local} of {len(routed)} questions went to the local model. In {len(differ)} of {len(named)} recorded "
+        f"answers the recorded label differs from our reading of the text (in {harsh} of them the number is the gold "
+        "one, as in $20.00 for 20, and the label says wrong); the table judges by the recorded label."
     )
 
 
@@ -331,7 +333,7 @@ def _half(question: str, seed: int) -> int:
 def _show(demo: Demo, sections: Sequence[Sequence[Arm]]) -> None:
     arms = [arm for section in sections for arm in section]
     strong_usd = next((arm.cost_usd for arm in arms if arm.name.startswith("always strong")), None)
-    title = "Latency is the gateway's and the replay's, not the providers'"
+    title = f"{demo.concurrency} callers at a time; latency is the gateway's and the replay's, not the providers'"
     demo.console.print(table(title, sections, strong_usd))
     for gain in demo.gains:
         demo.say(

@@ -1,15 +1,12 @@
 """From transcripts to a table: accuracy with intervals, strong-model share, cost, latency."""
 
-import os
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from demo_client import Call
+from results_file import machine, versions
 from rich.table import Table
 
 Array = npt.NDArray[np.float64]
@@ -186,17 +183,8 @@ def results(command: str, date: str, notes: Sequence[str], rows: Sequence[Row]) 
     return {
         "machine": machine(),
         "date": date,
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES},
+        "versions": versions(LIBRARIES),
         "command": command,
         "notes": list(notes),
         "rows": [asdict(row) for row in rows],
     }
-
-
-def machine() -> str:
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = names[0] if names else cpu
-    return f"{cpu}, {os.cpu_count()} cores, {platform.system()}"
