@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from probes.errors import EncoderError
 
@@ -108,6 +109,7 @@ class Encoder:
     """
 
     def __init__(self, folder: Path, name: str, expected_sha256: str | None = None) -> None:
+        transformers_logging.disable_progress_bar()
         weights = folder / "model.safetensors"
         if not weights.is_file():
             raise EncoderError(f"encoder {name!r}: no model.safetensors in {folder}; pickled weights are not loaded")

@@ -1,12 +1,13 @@
 """Fit the shipped probe: `python scripts/fit_default_probe.py ../shared/data`.
 
 Heads `weak` (Mixtral-8x7B) and `strong` (GPT-4-1106) learn from RouteLLM's MMLU outcomes. Head `local` learns from
-what the bundled model really answers, greedily, to held-out arithmetic, MMLU and GSM8K training questions; without the
-bundled model there is no such head. GSM8K test questions are never trained on: the demo runs on them.
+what the bundled model really answers, greedily, to held-out arithmetic, to MMLU and GSM8K training questions and to
+prompts of other kinds; without the bundled model there is no such head. GSM8K test questions are never trained on: the demo runs on them.
 """
 
 import argparse
 import hashlib
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from rich.console import Console
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from local_engine.arithmetic import LEVELS, problems
+from local_engine.arithmetic import LEVELS, REFUSAL, other_prompt, problems
 from local_engine.chat import prompt_tokens
 from probes.artifact import write
 from probes.extract import Encoder, FloatArray
@@ -90,11 +91,31 @@ def gather(args: argparse.Namespace) -> pd.DataFrame:
         gsm8k = pd.read_parquet(args.data / "gsm8k.parquet")
         gsm8k = gsm8k[gsm8k["split"] == "train"].sample(args.others, random_state=args.seed)
         frames.append(asked(ask, "gsm8k", "gsm8k", gsm8k["question"].tolist(), gsm8k["final"].tolist()))
+        frames.append(elsewhere(ask, args))
         for level in LEVELS:
             drawn = problems(args.seed + 7100, level, args.per_level)
             questions, answers = [p.question for p in drawn], [str(p.answer) for p in drawn]
             frames.append(asked(ask, "arithmetic", f"arithmetic, {level} operations", questions, answers))
     return pd.concat(frames, ignore_index=True)
+
+
+def elsewhere(ask: "Asker", args: argparse.Namespace) -> pd.DataFrame:
+    """Questions of every other kind: facts, common sense, science, proofs, code, chat.
+
+    The table holds no gold answers, so a refusal counts as wrong and anything else as unknown. Its GSM8K tasks are left
+    out, as they may hold test questions.
+    """
+    others = pd.read_parquet(args.data / "llmrouter_9models.parquet")
+    others = others[(others["split"] == "train") & ~others["task"].str.contains("gsm")]
+    drawn = others.groupby("task").sample(args.others // 5, random_state=args.seed)["question"].tolist()
+    rng = random.Random(args.seed)
+    drawn += [other_prompt(rng) for _ in range(args.others)]
+    said = ask(drawn, "other kinds")
+    local = [0.0 if text.strip() == REFUSAL else np.nan for text in said]
+    print(f"other kinds: {np.mean([value == 0 for value in local]):.3f} of {len(local)} refused")
+    return pd.DataFrame(
+        {"source": "other", "prompt": drawn, "group": "other kinds", "local": local, "weak": np.nan, "strong": np.nan}
+    )
 
 
 def asked(ask: "Asker", source: str, group: str, questions: list[str], gold: list[str]) -> pd.DataFrame:

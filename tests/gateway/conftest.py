@@ -29,6 +29,7 @@ models:
   dear: {{provider: fake, model: dear, context: 128000, max_output: 4000,
          price: {{input: $2.50/Mtok, cached_input: $1.25/Mtok, output: $10/Mtok}}}}
   gone: {{provider: dead, model: gone, context: 16000, max_output: 1000, price: {{input: $1/Mtok, output: $1/Mtok}}}}
+  free: {{provider: fake, model: cheap, context: 16000, max_output: 1000, price: free}}
 routes:
   - name: auto
     when: {{model: auto}}

@@ -169,6 +169,15 @@ async def test_spend_survives_a_restart(start_gateway: StartGateway, tmp_path: P
 
 
 @anyio
+async def test_a_spent_budget_leaves_the_free_model_open(start_gateway: StartGateway) -> None:
+    async with start_gateway('limits: [{key: "*", budget: $0.000001/day}]') as gateway:
+        status, _, body = await gateway.chat(ask())
+        assert (status, body["error"]["type"]) == (429, "budget_exceeded")
+        status, headers, _ = await gateway.chat(ask(model="free"))
+        assert (status, headers["x-leadline-cost-nanousd"]) == (200, "0")
+
+
+@anyio
 async def test_a_scope_has_its_own_budget(gateway: Gateway) -> None:
     scope = {"X-Leadline-Scope": "run-1", "X-Leadline-Scope-Budget": "0.0001"}
     statuses = [(await gateway.chat(ask(f"{i}", max_tokens=100), **scope))[0] for i in range(20)]

@@ -109,7 +109,7 @@ async def test_an_unknown_model_is_named_with_those_that_exist(gateway: Gateway)
     status, headers, body = await gateway.chat(ask(model="gpt-99"))
     assert (status, body["error"]["param"], headers["x-should-retry"]) == (404, "model", "false")
     assert "'gpt-99'" in body["error"]["message"]
-    assert "auto, fragile, uncached, cheap, dear, gone" in body["error"]["message"]
+    assert "auto, fragile, uncached, cheap, dear, gone, free" in body["error"]["message"]
     (row,) = await gateway.rows()
     assert (row["outcome"], row["error_code"], row["cost_nanousd"]) == ("error", "model_not_found", 0)
 
