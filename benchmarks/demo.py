@@ -10,6 +10,7 @@ import argparse
 import os
 import random
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -87,6 +88,7 @@ class Demo:
 
 def main() -> int:
     args = _arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers end with the demo
     console = Console() if sys.stdout.isatty() else Console(width=120)
     data = Path(os.environ.get("LEADLINE_DATA") or ROOT.parent / "shared" / "data")
     folder = Path(tempfile.mkdtemp(prefix="leadline-demo-"))
