@@ -146,7 +146,8 @@ def _run(demo: Demo, args: argparse.Namespace, data: Path, truth: Path) -> bool:
             _cache_part(demo, to, gsm8k[:CACHED])
         _show(demo, sections)
         agreed = _prove(demo, to, truth)
-        out = args.out or (None if args.limit or missing else RESULTS)
+        partial = args.limit or args.skip_fitted or args.probe != "default" or missing
+        out = args.out or (None if partial else RESULTS)
         if out is not None:
             _write(demo, out)
         if args.keep:
