@@ -36,6 +36,10 @@ class Chart:
     """What the top of the plot stands for."""
 
     @property
+    def total(self) -> int:
+        return sum(column.total for column in self.columns)
+
+    @property
     def width(self) -> int:
         return len(self.columns) * COLUMN
 

@@ -129,15 +129,9 @@ def cursor(row: Row) -> Cursor:
 
 def choices(engine: Engine, of: Slice) -> dict[str, list[str]]:
     """What the filters can be set to, within the slice: models served, outcomes, tenants."""
-    columns = {"model": RequestRow.model_served, "outcome": RequestRow.outcome, "tenant": RequestRow.tenant}
+    row = RequestRow
+    query = select(col(row.model_served), col(row.outcome), col(row.tenant)).where(*of.conditions()).distinct()
     with engine.connect() as connection:
-        return {
-            name: [
-                value
-                for value in connection.execute(
-                    select(col(column)).where(*of.conditions()).distinct().order_by(col(column))
-                ).scalars()
-                if value is not None
-            ]
-            for name, column in columns.items()
-        }
+        found = connection.execute(query).all()
+    names = ("model", "outcome", "tenant")
+    return {name: sorted({value for values in found if (value := values[at])}) for at, name in enumerate(names)}
