@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 COLUMN = 10
-GAP = 2
 HEIGHT = 100
 
 

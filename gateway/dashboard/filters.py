@@ -26,8 +26,8 @@ class Filters:
 
     @classmethod
     def read(cls, query: Mapping[str, str]) -> "Filters":
-        """Unknown names are left out; an unknown range is the default one."""
-        known = {name: query[name].strip() for name in cls.__dataclass_fields__ if name in query}
+        """Unknown names and values that no row can have are left out; an unknown range is the default one."""
+        known = {name: query[name].strip() for name in cls.__dataclass_fields__ if query.get(name, "\0").isprintable()}
         if known.get("range") not in RANGES:
             known.pop("range", None)
         return cls(**known)

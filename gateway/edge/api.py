@@ -20,6 +20,9 @@ from gateway.lifecycle import BYTES_PER_TOKEN, Lifecycle
 from routers.explain import to_dict, to_lines
 from routers.types import Query
 
+MAX_HOURS = 1e6
+"""Older than any ledger."""
+
 router = APIRouter()
 
 
@@ -100,7 +103,7 @@ async def spend(
 ) -> dict[str, Any]:
     """Totals of the caller's tenant (admins: of all) over the last `hours`; with `scope`, of that scope of its key."""
     await lifecycle.ledger.flush()
-    since_ms = int((time.time() - max(0.0, hours) * 3600) * 1000)
+    since_ms = int(max(0.0, time.time() - min(max(0.0, hours), MAX_HOURS) * 3600) * 1000)
     engine, tenant = lifecycle.ledger.engine, _scope(principal)
     of_scope = (principal.key_id, scope) if scope is not None else None
     totals = await asyncio.to_thread(report.summary, engine, since_ms=since_ms, tenant=tenant, scope=of_scope)

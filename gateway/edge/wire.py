@@ -91,8 +91,10 @@ def read_chat(body: bytes, headers: CallHeaders) -> ChatCall:
 def _check(request: _ChatRequest, choices: int, max_tokens: int | None) -> None:
     if not request.messages:
         raise InvalidRequest("messages: [] is empty; send at least one message.", param="messages")
-    if not request.model or len(request.model) > 256:
-        raise InvalidRequest("model: must be 1 to 256 characters; `auto` lets the gateway choose.", param="model")
+    if not 0 < len(request.model) <= 256 or not request.model.isprintable():
+        raise InvalidRequest(
+            "model: must be 1 to 256 printable characters; `auto` lets the gateway choose.", param="model"
+        )
     if not 1 <= choices <= _MAX_CHOICES:
         raise InvalidRequest(f"n: {choices} is not between 1 and {_MAX_CHOICES}.", param="n")
     if max_tokens is not None and max_tokens < 1:

@@ -162,12 +162,21 @@ class LedgerStore:
             self._wake.set()
 
     def _insert(self, rows: Sequence[Closed]) -> None:
-        requests = [msgspec.structs.asdict(request) for request, _ in rows]
-        attempts = [msgspec.structs.asdict(attempt) for _, tried in rows for attempt in tried]
+        requests = [_columns(request) for request, _ in rows]
+        attempts = [_columns(attempt) for _, tried in rows for attempt in tried]
         with self.engine.begin() as connection:
             connection.execute(self._insert_request, requests)
             if attempts:
                 connection.execute(self._insert_attempt, attempts)
+
+
+def _columns(record: RequestRecord | AttemptRecord) -> dict[str, Any]:
+    """The record as SQL takes it: PostgreSQL has no NUL in text, and an upstream's words may hold one."""
+    columns = msgspec.structs.asdict(record)
+    for name, value in columns.items():
+        if isinstance(value, str) and "\x00" in value:
+            columns[name] = value.replace("\x00", "\N{REPLACEMENT CHARACTER}")
+    return columns
 
 
 def _insert_or_ignore(engine: Engine, model: type[SQLModel]) -> Any:

@@ -4,7 +4,6 @@ Fields that a newer gateway adds are ignored, so that an older SDK goes on worki
 """
 
 from decimal import Decimal
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -19,7 +18,8 @@ class _Said(BaseModel):
 
 
 class Plan(_Said):
-    kind: Literal["single"]
+    kind: str
+    """`single`: one model answers."""
     model: str
     effort: str | None = None
 
@@ -84,7 +84,8 @@ class Receipt(_Said):
     http_status: int
     error_code: str | None
     stream: bool
-    cache: Literal["off", "miss", "hit"]
+    cache: str
+    """`off`, `miss` or `hit`."""
     input_tokens: int
     cached_input_tokens: int
     cache_write_tokens: int

@@ -14,7 +14,7 @@ DEFAULT_BASE_URL = "http://127.0.0.1:8080/v1"
 SCOPE = "x-leadline-scope"
 SCOPE_BUDGET = "x-leadline-scope-budget"
 TAGS = "x-leadline-tags"
-ALL_HOURS = 24 * 366 * 100
+ALL_HOURS = 1_000_000
 """Longer than any ledger: a scope's budget has no window."""
 
 Prompt = str | Sequence[Mapping[str, Any]]

@@ -13,6 +13,7 @@ from pathlib import Path
 import aiohttp
 import msgspec
 import pytest
+from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlmodel import SQLModel
@@ -68,6 +69,20 @@ async def test_books_agree_on_both_databases(
     assert exact == sum(bill.nanousd for bill in upstream.truth)
     assert spend["estimated"] == 1
     assert all(row["overhead_us"] >= 0 and row["duration_us"] > 0 for row in rows)
+
+
+@pytest.mark.anyio
+async def test_an_upstreams_words_cannot_stop_the_ledger(
+    start_gateway: StartGateway, upstream: FakeUpstream, database_url: str
+) -> None:
+    async def refuse(upstream: FakeUpstream, request: web.Request, body: dict[str, object]) -> web.Response:
+        return web.json_response({"error": {"message": "nul \x00 in it", "code": "x" * 500}}, status=400)
+
+    upstream.faults = [refuse]
+    async with start_gateway(database_url=database_url) as gateway:
+        assert (await gateway.chat(ask(), **{"X-Session-Id": "s" * 500}))[0] == 400
+        (row,) = await gateway.rows()
+    assert "nul \N{REPLACEMENT CHARACTER}" in row["attempt_rows"][0]["error"]
 
 
 @pytest.mark.anyio
