@@ -99,6 +99,12 @@ def test_signing_out_forgets_the_cookie(running: Running) -> None:
         assert session.COOKIE not in client.cookies
 
 
+def test_another_site_cannot_sign_a_visitor_out(running: Running) -> None:
+    with running.client("user") as client:
+        client.post("/dashboard/logout", headers={"sec-fetch-site": "cross-site"})
+        assert session.COOKIE in client.cookies
+
+
 def test_another_site_cannot_sign_a_visitor_in(running: Running) -> None:
     with running.client() as client:
         form = {"key": running.keys["user"]}
@@ -241,7 +247,8 @@ def test_paging_back_shows_every_request_once(running: Running) -> None:
 
 
 @pytest.mark.parametrize(
-    "query", ["range=nonsense", "before=x", "before=99999999999999999999.x", "stream=maybe", "x=1"]
+    "query",
+    ["range=nonsense", "before=x", "before=99999999999999999999.x", "stream=maybe", "model=%00", "tenant=%ff", "x=1"],
 )
 def test_a_mistyped_query_is_not_an_error(running: Running, query: str) -> None:
     with running.client("admin") as client:
@@ -249,8 +256,18 @@ def test_a_mistyped_query_is_not_an_error(running: Running, query: str) -> None:
         assert client.get(f"/dashboard?{query}").status_code == 200
 
 
+def test_an_id_that_no_row_can_have_is_not_found(running: Running) -> None:
+    with running.client("admin") as client:
+        assert client.get("/dashboard/requests/%00").status_code == 404
+
+
+@pytest.mark.parametrize("hours", ["inf", "-inf", "nan", "1e300", "-1", "0"])
+def test_an_odd_number_of_hours_has_a_sum(running: Running, hours: str) -> None:
+    bearer = {"authorization": f"Bearer {running.keys['admin']}"}
+    assert httpx2.get(f"{running.url}/leadline/v1/spend?hours={hours}", headers=bearer).status_code == 200
+
+
 def test_an_empty_ledger_has_a_page(running: Running) -> None:
-    running.app.web.state.lifecycle.keys.create("empty", tenant="nobody")
     token = running.app.web.state.lifecycle.keys.create("empty2", tenant="nobody")
     with running.client() as client:
         client.post("/dashboard/login", data={"key": token})
