@@ -153,7 +153,7 @@ def listing(engine: Engine, of: Slice, *, everything: Slice, before: Cursor | No
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One upstream call, with its place on the request's time line in percent."""
+    """One upstream call, with its place on the request's time line in percent; a hundredth of it at the least."""
 
     row: Row
     start: float
@@ -189,7 +189,7 @@ def one_request(engine: Engine, request_id: str, *, tenant: str | None) -> OneRe
     decision, unreadable = _decision(row.pop("decision"))
     return OneRequest(
         row,
-        _time_line(row, attempts),
+        time_line(row, attempts),
         decision,
         [
             Considered(candidate, _verdict(candidate, decision), candidate.model == decision.plan.model)
@@ -218,7 +218,7 @@ def _verdict(candidate: Candidate, decision: Decision) -> str:
     return candidate.rejected
 
 
-def _time_line(row: Row, attempts: list[Row]) -> list[Attempt]:
+def time_line(row: Row, attempts: list[Row]) -> list[Attempt]:
     begun_ms = row["created_at_ms"]
     starts_us = [max(0, attempt["started_at_ms"] - begun_ms) * 1000 for attempt in attempts]
     ends_us = [start + attempt["duration_us"] for start, attempt in zip(starts_us, attempts, strict=True)]
@@ -226,7 +226,9 @@ def _time_line(row: Row, attempts: list[Row]) -> list[Attempt]:
     placed = []
     for start, attempt in zip(starts_us, attempts, strict=True):
         first_byte = attempt["first_byte_us"]
-        waiting = attempt["duration_us"] if first_byte is None else min(first_byte, attempt["duration_us"])
-        running = attempt["duration_us"] - waiting
+        visible_us = max(attempt["duration_us"], whole_us // 100)
+        waiting = visible_us if first_byte is None else min(first_byte, visible_us)
+        running = visible_us - waiting
+        start = min(start, whole_us - visible_us)
         placed.append(Attempt(attempt, *(percent(part, whole_us) for part in (start, waiting, running))))
     return placed

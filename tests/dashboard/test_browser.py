@@ -121,6 +121,7 @@ def test_a_request_is_on_screen_as_soon_as_it_ended(visit: Visit, running: Runni
     assert "error" in failed.inner_text()
     failed.get_by_role("link").click()
     assert page.locator("#attempts .tag.bad").count() >= 1
+    assert "was the last one called" in page.locator(".verdict").inner_text()
 
 
 def test_a_wrong_key_is_told_and_a_right_one_goes_on(visit: Visit, running: Running) -> None:

@@ -3,6 +3,7 @@
 import pytest
 
 from gateway.dashboard.charts import nice_ceiling, stacked
+from gateway.dashboard.queries import time_line
 from gateway.dashboard.words import duration, instant, short_money
 
 
@@ -45,3 +46,14 @@ def test_parts_stand_on_each_other_and_fill_their_share_of_the_height() -> None:
     ]
     assert [column.total for column in chart.columns] == [40, 0]
     assert chart.ticks == ["0", "1"]
+
+
+def test_every_attempt_is_seen_on_the_time_line() -> None:
+    row = {"created_at_ms": 1000, "duration_us": 1_000_000}
+    attempts = [
+        {"started_at_ms": 1000, "duration_us": 200, "first_byte_us": None},
+        {"started_at_ms": 1100, "duration_us": 900_000, "first_byte_us": 300_000},
+        {"started_at_ms": 2000, "duration_us": 0, "first_byte_us": None},
+    ]
+    placed = [(line.start, line.waiting, line.running) for line in time_line(row, attempts)]
+    assert placed == [(0, 1, 0), (10, 30, 60), (99, 1, 0)]
