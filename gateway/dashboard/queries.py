@@ -219,6 +219,7 @@ def _verdict(candidate: Candidate, decision: Decision) -> str:
 
 
 def time_line(row: Row, attempts: list[Row]) -> list[Attempt]:
+    """Each attempt placed between the request's admission and its end."""
     begun_ms = row["created_at_ms"]
     starts_us = [max(0, attempt["started_at_ms"] - begun_ms) * 1000 for attempt in attempts]
     ends_us = [start + attempt["duration_us"] for start, attempt in zip(starts_us, attempts, strict=True)]
