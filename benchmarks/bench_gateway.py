@@ -39,8 +39,8 @@ TICKS = os.sysconf("SC_CLK_TCK")
 ANSWER = json.dumps(
     {
         "id": "chatcmpl-mock", "object": "chat.completion", "created": 1, "model": "mock",
-        "choices": [{"index": 0, "finish_reason": "stop", "logprobs": None, "message": {
-            "role": "assistant", "content": "Saturn, Jupiter, Uranus and Neptune have rings of ice, dust and rock. " * 4}}],
+        "choices": [{"index": 0, "finish_reason": "stop", "logprobs": None, "message": {"role": "assistant",
+            "content": "Saturn, Jupiter, Uranus and Neptune have rings of ice, dust and rock. " * 4}}],
         "usage": {"prompt_tokens": 40, "completion_tokens": 60, "total_tokens": 100},
     }
 )  # fmt: skip
@@ -299,10 +299,14 @@ def show(rows: list[Row], samples: dict[str, list[Sample]], direct_us: float) ->
             "requests_per_s_over_litellm", "requests_per_s_over_nginx",
         ):  # fmt: skip
             row = found.get((name, metric))
-            cells.append("-" if row is None else f"{row.value:,.3g} ({row.low:,.3g}–{row.high:,.3g})" if row.value < 1000
-                         else f"{row.value:,.0f} ({row.low:,.0f}–{row.high:,.0f})")  # fmt: skip
+            cells.append("-" if row is None else cell(row))
         table.add_row(*cells)
     Console(width=150).print(table)
+
+
+def cell(row: Row) -> str:
+    form = ",.3g" if row.value < 1000 else ",.0f"
+    return f"{row.value:{form}} ({row.low:{form}}–{row.high:{form}})"
 
 
 def main() -> None:

@@ -1,20 +1,19 @@
-"""What the shipped probe is worth and what it costs: `python benchmarks/bench_probe.py ../shared/data`.
+"""What the shipped probe is worth and what it costs: `python benchmarks/bench_probe.py`.
 
 Out-of-fold rows come from the artifact, as fitted; here are measured the transfer to GSM8K, which it never saw, and
 the time of one query on one thread. Writes benchmarks/results/probe-default.json.
 """
 
 import argparse
-import json
-import platform
+import os
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from results_file import write
 from rich.console import Console
 
 from probes.artifact import read
@@ -24,14 +23,19 @@ from probes.report import render_rows
 from probes.runtime import EncoderProbe, default_artifact_path
 from probes.train import read_table, score, table_rows
 
-RESULT = Path(__file__).parent / "results" / "probe-default.json"
+DATA = Path(os.environ.get("LEADLINE_DATA") or Path(__file__).parents[2] / "shared" / "data")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="folder with routellm_mmlu.parquet and routellm_gsm8k.parquet")
+    parser.add_argument(
+        "data", type=Path, nargs="?", default=DATA, help="folder with routellm_mmlu.parquet and routellm_gsm8k.parquet"
+    )
     parser.add_argument("--queries", type=int, default=300, help="queries to time")
     args = parser.parse_args()
+    if not (args.data / "routellm_mmlu.parquet").exists():
+        print(f"no routing data in {args.data}: name its folder as the argument, or in LEADLINE_DATA; nothing measured")
+        return
     torch.set_num_threads(1)
 
     artifact = read(default_artifact_path())
@@ -45,17 +49,8 @@ def main() -> None:
     rows += [Row(f"GSM8K transfer | {r.name}", r.metric, r.value, r.low, r.high, r.unit) for r in transfer]
     rows += latency_rows(args.data, args.queries)
 
-    machine = {
-        "processor": _processor(),
-        "python": platform.python_version(),
-        "date": date.today().isoformat(),
-        "artifact": artifact.version,
-        "versions": artifact.manifest.versions,
-    }
-    Console(width=130).print(render_rows(artifact.version, rows), machine)
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"machine": machine, "rows": [row.to_json() for row in rows]}, indent=2)
-    RESULT.write_text(text + "\n", encoding="utf-8")
+    Console(width=130).print(render_rows(artifact.version, rows))
+    print(write("probe-default", "make bench-probe", artifact.manifest.versions, rows, artifact=artifact.version))
 
 
 def latency_rows(data: Path, n: int) -> list[Row]:
@@ -84,13 +79,6 @@ def _times(call: Callable[[], object], repeats: int) -> list[float]:
         call()
         out.append(time.perf_counter() - start)
     return out
-
-
-def _processor() -> str:
-    """The CPU's name where Linux tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@ import datetime as dt
 import json
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -17,8 +18,8 @@ class Row:
     name: str
     metric: str
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     unit: str
 
 
@@ -43,8 +44,8 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def write(name: str, command: str, packages: Iterable[str], rows: list[Row], **more: object) -> Path:
-    """Write results/NAME.json and return its path."""
+def write(name: str, command: str, packages: Iterable[str], rows: Sequence[Any], **more: object) -> Path:
+    """Write results/NAME.json and return its path. `rows` are dataclasses with the fields of `Row`."""
     path = RESULTS / f"{name}.json"
     document = {
         "machine": machine(),

@@ -19,14 +19,14 @@ from gateway.edge.asgi import Receive, Scope, Send
 from gateway.edge.chat import ChatEndpoint
 from gateway.engine_process import EngineProcess
 from gateway.ledger import report
-from gateway.ledger.journal import Journal
-from gateway.ledger.store import LedgerStore, connect
+from gateway.ledger.journal import Journal, JournalError
+from gateway.ledger.store import LedgerStore, LedgerUnreachable, connect
 from gateway.lifecycle import Lifecycle
 from gateway.settings import Settings
 from gateway.signals import SignalReader
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.openai import open_session
-from gateway.world import build_world
+from gateway.world import MissingSecret, build_world
 from routers.policy import Policy
 
 log = structlog.get_logger(__name__)
@@ -114,7 +114,8 @@ class App:
         try:
             await self.start()
         except Exception as error:
-            log.exception("gateway.start_failed")
+            if not isinstance(error, JournalError | LedgerUnreachable | MissingSecret):
+                log.exception("gateway.start_failed")
             await self._stack.aclose()
             await send({"type": "lifespan.startup.failed", "message": str(error)})
             return

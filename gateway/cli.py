@@ -36,7 +36,7 @@ def main() -> None:
     try:
         app()
     except ModuleNotFoundError as error:
-        _stop(
+        sys.exit(
             f"this command needs the package {error.name!r}, which is not installed; "
             "install leadline[server] for the gateway, leadline[server,local] for local models and probes"
         )
@@ -50,7 +50,6 @@ def serve(
 ) -> None:
     """Run the gateway, and the engine process that its policy needs, until Ctrl-C."""
     from gateway.app import App
-    from gateway.ledger.journal import JournalError
     from gateway.settings import Settings, SettingsError
     from gateway.telemetry.logs import configure_logs
     from gateway.world import missing_secrets
@@ -67,11 +66,8 @@ def serve(
         _stop(str(error))
     except OSError as error:
         _stop(f"--host {host} --port {port}: cannot listen there ({error.strerror}); choose another with --port")
-    try:
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            status = runner.run(_serve(App(settings, loaded), listener))
-    except JournalError as error:
-        _stop(str(error))
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        status = runner.run(_serve(App(settings, loaded), listener))
     raise typer.Exit(status)
 
 
@@ -268,7 +264,7 @@ def spend(hours: Annotated[float, typer.Option(min=0, help="How far back.")] = 7
 
 def _with_keys(use: "Callable[[KeyStore, Engine], Any]") -> Any:
     from gateway.admission.keys import KeyStore, load_pepper
-    from gateway.ledger.store import connect
+    from gateway.ledger.store import LedgerUnreachable, connect
     from gateway.settings import Settings, SettingsError
 
     try:
@@ -276,7 +272,10 @@ def _with_keys(use: "Callable[[KeyStore, Engine], Any]") -> Any:
     except SettingsError as error:
         _stop(str(error))
     settings.prepare_home()
-    engine = connect(settings.database_url)
+    try:
+        engine = connect(settings.database_url)
+    except LedgerUnreachable as error:
+        _stop(str(error))
     try:
         return use(KeyStore(engine, load_pepper(settings.home)), engine)
     finally:

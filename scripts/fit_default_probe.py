@@ -2,7 +2,8 @@
 
 Heads `weak` (Mixtral-8x7B) and `strong` (GPT-4-1106) learn from RouteLLM's MMLU outcomes. Head `local` learns from
 what the bundled model really answers, greedily, to held-out arithmetic, to MMLU and GSM8K training questions and to
-prompts of other kinds; without the bundled model there is no such head. GSM8K test questions are never trained on: the demo runs on them.
+prompts of other kinds; without the bundled model there is no such head. GSM8K test questions are never trained on: the
+demo runs on them.
 """
 
 import argparse

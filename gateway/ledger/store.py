@@ -15,6 +15,7 @@ import msgspec
 import structlog
 from sqlalchemy import Engine, Table, create_engine, event
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DBAPIError
 from sqlmodel import SQLModel
 
 from gateway.ledger.journal import Journal
@@ -31,12 +32,22 @@ log = structlog.get_logger(__name__)
 Closed = tuple[RequestRecord, list[AttemptRecord]]
 
 
+class LedgerUnreachable(RuntimeError):
+    """The database does not answer, or does not take its tables; the message says which and why."""
+
+
 def connect(url: str) -> Engine:
-    """An engine for `url`; creates the tables that are missing."""
+    """An engine for `url`; creates the tables that are missing. Raises LedgerUnreachable."""
     engine = create_engine(url, pool_pre_ping=True)
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _sqlite_pragmas)
-    SQLModel.metadata.create_all(engine)
+    try:
+        SQLModel.metadata.create_all(engine)
+    except DBAPIError as error:
+        engine.dispose()
+        where = engine.url.render_as_string(hide_password=True)
+        reason = str(error.orig).splitlines()[0]
+        raise LedgerUnreachable(f"DATABASE_URL: {where} cannot be used ({reason})") from error
     return engine
 
 

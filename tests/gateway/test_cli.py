@@ -83,6 +83,16 @@ def test_a_wrong_setting_is_named(tmp_path: Path, name: str, value: str) -> None
     assert done.stderr.startswith(name)
 
 
+def test_a_database_that_does_not_answer_is_named_without_its_password(tmp_path: Path) -> None:
+    url = "postgresql://me:canary@127.0.0.1:9/db"
+    for command in (("serve", "--port", "0"), ("keys", "list")):
+        done = leadline(*command, home=tmp_path, DATABASE_URL=url)
+        assert done.returncode != 0
+        assert "DATABASE_URL: postgresql+psycopg://me:***@127.0.0.1:9/db cannot be used" in done.stderr
+        assert "canary" not in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 def test_keys_are_made_listed_and_revoked(tmp_path: Path) -> None:
     made = leadline("keys", "create", "alice", "--tenant", "acme", "--budget", "$5/month", home=tmp_path)
     assert made.stdout.startswith("sk-ll-")

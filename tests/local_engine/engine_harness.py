@@ -50,7 +50,7 @@ def user(text: str) -> bytes:
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for something that another thread or process brings about."""
     async with asyncio.timeout(PATIENCE_S):
-        while not condition():  # noqa: ASYNC110 - nobody can set an Event for us
+        while not condition():
             await asyncio.sleep(0.002)
 
 

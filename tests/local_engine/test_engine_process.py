@@ -84,7 +84,7 @@ async def test_told_to_stop_it_ends_what_runs_and_leaves(process: asyncio.subpro
     assert getattr(events[-1], "finish_reason", None) == "cancelled"
     async with asyncio.timeout(PATIENCE_S):
         assert await process.wait() == 0
-    assert not Path(socket_path).exists()  # noqa: ASYNC240
+    assert not Path(socket_path).exists()
     await client.close()
 
 

@@ -52,7 +52,7 @@ async def served(engine: Engine, socket_path: str) -> AsyncGenerator[EngineClien
         await client.close()
         serving.cancel()
         await asyncio.gather(serving, return_exceptions=True)
-        assert not Path(socket_path).exists()  # noqa: ASYNC240
+        assert not Path(socket_path).exists()
 
 
 async def answer(client: EngineClient, text: str, sampling: SamplingParams = GREEDY) -> tuple[str, Finished]:
