@@ -257,7 +257,9 @@ def spend(hours: Annotated[float, typer.Option(min=0, help="How far back.")] = 7
             f"{totals['cache_hits']} from the cache, {totals['not_ok']} failed or cancelled"
         )
         for row in report.by_model(engine, since_ms=since_ms):
-            typer.echo(f"  {row['model']:<24} {row['requests']:>8}  {format_money(row['cost_nanousd'])}")
+            typer.echo(
+                f"  {row['model'] or '(none served)':<24} {row['requests']:>8}  {format_money(row['cost_nanousd'])}"
+            )
 
     _with_keys(show)
 

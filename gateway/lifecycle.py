@@ -348,6 +348,7 @@ class Lifecycle:
                 if not last.retryable or wait > MAX_RETRY_AFTER_S or retry == target.retries:
                     break
                 await asyncio.sleep(wait)
+                ticket.paused(wait)
         raise _failed(errors, ticket.attempts[-1].provider)
 
 

@@ -102,6 +102,10 @@ class Ticket:
         self.record.first_byte_us = (now_ns - self._started_ns) // 1000
         self.record.overhead_us = (now_ns - self._started_ns - self._upstream_ns) // 1000
 
+    def paused(self, seconds: float) -> None:
+        """A wait between two attempts is the upstream's doing, not the gateway's own time."""
+        self._upstream_ns += int(seconds * 1e9)
+
     def fail_attempt(self, attempt: AttemptRecord, error: UpstreamError) -> None:
         """One that never gave its first byte. It costs nothing, unless the provider may have worked on it."""
         attempt.upstream_status = error.status

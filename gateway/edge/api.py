@@ -88,6 +88,8 @@ async def model(name: str, principal: Caller, lifecycle: TheLifecycle) -> dict[s
 @router.get("/leadline/v1/requests/{request_id}", tags=["receipts"])
 async def receipt(request_id: str, principal: Caller, lifecycle: TheLifecycle) -> dict[str, Any]:
     """One request's receipt: its row, its attempts, its decision. Only the caller's own tenant's (admins: any)."""
+    if not request_id.isprintable():
+        raise NotFound("request: its id has characters that no id has.")
     await lifecycle.ledger.flush()
     found = await asyncio.to_thread(report.request, lifecycle.ledger.engine, request_id, tenant=_scope(principal))
     if found is None:

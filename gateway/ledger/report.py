@@ -58,7 +58,7 @@ def summary(
 def by_model(
     engine: Engine, *, since_ms: int, tenant: str | None = None, scope: tuple[str, str] | None = None
 ) -> list[dict[str, Any]]:
-    """Requests, cost and tokens per model served, most requests first."""
+    """Requests, cost and cache hits per model served (None: none was), most requests first; they sum to `summary`."""
     row = RequestRow
     query = (
         select(
@@ -67,7 +67,7 @@ def by_model(
             func.coalesce(func.sum(col(row.cost_nanousd)), 0).label("cost_nanousd"),
             func.coalesce(func.sum(case((col(row.cache) == "hit", 1), else_=0)), 0).label("cache_hits"),
         )
-        .where(col(row.created_at_ms) >= since_ms, col(row.model_served).is_not(None))
+        .where(col(row.created_at_ms) >= since_ms)
         .group_by(col(row.model_served))
         .order_by(func.count().desc(), col(row.model_served))
     )

@@ -118,7 +118,8 @@ class Explanation(_Said):
 
 
 class ModelSpend(_Said):
-    model: str
+    model: str | None
+    """None: requests that no model served."""
     requests: int
     cost_nanousd: int
     cache_hits: int
