@@ -225,8 +225,8 @@ class Lifecycle:
         ticket.settle("ok", 200)
         if call.stream:
             await reply.start_stream(ticket.headers(final=True))
-            chunks = as_stream(answer.body, include_usage=call.include_usage)
-            await reply.send(b"".join(map(write_event, chunks)) + DONE)
+            *chunks, usage = as_stream(answer.body)
+            await reply.send(b"".join(map(write_event, chunks)) + _last_events(ticket, Event(usage, usage_only=True)))
             await reply.end()
         else:
             await reply.whole(200, ticket.headers(final=True), answer.body)

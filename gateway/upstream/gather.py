@@ -90,8 +90,8 @@ def _merge_tool_calls(calls: list[dict[str, Any]], pieces: list[dict[str, Any]])
         call["function"]["arguments"] += function.get("arguments") or ""
 
 
-def as_stream(body: bytes, *, include_usage: bool) -> list[bytes]:
-    """The chunks (JSON, without the terminator) of a stream that gives this completion."""
+def as_stream(body: bytes) -> list[bytes]:
+    """The chunks (JSON, without the terminator) of a stream that gives this completion; the last carries its usage."""
     whole = msgspec.json.decode(body)
     frame = {
         "id": whole.get("id"),
@@ -107,8 +107,7 @@ def as_stream(body: bytes, *, include_usage: bool) -> list[bytes]:
         piece = {"index": choice["index"], "delta": delta, "logprobs": choice.get("logprobs"), "finish_reason": None}
         last = {"index": choice["index"], "delta": {}, "logprobs": None, "finish_reason": choice["finish_reason"]}
         chunks += [_encode({**frame, "choices": [piece]}), _encode({**frame, "choices": [last]})]
-    if include_usage:
-        chunks.append(_encode({**frame, "choices": [], "usage": whole.get("usage")}))
+    chunks.append(_encode({**frame, "choices": [], "usage": whole.get("usage")}))
     return chunks
 
 

@@ -47,6 +47,7 @@ async def test_an_answer_is_replayed_streamed_or_whole(
         _, headers, raw = await gateway.stream({**body, "stream_options": {"include_usage": True}})
         assert raw.endswith(b"data: [DONE]\n\n")
         chunks = [line[6:] for line in raw.split(b"\n") if line.startswith(b"data: {")]
+        assert json.loads(chunks[-1])["leadline"]["cache"] == "hit"
         gathered = gather(chunks)
         assert gathered is not None
         assert json.loads(gathered)["choices"] == whole["choices"]
@@ -204,7 +205,7 @@ def test_tool_calls_survive_the_round_trip() -> None:
         "id": "c", "object": "chat.completion", "created": 1, "model": "m", "usage": {"prompt_tokens": 1},
         "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "tool_calls"}],
     }  # fmt: skip
-    chunks = as_stream(json.dumps(whole).encode(), include_usage=True)
+    chunks = as_stream(json.dumps(whole).encode())
     gathered = gather(chunks)
     assert gathered is not None
     assert json.loads(gathered) == whole
