@@ -2,7 +2,7 @@
 
 GSM8K test questions go through `leadline serve` to an upstream that replays what GPT-4-1106 and Mixtral-8x7B really
 answered to them; arithmetic questions are answered by the local engine. Four ways to answer are compared: always the
-weak model, always the strong one, by lot at Leadline's share, and Leadline's choice. At the end ledger, upstream and
+weak model, always the strong one, random at Leadline's share, and Leadline's choice. At the end ledger, upstream and
 client must agree on every call, or the demo fails.
 """
 
@@ -239,7 +239,7 @@ def _beside_baselines(
     share = f"{paired.strong_used.mean():.1%} to strong"
     demo.gains += [paired.gain(name), longest.gain(f"longest prompts, {share}")]
     return (
-        paired.at_random(f"by lot, {share}"),
+        paired.at_random(f"random, {share}"),
         longest.computed(f"longest prompts, {share}"),
         measured(name, routed),
     )
@@ -340,7 +340,7 @@ def _show(demo: Demo, sections: Sequence[Sequence[Arm]]) -> None:
     demo.console.print(table(title, sections, strong_usd))
     for gain in demo.gains:
         demo.say(
-            f"{gain.name}: {gain.value:+.3f} accuracy over the lot at equal share, "
+            f"{gain.name}: {gain.value:+.3f} accuracy over random at equal share, "
             f"95% [{gain.low:+.3f}, {gain.high:+.3f}] (paired bootstrap over the questions)."
         )
     demo.rows[:0] = [row for arm in arms for row in arm.rows()] + demo.gains

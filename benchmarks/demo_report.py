@@ -127,7 +127,7 @@ class Paired:
         return Arm(name, len(self.routed), float(self.routed.mean()), low, high, share, cost)
 
     def at_random(self, name: str) -> Arm:
-        """What sending the same share to strong by lot is expected to give; the interval is over the questions."""
+        """What sending the same share to strong random is expected to give; the interval is over the questions."""
         share = float(self.strong_used.mean())
         low, high = self._interval(self._random)
         cost = float(((1 - share) * self.weak_usd + share * self.strong_usd).sum())
