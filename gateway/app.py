@@ -10,12 +10,12 @@ from pathlib import Path
 import structlog
 
 from gateway.admission.budgets import Budgets
-from gateway.admission.keys import KeyStore, load_pepper
+from gateway.admission.keys import KeyStore, PepperError, load_pepper
 from gateway.admission.rates import RateLimiter
 from gateway.cache.exact import ExactCache, MemoryCache, RedisCache
 from gateway.dashboard.views import mount_dashboard
 from gateway.edge.api import build_web
-from gateway.edge.asgi import Receive, Scope, Send
+from gateway.edge.asgi import Receive, Scope, Send, limited
 from gateway.edge.chat import ChatEndpoint
 from gateway.engine_process import EngineProcess
 from gateway.ledger import report
@@ -31,6 +31,8 @@ from routers.policy import Policy
 
 log = structlog.get_logger(__name__)
 
+MAX_WEB_BODY_BYTES = 1 << 20
+"""Of everything but the data plane: log-in forms, explain."""
 KEY_POLL_S = 0.5
 """Keys made or revoked by other processes (the command line) are seen this soon."""
 
@@ -56,7 +58,7 @@ class App:
         elif scope["type"] == "lifespan":
             await self._lifespan(receive, send)
         else:
-            await self.web(scope, receive, send)
+            await self.web(scope, limited(receive, MAX_WEB_BODY_BYTES), send)
 
     async def start(self) -> None:
         """Everything up but the engine, which comes up beside it. Raises what makes it impossible to serve."""
@@ -114,7 +116,7 @@ class App:
         try:
             await self.start()
         except Exception as error:
-            if not isinstance(error, JournalError | LedgerUnreachable | MissingSecret):
+            if not isinstance(error, JournalError | LedgerUnreachable | MissingSecret | PepperError):
                 log.exception("gateway.start_failed")
             await self._stack.aclose()
             await send({"type": "lifespan.startup.failed", "message": str(error)})

@@ -107,8 +107,15 @@ class EngineProcess:
         self._metrics.engine_up.set(1)
         self.ready.set()
         log.info("engine.ready", pid=self._process.pid, models=[card.name for card in client.hello.models])
-        status = await self._process.wait()
-        raise EngineGone(f"the engine process ended with status {status}")
+        ended, lost = asyncio.create_task(self._process.wait()), asyncio.create_task(client.closed())
+        try:
+            await asyncio.wait((ended, lost), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended.cancel()
+            lost.cancel()
+        if ended.done() and not ended.cancelled():
+            raise EngineGone(f"the engine process ended with status {ended.result()}")
+        raise EngineGone("the link to the engine process was lost")
 
     async def _end(self) -> None:
         client, self._client = self._client, None

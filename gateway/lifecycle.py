@@ -35,12 +35,12 @@ from gateway.errors import (
     UpstreamTimeout,
 )
 from gateway.ledger.records import AttemptRecord, RequestRecord
-from gateway.ledger.settle import Usage, WireUsage, cost_nanousd
+from gateway.ledger.settle import NO_USAGE, PROMPT_MARGIN, cost_nanousd
 from gateway.ledger.store import LedgerStore
 from gateway.signals import SignalReader
 from gateway.telemetry.metrics import Metrics
 from gateway.ticket import Headers, Ticket
-from gateway.upstream.gather import as_stream, gather
+from gateway.upstream.gather import as_stream, gather, replayable, usage_of
 from gateway.upstream.sse import DONE, write_event
 from gateway.upstream.types import ChatCall, Event, Target, Upstream, UpstreamError
 from gateway.world import World
@@ -163,7 +163,7 @@ class Lifecycle:
             model=call.model,
             tenant=principal.tenant,
             input_tokens_estimate=-(-call.body_bytes // BYTES_PER_TOKEN),
-            input_tokens_max=call.body_bytes if call.text_only else None,
+            input_tokens_max=call.body_bytes + PROMPT_MARGIN if call.text_only else None,
             max_output_tokens=call.sampling.max_tokens,
             tags=call.headers.tags,
             needs_tools=call.has_tools,
@@ -182,17 +182,24 @@ class Lifecycle:
         def bound(scope: str, nanousd: int, window: Window) -> None:
             budgets[scope, window] = min(nanousd, budgets.get((scope, window), nanousd))
 
+        rates: list[tuple[str, float, float]] = []
         for limit in policy.limits_for(key=principal.key_name, tenant=principal.tenant):
             scope = f"key:{principal.key_id}" if limit.scope == "key" else f"tenant:{principal.tenant}"
             if limit.rate is not None:
                 rate_per_s = limit.rate.count / limit.rate.per_s
-                self._rates.admit(scope, rate_per_s=rate_per_s, burst=max(1.0, rate_per_s), now=time.monotonic())
+                rates.append((scope, rate_per_s, max(1.0, rate_per_s)))
             if limit.budget is not None:
                 bound(scope, limit.budget.nanousd, limit.budget.window)
+        self._rates.admit(rates, now=time.monotonic())
         if principal.budget_nanousd is not None and principal.budget_window is not None:
             bound(f"key:{principal.key_id}", principal.budget_nanousd, principal.budget_window)
-        if call.headers.scope is not None and call.headers.scope_budget_nanousd is not None:
-            bound(f"scope:{principal.key_id}:{call.headers.scope}", call.headers.scope_budget_nanousd, "total")
+        if call.headers.scope is not None:
+            scope = f"scope:{principal.key_id}:{call.headers.scope}"
+            budget = call.headers.scope_budget_nanousd
+            # A call that names the scope alone counts towards the budget that other calls have given it.
+            nanousd = budget if budget is not None else self.budgets.limit_of(scope, "total")
+            if nanousd is not None:
+                bound(scope, nanousd, "total")
         return [(scope, nanousd, window) for (scope, window), nanousd in budgets.items()]
 
     # recall ---------------------------------------------------------------------------------------------------------
@@ -217,15 +224,14 @@ class Lifecycle:
         answer = None if call.headers.no_cache else await self._cache.get(ticket.cache_key)
         if answer is None:
             return False
+        *chunks, usage = as_stream(answer.body) if call.stream else [b""]
         record.cache, record.route = "hit", route_name
         record.model_served, record.provider = answer.model, answer.provider
-        record.baseline_nanousd = cost_nanousd(
-            ticket.world.dearest(route.targets if route is not None else (answer.model,)), _usage_of(answer.body)
-        )
+        dearest = ticket.world.dearest(route.targets if route is not None else (answer.model,))
+        record.baseline_nanousd = cost_nanousd(dearest, usage_of(answer.body) or NO_USAGE)
         ticket.settle("ok", 200)
         if call.stream:
             await reply.start_stream(ticket.headers(final=True))
-            *chunks, usage = as_stream(answer.body)
             await reply.send(b"".join(map(write_event, chunks)) + _last_events(ticket, Event(usage, usage_only=True)))
             await reply.end()
         else:
@@ -234,7 +240,9 @@ class Lifecycle:
 
     async def _remember(self, ticket: Ticket, body: bytes | None) -> None:
         record = ticket.record
-        if body is not None and ticket.cache_key is not None and record.model_served and record.provider:
+        if ticket.cache_key is None or not record.model_served or not record.provider:
+            return
+        if body is not None and replayable(body):
             answer = CachedAnswer(body, record.model_served, record.provider)
             await self._cache.put(ticket.cache_key, answer, ticket.cache_ttl_s)
 
@@ -300,11 +308,17 @@ class Lifecycle:
             outcome = error.cause
             attempt.error = error.message[:300]
             raise _failed([error], attempt.provider) from error
+        except Exception:
+            outcome = "error"
+            raise
         finally:
-            await stream.close()
-            ticket.end_attempt(
-                attempt, outcome, state.usage, delivered_bytes=state.delivered_bytes, deltas=state.deltas
-            )
+            # Billed before anything is awaited: a second cancel must not find the attempt open. A count that came
+            # before the end of the stream is not the whole count.
+            try:
+                usage = state.usage if state.done else None
+                ticket.end_attempt(attempt, outcome, usage, delivered_bytes=state.delivered_bytes, deltas=state.deltas)
+            finally:
+                await stream.close()
         ticket.settle("ok", 200)
         if kept_bytes <= MAX_KEPT_BYTES and state.usage is not None and ticket.cache_key is not None:
             await self._remember(ticket, gather(kept))
@@ -361,14 +375,6 @@ def _last_events(ticket: Ticket, usage_event: Event | None) -> bytes:
         out = write_event(_encode(fields))
     cost = ticket.record.cost_nanousd
     return out + b": leadline-cost-nanousd " + (b"unpriced" if cost is None else b"%d" % cost) + b"\n\n" + DONE
-
-
-class _UsageOnly(msgspec.Struct):
-    usage: WireUsage
-
-
-def _usage_of(body: bytes) -> Usage:
-    return msgspec.json.decode(body, type=_UsageOnly).usage.split()
 
 
 def _known(error: Exception, request_id: str) -> LeadlineError:

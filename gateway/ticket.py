@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 
 from gateway.admission.budgets import Budget, Hold, reserve
+from gateway.errors import Unavailable
 from gateway.ledger.records import AttemptRecord, RequestRecord
 from gateway.ledger.settle import NO_USAGE, Usage, cost_nanousd, estimated_usage, worst_case_usage
 from gateway.ledger.store import LedgerStore
@@ -26,6 +27,7 @@ class _Running:
     """An attempt under way: what it holds, and since when."""
 
     hold: Hold
+    worst: Usage
     started_ns: int
 
 
@@ -64,7 +66,10 @@ class Ticket:
     # attempts -------------------------------------------------------------------------------------------------------
 
     def begin_attempt(self, target: Target) -> AttemptRecord:
-        """Hold the most this attempt can cost, then journal it: only then may it go out. Raises BudgetExceeded."""
+        """Hold the most this attempt can cost, then journal it: only then may it go out.
+
+        Raises BudgetExceeded, and Unavailable when the journal does not take it.
+        """
         record, call = self.record, self.call
         asked = call.sampling.max_tokens
         worst = worst_case_usage(
@@ -87,11 +92,17 @@ class Ticket:
             started_at_ms=time.time_ns() // 1_000_000,
         )
         attempt.bill(worst, worst_cost)  # what the journal believes until the end is known
+        try:
+            self._ledger.journal.dispatched(attempt)
+        except OSError as error:
+            hold.settle(0)
+            raise Unavailable(
+                "The ledger cannot be written; nothing goes out until it can.", retry_after_s=1
+            ) from error
         self.attempts.append(attempt)
-        self._running[attempt.id] = _Running(hold, time.perf_counter_ns())
+        self._running[attempt.id] = _Running(hold, worst, time.perf_counter_ns())
         record.model_served, record.provider = target.model, target.provider
         record.reserved_nanousd = max(record.reserved_nanousd, worst_cost)
-        self._ledger.journal.dispatched(attempt)
         return attempt
 
     def first_byte(self, attempt: AttemptRecord) -> None:
@@ -116,14 +127,24 @@ class Ticket:
     def end_attempt(
         self, attempt: AttemptRecord, outcome: str, usage: Usage | None, *, delivered_bytes: int = 0, deltas: int = 0
     ) -> None:
-        """Bill one attempt and give its hold back. `usage` None: the provider did not say, so it is estimated."""
+        """Bill one attempt and give its hold back. `usage` None: the provider did not say, so it is estimated.
+
+        A whole answer that never came may have been written to its end: it is billed at the most it can have cost.
+        """
         running = self._running.pop(attempt.id)
         target = self.world.targets[attempt.model]
         if usage is None:
-            usage = estimated_usage(
-                body_bytes=self.call.body_bytes, delivered_bytes=delivered_bytes, delivered_deltas=deltas
-            )
+            usage = running.worst
+            if self.call.stream or delivered_bytes:
+                usage = estimated_usage(
+                    body_bytes=self.call.body_bytes,
+                    context=target.context,
+                    delivered_bytes=delivered_bytes,
+                    delivered_deltas=deltas,
+                )
         cost = cost_nanousd(target.price, usage)
+        if usage.estimated:
+            cost = min(cost, running.hold.amount_nanousd)  # an estimate never exceeds what was held for it
         attempt.bill(usage, cost)
         attempt.outcome = outcome
         attempt.duration_us = (time.perf_counter_ns() - running.started_ns) // 1000
@@ -138,8 +159,8 @@ class Ticket:
             return
         self._settled = True
         for attempt in self.attempts:
-            if attempt.id in self._running:  # its caller left
-                self.end_attempt(attempt, "cancelled", None)
+            if attempt.id in self._running:  # its caller left, or something of ours broke
+                self.end_attempt(attempt, "cancelled" if outcome == "cancelled" else "error", None)
         record = self.record
         record.outcome, record.http_status, record.error_code = outcome, status, error_code
         record.total(self.attempts)

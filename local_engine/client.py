@@ -76,6 +76,11 @@ class EngineClient:
         self._reading = asyncio.create_task(self._read(reader), name="engine-client")
         return hello
 
+    async def closed(self) -> None:
+        """Returns when the link is gone, whoever ended it."""
+        if self._reading is not None:
+            await asyncio.wait((self._reading,))
+
     async def close(self) -> None:
         """Hang up; the engine cancels what this connection asked for. Harmless when not connected."""
         self._hang_up("this client closed the connection")

@@ -9,6 +9,7 @@ import datetime as dt
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 from gateway.errors import BudgetExceeded
 from routers.units import Window, format_money
@@ -34,7 +35,7 @@ def window_start_ms(window: Window, now_ms: int) -> int:
     return int(start.timestamp() * 1000)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class Budget:
     """One limit over one scope (`key:<id>`, `tenant:<name>` or `scope:<name>`)."""
 
@@ -91,15 +92,19 @@ class Budgets:
     def __init__(self, spent_since: SpentSince) -> None:
         self._spent_since = spent_since
         self._budgets: OrderedDict[tuple[str, Window], Budget] = OrderedDict()
+        # Whoever has found a budget keeps it alive, and then nobody may load a second one of the same scope.
+        self._alive: WeakValueDictionary[tuple[str, Window], Budget] = WeakValueDictionary()
         self._loading = asyncio.Lock()
 
     async def find(self, limits: Iterable[tuple[str, int, Window]], now_ms: int) -> tuple[Budget, ...]:
         """The budgets for (scope, limit in nano-dollars, window) triples, in their current windows."""
         found = []
         for scope, limit, window in limits:
-            budget = self._budgets.get((scope, window))
+            budget = self._alive.get((scope, window))
             if budget is None:
                 budget = await self._load(scope, limit, window, now_ms)
+            self._budgets[scope, window] = budget
+            self._budgets.move_to_end((scope, window))
             budget.limit_nanousd = limit
             start = window_start_ms(window, now_ms)
             if start > budget.started_ms:
@@ -109,21 +114,26 @@ class Budgets:
             found.append(budget)
         return tuple(found)
 
+    def limit_of(self, scope: str, window: Window) -> int | None:
+        """The limit in nano-dollars that a scope has been given lately; None when it has none."""
+        budget = self._alive.get((scope, window))
+        return budget.limit_nanousd if budget is not None else None
+
     def all(self) -> list[Budget]:
         return list(self._budgets.values())
 
     async def _load(self, scope: str, limit: int, window: Window, now_ms: int) -> Budget:
         async with self._loading:
-            budget = self._budgets.get((scope, window))
+            budget = self._alive.get((scope, window))
             if budget is None:
                 start = window_start_ms(window, now_ms)
                 spent = await self._spent_since(scope, start)
-                budget = self._budgets[scope, window] = Budget(scope, limit, window, start, spent)
-                if len(self._budgets) > MAX_LOADED:
+                budget = self._alive[scope, window] = Budget(scope, limit, window, start, spent)
+                if len(self._budgets) >= MAX_LOADED:
                     self._forget_idle()
         return budget
 
     def _forget_idle(self) -> None:
-        """Drop the oldest budgets that hold no reservation; the ledger knows what they had spent."""
+        """Drop the budgets longest unused that hold no reservation; the ledger knows what they had spent."""
         for key in [key for key, budget in self._budgets.items() if budget.reserved_nanousd == 0][: MAX_LOADED // 10]:
             del self._budgets[key]

@@ -23,6 +23,7 @@ from routers.units import Window
 
 Role = Literal["admin", "user"]
 PREFIX = "sk-ll-"
+PEPPER_BYTES = 32
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
 
@@ -42,16 +43,28 @@ class Principal:
     budget_window: Window | None = None
 
 
+class PepperError(RuntimeError):
+    """The server's secret is damaged: keys and sessions made under it cannot be checked."""
+
+
 def load_pepper(home: Path) -> bytes:
-    """The server's secret for key hashes, made on first use, readable by its owner alone."""
+    """The server's secret for key hashes, made on first use, readable by its owner alone. Raises PepperError."""
     path = home / "pepper"
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return path.read_bytes()
-    with os.fdopen(fd, "wb") as file:
-        pepper = secrets.token_bytes(32)
-        file.write(pepper)
+    if not path.exists():
+        draft = home / f"pepper.{secrets.token_hex(4)}"
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(secrets.token_bytes(PEPPER_BYTES))
+        try:
+            os.link(draft, path)  # whole or not at all, and never over one that another process has just made
+        except FileExistsError:
+            pass
+        finally:
+            draft.unlink()
+    pepper = path.read_bytes()
+    if len(pepper) != PEPPER_BYTES:
+        raise PepperError(
+            f"{path}: holds {len(pepper)} bytes instead of {PEPPER_BYTES}; restore it, or remove it and make new keys"
+        )
     return pepper
 
 
@@ -112,7 +125,7 @@ class KeyStore:
         )
         with Session(self._engine) as session:
             for old in session.exec(select(ApiKey).where(ApiKey.name == name)):
-                old.name = f"{name}#{old.id}"  # a revoked key gives its name back
+                old.name = f"{name[:51]}#{old.id}"  # a revoked key gives its name back
                 session.add(old)
             session.flush()
             session.add(row)

@@ -104,6 +104,8 @@ async def spend(
     principal: Caller, lifecycle: TheLifecycle, hours: float = 720, scope: str | None = None
 ) -> dict[str, Any]:
     """Totals of the caller's tenant (admins: of all) over the last `hours`; with `scope`, of that scope of its key."""
+    if scope is not None and not scope.isprintable():
+        raise InvalidRequest("scope: has characters that no scope has.", param="scope")
     await lifecycle.ledger.flush()
     since_ms = int(max(0.0, time.time() - min(max(0.0, hours), MAX_HOURS) * 3600) * 1000)
     engine, tenant = lifecycle.ledger.engine, _scope(principal)
@@ -125,7 +127,10 @@ class ExplainRequest(BaseModel):
 @router.post("/leadline/v1/explain", tags=["receipts"])
 async def explain(body: ExplainRequest, principal: Caller, lifecycle: TheLifecycle) -> dict[str, Any]:
     """What would be decided for this request now, and why; nothing runs and nothing is spent on a model."""
-    messages = msgspec.json.encode(body.messages)
+    try:
+        messages = msgspec.json.encode(body.messages)
+    except UnicodeEncodeError as error:
+        raise InvalidRequest("messages: holds a character that is no character.", param="messages") from error
     query = Query(
         model=body.model,
         tenant=principal.tenant,
@@ -150,9 +155,13 @@ async def _error(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     """Starlette's own refusals (no such path, wrong method), in the shape of all others."""
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, LeadlineError):  # raised while the body was read
+        return await _error(request, error.__cause__)
     where = f"{request.method} {request.url.path[:200]}"
-    known: LeadlineError = NotFound(f"{where}: no such path; /docs lists them.")
-    if error.status_code == 405:
+    known: LeadlineError = InvalidRequest(f"{where}: {error.detail}.")
+    if error.status_code == 404:
+        known = NotFound(f"{where}: no such path; /docs lists them.")
+    elif error.status_code == 405:
         known = MethodNotAllowed(f"{where}: this path takes another method; /docs lists them.")
     return JSONResponse(known.body(), status_code=error.status_code, headers=error.headers)
 

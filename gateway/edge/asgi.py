@@ -47,6 +47,21 @@ async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
         raise InvalidRequest(f"The body did not arrive within {BODY_TIMEOUT_S:g} s.") from error
 
 
+def limited(receive: Receive, max_bytes: int) -> Receive:
+    """`receive`, raising BodyTooLarge once more than `max_bytes` of body have come."""
+    size = 0
+
+    async def receive_limited() -> Message:
+        nonlocal size
+        message = await receive()
+        size += len(message.get("body", b""))
+        if size > max_bytes:
+            raise BodyTooLarge(f"The body is larger than {max_bytes >> 20} MiB, which is all that this path takes.")
+        return message
+
+    return receive_limited
+
+
 def _too_large(max_bytes: int) -> BodyTooLarge:
     return BodyTooLarge(
         f"The body is larger than {max_bytes >> 20} MiB. Send less, or raise LEADLINE_MAX_BODY_MIB on the gateway."

@@ -16,8 +16,13 @@ from gateway.upstream.types import CallHeaders, ChatCall, Sampling
 _MAX_CHOICES = 128
 
 
+class _Part(msgspec.Struct):
+    type: str
+
+
 class _Message(msgspec.Struct):
     role: str
+    content: str | list[_Part] | None = None
 
 
 class _StreamOptions(msgspec.Struct):
@@ -46,7 +51,9 @@ class _ChatRequest(msgspec.Struct):
 _fields_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _request_decoder = msgspec.json.Decoder(_ChatRequest)
 _PATH = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
-_NOT_TEXT = (b'"image_url"', b'"input_audio"', b'"file"', b'"input_image"')
+_TEXT_PARTS = frozenset({"text", "refusal"})
+MAX_TOKENS = 1 << 31
+SEEDS = range(-(1 << 63), 1 << 63)
 
 
 def read_chat(body: bytes, headers: CallHeaders) -> ChatCall:
@@ -63,8 +70,11 @@ def read_chat(body: bytes, headers: CallHeaders) -> ChatCall:
     except RecursionError as error:
         raise InvalidRequest("The body is nested too deeply; flatten it.") from error
     choices = 1 if request.n is None else request.n
-    max_tokens = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
-    _check(request, choices, max_tokens)
+    # Both go out as they came, and providers differ in which they honour: the larger one is what may be spent.
+    max_tokens = max(
+        (cap for cap in (request.max_tokens, request.max_completion_tokens) if cap is not None), default=None
+    )
+    _check(request, choices)
     return ChatCall(
         fields=fields,
         body_bytes=len(body),
@@ -73,7 +83,7 @@ def read_chat(body: bytes, headers: CallHeaders) -> ChatCall:
         include_usage=bool(request.stream_options and request.stream_options.include_usage),
         choices=choices,
         has_tools=bool(request.tools),
-        text_only=not any(mark in body for mark in _NOT_TEXT),
+        text_only=all(_is_text(message) for message in request.messages),
         sampling=Sampling(
             max_tokens=max_tokens,
             temperature=1.0 if request.temperature is None else request.temperature,
@@ -88,7 +98,11 @@ def read_chat(body: bytes, headers: CallHeaders) -> ChatCall:
     )
 
 
-def _check(request: _ChatRequest, choices: int, max_tokens: int | None) -> None:
+def _is_text(message: _Message) -> bool:
+    return not isinstance(message.content, list) or all(part.type in _TEXT_PARTS for part in message.content)
+
+
+def _check(request: _ChatRequest, choices: int) -> None:
     if not request.messages:
         raise InvalidRequest("messages: [] is empty; send at least one message.", param="messages")
     if not 0 < len(request.model) <= 256 or not request.model.isprintable():
@@ -97,9 +111,11 @@ def _check(request: _ChatRequest, choices: int, max_tokens: int | None) -> None:
         )
     if not 1 <= choices <= _MAX_CHOICES:
         raise InvalidRequest(f"n: {choices} is not between 1 and {_MAX_CHOICES}.", param="n")
-    if max_tokens is not None and max_tokens < 1:
-        name = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
-        raise InvalidRequest(f"{name}: {max_tokens} is not positive.", param=name)
+    for name, cap in (("max_tokens", request.max_tokens), ("max_completion_tokens", request.max_completion_tokens)):
+        if cap is not None and not 1 <= cap <= MAX_TOKENS:
+            raise InvalidRequest(f"{name}: {cap} is not between 1 and {MAX_TOKENS}.", param=name)
+    if request.seed is not None and request.seed not in SEEDS:
+        raise InvalidRequest("seed: must fit into 64 bits, signed.", param="seed")
     if request.temperature is not None and not 0 <= request.temperature <= 2:
         raise InvalidRequest(f"temperature: {request.temperature:g} is not between 0 and 2.", param="temperature")
     if request.top_p is not None and not 0 < request.top_p <= 1:

@@ -146,12 +146,17 @@ class Journal:
         return len(self._segment_of)
 
     def _write(self, entry: Opened | Dispatched | Closed) -> None:
+        if not self._segments:
+            raise OSError(9, "the journal is closed", str(self._folder))
         payload = self._encoder.encode(entry)
         frame = struct.pack(">II", len(payload), zlib.crc32(payload)) + payload
         segment = self._current
         written = os.write(segment.fd, frame)
         if written != len(frame):
-            os.ftruncate(segment.fd, segment.size)
+            try:
+                os.ftruncate(segment.fd, segment.size)
+            except OSError:  # what comes after a torn record is not read: it must go elsewhere
+                self._current = self._new_segment(segment.number + 1)
             raise OSError(28, "the disk took only a part of a journal record", str(segment.path))
         segment.size += written
 

@@ -17,6 +17,12 @@ ESTIMATED_BYTES_PER_TOKEN = 3
 """For calls whose usage the provider never reported: rather too many tokens than too few."""
 
 
+MAX_COUNT = 1 << 32
+"""Tokens of one call beyond which a provider's count is not believed."""
+PROMPT_MARGIN = 1024
+"""Prompt tokens that a provider may add by itself: chat templates, tool preambles."""
+
+
 class Usage(msgspec.Struct, frozen=True):
     """Tokens of one attempt, in disjoint classes."""
 
@@ -59,10 +65,15 @@ class WireUsage(msgspec.Struct):
     prompt_tokens_details: _PromptDetails | None = None
     completion_tokens_details: _CompletionDetails | None = None
 
-    def split(self) -> Usage:
-        """Disjoint classes. A part larger than its whole is cut to the whole: the bill never goes negative."""
+    def split(self) -> Usage | None:
+        """Disjoint classes; None for counts that no call can have, which is as good as none.
+
+        A part larger than its whole is cut to the whole: the bill never goes negative.
+        """
         prompt = max(0, self.prompt_tokens)
         completion = max(0, self.completion_tokens)
+        if max(prompt, completion) > MAX_COUNT:
+            return None
         details = self.prompt_tokens_details
         cached = min(prompt, max(0, details.cached_tokens or 0)) if details else 0
         written = min(prompt - cached, max(0, details.created_cache_tokens or 0)) if details else 0
@@ -89,10 +100,11 @@ def worst_case_usage(
     """The dearest usage a request can have, for its reservation.
 
     No tokenizer makes more tokens of a text than it has bytes, and every byte of the prompt stands in the body, so
-    the body's length bounds the prompt; images and audio are not bounded by their bytes, so there the context window
-    stands in. Prompt tokens are put into the dearest input class, output into the dearest output class.
+    the body's length, and a margin for what the provider's template adds, bounds the prompt; images and audio are not
+    bounded by their bytes, so there the context window stands in. Prompt tokens are put into the dearest input class,
+    output into the dearest output class.
     """
-    prompt = min(body_bytes, context) if text_only else context
+    prompt = min(body_bytes + PROMPT_MARGIN, context) if text_only else context
     output = max_output * choices
     dearest_is_write = price.cache_write > price.input
     dearest_is_reasoning = price.reasoning > price.output
@@ -105,9 +117,9 @@ def worst_case_usage(
     )
 
 
-def estimated_usage(*, body_bytes: int, delivered_bytes: int, delivered_deltas: int) -> Usage:
+def estimated_usage(*, body_bytes: int, context: int, delivered_bytes: int, delivered_deltas: int) -> Usage:
     """Usage of a call that ended before its provider reported any (a cancelled stream, a cut connection)."""
-    prompt = -(-body_bytes // ESTIMATED_BYTES_PER_TOKEN)
+    prompt = min(-(-body_bytes // ESTIMATED_BYTES_PER_TOKEN), context)
     output = max(delivered_deltas, -(-delivered_bytes // ESTIMATED_BYTES_PER_TOKEN))
     return Usage(input=prompt, output=output, estimated=True)
 

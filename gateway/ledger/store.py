@@ -15,9 +15,10 @@ import msgspec
 import structlog
 from sqlalchemy import Engine, Table, create_engine, event
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlmodel import SQLModel
 
+from gateway.errors import Unavailable
 from gateway.ledger.journal import Journal
 from gateway.ledger.records import AttemptRecord, RequestRecord
 from gateway.ledger.tables import AttemptRow, RequestRow
@@ -25,6 +26,7 @@ from gateway.ledger.tables import AttemptRow, RequestRow
 BATCH_ROWS = 256
 BATCH_WAIT_S = 0.05
 RETRY_WAIT_S = 0.5
+FLUSH_TIMEOUT_S = 2.0
 MAX_PENDING = 100_000
 """Closed requests that may wait for SQL in memory; past that, nothing new is admitted."""
 
@@ -81,7 +83,7 @@ class LedgerStore:
         """Bring what a crash left in the journal into SQL; returns how many requests that were. Call before `start`."""
         rows = self.journal.recover()
         for at in range(0, len(rows), BATCH_ROWS):
-            self._insert(rows[at : at + BATCH_ROWS])
+            self._insert_all(rows[at : at + BATCH_ROWS])
         self.journal.forget()
         return len(rows)
 
@@ -93,9 +95,8 @@ class LedgerStore:
     async def stop(self) -> None:
         """Write what is pending, then end the thread and release the journal."""
         try:
-            async with asyncio.timeout(10):
-                await self.flush()
-        except TimeoutError:
+            await self.flush(timeout_s=10)
+        except Unavailable:
             log.warning("ledger.stop_without_flush", pending=len(self._pending))
         self._stopping = True
         self._urgent.set()
@@ -113,22 +114,26 @@ class LedgerStore:
         """The final rows of one request: durable in the journal on return, in SQL soon after."""
         try:
             self.journal.closed(request, attempts)
-        except OSError as error:
+        except (OSError, OverflowError, ValueError) as error:
             log.error("journal.write_failed", error=str(error), request_id=request.id)
         self._pending.append((request, attempts))
         self._enqueued += 1
         if not self._wake.is_set():
             self._wake.set()
 
-    async def flush(self) -> None:
-        """Returns when everything closed before this call is in SQL."""
+    async def flush(self, timeout_s: float = FLUSH_TIMEOUT_S) -> None:
+        """Returns when everything closed before this call is in SQL. Raises Unavailable when that takes too long."""
         if self._committed >= self._enqueued:
             return
         barrier: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._barriers.append((self._enqueued, barrier))
         self._urgent.set()
         self._wake.set()
-        await barrier
+        try:
+            async with asyncio.timeout(timeout_s):
+                await barrier
+        except TimeoutError as error:
+            raise Unavailable("The ledger's database does not keep up; retry shortly.", retry_after_s=1) from error
 
     def statistics(self) -> dict[str, int]:
         return {"pending": len(self._pending), "uncommitted": self.journal.uncommitted()}
@@ -142,7 +147,7 @@ class LedgerStore:
                     self._urgent.wait(BATCH_WAIT_S)
                 batch = [self._pending[i] for i in range(min(BATCH_ROWS, len(self._pending)))]
                 try:
-                    self._insert(batch)
+                    self._insert_all(batch)
                 except Exception as error:
                     log.error("ledger.write_failed", error=str(error)[:300], pending=len(self._pending))
                     if self._stopping:
@@ -171,6 +176,19 @@ class LedgerStore:
         if waiting:
             self._urgent.set()
             self._wake.set()
+
+    def _insert_all(self, rows: Sequence[Closed]) -> None:
+        """All rows; one that the database refuses for what it is does not hold up the others: it goes to the log."""
+        try:
+            self._insert(rows)
+        except (OperationalError, InterfaceError):
+            raise  # the database is away: all of it again, later
+        except (DBAPIError, OverflowError, ValueError) as error:
+            if len(rows) > 1:
+                for row in rows:
+                    self._insert_all([row])
+            else:
+                log.error("ledger.row_refused", error=str(error)[:300], row=repr(rows[0]))
 
     def _insert(self, rows: Sequence[Closed]) -> None:
         requests = [_columns(request) for request, _ in rows]

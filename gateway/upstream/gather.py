@@ -4,6 +4,8 @@ from typing import Any
 
 import msgspec
 
+from gateway.ledger.settle import Usage, WireUsage
+
 _encode = msgspec.json.Encoder().encode
 
 
@@ -23,7 +25,8 @@ class _Chunk(msgspec.Struct):
 
 
 _chunk_decoder = msgspec.json.Decoder(_Chunk)
-_JOINED = ("content", "reasoning_content", "refusal")
+_JOINED = ("content", "reasoning_content", "reasoning", "refusal")
+MAX_TOOL_CALLS = 1024
 
 
 class Gathered:
@@ -70,8 +73,10 @@ class Gathered:
                 message[name] = (message.get(name) or "") + value
             elif name == "tool_calls":
                 _merge_tool_calls(message.setdefault("tool_calls", []), value)
-            else:
+            elif message.get(name, value) in (value, None):
                 message[name] = value
+            else:
+                raise TypeError(f"{name} comes in pieces of a kind that this version does not know")
         if piece.logprobs and piece.logprobs.get("content"):
             choice["logprobs"] = choice["logprobs"] or {"content": []}
             choice["logprobs"]["content"].extend(piece.logprobs["content"])
@@ -81,6 +86,8 @@ class Gathered:
 def _merge_tool_calls(calls: list[dict[str, Any]], pieces: list[dict[str, Any]]) -> None:
     for piece in pieces:
         index = piece.get("index", len(calls))
+        if not 0 <= index < MAX_TOOL_CALLS:
+            raise TypeError(f"a tool call of index {index}")
         while len(calls) <= index:
             calls.append({"id": "", "type": "function", "function": {"name": "", "arguments": ""}})
         call, function = calls[index], piece.get("function") or {}
@@ -100,15 +107,36 @@ def as_stream(body: bytes) -> list[bytes]:
         "model": whole.get("model"),
     }
     chunks = []
-    for choice in whole["choices"]:
+    for number, choice in enumerate(whole["choices"]):
+        index = choice.get("index", number)
         delta = {name: value for name, value in choice["message"].items() if value is not None}
-        for index, call in enumerate(delta.get("tool_calls") or ()):
-            call.setdefault("index", index)
-        piece = {"index": choice["index"], "delta": delta, "logprobs": choice.get("logprobs"), "finish_reason": None}
-        last = {"index": choice["index"], "delta": {}, "logprobs": None, "finish_reason": choice["finish_reason"]}
+        for place, call in enumerate(delta.get("tool_calls") or ()):
+            call.setdefault("index", place)
+        piece = {"index": index, "delta": delta, "logprobs": choice.get("logprobs"), "finish_reason": None}
+        last = {"index": index, "delta": {}, "logprobs": None, "finish_reason": choice.get("finish_reason") or "stop"}
         chunks += [_encode({**frame, "choices": [piece]}), _encode({**frame, "choices": [last]})]
     chunks.append(_encode({**frame, "choices": [], "usage": whole.get("usage")}))
     return chunks
+
+
+class _UsageOnly(msgspec.Struct):
+    usage: WireUsage | None = None
+
+
+def usage_of(body: bytes) -> Usage | None:
+    """The usage that a whole completion reports."""
+    usage = msgspec.json.decode(body, type=_UsageOnly).usage
+    return usage.split() if usage is not None else None
+
+
+def replayable(body: bytes) -> bool:
+    """Whether a stored completion can be given again, streamed or whole: only such are stored."""
+    try:
+        as_stream(body)
+        usage = usage_of(body)
+    except (msgspec.DecodeError, LookupError, TypeError, AttributeError):
+        return False
+    return usage is not None and usage != Usage()
 
 
 def gather(chunks: list[bytes]) -> bytes | None:

@@ -19,11 +19,11 @@ from local_engine.client import EngineClient
 from local_engine.errors import EngineFailure, EngineGone
 from local_engine.types import Delta, Effort, Finished, SamplingParams, TokenLogprob
 
+MAX_SEED = (1 << 63) - 1
 _encode = msgspec.json.Encoder().encode
 _EFFORTS: dict[str, Effort] = {
     "none": "none", "minimal": "none", "low": "low", "medium": "high", "high": "high", "xhigh": "high",
 }  # fmt: skip
-_FINISH = {"stop": "stop", "length": "length", "cancelled": "stop"}
 
 
 class EngineLink(Protocol):
@@ -52,7 +52,7 @@ class LocalUpstream:
         client = self._link.client
         if client is None:
             raise UpstreamError("engine_gone", "the engine process is not up")
-        stream = LocalStream(self._generations(client, target, call), target.model, call)
+        stream = LocalStream(self._generations(client, target, call), target, call)
         try:
             await stream.read_first()
         except BaseException:
@@ -86,7 +86,7 @@ class LocalUpstream:
                     max_tokens=asked.max_tokens,
                     temperature=asked.temperature,
                     top_p=asked.top_p,
-                    seed=seed + choice,
+                    seed=(seed + choice) & MAX_SEED,
                     stop=asked.stop,
                     logprobs=asked.logprobs,
                     top_logprobs=asked.top_logprobs,
@@ -101,11 +101,12 @@ class LocalUpstream:
 class LocalStream:
     """The choices of one call, merged as their tokens come."""
 
-    def __init__(self, generations: list[AsyncIterator[Delta | Finished]], model: str, call: ChatCall) -> None:
+    def __init__(self, generations: list[AsyncIterator[Delta | Finished]], target: Target, call: ChatCall) -> None:
         self.state = StreamState()
         self.completion_id = f"chatcmpl-{time.time_ns():x}"
         self.created = int(time.time())
-        self._model = model
+        self._model = target.model
+        self._timeout_s = target.timeout_s
         self._wants_logprobs = call.sampling.logprobs
         self._generations = generations
         self._merged: asyncio.Queue[tuple[int, Delta | Finished | BaseException]] = asyncio.Queue(maxsize=256)
@@ -135,7 +136,7 @@ class LocalStream:
         try:
             async for item in generation:
                 await self._merged.put((choice, item))
-        except (EngineFailure, EngineGone) as error:
+        except Exception as error:  # whoever reads the stream must hear of it, whatever it is
             await self._merged.put((choice, error))
         finally:
             close = getattr(generation, "aclose", None)
@@ -144,7 +145,11 @@ class LocalStream:
 
     async def _read_group(self) -> list[Event]:
         """Waits for one event, then takes what else has arrived."""
-        waiting = [await self._merged.get()]
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                waiting = [await self._merged.get()]
+        except TimeoutError as error:
+            raise UpstreamError("timeout", f"the engine gave no token within {self._timeout_s:g} s") from error
         while not self._merged.empty():
             waiting.append(self._merged.get_nowait())
         events: list[Event] = []
@@ -153,10 +158,12 @@ class LocalStream:
                 raise _upstream_error(item)
             if isinstance(item, Delta):
                 events.append(self._delta(choice, item))
+            elif item.finish_reason == "cancelled":  # not by us: our own cancels are never read back
+                raise UpstreamError("engine_gone", "the engine stopped in the middle of its answer")
             else:
                 self._running -= 1
                 self._finished.append(item)
-                events.append(self._chunk(choice, {}, finish_reason=_FINISH[item.finish_reason]))
+                events.append(self._chunk(choice, {}, finish_reason=item.finish_reason))
         if not self._running:
             events.append(self._usage())
         return events
@@ -216,7 +223,10 @@ def _logprob(token: TokenLogprob) -> dict[str, Any]:
     }
 
 
-def _upstream_error(error: BaseException) -> UpstreamError:
+def _upstream_error(error: BaseException) -> BaseException:
+    """What lifecycle understands of the engine's errors; any other error stays what it is."""
+    if not isinstance(error, EngineFailure | EngineGone):
+        return error
     if isinstance(error, EngineFailure):
         if error.code in ("context_length_exceeded", "invalid_request"):
             body: dict[str, object] = {

@@ -1,6 +1,8 @@
 """Any OpenAI-compatible server, over aiohttp (measured: five times httpx's requests per core; docs/decisions.md)."""
 
+import contextlib
 import email.utils
+import math
 import time
 from collections.abc import AsyncIterator
 
@@ -12,6 +14,8 @@ from gateway.upstream.sse import SseReader, error_message, read_chunk
 from gateway.upstream.types import Answer, ChatCall, Event, StreamState, Target, UpstreamError
 
 MAX_ANSWER_BYTES = 64 << 20
+MAX_ERROR_BYTES = 1 << 16
+MAX_RETRY_AFTER_S = 86_400.0
 CONNECT_TIMEOUT_S = 10.0
 _INCLUDE_USAGE = msgspec.Raw(b'{"include_usage":true}')
 
@@ -57,7 +61,7 @@ class OpenAIUpstream:
             response.release()
         try:
             head = _head_decoder.decode(body)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise UpstreamError(
                 "bad_answer",
                 f"{self._provider} answered 200 with something that is no JSON object: {error}",
@@ -134,10 +138,10 @@ class OpenAIUpstream:
 
     async def _refusal(self, response: aiohttp.ClientResponse) -> UpstreamError:
         """The error that a status other than 200 stands for."""
-        try:
-            body = await response.content.read(1 << 16)
-        except (aiohttp.ClientError, OSError, TimeoutError):
-            body = b""
+        body = b""
+        with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
+            while len(body) < MAX_ERROR_BYTES and (part := await response.content.readany()):
+                body += part
         status = response.status
         error = _error_object(body)
         words = str(error.get("message", ""))[:500] if error else ""
@@ -209,7 +213,7 @@ class OpenAIStream:
 def _error_object(body: bytes) -> dict[str, object] | None:
     try:
         decoded = msgspec.json.decode(body)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     error = decoded.get("error") if isinstance(decoded, dict) else None
     if isinstance(error, str):
@@ -223,14 +227,16 @@ def _retry_after(response: aiohttp.ClientResponse) -> float | None:
     value = response.headers.get("retry-after")
     try:
         if milliseconds is not None:
-            return max(0.0, float(milliseconds) / 1000)
-        if value is None:
+            seconds = float(milliseconds) / 1000
+        elif value is None:
             return None
-        if value.replace(".", "", 1).isdecimal():
-            return float(value)
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+        elif value.replace(".", "", 1).isdecimal():
+            seconds = float(value)
+        else:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+    except (ValueError, OverflowError):
         return None
+    return min(max(0.0, seconds), MAX_RETRY_AFTER_S) if math.isfinite(seconds) else None
 
 
 def _reason(error: BaseException) -> str:

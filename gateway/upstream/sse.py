@@ -42,6 +42,8 @@ def _data_of(event: bytes) -> bytes | None:
 
 
 def write_event(data: bytes) -> bytes:
+    if b"\n" in data:  # an event of several lines stays one
+        data = data.replace(b"\n", b"\ndata: ")
     return b"data: " + data + b"\n\n"
 
 
@@ -86,7 +88,7 @@ def read_chunk(data: bytes, state: StreamState, choices: int) -> Event | None:
         return None
     try:
         chunk = _chunk_decoder.decode(data)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UpstreamError(
             "bad_answer", f"a chunk that is no chat completion chunk: {error}", may_be_billed=True
         ) from error
@@ -124,7 +126,7 @@ def error_message(raw: bytes) -> str:
     """The words of an upstream's `error` value, which may be an object or a string."""
     try:
         error = msgspec.json.decode(raw)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return "unreadable"
     if isinstance(error, dict):
         error = error.get("message")

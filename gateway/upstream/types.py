@@ -90,7 +90,7 @@ class ChatCall:
 class CallHeaders:
     """What we read of the request's headers."""
 
-    token: str
+    token: str = field(repr=False)
     session: str | None = None
     tags: frozenset[str] = frozenset()
     no_cache: bool = False

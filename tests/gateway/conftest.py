@@ -89,6 +89,13 @@ class Gateway:
         return rows
 
 
+async def until(condition: Callable[[], object], timeout_s: float = 60) -> None:
+    """Wait for something that another process or task brings about."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
 @contextlib.asynccontextmanager
 async def running(
     policy: str, home: Path, *, database_url: str | None = None, redis_url: str | None = None

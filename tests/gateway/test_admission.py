@@ -79,11 +79,11 @@ def test_no_stretch_of_time_sees_more_than_its_rate(rate: float, burst: int, gap
     for gap in gaps:
         now += gap
         try:
-            limiter.admit("k", rate_per_s=rate, burst=burst, now=now)
+            limiter.admit([("k", rate, burst)], now=now)
             admitted.append(now)
         except RateLimited as error:
             now += (error.retry_after_s or 0) + 1e-9  # whoever waits as told is let in
-            limiter.admit("k", rate_per_s=rate, burst=burst, now=now)
+            limiter.admit([("k", rate, burst)], now=now)
             admitted.append(now)
     for i, start in enumerate(admitted):
         for j in range(i, len(admitted)):
@@ -136,7 +136,7 @@ def test_reserved_plus_spent_never_exceeds_a_limit(limit: int, calls: list[tuple
 
 @anyio
 async def test_racing_calls_never_overspend_a_budget(start_gateway: StartGateway, upstream: FakeUpstream) -> None:
-    async with start_gateway('limits: [{key: "*", budget: $0.0003/day}]') as gateway:
+    async with start_gateway('limits: [{key: "*", budget: $0.0006/day}]') as gateway:
         calls = [gateway.chat(ask(f"{i}", max_tokens=100)) for i in range(64)]
         answers = await asyncio.gather(*calls)
         rows = await gateway.rows()
@@ -148,7 +148,7 @@ async def test_racing_calls_never_overspend_a_budget(start_gateway: StartGateway
     assert len(served) + len(refused) == 64
     assert all(a[2]["error"]["type"] == "budget_exceeded" and a[1]["x-should-retry"] == "false" for a in refused)
     spent = sum(bill.nanousd for bill in upstream.truth)
-    assert spent == budget.spent_nanousd <= 300_000
+    assert spent == budget.spent_nanousd <= 600_000
     assert budget.reserved_nanousd == 0
     assert len(rows) == 64
     assert {row["outcome"] for row in rows} == {"ok", "refused"}
@@ -156,7 +156,7 @@ async def test_racing_calls_never_overspend_a_budget(start_gateway: StartGateway
 
 @anyio
 async def test_spend_survives_a_restart(start_gateway: StartGateway, tmp_path: Path) -> None:
-    limits = 'limits: [{key: "*", budget: $0.00005/month}]'
+    limits = 'limits: [{key: "*", budget: $0.0003/month}]'
     async with start_gateway(limits) as gateway:
         assert (await gateway.chat(ask(max_tokens=10)))[0] == 200
         first = await gateway.chat(ask("and more of it", max_tokens=10))
@@ -165,7 +165,7 @@ async def test_spend_survives_a_restart(start_gateway: StartGateway, tmp_path: P
         status, _, _ = await gateway.chat(ask("third", max_tokens=1000))
         assert status == 429
         (budget,) = gateway.app.web.state.lifecycle.budgets.all()
-        assert budget.remaining_nanousd == remaining < 50_000
+        assert budget.remaining_nanousd == remaining < 300_000
 
 
 @anyio
@@ -179,7 +179,7 @@ async def test_a_spent_budget_leaves_the_free_model_open(start_gateway: StartGat
 
 @anyio
 async def test_a_scope_has_its_own_budget(gateway: Gateway) -> None:
-    scope = {"X-Leadline-Scope": "run-1", "X-Leadline-Scope-Budget": "0.0001"}
+    scope = {"X-Leadline-Scope": "run-1", "X-Leadline-Scope-Budget": "0.0003"}
     statuses = [(await gateway.chat(ask(f"{i}", max_tokens=100), **scope))[0] for i in range(20)]
     assert statuses[0] == 200
     assert statuses[-1] == 429
