@@ -15,7 +15,7 @@ from gateway.admission.rates import RateLimiter
 from gateway.cache.exact import ExactCache, MemoryCache, RedisCache
 from gateway.dashboard.views import mount_dashboard
 from gateway.edge.api import build_web
-from gateway.edge.asgi import Receive, Scope, Send, limited
+from gateway.edge.asgi import Receive, Scope, Send, identified, limited
 from gateway.edge.chat import ChatEndpoint
 from gateway.engine_process import EngineProcess
 from gateway.ledger import report
@@ -58,7 +58,7 @@ class App:
         elif scope["type"] == "lifespan":
             await self._lifespan(receive, send)
         else:
-            await self.web(scope, limited(receive, MAX_WEB_BODY_BYTES), send)
+            await self.web(scope, limited(receive, MAX_WEB_BODY_BYTES), identified(send))
 
     async def start(self) -> None:
         """Everything up but the engine, which comes up beside it. Raises what makes it impossible to serve."""

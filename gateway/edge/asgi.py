@@ -1,6 +1,7 @@
 """The data plane speaks ASGI directly: no framework object is built per request (docs/decisions.md has the numbers)."""
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from typing import Any
 
@@ -60,6 +61,22 @@ def limited(receive: Receive, max_bytes: int) -> Receive:
         return message
 
     return receive_limited
+
+
+def new_request_id() -> bytes:
+    """For answers that have no row in the ledger."""
+    return b"req_" + os.urandom(12).hex().encode()
+
+
+def identified(send: Send) -> Send:
+    """`send`, giving the answer an `x-request-id`."""
+
+    async def send_identified(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message["headers"], (b"x-request-id", new_request_id())]
+        await send(message)
+
+    return send_identified
 
 
 def _too_large(max_bytes: int) -> BodyTooLarge:

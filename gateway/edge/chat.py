@@ -1,8 +1,6 @@
 """`POST /v1/chat/completions`."""
 
-import os
-
-from gateway.edge.asgi import AsgiReply, ClientGone, Receive, Scope, Send, read_body, until_gone
+from gateway.edge.asgi import AsgiReply, ClientGone, Receive, Scope, Send, new_request_id, read_body, until_gone
 from gateway.edge.wire import read_chat, read_headers
 from gateway.errors import LeadlineError, MethodNotAllowed
 from gateway.lifecycle import Lifecycle
@@ -24,6 +22,6 @@ class ChatEndpoint:
             await until_gone(receive, reply, self._lifecycle.chat(call, reply))
         except LeadlineError as error:
             # Not admitted: no row, no cost. What was admitted answers for itself, in lifecycle.
-            await reply.fail(error, [(b"x-request-id", b"req_" + os.urandom(12).hex().encode())])
+            await reply.fail(error, [(b"x-request-id", new_request_id())])
         except ClientGone:
             return

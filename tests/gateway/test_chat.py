@@ -107,6 +107,7 @@ async def test_health_metrics_and_models(gateway: Gateway) -> None:
     await gateway.chat(ask())
     async with gateway.session.get(f"{gateway.url}/health/liveness") as response:
         assert response.status == 200
+        assert response.headers["x-request-id"].startswith("req_")
     async with gateway.session.get(f"{gateway.url}/health/readiness") as response:
         assert (await response.json())["status"] == "ready"
     async with gateway.session.get(f"{gateway.url}/metrics") as response:
