@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import numpy.typing as npt
 from demo_client import Call
-from results_file import machine, versions
+from results_file import Row, machine, versions
 from rich.table import Table
 
 Array = npt.NDArray[np.float64]
@@ -14,18 +14,6 @@ Indices = npt.NDArray[np.int64]
 RESAMPLES = 2000
 Z95 = 1.959964
 LIBRARIES = ("leadline", "openai", "aiohttp", "torch", "transformers", "scikit-learn")
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One number of the results, with its 95% interval where it has one."""
-
-    name: str
-    metric: str
-    value: float
-    low: float | None = None
-    high: float | None = None
-    unit: str = ""
 
 
 @dataclass(frozen=True, slots=True)

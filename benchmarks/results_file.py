@@ -18,9 +18,9 @@ class Row:
     name: str
     metric: str
     value: float
-    low: float | None
-    high: float | None
-    unit: str
+    low: float | None = None
+    high: float | None = None
+    unit: str = ""
 
 
 def machine() -> dict[str, object]:
