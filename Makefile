@@ -1,6 +1,7 @@
 # Two commands: `make serve` and `make test`. Everything they need, they install.
 PYTHON ?= python3
 VENV   ?= .venv
+PORT   ?= 8080
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
@@ -8,7 +9,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 .PHONY: serve install test check fmt bench bench-gateway bench-probe demo clean
 
 serve: install ## Run the gateway on 127.0.0.1:8080 with embedded defaults
-	$(BIN)/leadline serve
+	$(BIN)/leadline serve --port $(PORT)
 
 install: $(STAMP) ## Make .venv and install everything
 

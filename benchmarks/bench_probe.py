@@ -19,8 +19,9 @@ from rich.console import Console
 from probes.artifact import read
 from probes.evaluate import Row
 from probes.extract import DEFAULT_SHA256, Encoder, file_sha256, locate
+from probes.manifest import default_artifact_path
 from probes.report import render_rows
-from probes.runtime import EncoderProbe, default_artifact_path
+from probes.runtime import EncoderProbe
 from probes.train import read_table, score, table_rows
 
 DATA = Path(os.environ.get("LEADLINE_DATA") or Path(__file__).parents[2] / "shared" / "data")

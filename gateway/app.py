@@ -22,6 +22,7 @@ from gateway.ledger import report
 from gateway.ledger.journal import Journal, JournalError
 from gateway.ledger.store import LedgerStore, LedgerUnreachable, connect
 from gateway.lifecycle import Lifecycle
+from gateway.policies import local_models, probe_folder
 from gateway.settings import Settings
 from gateway.signals import SignalReader
 from gateway.telemetry.metrics import Metrics
@@ -40,9 +41,11 @@ KEY_POLL_S = 0.5
 class App:
     """The ASGI application. The data plane is answered here directly, all else by FastAPI."""
 
-    def __init__(self, settings: Settings, policy: Policy) -> None:
+    def __init__(self, settings: Settings, policy: Policy, policy_folder: Path | None = None) -> None:
         self.settings = settings
         self.policy = policy
+        self.policy_folder = policy_folder or Path.cwd()
+        """What the policy's relative paths are relative to."""
         self.web = build_web()
         mount_dashboard(self.web)
         self.engine: EngineProcess | None = None
@@ -80,7 +83,12 @@ class App:
         cache: ExactCache = RedisCache(settings.redis_url) if settings.redis_url else MemoryCache(settings.cache_bytes)
         stack.push_async_callback(cache.close)
         session = await stack.enter_async_context(open_session())
-        self.engine = engine = _engine_process(settings, policy, metrics)
+        self.engine = engine = EngineProcess(
+            local_models(policy, self.policy_folder),
+            probe_folder(policy, self.policy_folder),
+            _socket_path(settings.home),
+            metrics,
+        )
         world = build_world(policy, session, engine)
         if world.local_models or policy.difficulty is not None:
             engine.start()
@@ -134,13 +142,6 @@ def _make_first_key(keys: KeyStore, home: Path) -> str:
     with os.fdopen(fd, "w") as file:
         file.write(token)
     return token
-
-
-def _engine_process(settings: Settings, policy: Policy, metrics: Metrics) -> EngineProcess:
-    engines = {name for name, provider in policy.providers.items() if provider.engine is not None}
-    models = {model.upstream: model.upstream for model in policy.models.values() if model.provider in engines}
-    probe = policy.difficulty.probe if policy.difficulty is not None else None
-    return EngineProcess(models, probe, _socket_path(settings.home), metrics)
 
 
 def _socket_path(home: Path) -> Path:

@@ -50,15 +50,16 @@ def serve(
 ) -> None:
     """Run the gateway, and the engine process that its policy needs, until Ctrl-C."""
     from gateway.app import App
+    from gateway.policies import missing_secrets, unloadable
     from gateway.settings import Settings, SettingsError
     from gateway.telemetry.logs import configure_logs
-    from gateway.world import missing_secrets
 
     configure_logs()
     loaded = _load(policy)
-    missing = missing_secrets(loaded)
-    if missing:
-        _stop("\n".join(missing))
+    folder = policy.parent.absolute() if policy is not None else Path.cwd()
+    wrong = missing_secrets(loaded) + unloadable(loaded, folder)
+    if wrong:
+        _stop("\n".join(wrong))
     try:
         settings = Settings.from_env()
         listener = socket.create_server((host, port), backlog=4096)
@@ -67,7 +68,7 @@ def serve(
     except OSError as error:
         _stop(f"--host {host} --port {port}: cannot listen there ({error.strerror}); choose another with --port")
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        status = runner.run(_serve(App(settings, loaded), listener))
+        status = runner.run(_serve(App(settings, loaded, folder), listener))
     raise typer.Exit(status)
 
 
@@ -86,6 +87,11 @@ def _quiet_server(config: "uvicorn.Config") -> "uvicorn.Server":
     return Server(config)
 
 
+async def _until_stopped(server: "uvicorn.Server", listener: socket.socket) -> None:
+    with contextlib.suppress(SystemExit):  # uvicorn's way to say that the start failed; it has printed why
+        await server.serve(sockets=[listener])
+
+
 async def _serve(gateway: "App", listener: socket.socket) -> int:
     import uvicorn
 
@@ -95,14 +101,15 @@ async def _serve(gateway: "App", listener: socket.socket) -> int:
         server_header=False, date_header=False,
     )  # fmt: skip
     server = _quiet_server(config)
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    serving = asyncio.create_task(_until_stopped(server, listener))
     while not server.started and not serving.done():
         await asyncio.wait((serving,), timeout=0.01)
     if server.started:
         if gateway.engine is not None and gateway.engine.started:
-            waiting = asyncio.create_task(gateway.engine.ready.wait())
-            await asyncio.wait((waiting, serving), timeout=ENGINE_WAIT_S, return_when=asyncio.FIRST_COMPLETED)
-            waiting.cancel()
+            events = [asyncio.create_task(event.wait()) for event in (gateway.engine.ready, gateway.engine.failed)]
+            await asyncio.wait((*events, serving), timeout=ENGINE_WAIT_S, return_when=asyncio.FIRST_COMPLETED)
+            for event in events:
+                event.cancel()
         if not serving.done():
             _banner(gateway, listener)
             # What lives as long as the process is not looked at again by the cycle collector, which otherwise walks
@@ -116,12 +123,13 @@ async def _serve(gateway: "App", listener: socket.socket) -> int:
 def _banner(gateway: "App", listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
     url = f"http://{host}:{port}"
+    (gateway.settings.home / "url").write_text(f"{url}/v1")  # where the SDK looks
     key = gateway.first_key
     engine = gateway.engine
     if engine is None or not engine.started:
         state = "not needed by this policy"
     elif engine.client is None:
-        state = "still starting"
+        state = "failed, see the log; it is being started again" if engine.failed.is_set() else "still starting"
     else:
         state = ", ".join(card.name for card in engine.client.hello.models) or "probes only"
     question = '{"model":"auto","messages":[{"role":"user","content":"What is 23 + 48 - 7?"}]}'
@@ -147,9 +155,12 @@ Try next:
 @app.command()
 def check(file: Annotated[Path, typer.Argument(help="Policy file.")]) -> None:
     """Load a policy file strictly: every problem with its line and its fix, or a short summary."""
-    from gateway.world import missing_secrets
+    from gateway.policies import missing_secrets, unloadable
 
     policy = _load(file)
+    wrong = unloadable(policy, file.parent)
+    if wrong:
+        _stop("\n".join(f"{file}: {sentence}" for sentence in wrong))
     typer.echo(
         f"{file}: ok, version {policy.version_hash}: {len(policy.providers)} providers, {len(policy.models)} models, "
         f"{len(policy.routes)} routes, {len(policy.limits)} limits"
@@ -164,10 +175,11 @@ def explain(
     prompt: Annotated[str, typer.Argument(help="The user's message.")],
     model: Annotated[str, typer.Option(help="The model or alias that a caller would name.")] = "auto",
     tag: Annotated[list[str] | None, typer.Option(help="A tag of the request; may be repeated.")] = None,
+    tenant: Annotated[str, typer.Option(help="The tenant of the caller's key.")] = "default",
     max_tokens: Annotated[int | None, typer.Option(min=1, help="The caller's own cap.")] = None,
 ) -> None:
     """Say what the policy would decide for a prompt, and why each other model lost. Nothing runs but the probe."""
-    import msgspec
+    import json
 
     from routers.decide import decide
     from routers.errors import NoCandidate
@@ -175,17 +187,17 @@ def explain(
     from routers.types import Query, State
 
     policy = _load(file)
-    body = msgspec.json.encode([{"role": "user", "content": prompt}])
+    body = json.dumps([{"role": "user", "content": prompt}], ensure_ascii=False).encode()
     query = Query(
         model=model,
-        tenant="default",
+        tenant=tenant,
         input_tokens_estimate=-(-len(body) // 4),
         input_tokens_max=len(body),
         max_output_tokens=max_tokens,
         tags=frozenset(tag or ()),
     )
     try:
-        decision = decide(query, _probe_signals(policy, query, prompt), policy, State(), seed=0)
+        decision = decide(query, _probe_signals(policy, query, prompt, file.parent), policy, State(), seed=0)
     except NoCandidate as error:
         _stop(str(error))
     for line in to_lines(decision):
@@ -285,32 +297,37 @@ def _with_keys(use: "Callable[[KeyStore, Engine], Any]") -> Any:
 
 
 def _load(file: Path | None) -> "Policy":
-    from gateway.world import load_policy
+    from gateway.policies import load_policy
     from routers.errors import PolicyError
 
     try:
-        return load_policy(None if file is None else str(file))
+        return load_policy(file)
     except PolicyError as error:
         _stop(str(error))
     except OSError as error:
         _stop(f"{file}: cannot be read ({error.strerror})")
 
 
-def _probe_signals(policy: "Policy", query: Any, prompt: str) -> "Signals":
+def _probe_signals(policy: "Policy", query: Any, prompt: str, folder: Path) -> "Signals":
     """The probe's word on one prompt, in this process; absent where the probe is not installed."""
+    from gateway.policies import probe_folder
+    from probes.errors import ProbeError
     from probes.types import Estimate
     from routers.types import Signals
 
     heads = policy.heads_for(query)
-    if not heads or policy.difficulty is None:
+    artifact = probe_folder(policy, folder)
+    if not heads or artifact is None:
         return Signals()
     try:
-        from probes.runtime import EncoderProbe, default_artifact_path
+        from probes.runtime import EncoderProbe
     except ModuleNotFoundError as error:
         typer.echo(f"note: no probe here ({error.name} is not installed); install leadline[local]", err=True)
         return Signals(probe="unavailable")
-    name = policy.difficulty.probe
-    probe = EncoderProbe.load(default_artifact_path() if name == "default" else Path(name))
+    try:
+        probe = EncoderProbe.load(artifact)
+    except ProbeError as error:
+        _stop(f"signals.difficulty.probe: {error}")
     found = probe.probe([[{"role": "user", "content": prompt}]])[0]
     return Signals(
         p_success={m: Estimate(found[h], source=f"{probe.version}/{h}") for m, h in heads.items() if h in found},

@@ -8,20 +8,24 @@ import json
 import sys
 
 from local_engine.config import EngineConfig, configure_process
+from local_engine.errors import ModelLoadError
 from local_engine.server import run_engine
+from probes.errors import ProbeError
 
 
 def main(argument: str) -> None:
     config = json.loads(argument)
     engine = EngineConfig(models=config["models"], socket_path=config["socket_path"])
     configure_process(engine.threads)
-    prober = None
-    if config["probe"] is not None:
-        from probes.runtime import EncoderProbe, default_artifact_path
+    try:
+        prober = None
+        if config["probe"] is not None:
+            from probes.runtime import EncoderProbe
 
-        artifact = default_artifact_path() if config["probe"] == "default" else config["probe"]
-        prober = EncoderProbe.load(artifact)
-    run_engine(engine, prober)
+            prober = EncoderProbe.load(config["probe"])
+        run_engine(engine, prober)
+    except (ProbeError, ModelLoadError, ModuleNotFoundError) as error:
+        sys.exit(f"engine: {error}")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ STOP_TIMEOUT_S = 5.0
 class EngineProcess:
     """Owns the process from `start` to `stop`. `models` maps names to paths or hub ids."""
 
-    def __init__(self, models: Mapping[str, str], probe: str | None, socket_path: Path, metrics: Metrics) -> None:
+    def __init__(self, models: Mapping[str, str], probe: Path | None, socket_path: Path, metrics: Metrics) -> None:
         self._models = dict(models)
         self._probe = probe
         self._socket_path = socket_path
@@ -42,6 +42,8 @@ class EngineProcess:
         self._task: asyncio.Task[None] | None = None
         self.ready = asyncio.Event()
         """Set while the engine answers."""
+        self.failed = asyncio.Event()
+        """Set once the engine has ended or could not start; it is being started again."""
 
     @property
     def client(self) -> EngineClient | None:
@@ -74,6 +76,7 @@ class EngineProcess:
             try:
                 await self._run_once()
             except (EngineGone, OSError, TimeoutError) as error:
+                self.failed.set()
                 log.error("engine.failed", error=str(error)[:300])
             finally:
                 self.ready.clear()
@@ -89,7 +92,11 @@ class EngineProcess:
     async def _run_once(self) -> None:
         """Start the engine and return when it has ended."""
         self._socket_path.unlink(missing_ok=True)
-        config = {"models": self._models, "socket_path": str(self._socket_path), "probe": self._probe}
+        config = {
+            "models": self._models,
+            "socket_path": str(self._socket_path),
+            "probe": str(self._probe) if self._probe else None,
+        }
         # A session of its own: Ctrl-C reaches the gateway alone, which then stops its engine in order.
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "gateway.engine_main", json.dumps(config),

@@ -167,6 +167,7 @@ class Lifecycle:
             max_output_tokens=call.sampling.max_tokens,
             tags=call.headers.tags,
             needs_tools=call.has_tools,
+            needs_format=call.has_format,
             needs_logprobs=call.sampling.logprobs,
             choices=call.choices,
         )
@@ -185,9 +186,10 @@ class Lifecycle:
         rates: list[tuple[str, float, float]] = []
         for limit in policy.limits_for(key=principal.key_name, tenant=principal.tenant):
             scope = f"key:{principal.key_id}" if limit.scope == "key" else f"tenant:{principal.tenant}"
+            who = principal.key_name if limit.scope == "key" else principal.tenant
             if limit.rate is not None:
                 rate_per_s = limit.rate.count / limit.rate.per_s
-                rates.append((scope, rate_per_s, max(1.0, rate_per_s)))
+                rates.append((f"{limit.scope} {who}", rate_per_s, limit.rate.count))
             if limit.budget is not None:
                 bound(scope, limit.budget.nanousd, limit.budget.window)
         self._rates.admit(rates, now=time.monotonic())

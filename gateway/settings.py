@@ -26,7 +26,7 @@ class Settings:
         return cls(
             home=home,
             database_url=_database_url(env.get("DATABASE_URL"), home),
-            redis_url=env.get("REDIS_URL") or None,
+            redis_url=_redis_url(env.get("REDIS_URL")),
             max_body_bytes=_mebibytes(env, "LEADLINE_MAX_BODY_MIB", 16),
             cache_bytes=_mebibytes(env, "LEADLINE_CACHE_MIB", 64),
         )
@@ -47,6 +47,12 @@ def _database_url(url: str | None, home: Path) -> str:
     raise SettingsError(
         f"DATABASE_URL: scheme {url.split(':', 1)[0]!r} is not supported; use postgresql://… or sqlite:///PATH"
     )
+
+
+def _redis_url(url: str | None) -> str | None:
+    if url and not url.startswith(("redis://", "rediss://", "unix://")):
+        raise SettingsError(f"REDIS_URL: scheme {url.split(':', 1)[0]!r} is not supported; use redis://HOST:PORT/DB")
+    return url or None
 
 
 def _mebibytes(env: Mapping[str, str], name: str, default: int) -> int:

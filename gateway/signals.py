@@ -18,6 +18,8 @@ log = structlog.get_logger(__name__)
 
 REMEMBERED = 4096
 """Conversations whose probe result is kept; asking again about the same one costs nothing."""
+MAX_PROBED_BYTES = 1 << 18
+"""A longer conversation is not sounded: reading it would hold up everybody else's."""
 MAX_REMEMBERED_BYTES = 1 << 14
 """A longer conversation is asked about each time."""
 
@@ -34,6 +36,8 @@ class SignalReader:
         difficulty = world.policy.difficulty
         if not heads or difficulty is None:
             return Signals()
+        if len(messages) > MAX_PROBED_BYTES:
+            return Signals(probe="unavailable")
         client = self._engine.client
         if client is None:
             return Signals(probe="unavailable")

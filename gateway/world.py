@@ -2,16 +2,14 @@
 
 import os
 from collections.abc import Mapping
-from typing import Literal
 
 import aiohttp
 
-from gateway.ledger import prices
+from gateway.policies import missing_secrets
 from gateway.upstream.local import EngineLink, LocalUpstream
 from gateway.upstream.openai import OpenAIUpstream
 from gateway.upstream.types import Target, Upstream
 from routers.cost import ASSUMED_CONTEXT, ASSUMED_MAX_OUTPUT_TOKENS
-from routers.load import load, parse, preset
 from routers.policy import Policy, Price
 
 
@@ -43,29 +41,6 @@ class World:
     def dearest(self, models: tuple[str, ...]) -> Price:
         """The price that repricing compares with: of `models`, the dearest by output token."""
         return max((self.targets[name].price for name in models), key=lambda price: (price.output, price.input))
-
-
-def load_policy(path: str | None, env: Mapping[str, str] | None = None) -> Policy:
-    """The policy in `path`, else the embedded default; with OPENAI_API_KEY set, the default that knows OpenAI too.
-
-    Raises PolicyError with all problems, OSError when the file cannot be read.
-    """
-    env = os.environ if env is None else env
-    if path is not None:
-        return load(path, prices=prices.lookup)
-    name: Literal["openai", "default"] = "openai" if env.get("OPENAI_API_KEY") else "default"
-    return parse(preset(name), file=f"the embedded policy {name!r}", prices=prices.lookup)
-
-
-def missing_secrets(policy: Policy, env: Mapping[str, str] | None = None) -> list[str]:
-    """A sentence for each provider whose key is not in the environment."""
-    env = os.environ if env is None else env
-    return [
-        f"providers.{provider.name}.api_key: the environment variable {provider.api_key_env} is not set; set it, or "
-        "remove the provider from the policy"
-        for provider in policy.providers.values()
-        if provider.api_key_env is not None and not env.get(provider.api_key_env)
-    ]
 
 
 def build_world(

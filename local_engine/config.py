@@ -3,11 +3,15 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
+
+from local_engine.errors import ModelLoadError
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
 
+_BUNDLED = Path(__file__).parent / "bundled"
 _SOCKET_PATH_BYTES = 100  # sun_path holds 104 (macOS) or 108 (Linux) bytes, the final zero included
 
 
@@ -49,3 +53,19 @@ def configure_process(threads: int) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads sleep; the gateway shares these cores
     os.environ.setdefault("KMP_BLOCKTIME", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def locate(source: str) -> tuple[str, bool]:
+    """(path or hub id, whether it is a local folder). Raises ModelLoadError for a folder that is not there."""
+    if source.startswith("bundled/"):
+        folder = _BUNDLED / source.removeprefix("bundled/")
+        if not (folder / "config.json").is_file():
+            names = sorted(path.parent.name for path in _BUNDLED.glob("*/config.json"))
+            raise ModelLoadError(f"there is no model {source!r}; bundled are: {', '.join(names) or 'none'}")
+        return str(folder), True
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return str(path), True
+    if source.startswith((".", "~", os.sep)):
+        raise ModelLoadError(f"there is no folder {source!r}")
+    return source, False

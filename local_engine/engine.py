@@ -35,6 +35,9 @@ from local_engine.types import (
     ProbeResult,
 )
 
+MAX_BYTES_PER_TOKEN = 64
+"""Messages with more bytes than this per token of a model's window are not even counted: they cannot fit."""
+
 logger = logging.getLogger(__name__)
 
 Deliver = Callable[[list[Event]], None]
@@ -200,8 +203,11 @@ class Engine:
         if problem is not None:
             return self._fail(job, "invalid_request", problem)
         messages, tools = parse_messages(command.messages_json), parse_tools(command.tools_json)
-        prompt = prompt_tokens(model.tokenizer, messages, tools, command.sampling.effort)
         window = model.card.context_window
+        if len(command.messages_json) > window * MAX_BYTES_PER_TOKEN:
+            reason = f"{len(command.messages_json)} bytes of messages cannot fit the {window} tokens of {command.model}"
+            return self._fail(job, "context_length_exceeded", reason)
+        prompt = prompt_tokens(model.tokenizer, messages, tools, command.sampling.effort)
         if len(prompt) >= window:
             reason = f"the prompt has {len(prompt)} tokens, and {command.model} has a context window of {window}"
             return self._fail(job, "context_length_exceeded", reason)
@@ -210,31 +216,40 @@ class Engine:
         self._waiting.append(job)
 
     def _serve_probes(self, jobs: list[tuple[_Job, Probe]]) -> None:
-        asked: list[tuple[_Job, list[Message]]] = []
+        asked: list[tuple[_Job, list[Message], int]] = []
         for job, command in jobs:
             self._guarded(job, self._hear_probe, command, asked)
-        conversations = [messages for _, messages in asked]
+        conversations = [messages for _, messages, _ in asked]
         try:
             verdicts = self._prober.probe(conversations) if self._prober and asked else [{} for _ in asked]
-            answers = list(zip(asked, verdicts, map(self._counts, conversations), strict=True))
+            answers = [
+                (job, verdict, self._counts(messages, size))
+                for (job, messages, size), verdict in zip(asked, verdicts, strict=True)
+            ]
         except Exception:
             logger.exception("the probe failed on a batch of %d", len(asked))
-            for job, _ in asked:
+            for job, _, _ in asked:
                 self._fail(job, "internal", "the probe failed; the engine's log has the details")
             return
-        for (job, _), p_success, counts in answers:
+        for job, p_success, counts in answers:
             cost_us = int((time.perf_counter() - job.since) * 1e6)
             self._end(job, ProbeResult(job.command.id, p_success, counts, cost_us))
 
-    def _hear_probe(self, job: _Job, command: Probe, asked: list[tuple[_Job, list[Message]]]) -> None:
+    def _hear_probe(self, job: _Job, command: Probe, asked: list[tuple[_Job, list[Message], int]]) -> None:
         if job.cancelled:
             return self._finish_cancelled(job)
-        asked.append((job, parse_messages(command.messages_json)))
+        asked.append((job, parse_messages(command.messages_json), len(command.messages_json)))
 
-    def _counts(self, messages: list[Message]) -> dict[str, int]:
-        """Exact prompt tokens per model; a model whose template refuses these messages is left out."""
+    def _counts(self, messages: list[Message], size: int) -> dict[str, int]:
+        """Exact prompt tokens per model for messages of `size` bytes.
+
+        Left out are models whose template refuses these messages, and those that they cannot possibly fit: counting
+        would hold up everybody else for nothing.
+        """
         counts: dict[str, int] = {}
         for name, model in self._models.items():
+            if size > model.card.context_window * MAX_BYTES_PER_TOKEN:
+                continue
             try:
                 counts[name] = len(prompt_tokens(model.tokenizer, messages))
             except InvalidRequest:

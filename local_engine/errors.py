@@ -6,7 +6,10 @@ EngineError
 └── ModelLoadError   a configured model cannot be served: fix the configuration
 """
 
-from local_engine.types import FailureCode
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from local_engine.types import FailureCode
 
 
 class EngineError(Exception):
@@ -20,7 +23,7 @@ class EngineGone(EngineError):
 class EngineFailure(EngineError):
     """One command failed; `code` says what the caller can do about it."""
 
-    def __init__(self, code: FailureCode, message: str) -> None:
+    def __init__(self, code: "FailureCode", message: str) -> None:
         super().__init__(message)
         self.code: FailureCode = code
         self.message = message

@@ -1,20 +1,17 @@
 """Loading causal language models from a path, a hub id or this package."""
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging as transformers_logging
 
-from local_engine.config import Device, Dtype
+from local_engine.config import Device, Dtype, locate
 from local_engine.errors import ModelLoadError
 from local_engine.types import ModelCard
 
 FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")
-_BUNDLED: Final = Path(__file__).parent / "bundled"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,7 +47,7 @@ def load_model(name: str, source: str, dtype: Dtype = "auto", device: Device = "
     network; a hub id honours `HF_HUB_OFFLINE`. Raises ModelLoadError naming what is wrong.
     """
     transformers_logging.disable_progress_bar()
-    place, local = _locate(source)
+    place, local = locate(source)
     where = torch.device(
         "cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device
     )
@@ -89,22 +86,6 @@ def load_model(name: str, source: str, dtype: Dtype = "auto", device: Device = "
         think_token=vocabulary.get("<think>"),
         end_think_token=end_think,
     )
-
-
-def _locate(source: str) -> tuple[str, bool]:
-    """(path or hub id, whether it is a local folder)."""
-    if source.startswith("bundled/"):
-        folder = _BUNDLED / source.removeprefix("bundled/")
-        if not (folder / "config.json").is_file():
-            names = sorted(path.parent.name for path in _BUNDLED.glob("*/config.json"))
-            raise ModelLoadError(f"there is no model {source!r}; bundled are: {', '.join(names) or 'none'}")
-        return str(folder), True
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return str(path), True
-    if source.startswith((".", "~", os.sep)):
-        raise ModelLoadError(f"there is no folder {source!r}")
-    return source, False
 
 
 def _torch_dtype(dtype: Dtype, device: torch.device) -> Any:

@@ -1,7 +1,6 @@
 """A fitted probe on disk: `probe.safetensors` (numbers) and `probe.json` (what they mean). Never pickle."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,51 +8,15 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from probes.calibrate import Calibrator, Isotonic, Platt
 from probes.errors import ArtifactError
 from probes.heads import Heads
+from probes.manifest import MANIFEST, Manifest, read_manifest
 
-FORMAT = 1
-TENSORS, MANIFEST = "probe.safetensors", "probe.json"
-
-
-class HeadInfo(BaseModel):
-    """One head: what a label of 1 meant, and on how many labels it was fitted."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
-    label: str
-    n: int
-    base_rate: float
-    calibration: Literal["platt", "isotonic"]
-
-
-class Manifest(BaseModel):
-    """What the tensors mean. `layers` are hidden-state indices, 0 being the embeddings."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    format: Literal[1] = 1
-    name: str = Field(min_length=1)
-    encoder: str
-    encoder_sha256: str
-    layers: tuple[int, ...] = Field(min_length=1)
-    dims: int
-    pooling: Literal["mean"] = "mean"
-    max_tokens: int
-    heads: tuple[HeadInfo, ...] = Field(min_length=1)
-    data_sha256: str
-    n: int
-    created: str
-    """Date, ISO 8601."""
-    versions: dict[str, str]
-    metrics: dict[str, Any]
-    tensors_sha256: str = ""
+TENSORS = "probe.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +54,11 @@ def write(artifact: Artifact, folder: Path) -> None:
 
 def read(folder: Path) -> Artifact:
     """Load and check an artifact; raises ArtifactError with what is wrong and what to do."""
+    manifest = read_manifest(folder)
     try:
-        text, data = (folder / MANIFEST).read_text(encoding="utf-8"), (folder / TENSORS).read_bytes()
+        data = (folder / TENSORS).read_bytes()
     except OSError as error:
         raise ArtifactError(f"no probe artifact in {folder}: {error.strerror} ({error.filename})") from None
-    manifest = _parse(text, folder)
     if hashlib.sha256(data).hexdigest() != manifest.tensors_sha256:
         raise ArtifactError(f"{folder / TENSORS} does not match tensors_sha256 in {MANIFEST}: restore both or refit")
     try:
@@ -103,22 +66,6 @@ def read(folder: Path) -> Artifact:
     except SafetensorError as error:
         raise ArtifactError(f"{folder / TENSORS} is not a safetensors file: {error}") from None
     return Artifact(manifest, _heads(manifest, tensors, folder))
-
-
-def _parse(text: str, folder: Path) -> Manifest:
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise ArtifactError(f"{folder / MANIFEST} is not JSON: {error}") from None
-    version = found.get("format") if isinstance(found, dict) else None
-    if version != FORMAT:
-        raise ArtifactError(f"{folder / MANIFEST}: format {version!r} is unknown, this release reads {FORMAT}; refit")
-    try:
-        return Manifest.model_validate(found)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise ArtifactError(f"{folder / MANIFEST}: {field}: {first['msg']} (got {first['input']!r})") from None
 
 
 def _heads(manifest: Manifest, tensors: Mapping[str, npt.NDArray[Any]], folder: Path) -> Heads:

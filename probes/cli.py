@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from probes.evaluate import Row
 
-app = typer.Typer(no_args_is_help=True, help="Fit, evaluate and inspect probes.")
+app = typer.Typer(no_args_is_help=True, help="Fit and evaluate probes.")
 
 TablePath = Annotated[Path, typer.Argument(help="A .parquet or .csv file, one prompt a row.")]
 Prompt = Annotated[str, typer.Option(help="Column that holds the prompt.")]

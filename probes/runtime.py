@@ -7,11 +7,7 @@ from typing import Any, Self
 
 from probes.artifact import Artifact, read
 from probes.extract import Encoder, render
-
-
-def default_artifact_path() -> Path:
-    """The artifact shipped with the package."""
-    return Path(__file__).parent / "artifacts" / "default"
+from probes.manifest import default_artifact_path
 
 
 class EncoderProbe:

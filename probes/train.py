@@ -12,12 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from probes.artifact import Artifact, HeadInfo, Manifest, calibration_kind
+from probes.artifact import Artifact, calibration_kind
 from probes.calibrate import Array
 from probes.errors import TableError
 from probes.evaluate import Row, baselines, folds, head_rows, routing_rows
 from probes.extract import Encoder, FloatArray
 from probes.linear import ProbeClassifier
+from probes.manifest import HeadInfo, Manifest
 
 LIBRARIES = ("numpy", "safetensors", "scikit-learn", "torch", "transformers")
 MIN_ROWS = 20

@@ -43,6 +43,8 @@ class _Option:
         model, asked, remaining = self.model, query.max_output_tokens, state.budget_remaining_nanousd
         if query.needs_tools and not model.tools:
             self.obstacle, self.reason = "capability", "cannot call tools"
+        elif query.needs_format and not model.structured:
+            self.obstacle, self.reason = "capability", "cannot hold to a JSON format"
         elif query.needs_logprobs and not model.logprobs:
             self.obstacle, self.reason = "capability", "cannot return log probabilities"
         elif asked is not None and model.max_output is not None and asked > model.max_output:
@@ -54,6 +56,8 @@ class _Option:
         elif remaining is not None and self.worst > max(remaining, 0):
             self.obstacle = "budget"
             self.reason = f"may cost {format_money(self.worst)}, budget left {format_money(remaining)}"
+            if asked is None:
+                self.reason += "; send max_tokens to reserve less"
         elif model.name in state.unavailable:
             self.obstacle, self.reason = "unavailable", f"unavailable: {state.unavailable[model.name]}"
 

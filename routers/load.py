@@ -194,8 +194,9 @@ class _Loader:
                 fix = f"write at most the context, {part.context}"
                 self._document.report((*path, "max_output"), "longer than the context", fix)
             tools = part.tools if part.tools is not None else not local
+            structured = part.structured if part.structured is not None else not local
             self._models[name] = Model(
-                name, part.provider, part.model, context, max_output, price, tools, part.logprobs
+                name, part.provider, part.model, context, max_output, price, tools, structured, part.logprobs
             )
 
     def _read_signals(self) -> None:

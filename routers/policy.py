@@ -64,6 +64,8 @@ class Model:
     """Tokens of one answer; None: not known."""
     price: Price
     tools: bool
+    structured: bool
+    """Can hold its answer to a JSON schema."""
     logprobs: bool
 
 

@@ -186,6 +186,8 @@ class ModelFile(_Strict):
     """Default: free on the local engine, else from the price list."""
     tools: bool | None = None
     """Whether it can call tools. Default: yes, and no on the local engine."""
+    structured: bool | None = None
+    """Whether it can hold an answer to a JSON schema. Default: yes, and no on the local engine."""
     logprobs: bool = True
     """Whether it can return log probabilities."""
 

@@ -21,6 +21,8 @@ class Query:
     """The caller's own cap, if any."""
     tags: frozenset[str] = frozenset()
     needs_tools: bool = False
+    needs_format: bool = False
+    """A JSON object or schema is asked for."""
     needs_logprobs: bool = False
     choices: int = 1
     input_tokens_max: int | None = None

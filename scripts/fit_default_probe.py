@@ -24,8 +24,8 @@ from local_engine.arithmetic import LEVELS, REFUSAL, other_prompt, problems
 from local_engine.chat import prompt_tokens
 from probes.artifact import write
 from probes.extract import Encoder, FloatArray
+from probes.manifest import default_artifact_path
 from probes.report import render_rows
-from probes.runtime import default_artifact_path
 from probes.train import Recipe, Table, fit_probe, layer_features
 
 BUNDLED = Path(__file__).parents[1] / "local_engine" / "bundled" / "base"

@@ -4,6 +4,7 @@ Only the HMAC is stored. The comparison takes constant time, and the in-memory t
 checked by the full digest, never by a part of the token.
 """
 
+import asyncio
 import hashlib
 import hmac
 import os
@@ -24,6 +25,7 @@ from routers.units import Window
 Role = Literal["admin", "user"]
 PREFIX = "sk-ll-"
 PEPPER_BYTES = 32
+RELOAD_PAUSE_S = 0.2
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
 
@@ -75,12 +77,28 @@ class KeyStore:
         self._engine = engine
         self._pepper = pepper
         self._keys: dict[str, tuple[str, Principal]] = {}
+        self._loaded_at = 0.0
+        self._looking = asyncio.Lock()
         self.reload()
 
     def reload(self) -> None:
         with Session(self._engine) as session:
             rows = session.exec(select(ApiKey).where(col(ApiKey.revoked_at_ms).is_(None))).all()
         self._keys = {row.id: (row.hash, _principal(row)) for row in rows}
+        self._loaded_at = time.monotonic()
+
+    async def recognise(self, token: str) -> Principal:
+        """`authenticate`, with a second look at SQL for a key that another process may just have made."""
+        try:
+            return self.authenticate(token)
+        except Unauthenticated:
+            async with self._looking:
+                wait = self._loaded_at + RELOAD_PAUSE_S - time.monotonic()
+                if wait > 0:  # however many wrong keys come, SQL is asked this often at most
+                    await asyncio.sleep(wait)
+                if time.monotonic() - self._loaded_at >= RELOAD_PAUSE_S:
+                    await asyncio.to_thread(self.reload)
+            return self.authenticate(token)
 
     def __len__(self) -> int:
         return len(self._keys)

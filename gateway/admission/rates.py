@@ -27,7 +27,7 @@ class RateLimiter:
             wait = due - now - interval * (burst - 1)
             if wait > 1e-9:
                 raise RateLimited(
-                    f"Rate limit of {scope}: {rate_per_s * 60:g} requests/min reached; retry in {wait:.3f} s.",
+                    f"Rate limit of {scope}: faster than {rate_per_s * 60:g} requests/min; retry in {wait:.3f} s.",
                     retry_after_s=wait,
                 )
             due_at.append(((scope, rate_per_s), due + interval))

@@ -1,4 +1,4 @@
-"""Everything beside the data plane: models, health, metrics, receipts, spend, explain. FastAPI, documented at /docs."""
+"""Everything beside the data plane: models, health, metrics, receipts, spend, explain; described in /openapi.json."""
 
 import asyncio
 import time
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import msgspec
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, RedirectResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
@@ -31,13 +31,18 @@ def lifecycle_of(request: Request) -> Lifecycle:
     return lifecycle
 
 
-def caller(request: Request) -> Principal:
+async def caller(request: Request) -> Principal:
     """The key's owner. Raises Unauthenticated."""
-    return lifecycle_of(request).keys.authenticate(read_headers(request.scope["headers"]).token)
+    return await lifecycle_of(request).keys.recognise(read_headers(request.scope["headers"]).token)
 
 
 Caller = Annotated[Principal, Depends(caller)]
 TheLifecycle = Annotated[Lifecycle, Depends(lifecycle_of)]
+
+
+@router.get("/", include_in_schema=False)
+async def root() -> Response:
+    return RedirectResponse("/dashboard")
 
 
 @router.get("/health/liveness", tags=["health"])
@@ -160,9 +165,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     where = f"{request.method} {request.url.path[:200]}"
     known: LeadlineError = InvalidRequest(f"{where}: {error.detail}.")
     if error.status_code == 404:
-        known = NotFound(f"{where}: no such path; /docs lists them.")
+        known = NotFound(f"{where}: no such path; /openapi.json lists them.")
     elif error.status_code == 405:
-        known = MethodNotAllowed(f"{where}: this path takes another method; /docs lists them.")
+        known = MethodNotAllowed(f"{where}: this path takes another method; /openapi.json lists them.")
     return JSONResponse(known.body(), status_code=error.status_code, headers=error.headers)
 
 
@@ -174,7 +179,7 @@ async def _invalid(request: Request, error: Exception) -> Response:
 
 
 def build_web() -> FastAPI:
-    web = FastAPI(title="Leadline", version=__version__, docs_url="/docs", redoc_url=None)
+    web = FastAPI(title="Leadline", version=__version__, docs_url=None, redoc_url=None)
     web.include_router(router)
     web.add_exception_handler(LeadlineError, _error)
     web.add_exception_handler(HTTPException, _http_error)

@@ -17,7 +17,7 @@ class ChatEndpoint:
             if scope["method"] != "POST":
                 raise MethodNotAllowed(f"{scope['method']} /v1/chat/completions: send a POST.")
             headers = read_headers(scope["headers"])
-            self._lifecycle.keys.authenticate(headers.token)  # before a byte of the body is kept
+            await self._lifecycle.keys.recognise(headers.token)  # before a byte of the body is kept
             call = read_chat(await read_body(scope, receive, self._max_body_bytes), headers)
             await until_gone(receive, reply, self._lifecycle.chat(call, reply))
         except LeadlineError as error:

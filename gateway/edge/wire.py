@@ -29,6 +29,10 @@ class _StreamOptions(msgspec.Struct):
     include_usage: bool | None = False
 
 
+class _ResponseFormat(msgspec.Struct):
+    type: str
+
+
 class _ChatRequest(msgspec.Struct):
     model: str
     messages: list[_Message]
@@ -44,6 +48,8 @@ class _ChatRequest(msgspec.Struct):
     logprobs: bool | None = False
     top_logprobs: int | None = None
     tools: list[msgspec.Raw] | None = None
+    functions: list[msgspec.Raw] | None = None
+    response_format: _ResponseFormat | None = None
     reasoning_effort: str | None = None
     service_tier: str | None = None
 
@@ -82,7 +88,8 @@ def read_chat(body: bytes, headers: CallHeaders) -> ChatCall:
         stream=bool(request.stream),
         include_usage=bool(request.stream_options and request.stream_options.include_usage),
         choices=choices,
-        has_tools=bool(request.tools),
+        has_tools=bool(request.tools or request.functions),
+        has_format=request.response_format is not None and request.response_format.type != "text",
         text_only=all(_is_text(message) for message in request.messages),
         sampling=Sampling(
             max_tokens=max_tokens,

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 def usd(nanousd: int) -> Decimal:
     """Nano-dollars in dollars, exactly."""
-    return Decimal(nanousd).scaleb(-9)
+    return Decimal(nanousd).scaleb(-9) if nanousd else Decimal(0)
 
 
 class _Said(BaseModel):

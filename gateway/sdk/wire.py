@@ -28,7 +28,7 @@ def find_key() -> str:
     from_env = os.environ.get("LEADLINE_API_KEY")
     if from_env:
         return from_env
-    file = Path(os.environ.get("LEADLINE_HOME") or Path.home() / ".leadline").expanduser() / "key"
+    file = _home() / "key"
     try:
         return file.read_text().strip()
     except OSError as error:
@@ -38,7 +38,18 @@ def find_key() -> str:
 
 
 def find_base_url() -> str:
-    return os.environ.get("LEADLINE_BASE_URL") or DEFAULT_BASE_URL
+    """LEADLINE_BASE_URL, else where the gateway of this machine's state folder said that it listens, else port 8080."""
+    from_env = os.environ.get("LEADLINE_BASE_URL")
+    if from_env:
+        return from_env
+    try:
+        return (_home() / "url").read_text().strip() or DEFAULT_BASE_URL
+    except OSError:
+        return DEFAULT_BASE_URL
+
+
+def _home() -> Path:
+    return Path(os.environ.get("LEADLINE_HOME") or Path.home() / ".leadline").expanduser()
 
 
 def request_id_of(response: object) -> str:
@@ -49,6 +60,8 @@ def request_id_of(response: object) -> str:
     if isinstance(response, str):
         return response
     found = getattr(response, "_request_id", None) or getattr(response, "request_id", None)
+    if found is None:  # a stream's last chunk carries its receipt
+        found = (getattr(response, "leadline", None) or {}).get("request_id")
     if found is None:
         http = getattr(response, "response", None) or getattr(response, "_response", None)
         found = getattr(http, "headers", {}).get("x-request-id")

@@ -81,6 +81,8 @@ class ChatCall:
     include_usage: bool
     choices: int
     has_tools: bool
+    has_format: bool
+    """A JSON object or schema is asked for."""
     text_only: bool
     sampling: Sampling
     headers: "CallHeaders"

@@ -29,6 +29,21 @@ def test_the_sdk_is_light() -> None:
     assert not loaded_by("import gateway.sdk") & (HEAVY | {"fastapi", "sqlalchemy", "sqlmodel", "uvicorn", "msgspec"})
 
 
+def test_check_and_explain_need_nothing_but_the_base(tmp_path: object) -> None:
+    """As after plain `pip install leadline`: neither the server's libraries nor the engine's can be imported."""
+    code = """
+import sys
+for name in ("torch", "numpy", "msgspec", "aiohttp", "fastapi", "sqlalchemy", "sqlmodel", "structlog", "uvicorn"):
+    sys.modules[name] = None
+from typer.testing import CliRunner
+from gateway.cli import app
+for arguments in (["check", "policies/cheapest-at-quality.yaml"], ["explain", "policies/private-first.yaml", "hi"]):
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, (arguments, result.output, result.exception)
+"""
+    loaded_by(code)
+
+
 def test_the_gateway_starts_with_torch_uninstalled(tmp_path: object) -> None:
     """As after `pip install leadline[server]`: every import of torch fails, and a remote-only gateway still builds."""
     code = f"""

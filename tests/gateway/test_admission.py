@@ -14,7 +14,7 @@ from gateway.admission.keys import KeyNameError, KeyStore, load_pepper
 from gateway.admission.rates import RateLimiter
 from gateway.errors import BudgetExceeded, RateLimited, Unauthenticated
 from gateway.ledger.store import connect
-from tests.gateway.conftest import Gateway, StartGateway, ask
+from tests.gateway.conftest import Gateway, StartGateway, ask, until
 from tests.gateway.fake_upstream import FakeUpstream
 
 anyio = pytest.mark.anyio
@@ -96,8 +96,9 @@ async def test_a_key_beyond_its_rate_is_told_when_to_come_back(start_gateway: St
         statuses = [(await gateway.chat(ask(f"{i}")))[0] for i in range(2)]
         status, headers, body = await gateway.chat(ask("more"))
         rows = await gateway.rows()
-    assert statuses[0] == 200
+    assert statuses == [200, 200], "a window's count may come at once"
     assert (status, body["error"]["code"], headers["x-should-retry"]) == (429, "rate_limit_exceeded", "true")
+    assert "key first" in body["error"]["message"]
     assert int(headers["retry-after"]) >= 1
     assert len(rows) == statuses.count(200), "what was not admitted has no row"
 
@@ -189,19 +190,13 @@ async def test_a_scope_has_its_own_budget(gateway: Gateway) -> None:
 
 
 @anyio
-async def test_keys_made_by_another_process_work_within_a_second(gateway: Gateway) -> None:
+async def test_keys_made_or_revoked_by_another_process_are_known_at_once(gateway: Gateway) -> None:
     settings = gateway.app.settings
     other = KeyStore(connect(settings.database_url), load_pepper(settings.home))
     token = other.create("late")
-    async with asyncio.timeout(5):
-        while (
-            await gateway.session.get(f"{gateway.url}/v1/models", headers={"Authorization": f"Bearer {token}"})
-        ).status != 200:
-            await asyncio.sleep(0.05)
+    assert (await gateway.chat(ask(), Authorization=f"Bearer {token}"))[0] == 200
     other.revoke(other.authenticate(token).key_id)
-    async with asyncio.timeout(5):
-        while (
-            await gateway.session.get(f"{gateway.url}/v1/models", headers={"Authorization": f"Bearer {token}"})
-        ).status == 200:
-            await asyncio.sleep(0.05)
+    served = gateway.app.web.state.lifecycle.keys
+    await until(lambda: all(principal.key_name != "late" for principal in served.all()), timeout_s=5)
+    assert (await gateway.chat(ask(), Authorization=f"Bearer {token}"))[0] == 401
     other._engine.dispose()

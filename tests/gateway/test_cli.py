@@ -64,6 +64,40 @@ def test_a_missing_provider_key_stops_the_start_and_is_named(tmp_path: Path) -> 
     assert "note: " in leadline("check", str(policy), home=tmp_path).stdout
 
 
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("  difficulty: {probe: default, heads: {local: loacl}}", "did you mean 'local'?"),
+        ("  difficulty: {probe: ./nowhere, heads: {local: local}}", "no probe artifact in"),
+        ("  difficulty: {probe: default, heads: {local: local}}", "there is no model 'bundled/bsae'"),
+    ],
+)
+def test_what_the_engine_could_not_load_is_named_before_it_starts(tmp_path: Path, line: str, named: str) -> None:
+    policy = tmp_path / "p.yaml"
+    model = "bundled/bsae" if "bsae" in named else "bundled/base"
+    policy.write_text(
+        "version: 1\nproviders: {home: {engine: embedded}}\n"
+        f"models: {{local: {{provider: home, model: {model}}}}}\n"
+        f"signals:\n{line}\nroutes:\n  - {{name: r, when: {{model: auto}}, candidates: [local], objective: best}}\n"
+    )
+    for command in (("check", str(policy)), ("serve", "--port", "0", "--policy", str(policy))):
+        done = leadline(*command, home=tmp_path)
+        assert done.returncode != 0
+        assert named in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_second_gateway_on_one_state_folder_says_so(tmp_path: Path) -> None:
+    from gateway.ledger.journal import Journal
+
+    first = Journal(tmp_path / "journal")
+    done = leadline("serve", "--port", "0", home=tmp_path)
+    first.close()
+    assert done.returncode != 0
+    assert "another gateway is running" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_taken_port_is_named(tmp_path: Path) -> None:
     import socket
 
@@ -75,7 +109,13 @@ def test_a_taken_port_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("LEADLINE_MAX_BODY_MIB", "lots"), ("DATABASE_URL", "mysql://x"), ("LEADLINE_CACHE_MIB", "0")]
+    ("name", "value"),
+    [
+        ("LEADLINE_MAX_BODY_MIB", "lots"),
+        ("DATABASE_URL", "mysql://x"),
+        ("LEADLINE_CACHE_MIB", "0"),
+        ("REDIS_URL", "garbage"),
+    ],
 )
 def test_a_wrong_setting_is_named(tmp_path: Path, name: str, value: str) -> None:
     done = leadline("serve", "--port", "0", home=tmp_path, **{name: value})

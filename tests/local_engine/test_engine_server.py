@@ -204,7 +204,6 @@ async def test_what_is_no_engine_is_engine_gone(greeting: bytes, socket_path: st
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"models": {}}, "models"),
         ({"models": {"m": ""}}, "models"),
         ({"socket_path": ""}, "socket_path"),
         ({"socket_path": "x" * 200}, "socket_path"),

@@ -7,10 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from probes.artifact import Artifact, HeadInfo, Manifest
+from probes.artifact import Artifact
 from probes.calibrate import Isotonic, Platt
 from probes.extract import Encoder
 from probes.heads import Heads
+from probes.manifest import HeadInfo, Manifest
 from probes.runtime import EncoderProbe
 
 DATA = Path(os.environ.get("LEADLINE_DATA", Path(__file__).parents[2].parent / "shared" / "data"))

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from probes.artifact import MANIFEST, TENSORS, Artifact, read, write
+from probes.artifact import TENSORS, Artifact, read, write
 from probes.errors import ArtifactError
 from probes.extract import file_sha256
+from probes.manifest import MANIFEST
 
 
 def test_round_trip_is_bit_equal(artifact: Artifact, tmp_path: Path) -> None:

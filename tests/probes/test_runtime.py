@@ -11,7 +11,8 @@ import pytest
 from probes.artifact import Artifact
 from probes.errors import ArtifactError
 from probes.extract import Encoder
-from probes.runtime import EncoderProbe, default_artifact_path
+from probes.manifest import default_artifact_path
+from probes.runtime import EncoderProbe
 
 EASY = "What is the capital of France?\nA. Berlin\nB. Paris\nC. Rome\nD. Madrid\nAnswer:"
 HARD = (

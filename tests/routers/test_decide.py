@@ -289,7 +289,7 @@ def test_which_heads_to_ask() -> None:
 
 
 def test_costs_are_rounded_up_and_count_the_dearest_class() -> None:
-    model = Model("m", "p", "m", 1000, None, Price(1, 0, 3, 2, 5), True, True)
+    model = Model("m", "p", "m", 1000, None, Price(1, 0, 3, 2, 5), True, True, True)
     expected, worst = expected_and_worst_nanousd(model, query(input_tokens_estimate=100, choices=2), 100)
     assert expected == 1  # (100*1 + 2*400*2) / 1e6, up
     assert worst == 1  # (100*3 + 2*1000*5) / 1e6, up

@@ -100,7 +100,7 @@ def test_spend_grows_by_what_a_call_cost(client: Leadline) -> None:
 
 
 def test_a_budget_scope_stops_before_it_is_overspent(client: Leadline, upstream: FakeUpstream) -> None:
-    limit = Decimal("0.01")
+    limit = Decimal("0.05")
     with client.budget(limit) as scoped:
         before, calls, refused = len(upstream.requests), 0, None
         while refused is None:

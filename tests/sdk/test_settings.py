@@ -5,8 +5,10 @@ from pathlib import Path
 
 import openai
 import pytest
+from openai.types.chat import ChatCompletionChunk
 
 from gateway.sdk import Leadline
+from gateway.sdk.types import usd
 from gateway.sdk.wire import request_id_of, scope_headers, tag_headers
 
 
@@ -35,8 +37,12 @@ def test_without_a_key_the_error_names_every_way_to_give_one(tmp_path: Path) -> 
     assert str(tmp_path / "key") in str(caught.value)
 
 
-def test_the_address_is_the_argument_then_the_variable_then_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_address_is_the_argument_then_the_variable_then_this_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     assert str(Leadline(api_key="k").base_url) == "http://127.0.0.1:8080/v1/"
+    (tmp_path / "url").write_text("http://127.0.0.1:8123/v1")  # as a running gateway leaves it
+    assert str(Leadline(api_key="k").base_url) == "http://127.0.0.1:8123/v1/"
     monkeypatch.setenv("LEADLINE_BASE_URL", "http://gateway:1/v1")
     assert str(Leadline(api_key="k").base_url) == "http://gateway:1/v1/"
     assert str(Leadline(api_key="k", base_url="http://other/v1").base_url) == "http://other/v1/"
@@ -64,6 +70,19 @@ def test_tags_add_up_and_cannot_smuggle_others() -> None:
     assert client.default_headers["x-leadline-tags"] == "private,batch"
     with pytest.raises(ValueError, match="tag"):
         tag_headers(["a,b"], {})
+
+
+def test_a_streams_last_chunk_carries_its_receipt() -> None:
+    frame = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": []}
+    last = ChatCompletionChunk.model_validate({**frame, "leadline": {"request_id": "req_1"}})
+    assert request_id_of(last) == "req_1"
+    with pytest.raises(ValueError, match="no request id"):
+        request_id_of(ChatCompletionChunk.model_validate(frame))
+
+
+def test_no_money_is_a_plain_zero() -> None:
+    assert str(usd(0)) == "0"
+    assert str(usd(1_500_000_000)) == "1.500000000"
 
 
 def test_what_carries_no_request_id_is_refused() -> None:

@@ -1,0 +1,85 @@
+"""A policy as this installation can run it: loaded, and held against what is on this machine. Light: no torch, no HTTP.
+
+Relative paths in a policy (`probe: ./mine`, `model: ./checkpoint`) are relative to the policy file.
+"""
+
+import os
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal
+
+from gateway.ledger import prices
+from local_engine.config import locate
+from local_engine.errors import ModelLoadError
+from probes.errors import ArtifactError
+from probes.manifest import default_artifact_path, read_manifest
+from routers.load import load, parse, preset
+from routers.policy import Policy
+
+
+def load_policy(path: Path | None, env: Mapping[str, str] | None = None) -> Policy:
+    """The policy in `path`, else the embedded default; with OPENAI_API_KEY set, the default that knows OpenAI too.
+
+    Raises PolicyError with all problems, OSError when the file cannot be read.
+    """
+    env = os.environ if env is None else env
+    if path is not None:
+        return load(path, prices=prices.lookup)
+    name: Literal["openai", "default"] = "openai" if env.get("OPENAI_API_KEY") else "default"
+    return parse(preset(name), file=f"the embedded policy {name!r}", prices=prices.lookup)
+
+
+def missing_secrets(policy: Policy, env: Mapping[str, str] | None = None) -> list[str]:
+    """A sentence for each provider whose key is not in the environment."""
+    env = os.environ if env is None else env
+    return [
+        f"providers.{provider.name}.api_key: the environment variable {provider.api_key_env} is not set; set it, or "
+        "remove the provider from the policy"
+        for provider in policy.providers.values()
+        if provider.api_key_env is not None and not env.get(provider.api_key_env)
+    ]
+
+
+def probe_folder(policy: Policy, folder: Path) -> Path | None:
+    """Where the policy's probe artifact lies; None when it has no probe. `folder` holds the policy file."""
+    if policy.difficulty is None:
+        return None
+    name = policy.difficulty.probe
+    return default_artifact_path() if name == "default" else folder / Path(name).expanduser()
+
+
+def local_models(policy: Policy, folder: Path) -> dict[str, str]:
+    """The models that the engine process has to load: the engine's name → a folder, a hub id or `bundled/<name>`."""
+    engines = {name for name, provider in policy.providers.items() if provider.engine is not None}
+    sources = {model.upstream: model.upstream for model in policy.models.values() if model.provider in engines}
+    return {
+        name: str(folder / source) if source.startswith((".", "~", os.sep)) else source
+        for name, source in ((name, os.path.expanduser(source)) for name, source in sources.items())
+    }
+
+
+def unloadable(policy: Policy, folder: Path) -> list[str]:
+    """A sentence for each probe, head and local model that the policy names and that is not there."""
+    found = []
+    artifact = probe_folder(policy, folder)
+    if artifact is not None and policy.difficulty is not None:
+        try:
+            heads = [head.name for head in read_manifest(artifact).heads]
+        except ArtifactError as error:
+            found.append(f"signals.difficulty.probe: {error}")
+        else:
+            for model, head in policy.difficulty.heads.items():
+                if head not in heads:
+                    close = get_close_matches(head, heads, n=1)
+                    meant = f"did you mean {close[0]!r}? " if close else ""
+                    found.append(
+                        f"signals.difficulty.heads.{model}: the probe has no head {head!r}; {meant}"
+                        f"it has {', '.join(heads)}"
+                    )
+    for name, source in local_models(policy, folder).items():
+        try:
+            locate(source)
+        except ModelLoadError as error:
+            found.append(f"models: {name}: {error}")
+    return found
