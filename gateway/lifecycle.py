@@ -40,7 +40,7 @@ from gateway.ledger.store import LedgerStore
 from gateway.signals import SignalReader
 from gateway.telemetry.metrics import Metrics
 from gateway.ticket import Headers, Ticket
-from gateway.upstream.gather import as_stream, gather, replayable, usage_of
+from gateway.upstream.gather import gather, replay, usage_of
 from gateway.upstream.sse import DONE, write_event
 from gateway.upstream.types import ChatCall, Event, Target, Upstream, UpstreamError
 from gateway.world import World
@@ -224,9 +224,9 @@ class Lifecycle:
         )
         record.cache = "miss"
         answer = None if call.headers.no_cache else await self._cache.get(ticket.cache_key)
-        if answer is None:
+        events = replay(answer.body, stream=call.stream) if answer is not None else None
+        if answer is None or events is None:
             return False
-        *chunks, usage = as_stream(answer.body) if call.stream else [b""]
         record.cache, record.route = "hit", route_name
         record.model_served, record.provider = answer.model, answer.provider
         dearest = ticket.world.dearest(route.targets if route is not None else (answer.model,))
@@ -234,7 +234,7 @@ class Lifecycle:
         ticket.settle("ok", 200)
         if call.stream:
             await reply.start_stream(ticket.headers(final=True))
-            await reply.send(b"".join(map(write_event, chunks)) + _last_events(ticket, Event(usage, usage_only=True)))
+            await reply.send(b"".join(map(write_event, events[:-1])) + _last_events(ticket, Event(events[-1], True)))
             await reply.end()
         else:
             await reply.whole(200, ticket.headers(final=True), answer.body)
@@ -244,7 +244,7 @@ class Lifecycle:
         record = ticket.record
         if ticket.cache_key is None or not record.model_served or not record.provider:
             return
-        if body is not None and replayable(body):
+        if body is not None:
             answer = CachedAnswer(body, record.model_served, record.provider)
             await self._cache.put(ticket.cache_key, answer, ticket.cache_ttl_s)
 

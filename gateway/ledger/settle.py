@@ -66,13 +66,13 @@ class WireUsage(msgspec.Struct):
     completion_tokens_details: _CompletionDetails | None = None
 
     def split(self) -> Usage | None:
-        """Disjoint classes; None for counts that no call can have, which is as good as none.
+        """Disjoint classes; None for counts that no call can have (too many, or none at all): as good as none given.
 
         A part larger than its whole is cut to the whole: the bill never goes negative.
         """
         prompt = max(0, self.prompt_tokens)
         completion = max(0, self.completion_tokens)
-        if max(prompt, completion) > MAX_COUNT:
+        if max(prompt, completion) > MAX_COUNT or prompt + completion == 0:
             return None
         details = self.prompt_tokens_details
         cached = min(prompt, max(0, details.cached_tokens or 0)) if details else 0

@@ -129,14 +129,17 @@ def usage_of(body: bytes) -> Usage | None:
     return usage.split() if usage is not None else None
 
 
-def replayable(body: bytes) -> bool:
-    """Whether a stored completion can be given again, streamed or whole: only such are stored."""
+def replay(body: bytes, *, stream: bool) -> list[bytes] | None:
+    """What to give again for a stored completion: its chunks, or nothing more than itself (an empty list).
+
+    None for a completion of a shape that cannot be replayed.
+    """
     try:
-        as_stream(body)
         usage = usage_of(body)
+        chunks = as_stream(body) if stream else []
     except (msgspec.DecodeError, LookupError, TypeError, AttributeError):
-        return False
-    return usage is not None and usage != Usage()
+        return None
+    return chunks if usage is not None else None
 
 
 def gather(chunks: list[bytes]) -> bytes | None:

@@ -20,7 +20,7 @@ from gateway.ledger import report
 from gateway.ledger.journal import Journal
 from gateway.ledger.settle import Usage, estimated_usage
 from gateway.ledger.store import LedgerStore, connect
-from gateway.upstream.gather import gather, replayable
+from gateway.upstream.gather import gather, replay
 from gateway.upstream.types import CallHeaders
 from tests.gateway.conftest import Gateway, StartGateway, ask, until
 from tests.gateway.fake_upstream import FakeUpstream, Fault
@@ -242,9 +242,12 @@ def test_what_cannot_be_put_together_is_not_kept() -> None:
     assert gather([chunk(function_call={"name": "f"}), chunk(function_call={"arguments": "{}"})]) is None
     assert gather([chunk(tool_calls=[{"index": 10**9}])]) is None
     good = {"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": 1}}
-    assert replayable(json.dumps(good).encode())
-    for bad in ({**good, "usage": {}}, {**good, "usage": None}, {**good, "choices": [{}]}, {"usage": good["usage"]}):
-        assert not replayable(json.dumps(bad).encode())
+    for stream in (False, True):
+        assert replay(json.dumps(good).encode(), stream=stream) is not None
+        for bad in ({**good, "usage": {}}, {**good, "usage": None}):
+            assert replay(json.dumps(bad).encode(), stream=stream) is None
+    for bad in ({**good, "choices": [{}]}, {"usage": good["usage"]}):
+        assert replay(json.dumps(bad).encode(), stream=True) is None
 
 
 @anyio
