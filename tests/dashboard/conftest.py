@@ -17,8 +17,8 @@ import uvicorn
 
 from gateway.app import App
 from gateway.ledger.records import AttemptRecord, RequestRecord
+from gateway.policies import load_policy
 from gateway.settings import Settings
-from gateway.world import load_policy
 from routers.explain import to_dict
 from routers.types import Candidate, Decision, Single
 
@@ -174,7 +174,7 @@ class serve:
     def __enter__(self) -> Running:
         home = self._folder / "home"
         settings = Settings.from_env({"LEADLINE_HOME": str(home)})
-        app = App(settings, load_policy(str(self._folder / "policy.yaml"), env={}))
+        app = App(settings, load_policy(self._folder / "policy.yaml", env={}))
         listener = socket.create_server(("127.0.0.1", 0))
         config = uvicorn.Config(app, http="httptools", ws="none", lifespan="on", access_log=False, log_level="error")
         self._server = uvicorn.Server(config)

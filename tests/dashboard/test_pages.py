@@ -77,7 +77,7 @@ def test_a_cookie_that_was_tampered_with_is_refused(running: Running) -> None:
         "é.é.é",
     ]
     for cookie in forged:
-        headers = {"cookie": f"{session.COOKIE}={cookie}".encode()}
+        headers = {b"cookie": f"{session.COOKIE}={cookie}".encode()}
         assert httpx2.get(f"{running.url}/dashboard", headers=headers).status_code == 303, cookie
 
 

@@ -1,5 +1,7 @@
 """Rounding for the eye, and the geometry of the charts."""
 
+from typing import Any
+
 import pytest
 
 from gateway.dashboard.charts import nice_ceiling, stacked
@@ -50,7 +52,7 @@ def test_parts_stand_on_each_other_and_fill_their_share_of_the_height() -> None:
 
 def test_every_attempt_is_seen_on_the_time_line() -> None:
     row = {"created_at_ms": 1000, "duration_us": 1_000_000}
-    attempts = [
+    attempts: list[dict[str, Any]] = [
         {"started_at_ms": 1000, "duration_us": 200, "first_byte_us": None},
         {"started_at_ms": 1100, "duration_us": 900_000, "first_byte_us": 300_000},
         {"started_at_ms": 2000, "duration_us": 0, "first_byte_us": None},

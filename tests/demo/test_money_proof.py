@@ -28,19 +28,19 @@ def books() -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, 
     tokens = {"input_tokens": 5, "cached_input_tokens": 2, "cache_write_tokens": 0}
     tokens |= {"output_tokens": 1, "reasoning_tokens": 2}
     nothing = dict.fromkeys(tokens, 0)
-    requests = [
+    requests: list[dict[str, Any]] = [
         {"id": "req_1", "cost_nanousd": 6_000, **tokens},
         {"id": "req_2", "cost_nanousd": 0, **nothing},
         {"id": "req_3", "cost_nanousd": 0, **tokens},
         {"id": "req_4", "cost_nanousd": 0, **nothing},
     ]
-    attempts = [
+    attempts: list[dict[str, Any]] = [
         {"request_id": "req_1", "upstream_status": None, "cost_nanousd": 6_000, **tokens},
         {"request_id": "req_3", "upstream_status": None, "cost_nanousd": 0, **tokens},
         {"request_id": "req_4", "upstream_status": 404, "cost_nanousd": 0, **nothing},
     ]
     billed = {"prompt_tokens": 7, "completion_tokens": 3, "nanousd": 6_000, "streamed": False}
-    truth = [
+    truth: list[dict[str, Any]] = [
         {"id": "chatcmpl-1", "status": 200, **billed},
         {
             "id": "chatcmpl-2",

@@ -14,6 +14,7 @@ from gateway.admission.keys import KeyNameError, KeyStore, load_pepper
 from gateway.admission.rates import RateLimiter
 from gateway.errors import BudgetExceeded, RateLimited, Unauthenticated
 from gateway.ledger.store import connect
+from routers.units import Window
 from tests.gateway.conftest import Gateway, StartGateway, ask, until
 from tests.gateway.fake_upstream import FakeUpstream
 
@@ -105,9 +106,8 @@ async def test_a_key_beyond_its_rate_is_told_when_to_come_back(start_gateway: St
 
 def test_windows_start_on_the_calendar() -> None:
     now = int(dt.datetime(2026, 11, 21, 13, 45, 30, tzinfo=dt.UTC).timestamp() * 1000)
-    starts = {
-        w: dt.datetime.fromtimestamp(window_start_ms(w, now) / 1000, dt.UTC) for w in ("hour", "day", "week", "month")
-    }  # type: ignore[arg-type]
+    windows: tuple[Window, ...] = ("hour", "day", "week", "month")
+    starts = {w: dt.datetime.fromtimestamp(window_start_ms(w, now) / 1000, dt.UTC) for w in windows}
     assert starts == {
         "hour": dt.datetime(2026, 11, 21, 13, tzinfo=dt.UTC),
         "day": dt.datetime(2026, 11, 21, tzinfo=dt.UTC),

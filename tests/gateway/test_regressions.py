@@ -85,7 +85,7 @@ async def test_two_rates_on_one_key_are_two_limits(start_gateway: StartGateway) 
 
 def usage_of(prompt: int) -> Fault:
     async def play(upstream: FakeUpstream, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-        answer = json.loads((await upstream.plain(body)).body or b"")
+        answer = json.loads((await upstream.plain(body)).text or "")
         answer["usage"] = {"prompt_tokens": prompt, "completion_tokens": 1}
         return web.json_response(answer)
 

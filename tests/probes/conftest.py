@@ -40,7 +40,7 @@ def artifact() -> Artifact:
     rng = np.random.default_rng(0)
     heads = Heads(
         ("weak", "strong"),
-        rng.normal(size=(2, 4 * 384)).astype(np.float32) / 50,
+        (rng.normal(size=(2, 4 * 384)) / 50).astype(np.float32),
         np.array([0.1, 0.7], np.float32),
         (Platt(1.1, -0.2), Isotonic(np.array([-1.0, 0.3, 2.0]), np.array([0.1, 0.4, 0.9]))),
     )

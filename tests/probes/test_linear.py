@@ -14,7 +14,7 @@ EXPECTED_FAILURES = {
 }
 
 
-@parametrize_with_checks([ProbeClassifier()], expected_failed_checks=lambda _: EXPECTED_FAILURES)
+@parametrize_with_checks([ProbeClassifier()], expected_failed_checks=lambda _: EXPECTED_FAILURES)  # type: ignore[untyped-decorator]
 def test_scikit_learn_checks(estimator: Any, check: Any) -> None:
     check(estimator)
 
