@@ -22,7 +22,7 @@ from gateway.ledger import report
 from gateway.ledger.journal import Journal, JournalError
 from gateway.ledger.store import LedgerStore, LedgerUnreachable, connect
 from gateway.lifecycle import Lifecycle
-from gateway.policies import local_models, probe_folder
+from gateway.policies import encoder, local_models, probe_folder
 from gateway.settings import Settings
 from gateway.signals import SignalReader
 from gateway.telemetry.metrics import Metrics
@@ -86,6 +86,7 @@ class App:
         self.engine = engine = EngineProcess(
             local_models(policy, self.policy_folder),
             probe_folder(policy, self.policy_folder),
+            encoder(policy, self.policy_folder),
             _socket_path(settings.home),
             metrics,
         )

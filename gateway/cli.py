@@ -310,7 +310,7 @@ def _load(file: Path | None) -> "Policy":
 
 def _probe_signals(policy: "Policy", query: Any, prompt: str, folder: Path) -> "Signals":
     """The probe's word on one prompt, in this process; absent where the probe is not installed."""
-    from gateway.policies import probe_folder
+    from gateway.policies import encoder, probe_folder
     from probes.errors import ProbeError
     from probes.types import Estimate
     from routers.types import Signals
@@ -325,7 +325,7 @@ def _probe_signals(policy: "Policy", query: Any, prompt: str, folder: Path) -> "
         typer.echo(f"note: no probe here ({error.name} is not installed); install leadline[local]", err=True)
         return Signals(probe="unavailable")
     try:
-        probe = EncoderProbe.load(artifact)
+        probe = EncoderProbe.load(artifact, encoder(policy, folder))
     except ProbeError as error:
         _stop(f"signals.difficulty.probe: {error}")
     found = probe.probe([[{"role": "user", "content": prompt}]])[0]

@@ -22,7 +22,7 @@ def main(argument: str) -> None:
         if config["probe"] is not None:
             from probes.runtime import EncoderProbe
 
-            prober = EncoderProbe.load(config["probe"])
+            prober = EncoderProbe.load(config["probe"], config["encoder"])
         run_engine(engine, prober)
     except (ProbeError, ModelLoadError, ModuleNotFoundError) as error:
         sys.exit(f"engine: {error}")

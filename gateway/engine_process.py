@@ -32,9 +32,12 @@ STOP_TIMEOUT_S = 5.0
 class EngineProcess:
     """Owns the process from `start` to `stop`. `models` maps names to paths or hub ids."""
 
-    def __init__(self, models: Mapping[str, str], probe: Path | None, socket_path: Path, metrics: Metrics) -> None:
+    def __init__(
+        self, models: Mapping[str, str], probe: Path | None, encoder: str, socket_path: Path, metrics: Metrics
+    ) -> None:
         self._models = dict(models)
         self._probe = probe
+        self._encoder = encoder
         self._socket_path = socket_path
         self._metrics = metrics
         self._client: EngineClient | None = None
@@ -96,6 +99,7 @@ class EngineProcess:
             "models": self._models,
             "socket_path": str(self._socket_path),
             "probe": str(self._probe) if self._probe else None,
+            "encoder": self._encoder,
         }
         # A session of its own: Ctrl-C reaches the gateway alone, which then stops its engine in order.
         self._process = await asyncio.create_subprocess_exec(

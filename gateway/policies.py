@@ -49,14 +49,22 @@ def probe_folder(policy: Policy, folder: Path) -> Path | None:
     return default_artifact_path() if name == "default" else folder / Path(name).expanduser()
 
 
+def encoder(policy: Policy, folder: Path) -> str:
+    """The encoder that the probe reads with: `default`, a folder, or a hub id."""
+    source = policy.difficulty.encoder if policy.difficulty is not None else "default"
+    return _placed(source, folder)
+
+
 def local_models(policy: Policy, folder: Path) -> dict[str, str]:
     """The models that the engine process has to load: the engine's name → a folder, a hub id or `bundled/<name>`."""
     engines = {name for name, provider in policy.providers.items() if provider.engine is not None}
     sources = {model.upstream: model.upstream for model in policy.models.values() if model.provider in engines}
-    return {
-        name: str(folder / source) if source.startswith((".", "~", os.sep)) else source
-        for name, source in ((name, os.path.expanduser(source)) for name, source in sources.items())
-    }
+    return {name: _placed(source, folder) for name, source in sources.items()}
+
+
+def _placed(source: str, folder: Path) -> str:
+    """A path as the policy writes it, made absolute; anything else as it is."""
+    return str(folder / Path(source).expanduser()) if source.startswith((".", "~", os.sep)) else source
 
 
 def unloadable(policy: Policy, folder: Path) -> list[str]:

@@ -210,7 +210,7 @@ class _Loader:
                 path = ("signals", "difficulty", "heads", name)
                 self._document.report(path, "no model of this name", did_you_mean(name, models), show=False)
         heads = MappingProxyType(part.difficulty.heads)
-        self._difficulty = Difficulty(part.difficulty.probe, heads, part.difficulty.timeout)
+        self._difficulty = Difficulty(part.difficulty.probe, heads, part.difficulty.timeout, part.difficulty.encoder)
 
     def _read_limits(self) -> list[Limit]:
         limits: list[Limit] = []

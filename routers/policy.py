@@ -77,6 +77,8 @@ class Difficulty:
     heads: Mapping[str, str]
     """Model of the policy → head of the probe."""
     timeout_ms: int
+    encoder: str = "default"
+    """What the probe reads with: `default`, a folder, or a hub id."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -198,6 +198,8 @@ class DifficultyFile(_Strict):
     probe: Text
     heads: Annotated[dict[str, Text], Field(min_length=1)]
     """Model of this policy: head of the probe."""
+    encoder: Text = "default"
+    """What the probe reads with, as when it was fitted: `default`, a folder, or a hub id."""
     timeout: Duration = 250
     """After this long the route decides without the signal."""
 

@@ -98,7 +98,12 @@ async def until(condition: Callable[[], object], timeout_s: float = 60) -> None:
 
 @contextlib.asynccontextmanager
 async def running(
-    policy: str, home: Path, *, database_url: str | None = None, redis_url: str | None = None
+    policy: str,
+    home: Path,
+    *,
+    database_url: str | None = None,
+    redis_url: str | None = None,
+    policy_folder: Path | None = None,
 ) -> AsyncIterator[Gateway]:
     settings = Settings.from_env(
         {
@@ -107,7 +112,7 @@ async def running(
             **({"REDIS_URL": redis_url} if redis_url else {}),
         }
     )
-    app = App(settings, parse(policy, prices=prices.lookup))
+    app = App(settings, parse(policy, prices=prices.lookup), policy_folder)
     config = uvicorn.Config(
         app, port=0, http="httptools", ws="none", lifespan="on", log_level="error", access_log=False
     )

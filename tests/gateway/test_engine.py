@@ -15,8 +15,9 @@ import openai
 import pytest
 
 from local_engine.arithmetic import problems
+from probes.extract import locate
 from tests.conftest import free_port, stop, wait_for_port
-from tests.gateway.conftest import Gateway, running
+from tests.gateway.conftest import Gateway, running, until
 from tests.gateway.fake_upstream import FakeUpstream
 
 pytestmark = [pytest.mark.anyio, pytest.mark.engine]
@@ -108,6 +109,20 @@ async def test_auto_sounds_the_query_and_says_why(home: Gateway) -> None:
     assert all(d["probe_version"] and not d["degraded"] for d in decisions)
     assert all(0 <= c["p_success"] <= 1 for d in decisions for c in d["candidates"])
     assert (easy["model_served"], hard["model_served"]) == ("local", "cheap")
+
+
+async def test_a_probe_may_read_with_an_encoder_of_its_own(upstream: FakeUpstream, tmp_path: Path) -> None:
+    """A copy of the default encoder in a folder beside the policy, named by a relative path."""
+    (tmp_path / "encoder").symlink_to(locate("default")[0])
+    policy = POLICY.format(url=upstream.url).replace("probe: default,", "probe: default, encoder: ./encoder,")
+    async with running(policy, tmp_path / "home", policy_folder=tmp_path) as gateway:
+        assert gateway.app.engine is not None
+        await until(
+            lambda: gateway.app.engine and (gateway.app.engine.ready.is_set() or gateway.app.engine.failed.is_set())
+        )
+        await gateway.chat(ask("What is 12 + 30?", model="auto"))
+        (row,) = await gateway.rows()
+    assert json.loads(row["decision"])["probe_version"]
 
 
 async def test_a_prompt_beyond_the_local_context_is_refused_with_its_count(home: Gateway) -> None:
