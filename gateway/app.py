@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import os
 import tempfile
-import time
 from pathlib import Path
 
 import structlog
@@ -112,7 +111,6 @@ class App:
         )
         self.web.state.lifecycle = lifecycle
         self.web.state.pepper = pepper
-        self.web.state.started_at = time.time()
         self._chat = ChatEndpoint(lifecycle, settings.max_body_bytes)
         polling = asyncio.create_task(_poll_keys(keys), name="key-poll")
         stack.callback(polling.cancel)

@@ -82,24 +82,6 @@ def by_model(
         ]  # fmt: skip
 
 
-def by_hour(engine: Engine, *, since_ms: int) -> list[dict[str, int]]:
-    """Requests and cost per hour since `since_ms`; hours without requests are absent."""
-    hour = (col(RequestRow.created_at_ms) // 3_600_000).label("hour")
-    query = (
-        select(
-            hour, func.count().label("requests"), func.coalesce(func.sum(col(RequestRow.cost_nanousd)), 0).label("cost")
-        )
-        .where(col(RequestRow.created_at_ms) >= since_ms)
-        .group_by(hour)
-        .order_by(hour)
-    )
-    with engine.connect() as connection:
-        return [
-            {"start_ms": int(r["hour"]) * 3_600_000, "requests": int(r["requests"]), "cost_nanousd": int(r["cost"])}
-            for r in connection.execute(query).mappings()
-        ]
-
-
 def last_requests(
     engine: Engine, *, limit: int, tenant: str | None = None, before_ms: int | None = None
 ) -> list[dict[str, Any]]:

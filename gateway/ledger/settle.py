@@ -4,8 +4,6 @@ A provider's counts overlap (OpenAI's `prompt_tokens` contains the cached ones, 
 ones); ours do not, so that a bill is a plain sum. Streamed, unstreamed, cancelled and failed calls all come here.
 """
 
-from typing import Any
-
 import msgspec
 
 from routers.policy import Price
@@ -33,16 +31,6 @@ class Usage(msgspec.Struct, frozen=True):
     reasoning: int = 0
     estimated: bool = False
     """True when the provider did not report them."""
-
-    def __add__(self, other: "Usage") -> "Usage":
-        return Usage(
-            self.input + other.input,
-            self.cached_input + other.cached_input,
-            self.cache_write + other.cache_write,
-            self.output + other.output,
-            self.reasoning + other.reasoning,
-            self.estimated or other.estimated,
-        )
 
 
 NO_USAGE = Usage()
@@ -122,14 +110,3 @@ def estimated_usage(*, body_bytes: int, context: int, delivered_bytes: int, deli
     prompt = min(-(-body_bytes // ESTIMATED_BYTES_PER_TOKEN), context)
     output = max(delivered_deltas, -(-delivered_bytes // ESTIMATED_BYTES_PER_TOKEN))
     return Usage(input=prompt, output=output, estimated=True)
-
-
-def usage_columns(usage: Usage) -> dict[str, Any]:
-    """The token columns of a ledger row."""
-    return {
-        "input_tokens": usage.input,
-        "cached_input_tokens": usage.cached_input,
-        "cache_write_tokens": usage.cache_write,
-        "output_tokens": usage.output,
-        "reasoning_tokens": usage.reasoning,
-    }
