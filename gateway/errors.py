@@ -9,6 +9,7 @@
     ├── UnknownModel                404  no such model or alias in the policy
     ├── NotFound                    404  no such object or path
     ├── MethodNotAllowed            405  this path takes another method
+    ├── Conflict                    409  the same Idempotency-Key is under way, or came with another body
     ├── RateLimited                 429  too fast: wait `retry_after_s`
     ├── BudgetExceeded              429  no money left: raise the budget or wait for its window
     ├── UpstreamRefused             4xx  the provider refused the request itself: its own words, passed on
@@ -90,6 +91,12 @@ class MethodNotAllowed(LeadlineError):
     status = 405
     type = "invalid_request_error"
     code = "method_not_allowed"
+
+
+class Conflict(LeadlineError):
+    status = 409
+    type = "invalid_request_error"
+    code = "idempotency_conflict"
 
 
 class RateLimited(LeadlineError):

@@ -9,6 +9,12 @@ from routers.units import Budget, Rate, format_money
 
 Objective = Literal["cheapest", "best"]
 Otherwise = Literal["best", "cheapest", "refuse"]
+FailureCause = Literal["error", "rate_limit", "context_length", "content_filter"]
+"""Why an attempt failed, as far as a policy tells its fallbacks apart."""
+OnStreamFailure = Literal["error", "resume"]
+Degrade = Literal["cheaper", "local"]
+"""What a budget's threshold turns routing to: the cheapest candidate, or models that cost nothing."""
+LimitScope = Literal["key", "team", "tenant", "run"]
 
 DEFAULT_CACHE_TTL_MS = 3_600_000
 
@@ -37,6 +43,25 @@ class Listing:
 
 
 @dataclass(frozen=True, slots=True)
+class Breaker:
+    """When a target is left alone: `failures` attempts in a row failed within the window; tried again after `open_ms`
+    by one request at a time."""
+
+    failures: int = 5
+    window_ms: int = 30_000
+    open_ms: int = 15_000
+
+
+@dataclass(frozen=True, slots=True)
+class Hedge:
+    """A second attempt beside the first when its first byte is late: the loser is cancelled and billed."""
+
+    after_ms: int
+    max_extra: float
+    """At most this share of the route's requests is hedged, e.g. 0.05."""
+
+
+@dataclass(frozen=True, slots=True)
 class Provider:
     """Where models run: the local engine (`engine`), or a server at `base_url`."""
 
@@ -47,7 +72,14 @@ class Provider:
     api_key_env: str | None
     """The environment variable that holds the key; None: the server asks for none."""
     timeout_ms: int
+    """The whole of one attempt, to the last byte."""
     retries: int
+    connect_timeout_ms: int = 10_000
+    first_byte_timeout_ms: int | None = None
+    """From dispatch to the first byte of the answer; None: `timeout_ms` alone bounds it."""
+    idle_timeout_ms: int | None = None
+    """Between two reads of an answer; None: as `timeout_ms`."""
+    breaker: Breaker | None = Breaker()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +169,12 @@ class Route:
     """How long an answer may be reused; None: not at all."""
     heads: Mapping[str, str]
     """Candidate → probe head, where this route needs p_success to decide; else empty."""
+    on_cause: Mapping[FailureCause, tuple[str, ...]] = field(default_factory=dict)
+    """Fallbacks for one cause, in place of `on_failure`."""
+    deadline_ms: int | None = None
+    """From admission to the end of the answer, all attempts and waits included; None: the attempts' own bounds."""
+    hedge: Hedge | None = None
+    on_stream_failure: OnStreamFailure = "error"
     rule: str = field(init=False)
     """The sentence of the objective, e.g. `cheapest with p_success >= 0.9`."""
 
@@ -152,13 +190,27 @@ class Route:
 
 
 @dataclass(frozen=True, slots=True)
-class Limit:
-    """A budget or a rate (or both) for a key or a tenant; the name `*` means each of them by itself."""
+class Threshold:
+    """From this share of a budget on, routing degrades."""
 
-    scope: Literal["key", "tenant"]
+    percent: int
+    action: Degrade
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """What a key, a team, a tenant or an agent run may use; the name `*` means each of them by itself."""
+
+    scope: LimitScope
     name: str
     budget: Budget | None
     rate: Rate | None
+    tokens: Rate | None = None
+    """Tokens per span, prompt and answer together."""
+    concurrency: int | None = None
+    """Requests under way at a time."""
+    at: tuple[Threshold, ...] = ()
+    """By rising percent; only with a budget. At 100% what costs money is refused in any case."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """The words that cross the routers' border: what is asked, what was measured, what was decided."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -48,6 +49,9 @@ class State:
     """Models that cannot serve now, each with the reason (`engine down`, `breaker open until …`)."""
     budget_remaining_nanousd: int | None = None
     """What the caller may still spend; None: no budget applies."""
+    degrade: Literal["cheaper", "local"] | None = None
+    """What the fullest of the caller's budgets turns routing to; `degrade_reason` says which."""
+    degrade_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,8 @@ class Decision:
     candidates: tuple[Candidate, ...]
     fallbacks: tuple[str, ...]
     """Models to try, in order, when the plan's model fails before its first byte."""
+    on_cause: Mapping[str, tuple[str, ...]] = field(default_factory=dict, kw_only=True)
+    """Fallbacks for one cause of failure, in place of `fallbacks`."""
     policy_version: str
     probe_version: str | None
     seed: int

@@ -9,7 +9,12 @@ import msgspec
 from gateway.ledger.settle import Usage
 from routers.policy import Price
 
-Cause = Literal["connect", "timeout", "status", "bad_answer", "cut", "auth", "refused", "engine_gone"]
+Cause = Literal[
+    "connect", "timeout", "status", "bad_answer", "cut", "auth", "refused", "engine_gone",
+    "rate_limit", "context_length", "content_filter",
+]  # fmt: skip
+"""`rate_limit`, `context_length` and `content_filter` are refusals that a policy may answer with other fallbacks."""
+Endpoint = Literal["chat.completions", "completions", "embeddings"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +30,11 @@ class Target:
     context: int
     max_output: int
     timeout_s: float
+    """The whole of one attempt, to the last byte."""
     retries: int
+    connect_timeout_s: float = 10.0
+    first_byte_timeout_s: float = 60.0
+    idle_timeout_s: float = 60.0
 
 
 class UpstreamError(Exception):
@@ -53,7 +62,7 @@ class UpstreamError(Exception):
     @property
     def retryable(self) -> bool:
         """Whether the same target is worth another try."""
-        return self.cause not in ("auth", "refused")
+        return self.cause not in ("auth", "refused", "context_length", "content_filter")
 
 
 class Sampling(msgspec.Struct, frozen=True):
@@ -86,6 +95,7 @@ class ChatCall:
     text_only: bool
     sampling: Sampling
     headers: "CallHeaders"
+    endpoint: Endpoint = "chat.completions"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +108,14 @@ class CallHeaders:
     no_cache: bool = False
     no_store: bool = False
     scope: str | None = None
+    """Path of the agent run, e.g. `run42/research/fetch`: each prefix is a run whose budget counts this call."""
     scope_budget_nanousd: int | None = None
+    """Given to the last run of the path."""
+    idempotency_key: str | None = None
+    retry_count: int = 0
+    """How often the caller's own client has already tried (`x-stainless-retry-count`)."""
+    timeout_s: float | None = None
+    """The caller's own deadline (`x-leadline-timeout`), which can only shorten the policy's."""
 
 
 @dataclass(slots=True)
