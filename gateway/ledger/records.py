@@ -1,11 +1,17 @@
 """One request and its attempts on their way to the ledger: the rows of `tables`, as light structs for the hot path.
 
-The fields are those of the tables, name by name (a test compares them).
+The fields are those of the tables, name by name (a test compares them). The journal holds them by position: a new field
+comes last and has a default, so that what an older version wrote is still read.
 """
+
+from typing import Literal
 
 import msgspec
 
 from gateway.ledger.settle import Usage
+
+AttemptKind = Literal["first", "retry", "fallback", "hedge", "resume"]
+"""Why an attempt was made."""
 
 
 class AttemptRecord(msgspec.Struct, array_like=True):
@@ -27,6 +33,7 @@ class AttemptRecord(msgspec.Struct, array_like=True):
     reasoning_tokens: int = 0
     cost_nanousd: int | None = 0
     cost_estimated: bool = False
+    kind: AttemptKind = "first"
 
     def bill(self, usage: Usage, cost: int | None) -> None:
         self.input_tokens = usage.input
@@ -70,6 +77,11 @@ class RequestRecord(msgspec.Struct, array_like=True):
     first_byte_us: int | None = None
     duration_us: int = 0
     overhead_us: int = 0
+    team: str | None = None
+    degraded: str | None = None
+    """What was given up for the budget's or the signals' sake; None: nothing."""
+    idempotency_key: str | None = None
+    trace_id: str | None = None
 
     def total(self, attempts: list[AttemptRecord]) -> None:
         """Sum the attempts into the request: the request's cost is exactly what its attempts cost."""

@@ -20,6 +20,7 @@ from sqlmodel import SQLModel
 
 from gateway.errors import Unavailable
 from gateway.ledger.journal import Journal
+from gateway.ledger.migrations import SchemaTooNew, upgrade
 from gateway.ledger.records import AttemptRecord, RequestRecord
 from gateway.ledger.tables import AttemptRow, RequestRow
 
@@ -39,16 +40,16 @@ class LedgerUnreachable(RuntimeError):
 
 
 def connect(url: str) -> Engine:
-    """An engine for `url`; creates the tables that are missing. Raises LedgerUnreachable."""
+    """An engine for `url`, its schema brought to the newest version. Raises LedgerUnreachable."""
     engine = create_engine(url, pool_pre_ping=True)
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _sqlite_pragmas)
     try:
-        SQLModel.metadata.create_all(engine)
-    except DBAPIError as error:
+        upgrade(engine)
+    except (DBAPIError, SchemaTooNew) as error:
         engine.dispose()
         where = engine.url.render_as_string(hide_password=True)
-        reason = str(error.orig).splitlines()[0]
+        reason = str(error.orig if isinstance(error, DBAPIError) else error).splitlines()[0]
         raise LedgerUnreachable(f"DATABASE_URL: {where} cannot be used ({reason})") from error
     return engine
 

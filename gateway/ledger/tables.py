@@ -1,4 +1,4 @@
-"""The SQL tables, the same on SQLite and on PostgreSQL.
+"""The SQL tables, the same on SQLite and on PostgreSQL. A change here needs a migration: see `migrations`.
 
 Money is integers of nano-dollars (1 USD = 10**9); time is integers: milliseconds since the epoch for instants,
 microseconds for durations. A NULL cost is *unpriced*, never zero.
@@ -23,11 +23,15 @@ class ApiKey(SQLModel, table=True):
     name: str = Field(max_length=64, unique=True)
     tenant: str = Field(max_length=64, index=True)
     role: str = Field(max_length=16)
+    """admin, user or reader."""
     hash: str = Field(max_length=64)
     created_at_ms: int = _big()
     revoked_at_ms: int | None = _big(nullable=True)
     budget_nanousd: int | None = _big(nullable=True)
     budget_window: str | None = Field(default=None, max_length=8)
+    team: str | None = Field(default=None, max_length=64)
+    created_by: str | None = Field(default=None, max_length=64)
+    """The key that made this one; None: the command line, or the first start."""
 
 
 class RequestRow(SQLModel, table=True):
@@ -67,6 +71,10 @@ class RequestRow(SQLModel, table=True):
     first_byte_us: int | None = _big(nullable=True)
     duration_us: int = _big()
     overhead_us: int = _big()
+    team: str | None = Field(default=None, max_length=64)
+    degraded: str | None = Field(default=None, max_length=128)
+    idempotency_key: str | None = Field(default=None, max_length=255)
+    trace_id: str | None = Field(default=None, max_length=32)
 
 
 class AttemptRow(SQLModel, table=True):
@@ -92,3 +100,5 @@ class AttemptRow(SQLModel, table=True):
     reasoning_tokens: int = _big()
     cost_nanousd: int | None = _big(nullable=True)
     cost_estimated: bool = False
+    kind: str = Field(default="first", max_length=16, sa_column_kwargs={"server_default": "first"})
+    """Why it was made: first, retry, fallback, hedge or resume."""
