@@ -185,6 +185,8 @@ class Lifecycle:
 
         rates: list[tuple[str, float, float]] = []
         for limit in policy.limits_for(key=principal.key_name, tenant=principal.tenant):
+            if limit.scope == "run":  # held by the tree that the caller names, not by the tenant
+                continue
             scope = f"key:{principal.key_id}" if limit.scope == "key" else f"tenant:{principal.tenant}"
             who = principal.key_name if limit.scope == "key" else principal.tenant
             if limit.rate is not None:

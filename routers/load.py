@@ -11,10 +11,13 @@ from types import MappingProxyType
 from typing import Literal, get_args
 
 from routers.errors import PolicyError, Problem
+from routers.fields import NAME_PATTERN
+from routers.limits import read_limits
 from routers.policy import (
+    DEFAULT_CONNECT_TIMEOUT_MS,
     FREE,
+    Breaker,
     Difficulty,
-    Limit,
     Listing,
     Model,
     Policy,
@@ -24,8 +27,6 @@ from routers.policy import (
 )
 from routers.routes import RoutesReader
 from routers.schema import (
-    NAME_PATTERN,
-    LimitFile,
     ModelFile,
     PolicyFile,
     PriceFile,
@@ -33,6 +34,7 @@ from routers.schema import (
     SignalsFile,
 )
 from routers.shape import NAME_FIX, did_you_mean, validated
+from routers.units import format_duration
 from routers.yaml import Document, Path, concealed, read
 
 PriceLookup = Callable[[Provider, str], Listing | None]
@@ -41,7 +43,6 @@ PriceLookup = Callable[[Provider, str], Listing | None]
 PresetName = Literal["default", "openai"]
 
 _NAME = re.compile(NAME_PATTERN)
-_LIMIT_NAME = re.compile(r"\*\Z|[A-Za-z0-9][A-Za-z0-9._@:/-]{0,127}\Z")
 
 
 def parse(text: str, *, file: str = "policy.yaml", prices: PriceLookup | None = None) -> Policy:
@@ -89,7 +90,7 @@ class _Loader:
         routes = RoutesReader(
             self._document, self._models, self._names("models"), self._difficulty, self._signals_read
         ).read(self._items("routes"))
-        limits = self._read_limits()
+        limits = read_limits(self._document, self._items("limits"))
         content = {
             "providers": {name: asdict(provider) for name, provider in self._providers.items()},
             "models": {name: asdict(model) for name, model in self._models.items()},
@@ -109,7 +110,8 @@ class _Loader:
 
     def _difficulty_key(self) -> tuple[object, ...]:
         assert self._difficulty is not None
-        return self._difficulty.probe, dict(self._difficulty.heads), self._difficulty.timeout_ms
+        of = self._difficulty
+        return of.probe, dict(of.heads), of.timeout_ms, of.encoder
 
     def _top(self) -> None:
         data, known = self._document.data, list(PolicyFile.model_fields)
@@ -160,10 +162,32 @@ class _Loader:
                 self._document.report(path, given, fix)
             elif part.engine and part.api_key:
                 self._document.report((*path, "api_key"), "the local engine asks for no key", "remove it", show=False)
+            elif part.engine and part.connect_timeout:
+                message = "the local engine is in this machine: nothing has to be connected to"
+                self._document.report((*path, "connect_timeout"), message, "remove it")
             else:
-                self._providers[name] = Provider(
-                    name, part.engine, part.base_url, part.api_key, part.timeout, part.retries
-                )
+                self._providers[name] = self._provider(name, part, path)
+
+    def _provider(self, name: str, part: ProviderFile, path: Path) -> Provider:
+        for key in ("connect_timeout", "first_byte_timeout", "idle_timeout"):
+            milliseconds = getattr(part, key)
+            if milliseconds is not None and milliseconds > part.timeout:
+                message = f"longer than `timeout`, {format_duration(part.timeout)}, which ends the attempt first"
+                fix = f"write at most {format_duration(part.timeout)}, or a longer `timeout`"
+                self._document.report((*path, key), message, fix)
+        breaker = part.breaker
+        return Provider(
+            name,
+            part.engine,
+            part.base_url,
+            part.api_key,
+            part.timeout,
+            part.retries,
+            connect_timeout_ms=part.connect_timeout or min(DEFAULT_CONNECT_TIMEOUT_MS, part.timeout),
+            first_byte_timeout_ms=part.first_byte_timeout,
+            idle_timeout_ms=part.idle_timeout,
+            breaker=None if breaker is None else Breaker(breaker.failures, breaker.window, breaker.open),
+        )
 
     def _read_models(self) -> None:
         providers = self._names("providers")
@@ -195,8 +219,9 @@ class _Loader:
                 self._document.report((*path, "max_output"), "longer than the context", fix)
             tools = part.tools if part.tools is not None else not local
             structured = part.structured if part.structured is not None else not local
+            prefix = part.prefix if part.prefix is not None else local
             self._models[name] = Model(
-                name, part.provider, part.model, context, max_output, price, tools, structured, part.logprobs
+                name, part.provider, part.model, context, max_output, price, tools, structured, part.logprobs, prefix
             )
 
     def _read_signals(self) -> None:
@@ -211,35 +236,6 @@ class _Loader:
                 self._document.report(path, "no model of this name", did_you_mean(name, models), show=False)
         heads = MappingProxyType(part.difficulty.heads)
         self._difficulty = Difficulty(part.difficulty.probe, heads, part.difficulty.timeout, part.difficulty.encoder)
-
-    def _read_limits(self) -> list[Limit]:
-        limits: list[Limit] = []
-        seen: dict[tuple[str, ...], int] = {}
-        for index, value in enumerate(self._items("limits")):
-            path: Path = ("limits", index)
-            part = validated(self._document, LimitFile, value, path)
-            if part is None:
-                continue
-            if (part.key is None) == (part.tenant is None):
-                given = "both key and tenant" if part.key else "neither key nor tenant"
-                self._document.report(path, given, "write one of them, with a name or `*`")
-                continue
-            if part.budget is None and part.rate is None:
-                self._document.report(path, "limits nothing", "add `budget: $50/month` or `rate: 600/min`")
-            scope: Literal["key", "tenant"] = "key" if part.key is not None else "tenant"
-            name = part.key or part.tenant or ""
-            if not _LIMIT_NAME.match(name) or concealed(name) != name:
-                fix = "write the name given to the key when it was made, or `*`"
-                self._document.report((*path, scope), "not a name", fix, show=False)
-            marks = [(scope, name, "budget", part.budget.window)] if part.budget else []
-            rates = [(scope, name, "rate", f"{part.rate.per_s}")] if part.rate else []
-            for mark in (*marks, *rates):
-                if mark in seen:
-                    message = f"the same limit as in limits[{seen[mark]}]"
-                    self._document.report((*path, mark[2]), message, "keep one of the two")
-                seen.setdefault(mark, index)
-            limits.append(Limit(scope, name, part.budget, part.rate))
-        return limits
 
     def _names(self, section: str) -> list[str]:
         """The entries of a section, whether they loaded or not: a broken model is not also an unknown one."""
@@ -270,5 +266,9 @@ def _canonical(route: Route) -> dict[str, object]:
         "constraints": asdict(route.constraints),
         "otherwise": route.otherwise,
         "on_failure": route.on_failure,
+        "on_cause": dict(route.on_cause),
         "cache_ttl_ms": route.cache_ttl_ms,
+        "deadline_ms": route.deadline_ms,
+        "hedge": route.hedge and asdict(route.hedge),
+        "on_stream_failure": route.on_stream_failure,
     }

@@ -1,7 +1,7 @@
 """A loaded policy: frozen, checked, and ready for the hot path. `routers.load` makes it from a file."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from routers.types import Query
@@ -17,6 +17,7 @@ Degrade = Literal["cheaper", "local"]
 LimitScope = Literal["key", "team", "tenant", "run"]
 
 DEFAULT_CACHE_TTL_MS = 3_600_000
+DEFAULT_CONNECT_TIMEOUT_MS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class Provider:
     timeout_ms: int
     """The whole of one attempt, to the last byte."""
     retries: int
-    connect_timeout_ms: int = 10_000
+    connect_timeout_ms: int = DEFAULT_CONNECT_TIMEOUT_MS
     first_byte_timeout_ms: int | None = None
     """From dispatch to the first byte of the answer; None: `timeout_ms` alone bounds it."""
     idle_timeout_ms: int | None = None
@@ -99,6 +100,8 @@ class Model:
     structured: bool
     """Can hold its answer to a JSON schema."""
     logprobs: bool
+    prefix: bool = False
+    """Goes on from the start of an answer, given as the last message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +173,7 @@ class Route:
     heads: Mapping[str, str]
     """Candidate → probe head, where this route needs p_success to decide; else empty."""
     on_cause: Mapping[FailureCause, tuple[str, ...]] = field(default_factory=dict)
-    """Fallbacks for one cause, in place of `on_failure`."""
+    """Fallbacks for one cause, in place of `on_failure`; empty: none."""
     deadline_ms: int | None = None
     """From admission to the end of the answer, all attempts and waits included; None: the attempts' own bounds."""
     hedge: Hedge | None = None
@@ -228,12 +231,16 @@ class Policy:
     """Names that callers may ask for and that are not models, such as `auto`; in route order."""
     guarded: frozenset[str] = field(init=False)
     """Models that a route names in its `when`: they are reached through a matching route, or not at all."""
+    _limits: Mapping[tuple[LimitScope, str], tuple[Limit, ...]] = field(init=False, repr=False, compare=False)
+    """What holds for each name that has limits of its own, and for `*`, any other."""
 
     def __post_init__(self) -> None:
         asked = [name for route in self.routes for name in sorted(route.when.models) if name not in self.models]
         object.__setattr__(self, "aliases", tuple(dict.fromkeys(asked)))
         guarded = frozenset(name for route in self.routes for name in route.when.models if name in self.models)
         object.__setattr__(self, "guarded", guarded)
+        named = dict.fromkeys((limit.scope, limit.name) for limit in self.limits)
+        object.__setattr__(self, "_limits", {(s, n): _limits_of(self.limits, s, n) for s, n in named})
 
     def route_for(self, query: Query) -> Route | None:
         """The first route whose conditions hold.
@@ -265,18 +272,37 @@ class Policy:
         route = self.route_for(query)
         return route.cache_ttl_ms if route is not None else DEFAULT_CACHE_TTL_MS
 
-    def limits_for(self, *, key: str, tenant: str) -> tuple[Limit, ...]:
-        """The limits that hold for a caller. Budgets given for a name replace those of `*`, and so do rates."""
-        found: list[Limit] = []
-        for scope, name in (("key", key), ("tenant", tenant)):
-            general = [limit for limit in self.limits if limit.scope == scope and limit.name == "*"]
-            own = [limit for limit in self.limits if limit.scope == scope and limit.name == name != "*"]
-            own_budget = any(limit.budget for limit in own)
-            own_rate = any(limit.rate for limit in own)
-            for limit in general:
-                budget = None if own_budget else limit.budget
-                rate = None if own_rate else limit.rate
-                if budget or rate:
-                    found.append(Limit(limit.scope, limit.name, budget, rate))
-            found += own
-        return tuple(found)
+    def limits_for(self, *, key: str, tenant: str, team: str | None = None) -> tuple[Limit, ...]:
+        """The limits that hold for a caller, by scope: key, team, tenant, and each of its agent runs (`run`).
+
+        What is given for a name replaces what is given for `*`, each kind by itself: budgets (with their thresholds),
+        rates of requests, rates of tokens, concurrency.
+        """
+        if not self._limits:
+            return ()
+        get = self._limits.get
+        of_key = get(("key", key)) or get(("key", "*"), ())
+        of_team = (get(("team", team)) or get(("team", "*"), ())) if team is not None else ()
+        of_tenant = get(("tenant", tenant)) or get(("tenant", "*"), ())
+        return of_key + of_team + of_tenant + get(("run", "*"), ())
+
+
+def _limits_of(limits: tuple[Limit, ...], scope: LimitScope, name: str) -> tuple[Limit, ...]:
+    own = [limit for limit in limits if limit.scope == scope and limit.name == name]
+    if name == "*":
+        return tuple(own)
+    found: list[Limit] = []
+    for limit in limits:
+        if limit.scope != scope or limit.name != "*":
+            continue
+        if any(mine.budget for mine in own):
+            limit = replace(limit, budget=None, at=())
+        if any(mine.rate for mine in own):
+            limit = replace(limit, rate=None)
+        if any(mine.tokens for mine in own):
+            limit = replace(limit, tokens=None)
+        if any(mine.concurrency for mine in own):
+            limit = replace(limit, concurrency=None)
+        if limit.budget or limit.rate or limit.tokens or limit.concurrency:
+            found.append(limit)
+    return (*found, *own)

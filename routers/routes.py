@@ -4,11 +4,24 @@ import re
 from collections.abc import Mapping
 from itertools import product
 from types import MappingProxyType
+from typing import get_args
 
-from routers.policy import DEFAULT_CACHE_TTL_MS, Constraints, Difficulty, Model, Route, When
-from routers.schema import RouteFile, WhenFile
+from routers.policy import (
+    DEFAULT_CACHE_TTL_MS,
+    Constraints,
+    Difficulty,
+    FailureCause,
+    Hedge,
+    Model,
+    Route,
+    When,
+)
+from routers.schema import OnFailureFile, RouteFile, WhenFile
 from routers.shape import did_you_mean, validated
+from routers.units import format_duration
 from routers.yaml import Document, Path, concealed
+
+_CAUSES: tuple[FailureCause, ...] = get_args(FailureCause)
 
 
 class RoutesReader:
@@ -33,8 +46,8 @@ class RoutesReader:
         names: dict[str, int] = {}
         for index, value in enumerate(items):
             path: Path = ("routes", index)
-            for key in ("use", "candidates", "on_failure"):
-                self._check_models((*path, key))
+            for key in (("use",), ("candidates",), ("on_failure",), *(("on_failure", cause) for cause in _CAUSES)):
+                self._check_models((*path, *key))
             part = validated(self._document, RouteFile, value, path)
             if part is None:
                 continue
@@ -70,6 +83,7 @@ class RoutesReader:
         self._check_signals(part, path)
         self._check_cost(part, path)
         self._check_named(part, path)
+        self._check_attempts(part, path)
 
     def _check_models(self, path: Path) -> None:
         """On the list as written, so that another mistake in the route does not hide these."""
@@ -124,6 +138,21 @@ class RoutesReader:
                 fix = f"choose another alias, or write a route for this model alone with `use: [{name}]` first"
                 self._document.report(at, message, fix)
 
+    def _check_attempts(self, part: RouteFile, path: Path) -> None:
+        if part.on_failure is not None and not part.on_failure.model_fields_set:
+            fix = "write a list, or lists by cause: error, rate_limit, context_length, content_filter"
+            self._document.report((*path, "on_failure"), "empty", fix)
+        if part.hedge and part.deadline and part.hedge.after >= part.deadline:
+            message = f"never happens: the deadline of {format_duration(part.deadline)} comes first"
+            self._document.report((*path, "hedge", "after"), message, "write a shorter time, or a longer deadline")
+        if part.on_stream_failure == "resume":
+            names = [*(part.use or part.candidates or ()), *((part.on_failure and part.on_failure.error) or ())]
+            known = [self._models[name] for name in names if name in self._models]
+            if len(known) == len(names) and not any(model.prefix for model in known):
+                message = "no model of this route goes on from the start of an answer"
+                fix = "add one to `on_failure`, such as a local model, or say `prefix: true` of a model that can"
+                self._document.report((*path, "on_stream_failure"), message, fix)
+
     def _covered_by(self, when: When, routes: list[Route]) -> str | None:
         """The names of the earlier routes that together take every query this condition can take, if they do."""
         takers: dict[str, None] = {}
@@ -152,6 +181,12 @@ class RoutesReader:
         otherwise = part.otherwise or "best"
         asks = objective == "best" or constraints.ask_p_success
         heads = self._difficulty.heads if self._difficulty and asks else {}
+        failures = part.on_failure or OnFailureFile()
+        on_failure = tuple(failures.error or ())
+        by_cause = {cause: getattr(failures, cause) for cause in _CAUSES if cause != "error"}
+        on_cause: dict[FailureCause, tuple[str, ...]] = {
+            cause: tuple(names) for cause, names in by_cause.items() if names is not None
+        }
         return Route(
             name=part.name,
             when=when,
@@ -160,7 +195,11 @@ class RoutesReader:
             objective=objective,
             constraints=constraints,
             otherwise=otherwise,
-            on_failure=tuple(part.on_failure or ()),
+            on_failure=on_failure,
+            on_cause=MappingProxyType(on_cause),
+            deadline_ms=part.deadline,
+            hedge=Hedge(part.hedge.after, part.hedge.max_extra) if part.hedge is not None else None,
+            on_stream_failure=part.on_stream_failure,
             cache_ttl_ms=DEFAULT_CACHE_TTL_MS if part.cache is None else part.cache.ttl or None,
             heads=MappingProxyType({name: heads[name] for name in candidates if name in heads}),
         )

@@ -1,99 +1,34 @@
 """The shape of a policy file, version 1, and its JSON Schema. What the parts mean together is checked in `load`."""
 
-import re
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from routers import units
-from routers.policy import Objective, Otherwise
+from routers.fields import (
+    AtLeast,
+    AtMost,
+    BaseUrl,
+    BudgetText,
+    CostAtMost,
+    Duration,
+    Name,
+    NameOrNames,
+    Names,
+    RateText,
+    SecretName,
+    Share,
+    Text,
+    TokenPrice,
+    TokenRateText,
+    Tokens,
+    WholePercent,
+)
+from routers.policy import Degrade, Objective, OnStreamFailure, Otherwise
 from routers.units import UnitError
-
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}$"
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise UnitError("not text", "write it as text, in quotes if it looks like a number")
-    return value
-
-
-def _token_price(value: object) -> int:
-    if not isinstance(value, str):
-        raise UnitError("a price without its unit", "write dollars per million tokens, such as $0.25/Mtok")
-    return units.parse_token_price(value)
-
-
-def _duration(value: object) -> int:
-    if not isinstance(value, str):
-        raise UnitError("a duration without its unit", "write a number and ms, s, min, h or d, such as 250ms or 1h")
-    milliseconds = units.parse_duration_ms(value)
-    if milliseconds == 0:
-        raise UnitError("a duration of zero", "write a longer one, such as 250ms or 1h")
-    return milliseconds
-
-
-def _budget(value: object) -> units.Budget:
-    if not isinstance(value, str):
-        raise UnitError("a budget without its unit", "write dollars per window, such as $50/month")
-    return units.parse_budget(value)
-
-
-def _rate(value: object) -> units.Rate:
-    if not isinstance(value, str):
-        raise UnitError("a rate without its unit", "write requests per s, min or h, such as 600/min")
-    return units.parse_rate(value)
-
-
-def _bound(value: object, sign: str, example: str) -> str:
-    text = _text(value) if isinstance(value, str) else ""
-    if not text.startswith(sign):
-        raise UnitError("not a bound", f'write it with its sign and in quotes, such as "{sign} {example}"')
-    return text.removeprefix(sign).strip()
-
-
-def _probability(value: object, sign: str, example: str) -> float:
-    text = _bound(value, sign, example)
-    if not re.match(r"[0-9]{1,3}(\.[0-9]{1,9})?\Z", text):
-        raise UnitError("not a probability", f'write a number between 0 and 1, such as "{sign} {example}"')
-    number = float(text)
-    if number > 1:
-        raise UnitError(
-            "no probability is above 1: nothing can satisfy this" if sign == ">=" else "above 1: always satisfied",
-            f'write a number between 0 and 1, such as "{sign} {example}"',
-        )
-    return number
-
-
-def _base_url(value: object) -> str:
-    text = _text(value)
-    fix = "write the server's address, such as https://api.openai.com/v1"
-    try:
-        parts = urlsplit(text)
-        host, _ = parts.hostname, parts.port
-    except ValueError:
-        raise UnitError("not an address", fix) from None
-    if parts.scheme not in ("http", "https") or not host or re.search(r"[\s\x00-\x1f]", text):
-        raise UnitError("not an http or https address with a host", fix)
-    if "@" in parts.netloc:
-        raise UnitError("an address must not carry a user or a password", "give the key in `api_key: env:NAME`")
-    if parts.query or parts.fragment or "?" in text or "#" in text:
-        raise UnitError("an address must not carry a query or a fragment", "end the address at its path, such as /v1")
-    return text.rstrip("/")
-
-
-def _secret_name(value: object) -> str:
-    if not isinstance(value, str) or not re.match(r"env:[A-Za-z_][A-Za-z0-9_]{0,127}\Z", value):
-        raise UnitError(
-            "not the name of an environment variable; a policy never holds the key itself",
-            "put the key in the environment and write its name, such as env:OPENAI_API_KEY",
-        )
-    return value.removeprefix("env:")
 
 
 def _free(value: object) -> object:
@@ -104,42 +39,27 @@ def _free(value: object) -> object:
     return value
 
 
-def _one_or_many(value: object) -> object:
-    return [value] if isinstance(value, str) else value
-
-
 def _off(value: object) -> object:
     return CacheFile.model_construct(ttl=0) if value == "off" else value
 
 
-def _schema(pattern: str, example: str) -> WithJsonSchema:
-    return WithJsonSchema({"type": "string", "pattern": pattern, "examples": [example]})
+def _off_is_none(value: object) -> object:
+    return None if value == "off" else value
 
 
-Text = Annotated[str, Field(min_length=1, max_length=256)]
-TokenPrice = Annotated[int, BeforeValidator(_token_price), _schema(units.TOKEN_PRICE_PATTERN, "$0.25/Mtok")]
-Duration = Annotated[int, BeforeValidator(_duration), _schema(units.DURATION_PATTERN, "60s")]
-BudgetText = Annotated[units.Budget, BeforeValidator(_budget), _schema(units.BUDGET_PATTERN, "$50/month")]
-RateText = Annotated[units.Rate, BeforeValidator(_rate), _schema(units.RATE_PATTERN, "600/min")]
-AtLeast = Annotated[
-    float, BeforeValidator(lambda v: _probability(v, ">=", "0.90")), _schema(r"^>= *(0(\.\d+)?|1(\.0+)?)$", ">= 0.90")
-]
-AtMost = Annotated[
-    float, BeforeValidator(lambda v: _probability(v, "<=", "0.10")), _schema(r"^<= *(0(\.\d+)?|1(\.0+)?)$", "<= 0.10")
-]
-CostAtMost = Annotated[
-    int,
-    BeforeValidator(lambda v: units.parse_money(_bound(v, "<=", "$0.01"))),
-    _schema(r"^<= *\$\d{1,9}(\.\d{1,9})?$", "<= $0.01"),
-]
-BaseUrl = Annotated[str, BeforeValidator(_base_url), _schema(r"^https?://[^@?#\s]+$", "https://api.openai.com/v1")]
-SecretName = Annotated[
-    str, BeforeValidator(_secret_name), _schema(r"^env:[A-Za-z_][A-Za-z0-9_]*$", "env:OPENAI_API_KEY")
-]
-Name = Annotated[str, Field(pattern=NAME_PATTERN)]
-Tokens = Annotated[int, Field(ge=1, le=100_000_000)]
-Names = Annotated[list[Text], Field(min_length=1)]
-NameOrNames = Annotated[Names, BeforeValidator(_one_or_many, json_schema_input_type=Text | Names)]
+def _for_error(value: object) -> object:
+    return {"error": value} if isinstance(value, list) else value
+
+
+class BreakerFile(_Strict):
+    """When a target that keeps failing is left alone."""
+
+    failures: Annotated[int, Field(ge=1, le=1000)] = 5
+    """So many attempts in a row failed, ..."""
+    window: Duration = 30_000
+    """... within this time."""
+    open: Duration = 15_000
+    """Left alone for so long, then tried again by one request at a time."""
 
 
 class ProviderFile(_Strict):
@@ -153,8 +73,18 @@ class ProviderFile(_Strict):
     """The name of the environment variable that holds the key. Leave it out for a server without keys."""
     timeout: Duration = 60_000
     """How long one attempt may take."""
+    connect_timeout: Duration | None = None
+    """How long a connection may take to stand. At most `timeout`. Default: 10s, or `timeout` if that is shorter."""
+    first_byte_timeout: Duration | None = None
+    """From sending a request to the first byte of its answer. At most `timeout`. Default: as `timeout`."""
+    idle_timeout: Duration | None = None
+    """The longest silence within an answer. At most `timeout`. Default: as `timeout`."""
     retries: Annotated[int, Field(ge=0, le=10)] = 2
     """Further attempts after a failure that may pass."""
+    breaker: Annotated[
+        BreakerFile | None, BeforeValidator(_off_is_none, json_schema_input_type=Literal["off"] | BreakerFile)
+    ] = BreakerFile()
+    """`off`, or when to leave a failing target alone. Default: after 5 failures in 30s, for 15s."""
 
 
 class PriceFile(_Strict):
@@ -190,6 +120,9 @@ class ModelFile(_Strict):
     """Whether it can hold an answer to a JSON schema. Default: yes, and no on the local engine."""
     logprobs: bool = True
     """Whether it can return log probabilities."""
+    prefix: bool | None = None
+    """Whether it goes on from the start of an answer, given as the last message. Default: no, and yes on the local
+    engine."""
 
 
 class DifficultyFile(_Strict):
@@ -236,6 +169,28 @@ class CacheFile(_Strict):
     ttl: Duration  # never zero in a file: zero is how `cache: off` is held
 
 
+class OnFailureFile(_Strict):
+    """Fallbacks by the cause of a failure. An empty list: none, the failure is the answer."""
+
+    error: Names | None = None
+    """Errors, timeouts, lost connections, and every cause that has no list of its own."""
+    rate_limit: list[Text] | None = None
+    """The provider allows no more for now."""
+    context_length: list[Text] | None = None
+    """The prompt is too long for the model. Only models with a longer context are tried."""
+    content_filter: list[Text] | None = None
+    """The provider refuses the content."""
+
+
+class HedgeFile(_Strict):
+    """A second attempt beside a first that is slow to begin, at the next fallback; whichever begins first answers."""
+
+    after: Duration
+    """How long the first byte may take before the second attempt goes out."""
+    max_extra: Share = 0.05
+    """At most this share of the route's requests. Default: 5%."""
+
+
 class RouteFile(_Strict):
     """A condition and what follows from it. The first route whose condition holds decides."""
 
@@ -251,20 +206,41 @@ class RouteFile(_Strict):
     subject_to: ConstraintsFile | None = None
     otherwise: Otherwise | None = None
     """What to choose when no candidate satisfies `subject_to`. Default: best. The bound on cost still goes first."""
-    on_failure: Names | None = None
-    """What to try, in order, when the chosen model fails before its first word, or when none can run."""
+    on_failure: (
+        Annotated[OnFailureFile, BeforeValidator(_for_error, json_schema_input_type=Names | OnFailureFile)] | None
+    ) = None
+    """What to try, in order, when the chosen model fails before its first word, or when none can run. One list for all
+    causes, or a list by cause."""
+    on_stream_failure: OnStreamFailure = "error"
+    """When an answer breaks after its first word: end it with an error, or let another model go on from there."""
+    deadline: Duration | None = None
+    """From admission to the end of the answer, all attempts and waits included. Default: none."""
+    hedge: HedgeFile | None = None
     cache: Annotated[CacheFile, BeforeValidator(_off, json_schema_input_type=Literal["off"] | CacheFile)] | None = None
     """`off`, or how long. Default: one hour."""
 
 
 class LimitFile(_Strict):
-    """What one key, or one tenant, may use. `*` means each of them by itself."""
+    """What one key, team or tenant, or each agent run, may use. `*` means each of them by itself."""
 
     key: Text | None = None
     """The name of a key, never the key."""
+    team: Text | None = None
     tenant: Text | None = None
+    run: Literal["*"] | None = None
+    """Each agent run by itself, its sub-agents included."""
     budget: BudgetText | None = None
+    at: (
+        Annotated[dict[WholePercent, Degrade], Field(min_length=1, json_schema_extra={"additionalProperties": False})]
+        | None
+    ) = None
+    """From this share of the budget on: `cheaper`, the cheapest candidate; `local`, only models that cost nothing."""
     rate: RateText | None = None
+    """Requests."""
+    tokens: TokenRateText | None = None
+    """Tokens, prompt and answer together."""
+    concurrency: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """Requests under way at a time."""
 
 
 class PolicyFile(_Strict):

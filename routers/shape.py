@@ -30,7 +30,7 @@ def validated(document: Document, kind: type[_Part], value: object, path: Path) 
 
 
 def _report(document: Document, kind: type[BaseModel], base: Path, detail: ErrorDetails) -> None:
-    path = (*base, *detail["loc"])
+    path = _as_written(document, base, detail["loc"])
     if path in document.lines and document.at(path) is None:  # an empty value, reported by the reader
         return
     show = not (_HIDDEN & {str(step) for step in path})
@@ -51,6 +51,17 @@ def _report(document: Document, kind: type[BaseModel], base: Path, detail: Error
         case type_name:
             message, fix = _PROBLEMS.get(type_name, ("not valid", "see the schema of a policy"))
             document.report(path, message.format(**context), fix.format(**context), show=show)
+
+
+def _as_written(document: Document, base: Path, location: Path) -> Path:
+    """Where the file has what pydantic found: without its mark for a key, and without the name that a list gets where
+    it stands in place of a mapping."""
+    path = base
+    for step in location:
+        if step == "[key]" or (isinstance(step, str) and isinstance(document.at(path), list)):
+            continue
+        path = (*path, step)
+    return path
 
 
 _PROBLEMS = {

@@ -12,12 +12,14 @@ TOKEN_PRICE_PATTERN = rf"^{_AMOUNT}/Mtok$".replace("?P<amount>", "?:")
 DURATION_PATTERN = r"^\d{1,9}(?:\.\d{1,3})?(?:ms|s|min|h|d)$"
 BUDGET_PATTERN = rf"^{_AMOUNT}/(?:{'|'.join(get_args(Window))})$".replace("?P<amount>", "?:")
 RATE_PATTERN = r"^[1-9]\d{0,8}/(?:s|min|h)$"
+PERCENT_PATTERN = r"^(?:\d{1,2}(?:\.\d{1,2})?|100)%$"
 
 _MONEY = re.compile(rf"{_AMOUNT}\Z", re.ASCII)
 _TOKEN_PRICE = re.compile(rf"{_AMOUNT}/Mtok\Z", re.ASCII)
 _DURATION = re.compile(r"(?P<count>\d{1,9}(?:\.\d{1,3})?)(?P<unit>ms|s|min|h|d)\Z", re.ASCII)
 _BUDGET = re.compile(rf"{_AMOUNT}/(?P<window>{'|'.join(get_args(Window))})\Z", re.ASCII)
 _RATE = re.compile(r"(?P<count>\d{1,9})/(?P<unit>s|min|h)\Z", re.ASCII)
+_PERCENT = re.compile(r"(?P<count>\d{1,3}(?:\.\d{1,2})?)%\Z", re.ASCII)
 
 _UNIT_MS = {"ms": 1, "s": 1_000, "min": 60_000, "h": 3_600_000, "d": 86_400_000}
 _UNIT_S = {"s": 1, "min": 60, "h": 3_600}
@@ -41,7 +43,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """A number of requests per span of seconds."""
+    """A number of requests, or of tokens, per span of seconds."""
 
     count: int
     per_s: int
@@ -84,14 +86,26 @@ def parse_budget(text: str) -> Budget:
     return Budget(_nanousd(match["amount"]), window)
 
 
-def parse_rate(text: str) -> Rate:
+def parse_rate(text: str, *, of: Literal["requests", "tokens"] = "requests") -> Rate:
     """`600/min`. Raises UnitError, also for a rate of zero."""
     match = _RATE.match(text)
     if match is None:
-        raise UnitError("not a rate", "write requests per s, min or h, such as 600/min")
+        example = "600/min" if of == "requests" else "100000/min"
+        raise UnitError("not a rate", f"write {of} per s, min or h, such as {example}")
     if int(match["count"]) == 0:
         raise UnitError("a rate of zero admits nobody", "write at least 1, or revoke the key")
     return Rate(int(match["count"]), _UNIT_S[match["unit"]])
+
+
+def parse_percent(text: str) -> float:
+    """`5%` or `0.25%`, above 0 and up to 100, as a number of percent. Raises UnitError."""
+    match = _PERCENT.match(text)
+    if match is None:
+        raise UnitError("not a percentage", "write a number and its sign, such as 5%")
+    percent = float(match["count"])
+    if not 0 < percent <= 100:
+        raise UnitError("not between 0% and 100%", "write more than 0% and at most 100%, such as 5%")
+    return percent
 
 
 def format_money(nanousd: int) -> str:
@@ -100,6 +114,12 @@ def format_money(nanousd: int) -> str:
     dollars, rest = divmod(abs(nanousd), 1_000_000_000)
     cents = f"{rest:09d}".rstrip("0")
     return f"{sign}${dollars}.{cents}" if cents else f"{sign}${dollars}"
+
+
+def format_duration(milliseconds: int) -> str:
+    """`90s`, `1500ms`, `2h`: exact, in the largest unit that holds it whole."""
+    unit = next(unit for unit in reversed(_UNIT_MS) if milliseconds % _UNIT_MS[unit] == 0)
+    return f"{milliseconds // _UNIT_MS[unit]}{unit}"
 
 
 def _nanousd(amount: str) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from routers.errors import PolicyError, Problem
 from routers.load import load, parse, preset
-from routers.policy import Listing, Policy, Price, Provider
+from routers.policy import Breaker, Hedge, Listing, Policy, Price, Provider, Route, Threshold
 from routers.schema import policy_schema
 from routers.types import Query
 from routers.units import Budget, Rate
@@ -55,6 +56,11 @@ def changed(old: str, new: str) -> str:
 
 def case(old: str, new: str, line: int, field: str, message: str, fix: str) -> object:
     return pytest.param(changed(old, new), line, field, message, fix, id=f"{field or 'file'}: {message}")
+
+
+def on_route(lines: str, field: str, message: str, fix: str) -> object:
+    """A problem on the last of these lines, which follow `use` in the first route."""
+    return case("use: [local]", f"use: [local]\n    {lines}", 15 + lines.count("\n"), field, message, fix)
 
 
 LOCAL = "local:  {provider: home, model: bundled/base, context: 1024}"
@@ -102,6 +108,17 @@ CASES = [
     case("providers:", "providers: {}\nx:", 2, "providers", "empty", "one named entry per line"),
     case("providers:", "providers: []\nx:", 2, "providers", "not a mapping", "one named entry per line"),
     case("limits:", "limits: 7\nx:", 19, "limits", "not a list", "dash"),
+    case(
+        ENV, f"{ENV}, connect_timeout: 61s", 4, "providers.openai.connect_timeout", "longer than `timeout`", "most 1min"
+    ),
+    case(ENV, f"{ENV}, first_byte_timeout: 2min", 4, "providers.openai.first_byte_timeout", "longer", "a longer `time"),
+    case(ENV, f"{ENV}, timeout: 5s, idle_timeout: 6s", 4, "providers.openai.idle_timeout", "longer", "at most 5s"),
+    case(
+        "embedded}", "embedded, connect_timeout: 1s}", 3, "providers.home.connect_timeout", "in this machine", "remove"
+    ),
+    case(ENV, f"{ENV}, breaker: on", 4, "providers.openai.breaker", "not a mapping", "key: value"),
+    case(ENV, f"{ENV}, breaker: {{failures: 0}}", 4, "providers.openai.breaker.failures", "too small", "1 or more"),
+    case(ENV, f"{ENV}, breaker: {{opens: 1s}}", 4, "providers.openai.breaker.opens", "unknown key", "mean `open`"),
     # models
     case("{provider: home,", "{provider: hom,", 6, "models.local.provider", "no provider", "did you mean `home`?"),
     case("{provider: home, ", "{", 6, "models.local.provider", "missing", "add `provider:`"),
@@ -161,14 +178,48 @@ CASES = [
     case("{model: auto}", "{model: auto, hour: 9}", 16, "routes[1].when.hour", "unknown key", "tag, model, tenant"),
     case("use: [local]", "use: [local]\n    cache: on", 15, "routes[0].cache", "not a mapping", "key: value"),
     case("use: [local]", "use: [local]\n    cache: {ttl: 0s}", 15, "routes[0].cache.ttl", "zero", "longer"),
+    on_route("on_failure: [wek]", "routes[0].on_failure[0]", "no model of this name", "did you mean `weak`?"),
+    on_route("on_failure: [7]", "routes[0].on_failure[0]", "not text", "in quotes"),
+    on_route("on_failure: []", "routes[0].on_failure", "empty", "at least one"),
+    on_route("on_failure: {}", "routes[0].on_failure", "empty", "lists by cause"),
+    on_route("on_failure: weak", "routes[0].on_failure", "not a mapping", "key: value"),
+    on_route("on_failure: {error: []}", "routes[0].on_failure.error", "empty", "at least one"),
+    on_route("on_failure: {rate_limit: [wek]}", "routes[0].on_failure.rate_limit[0]", "no model", "mean `weak`?"),
+    on_route("on_failure: {timeout: [weak]}", "routes[0].on_failure.timeout", "unknown key", "error, rate_limit"),
+    on_route("deadline: 30", "routes[0].deadline", "without its unit", "250ms"),
+    on_route("hedge: {max_extra: 5%}", "routes[0].hedge.after", "missing", "add `after:`"),
+    on_route("hedge: {after: 1s, max_extra: 5}", "routes[0].hedge.max_extra", "a share without its unit", "5%"),
+    on_route("hedge: {after: 1s, max_extra: 0%}", "routes[0].hedge.max_extra", "not between", "at most 100%"),
+    on_route("hedge: {after: 1s, max_extra: 101%}", "routes[0].hedge.max_extra", "not between", "at most 100%"),
+    on_route("hedge: {after: 1s, max_extra: '5'}", "routes[0].hedge.max_extra", "not a percentage", "5%"),
+    on_route(
+        "deadline: 1s\n    hedge: {after: 1s}", "routes[0].hedge.after", "the deadline of 1s comes first", "shorter"
+    ),
+    on_route("on_stream_failure: again", "routes[0].on_stream_failure", "not one of the choices", "error, resume"),
     # limits
     case('key: "*"', 'key: "*", tenant: a', 20, "limits[0]", "both key and tenant", "one of them"),
-    case('key: "*", ', "", 20, "limits[0]", "neither key nor tenant", "one of them"),
+    case('key: "*", ', "", 20, "limits[0]", "neither key nor team", "one of them"),
     case(", budget: $50/month, rate: 600/min", "", 20, "limits[0]", "limits nothing", "add `budget"),
     case("$50/month", "$50/year", 20, "limits[0].budget", "not a budget", "month"),
     case("600/min", "0/min", 20, "limits[0].rate", "admits nobody", "at least 1"),
     case("600/min", "600", 20, "limits[0].rate", "without its unit", "600/min"),
     case(LIMIT, f"{LIMIT}\n  - {LIMIT}", 21, "limits[1].budget", "the same limit as in limits[0]", "keep one"),
+    case('key: "*"', 'run: "a"', 20, "limits[0].run", "not one of the choices", "write one of: *"),
+    case('key: "*"', 'team: "a b"', 20, "limits[0].team", "not a name", "the name of the team"),
+    case('key: "*"', "team: a, tenant: b", 20, "limits[0]", "both team and tenant", "one of them"),
+    case("600/min", "600/min, tokens: 9", 20, "limits[0].tokens", "without its unit", "tokens per s"),
+    case("600/min", "600/min, tokens: x/min", 20, "limits[0].tokens", "not a rate", "100000/min"),
+    case("600/min", "600/min, concurrency: 0", 20, "limits[0].concurrency", "too small", "1 or more"),
+    case("budget: $50/month", "at: {80%: cheaper}", 20, "limits[0].at", "a share of no budget", "add `budget"),
+    case("600/min", "600/min, at: {}", 20, "limits[0].at", "empty", "at least one"),
+    case("600/min", "600/min, at: {80: local}", 20, "limits[0].at.80", "not a percentage", "5%"),
+    case("600/min", "600/min, at: {0%: local}", 20, "limits[0].at.0%", "not between", "at most 100%"),
+    case("600/min", "600/min, at: {7.5%: local}", 20, "limits[0].at.7.5%", "not a whole percentage", "80%"),
+    case("600/min", "600/min, at: {80%: lokal}", 20, "limits[0].at.80%", "not one of", "did you mean `local`?"),
+    case("600/min", "600/min, at: {100%: cheaper}", 20, "limits[0].at.100%", "nothing is left", "100%: local"),
+    case("600/min", "600/min, at: {9%: local, 80%: cheaper}", 20, "limits[0].at.80%", "`local` holds from 9%", "first"),
+    case("600/min", "600/min, at: {80%: local, 90%: local}", 20, "limits[0].at.90%", "changes nothing", "remove it"),
+    case(LIMIT, '{key: "*", tokens: 1/s}\n  - {key: "*", tokens: 2/s}', 21, "limits[1].tokens", "the same", "keep one"),
     case('key: "*"', 'key: "a b"', 20, "limits[0].key", "not a name", "the name given to the key"),
 ]
 
@@ -338,6 +389,34 @@ def test_the_version_is_of_the_content() -> None:
     assert parse(changed("default,", "other,")).version_hash != version
 
 
+def test_the_version_covers_every_field() -> None:
+    additions = [
+        (ENV, ", connect_timeout: 1s"),
+        (ENV, ", first_byte_timeout: 1s"),
+        (ENV, ", idle_timeout: 1s"),
+        (ENV, ", breaker: off"),
+        (ENV, ", breaker: {failures: 6}"),
+        (ENV, ", breaker: {window: 1s}"),
+        (ENV, ", breaker: {open: 1s}"),
+        ("model: gpt-5-mini", ", prefix: true"),
+        ("probe: default", ", encoder: ./mine"),
+        (PRIVATE, "\n    on_failure: [weak]"),
+        (PRIVATE, "\n    on_failure: {rate_limit: [weak]}"),
+        (PRIVATE, "\n    on_failure: {rate_limit: []}"),
+        (PRIVATE, "\n    deadline: 1s"),
+        (PRIVATE, "\n    hedge: {after: 1s}"),
+        (PRIVATE, "\n    hedge: {after: 1s, max_extra: 6%}"),
+        (PRIVATE, "\n    on_stream_failure: resume"),
+        ("600/min", ", tokens: 1/s"),
+        ("600/min", ", concurrency: 1"),
+        ("600/min", ", at: {80%: cheaper}"),
+        ("600/min", ", at: {80%: local}"),
+        ("600/min", ", at: {81%: local}"),
+    ]
+    texts = [BASE, *(changed(old, old + more) for old, more in additions)]
+    assert len({parse(text).version_hash for text in texts}) == len(texts)
+
+
 def test_words_of_yaml_1_1_are_words() -> None:
     policy = parse(changed("tag: private", "tag: [off, no, 12:30]"))
     assert policy.routes[0].when.tags == {"off", "no", "12:30"}
@@ -351,6 +430,114 @@ def test_caching_by_route() -> None:
     assert policy.cache_ttl_ms_for(Query("auto", "t", 1, None, tags=frozenset({"private"}))) is None
     assert policy.cache_ttl_ms_for(Query("auto", "t", 1, None)) == 2 * 86_400_000
     assert policy.cache_ttl_ms_for(Query("weak", "t", 1, None)) == 3_600_000
+
+
+def test_timeouts_and_the_breaker() -> None:
+    home, openai = parse(BASE).providers.values()
+    assert (openai.connect_timeout_ms, openai.first_byte_timeout_ms, openai.idle_timeout_ms) == (10_000, None, None)
+    assert home.breaker == openai.breaker == Breaker(5, 30_000, 15_000)
+    short = parse(changed(ENV, f"{ENV}, timeout: 5s, breaker: off")).providers["openai"]
+    assert (short.connect_timeout_ms, short.breaker) == (5_000, None)
+    lines = "connect_timeout: 2s, first_byte_timeout: 1min, idle_timeout: 9s, breaker: {failures: 2, open: 1s}"
+    set_all = parse(changed(ENV, f"{ENV}, {lines}")).providers["openai"]
+    assert (set_all.connect_timeout_ms, set_all.first_byte_timeout_ms, set_all.idle_timeout_ms) == (2000, 60000, 9000)
+    assert set_all.breaker == Breaker(2, 30_000, 1_000)
+
+
+def test_fallbacks_by_cause() -> None:
+    def read(lines: str) -> Route:
+        return parse(changed("use: [local]", f"use: [local]\n    {lines}")).routes[0]
+
+    assert (read("on_failure: [weak, strong]").on_failure, read("cache: off").on_cause) == (("weak", "strong"), {})
+    assert read("on_failure: {error: [weak]}") == read("on_failure: [weak]")
+    by_cause = read("on_failure: {error: [weak, strong], rate_limit: [strong], content_filter: []}")
+    assert by_cause.on_failure == ("weak", "strong")
+    assert by_cause.on_cause == {"rate_limit": ("strong",), "content_filter": ()}
+    assert read("on_failure: {context_length: [strong]}").on_failure == ()
+
+
+def test_deadlines_hedges_and_broken_streams() -> None:
+    plain, auto = parse(BASE).routes
+    assert (plain.deadline_ms, plain.hedge, plain.on_stream_failure) == (None, None, "error")
+    lines = "deadline: 30s\n    hedge: {after: 800ms, max_extra: 2.5%}\n    on_stream_failure: resume"
+    route = parse(changed("use: [local]", f"use: [local]\n    {lines}")).routes[0]
+    assert (route.deadline_ms, route.hedge, route.on_stream_failure) == (30_000, Hedge(800, 0.025), "resume")
+    hedged = parse(changed("use: [local]", "use: [local]\n    hedge: {after: 1s}")).routes[0]
+    assert hedged.hedge == Hedge(1000, 0.05)
+    assert auto.hedge is None
+
+
+def test_a_broken_stream_needs_somebody_to_go_on() -> None:
+    resume = changed("[local, weak, strong]", "[weak, strong]\n    on_stream_failure: resume")
+    assert [(p.line, p.field) for p in problems(resume)] == [(18, "routes[1].on_stream_failure")]
+    assert problems(resume.replace("resume", "resume\n    on_failure: {rate_limit: [local]}"))
+    policy = parse(resume.replace("model: gpt-5, ", "model: gpt-5, prefix: true, "))
+    assert [(model.name, model.prefix) for model in policy.models.values()] == [
+        ("local", True),
+        ("weak", False),
+        ("strong", True),
+    ]
+    assert problems(
+        resume.replace("1024}", "1024, prefix: false}").replace("resume", "resume\n    on_failure: [local]")
+    )
+
+
+def test_what_each_limit_holds() -> None:
+    text = BASE + (
+        "  - {team: red, tokens: 100000/min, concurrency: 10}\n"
+        '  - {run: "*", budget: $2/total, at: {95%: local, 80%: cheaper}}\n'
+    )
+    team, run = parse(text).limits[1:]
+    assert (team.scope, team.name, team.tokens, team.concurrency) == ("team", "red", Rate(100_000, 60), 10)
+    assert (run.scope, run.name, run.budget) == ("run", "*", Budget(2_000_000_000, "total"))
+    assert run.at == (Threshold(80, "cheaper"), Threshold(95, "local"))
+    assert parse(BASE.replace("rate: 600/min", "at: {100%: local}")).limits[0].at == (Threshold(100, "local"),)
+
+
+LIMITS = """\
+limits:
+  - {key: "*", budget: $1/day, at: {50%: cheaper}, rate: 1/s}
+  - {key: "*", budget: $2/month, tokens: 2/s, concurrency: 2}
+  - {key: ci, budget: $3/hour}
+  - {key: fast, rate: 4/s, concurrency: 4}
+  - {key: big, tokens: 5/s, concurrency: 5}
+  - {team: "*", rate: 6/s}
+  - {team: red, rate: 7/s}
+  - {tenant: acme, concurrency: 8}
+  - {run: "*", budget: $9/total}
+"""
+
+
+@pytest.mark.parametrize(
+    ("key", "team", "tenant", "expected"),
+    [
+        ("x", None, "t", ["0 budget rate", "1 budget tokens concurrency", "8 budget"]),
+        ("ci", None, "t", ["0 rate", "1 tokens concurrency", "2 budget", "8 budget"]),
+        ("fast", None, "t", ["0 budget", "1 budget tokens", "3 rate concurrency", "8 budget"]),
+        ("big", None, "t", ["0 budget rate", "1 budget", "4 tokens concurrency", "8 budget"]),
+        ("ci", "red", "acme", ["0 rate", "1 tokens concurrency", "2 budget", "6 rate", "7 concurrency", "8 budget"]),
+        ("ci", "blue", "t", ["0 rate", "1 tokens concurrency", "2 budget", "5 rate", "8 budget"]),
+    ],
+)
+def test_own_limits_replace_the_general_ones_kind_by_kind(
+    key: str, team: str | None, tenant: str, expected: list[str]
+) -> None:
+    policy = parse(BASE[: BASE.index("limits:")] + LIMITS)
+    wanted = []
+    for line in expected:
+        index, *kinds = line.split()
+        limit = policy.limits[int(index)]
+        wanted.append(
+            replace(
+                limit,
+                budget=limit.budget if "budget" in kinds else None,
+                at=limit.at if "budget" in kinds else (),
+                rate=limit.rate if "rate" in kinds else None,
+                tokens=limit.tokens if "tokens" in kinds else None,
+                concurrency=limit.concurrency if "concurrency" in kinds else None,
+            )
+        )
+    assert list(policy.limits_for(key=key, team=team, tenant=tenant)) == wanted
 
 
 def test_limits_of_a_name_replace_the_general_ones() -> None:

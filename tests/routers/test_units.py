@@ -81,3 +81,19 @@ def test_what_is_not_a_budget(text: str) -> None:
 def test_what_is_not_a_rate(text: str) -> None:
     with pytest.raises(UnitError):
         units.parse_rate(text)
+
+
+@pytest.mark.parametrize(("text", "percent"), [("5%", 5), ("0.25%", 0.25), ("100%", 100)])
+def test_percentages(text: str, percent: float) -> None:
+    assert units.parse_percent(text) == percent
+
+
+@pytest.mark.parametrize("text", ["5", "%", "0%", "100.01%", "-1%", "1.234%", "5 %", "5%\n"])
+def test_what_is_not_a_percentage(text: str) -> None:
+    with pytest.raises(UnitError):
+        units.parse_percent(text)
+
+
+@given(st.integers(min_value=1, max_value=10**9))
+def test_durations_survive_writing_and_reading(milliseconds: int) -> None:
+    assert units.parse_duration_ms(units.format_duration(milliseconds)) == milliseconds

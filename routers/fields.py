@@ -1,0 +1,147 @@
+"""The values of a policy file, each read exactly as a person writes it, with its pattern for editors."""
+
+import re
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from pydantic import BeforeValidator, Field, WithJsonSchema
+
+from routers import units
+from routers.units import UnitError
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}$"
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise UnitError("not text", "write it as text, in quotes if it looks like a number")
+    return value
+
+
+def _token_price(value: object) -> int:
+    if not isinstance(value, str):
+        raise UnitError("a price without its unit", "write dollars per million tokens, such as $0.25/Mtok")
+    return units.parse_token_price(value)
+
+
+def _duration(value: object) -> int:
+    if not isinstance(value, str):
+        raise UnitError("a duration without its unit", "write a number and ms, s, min, h or d, such as 250ms or 1h")
+    milliseconds = units.parse_duration_ms(value)
+    if milliseconds == 0:
+        raise UnitError("a duration of zero", "write a longer one, such as 250ms or 1h")
+    return milliseconds
+
+
+def _budget(value: object) -> units.Budget:
+    if not isinstance(value, str):
+        raise UnitError("a budget without its unit", "write dollars per window, such as $50/month")
+    return units.parse_budget(value)
+
+
+def _rate(value: object) -> units.Rate:
+    if not isinstance(value, str):
+        raise UnitError("a rate without its unit", "write requests per s, min or h, such as 600/min")
+    return units.parse_rate(value)
+
+
+def _token_rate(value: object) -> units.Rate:
+    if not isinstance(value, str):
+        raise UnitError("a rate without its unit", "write tokens per s, min or h, such as 100000/min")
+    return units.parse_rate(value, of="tokens")
+
+
+def _share(value: object) -> float:
+    if not isinstance(value, str):
+        raise UnitError("a share without its unit", "write a percentage, such as 5%")
+    return units.parse_percent(value) / 100
+
+
+def _whole_percent(value: object) -> int:
+    percent = units.parse_percent(_text(value))
+    if percent != int(percent):
+        raise UnitError("not a whole percentage", "write a whole one from 1% to 100%, such as 80%")
+    return int(percent)
+
+
+def _bound(value: object, sign: str, example: str) -> str:
+    text = _text(value) if isinstance(value, str) else ""
+    if not text.startswith(sign):
+        raise UnitError("not a bound", f'write it with its sign and in quotes, such as "{sign} {example}"')
+    return text.removeprefix(sign).strip()
+
+
+def _probability(value: object, sign: str, example: str) -> float:
+    text = _bound(value, sign, example)
+    if not re.match(r"[0-9]{1,3}(\.[0-9]{1,9})?\Z", text):
+        raise UnitError("not a probability", f'write a number between 0 and 1, such as "{sign} {example}"')
+    number = float(text)
+    if number > 1:
+        raise UnitError(
+            "no probability is above 1: nothing can satisfy this" if sign == ">=" else "above 1: always satisfied",
+            f'write a number between 0 and 1, such as "{sign} {example}"',
+        )
+    return number
+
+
+def _base_url(value: object) -> str:
+    text = _text(value)
+    fix = "write the server's address, such as https://api.openai.com/v1"
+    try:
+        parts = urlsplit(text)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        raise UnitError("not an address", fix) from None
+    if parts.scheme not in ("http", "https") or not host or re.search(r"[\s\x00-\x1f]", text):
+        raise UnitError("not an http or https address with a host", fix)
+    if "@" in parts.netloc:
+        raise UnitError("an address must not carry a user or a password", "give the key in `api_key: env:NAME`")
+    if parts.query or parts.fragment or "?" in text or "#" in text:
+        raise UnitError("an address must not carry a query or a fragment", "end the address at its path, such as /v1")
+    return text.rstrip("/")
+
+
+def _secret_name(value: object) -> str:
+    if not isinstance(value, str) or not re.match(r"env:[A-Za-z_][A-Za-z0-9_]{0,127}\Z", value):
+        raise UnitError(
+            "not the name of an environment variable; a policy never holds the key itself",
+            "put the key in the environment and write its name, such as env:OPENAI_API_KEY",
+        )
+    return value.removeprefix("env:")
+
+
+def _one_or_many(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _schema(pattern: str, example: str) -> WithJsonSchema:
+    return WithJsonSchema({"type": "string", "pattern": pattern, "examples": [example]})
+
+
+Text = Annotated[str, Field(min_length=1, max_length=256)]
+TokenPrice = Annotated[int, BeforeValidator(_token_price), _schema(units.TOKEN_PRICE_PATTERN, "$0.25/Mtok")]
+Duration = Annotated[int, BeforeValidator(_duration), _schema(units.DURATION_PATTERN, "60s")]
+BudgetText = Annotated[units.Budget, BeforeValidator(_budget), _schema(units.BUDGET_PATTERN, "$50/month")]
+RateText = Annotated[units.Rate, BeforeValidator(_rate), _schema(units.RATE_PATTERN, "600/min")]
+TokenRateText = Annotated[units.Rate, BeforeValidator(_token_rate), _schema(units.RATE_PATTERN, "100000/min")]
+Share = Annotated[float, BeforeValidator(_share), _schema(units.PERCENT_PATTERN, "5%")]
+WholePercent = Annotated[int, BeforeValidator(_whole_percent), _schema(r"^(?:[1-9]\d?|100)%$", "80%")]
+AtLeast = Annotated[
+    float, BeforeValidator(lambda v: _probability(v, ">=", "0.90")), _schema(r"^>= *(0(\.\d+)?|1(\.0+)?)$", ">= 0.90")
+]
+AtMost = Annotated[
+    float, BeforeValidator(lambda v: _probability(v, "<=", "0.10")), _schema(r"^<= *(0(\.\d+)?|1(\.0+)?)$", "<= 0.10")
+]
+CostAtMost = Annotated[
+    int,
+    BeforeValidator(lambda v: units.parse_money(_bound(v, "<=", "$0.01"))),
+    _schema(r"^<= *\$\d{1,9}(\.\d{1,9})?$", "<= $0.01"),
+]
+BaseUrl = Annotated[str, BeforeValidator(_base_url), _schema(r"^https?://[^@?#\s]+$", "https://api.openai.com/v1")]
+SecretName = Annotated[
+    str, BeforeValidator(_secret_name), _schema(r"^env:[A-Za-z_][A-Za-z0-9_]*$", "env:OPENAI_API_KEY")
+]
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+Tokens = Annotated[int, Field(ge=1, le=100_000_000)]
+Names = Annotated[list[Text], Field(min_length=1)]
+NameOrNames = Annotated[Names, BeforeValidator(_one_or_many, json_schema_input_type=Text | Names)]
