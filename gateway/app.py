@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import structlog
@@ -15,7 +16,7 @@ from gateway.cache.exact import ExactCache, MemoryCache, RedisCache
 from gateway.dashboard.views import mount_dashboard
 from gateway.edge.api import build_web
 from gateway.edge.asgi import Receive, Scope, Send, identified, limited
-from gateway.edge.chat import ChatEndpoint
+from gateway.edge.dataplane import Endpoint, data_plane
 from gateway.engine_process import EngineProcess
 from gateway.ledger import report
 from gateway.ledger.journal import Journal, JournalError
@@ -50,13 +51,13 @@ class App:
         self.engine: EngineProcess | None = None
         self.first_key: str | None = None
         """The key that `start` made because there was none; None on later starts."""
-        self._chat: ChatEndpoint | None = None
+        self._data_plane: Mapping[str, Endpoint] = {}
         self._stack = contextlib.AsyncExitStack()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] == "/v1/chat/completions":
-            assert self._chat is not None
-            await self._chat(scope, receive, send)
+        endpoint = self._data_plane.get(scope["path"]) if scope["type"] == "http" else None
+        if endpoint is not None:
+            await endpoint(scope, receive, send)
         elif scope["type"] == "lifespan":
             await self._lifespan(receive, send)
         else:
@@ -111,7 +112,7 @@ class App:
         )
         self.web.state.lifecycle = lifecycle
         self.web.state.pepper = pepper
-        self._chat = ChatEndpoint(lifecycle, settings.max_body_bytes)
+        self._data_plane = data_plane(lifecycle, settings.max_body_bytes)
         polling = asyncio.create_task(_poll_keys(keys), name="key-poll")
         stack.callback(polling.cancel)
 

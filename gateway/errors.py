@@ -3,7 +3,8 @@
     LeadlineError
     ├── InvalidRequest              400  the request is wrong: fix it
     │   ├── ContextLengthExceeded   400  it does not fit any allowed model: shorten it
-    │   └── BodyTooLarge            413  it does not fit the gateway: shrink it
+    │   ├── BodyTooLarge            413  it does not fit the gateway: shrink it
+    │   └── UnsupportedEncoding     415  its body is compressed: send it plain
     ├── Unauthenticated             401  no key, or not one of ours
     ├── Forbidden                   403  a good key without the right
     ├── UnknownModel                404  no such model or alias in the policy
@@ -61,6 +62,11 @@ class ContextLengthExceeded(InvalidRequest):
 class BodyTooLarge(InvalidRequest):
     status = 413
     code = "body_too_large"
+
+
+class UnsupportedEncoding(InvalidRequest):
+    status = 415
+    code = "unsupported_encoding"
 
 
 class Unauthenticated(LeadlineError):

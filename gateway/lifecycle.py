@@ -145,7 +145,7 @@ class Lifecycle:
             created_at_ms=now_ms,
             tenant=principal.tenant,
             key_id=principal.key_id,
-            endpoint="chat.completions",
+            endpoint=call.endpoint,
             stream=call.stream,
             model_requested=call.model,
             session=call.headers.session,
@@ -170,6 +170,8 @@ class Lifecycle:
             needs_format=call.has_format,
             needs_logprobs=call.sampling.logprobs,
             choices=call.choices,
+            endpoint=call.endpoint,
+            inputs=call.inputs,
         )
         return Ticket(call, query, world, budgets, record, self.ledger, self.metrics)
 
@@ -214,6 +216,8 @@ class Lifecycle:
         ttl_ms = policy.cache_ttl_ms_for(ticket.query)
         if ttl_ms is None or call.headers.no_store or not cacheable(call.fields):
             return False
+        if call.endpoint == "completions" and call.stream:  # what is stored is replayed in chat's chunks
+            return False
         route = policy.route_for(ticket.query)
         route_name = route.name if route is not None else "named"
         ticket.cache_ttl_s = ttl_ms / 1000
@@ -223,6 +227,7 @@ class Lifecycle:
             policy_version=policy.version_hash,
             route=route_name,
             fields=call.fields,
+            endpoint=call.endpoint,
         )
         record.cache = "miss"
         answer = None if call.headers.no_cache else await self._cache.get(ticket.cache_key)
@@ -254,9 +259,8 @@ class Lifecycle:
 
     async def _route(self, ticket: Ticket) -> None:
         """Measure what the policy wants measured, then decide. The decision goes into the ledger whole."""
-        decision = await self._decide(
-            ticket.query, ticket.world, bytes(ticket.call.fields["messages"]), ticket.budget_remaining
-        )
+        messages = ticket.call.fields["messages"] if ticket.query.endpoint == "chat.completions" else b""
+        decision = await self._decide(ticket.query, ticket.world, bytes(messages), ticket.budget_remaining)
         ticket.decision = decision
         ticket.record.route = decision.route
         ticket.record.decision = _encode(to_dict(decision)).decode()

@@ -34,7 +34,7 @@ class SignalReader:
         """The signals of one query. What cannot be measured in time is absent; nothing here fails a request."""
         heads = world.policy.heads_for(query)
         difficulty = world.policy.difficulty
-        if not heads or difficulty is None:
+        if not heads or difficulty is None or query.endpoint != "chat.completions":
             return Signals()
         if len(messages) > MAX_PROBED_BYTES:
             return Signals(probe="unavailable")

@@ -75,7 +75,7 @@ class Ticket:
         worst = worst_case_usage(
             target.price,
             body_bytes=call.body_bytes,
-            context=target.context,
+            context=target.context * call.inputs,
             max_output=min(asked, target.max_output) if asked is not None else target.max_output,
             choices=call.choices,
             text_only=call.text_only,
@@ -138,7 +138,7 @@ class Ticket:
             if self.call.stream or delivered_bytes:
                 usage = estimated_usage(
                     body_bytes=self.call.body_bytes,
-                    context=target.context,
+                    context=target.context * self.call.inputs,
                     delivered_bytes=delivered_bytes,
                     delivered_deltas=deltas,
                 )

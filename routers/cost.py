@@ -19,7 +19,7 @@ def max_output_tokens(model: Model, query: Query, input_tokens: int) -> int:
     if query.max_output_tokens is not None:
         longest = min(longest, query.max_output_tokens)
     if model.context is not None:
-        longest = min(longest, model.context - input_tokens)
+        longest = min(longest, model.context - input_tokens // query.inputs)
     return max(longest, 0)
 
 
@@ -34,7 +34,7 @@ def expected_and_worst_nanousd(model: Model, query: Query, input_tokens: int) ->
     longest = max_output_tokens(model, query, input_tokens)
     expected_output = min(longest, EXPECTED_OUTPUT_TOKENS) * query.choices
     expected = input_tokens * price.input + expected_output * price.output
-    context = ASSUMED_CONTEXT if model.context is None else model.context
+    context = (ASSUMED_CONTEXT if model.context is None else model.context) * query.inputs
     most = context if query.input_tokens_max is None else min(query.input_tokens_max, context)
     worst = max(most, input_tokens) * max(price.input, price.cached_input, price.cache_write)
     worst += max_output_tokens(model, query, 0) * query.choices * max(price.output, price.reasoning)

@@ -41,7 +41,11 @@ class _Option:
     def _look_for_obstacle(self, query: Query, tokens: int, state: State) -> None:
         """The lasting obstacles first: what is only unavailable would run if it came back."""
         model, asked, remaining = self.model, query.max_output_tokens, state.budget_remaining_nanousd
-        if query.needs_tools and not model.tools:
+        if model.embeds != (query.endpoint == "embeddings"):
+            self.obstacle, self.reason = "capability", "only embeds" if model.embeds else "cannot embed"
+        elif query.endpoint == "completions" and not model.completes:
+            self.obstacle, self.reason = "capability", "takes conversations only, no raw prompt"
+        elif query.needs_tools and not model.tools:
             self.obstacle, self.reason = "capability", "cannot call tools"
         elif query.needs_format and not model.structured:
             self.obstacle, self.reason = "capability", "cannot hold to a JSON format"
@@ -50,7 +54,7 @@ class _Option:
         elif asked is not None and model.max_output is not None and asked > model.max_output:
             self.obstacle = "context_length"
             self.reason = f"answers at most {model.max_output} tokens, {asked} asked"
-        elif model.context is not None and tokens + (asked or 1) > model.context:
+        elif model.context is not None and tokens // query.inputs + (asked or 1) > model.context:
             self.obstacle = "context_length"
             self.reason = f"does not fit: {tokens} tokens in and {asked or 1} out, context {model.context}"
         elif remaining is not None and self.worst > max(remaining, 0):

@@ -205,6 +205,8 @@ class _Loader:
                 continue
             local = provider.engine is not None
             listing = None if local else self._prices(provider, part.model)
+            if part.price and part.price.output is None and not part.embeds:
+                self._document.report((*path, "price"), "no price of output", "add `output: $…/Mtok`")
             price = _price(part.price) if part.price else FREE if local else listing.price if listing else None
             if price is None:
                 fix = "add `price: {input: $…/Mtok, output: $…/Mtok}`, or `price: free`"
@@ -220,9 +222,11 @@ class _Loader:
             tools = part.tools if part.tools is not None else not local
             structured = part.structured if part.structured is not None else not local
             prefix = part.prefix if part.prefix is not None else local
+            completes = part.completes if part.completes is not None else not local
             self._models[name] = Model(
-                name, part.provider, part.model, context, max_output, price, tools, structured, part.logprobs, prefix
-            )
+                name, part.provider, part.model, context, max_output, price, tools, structured, part.logprobs, prefix,
+                embeds=part.embeds, completes=completes,
+            )  # fmt: skip
 
     def _read_signals(self) -> None:
         part = validated(self._document, SignalsFile, self._document.data.get("signals"), ("signals",))
@@ -251,8 +255,8 @@ def _price(part: PriceFile) -> Price:
         input=part.input,
         cached_input=given(part.cached_input, part.input),
         cache_write=given(part.cache_write, part.input),
-        output=part.output,
-        reasoning=given(part.reasoning, part.output),
+        output=part.output or 0,
+        reasoning=given(part.reasoning, part.output or 0),
     )
 
 

@@ -102,6 +102,10 @@ class Model:
     logprobs: bool
     prefix: bool = False
     """Goes on from the start of an answer, given as the last message."""
+    embeds: bool = False
+    """Turns texts into vectors, and does nothing else."""
+    completes: bool = True
+    """Takes a raw text to continue, beside conversations."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,7 +95,8 @@ class PriceFile(_Strict):
     """Default: as input."""
     cache_write: TokenPrice | None = None
     """Default: as input."""
-    output: TokenPrice
+    output: TokenPrice | None = None
+    """Left out only where `embeds: true`: vectors are not billed by the token."""
     reasoning: TokenPrice | None = None
     """Default: as output."""
 
@@ -123,6 +124,10 @@ class ModelFile(_Strict):
     prefix: bool | None = None
     """Whether it goes on from the start of an answer, given as the last message. Default: no, and yes on the local
     engine."""
+    embeds: bool = False
+    """Whether it turns texts into vectors; such a model answers no conversation."""
+    completes: bool | None = None
+    """Whether it continues a raw text (`/v1/completions`). Default: yes, and no on the local engine."""
 
 
 class DifficultyFile(_Strict):

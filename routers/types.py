@@ -7,6 +7,8 @@ from typing import Literal
 from probes.types import Estimate
 
 Effort = Literal["none", "low", "high"]
+Endpoint = Literal["chat.completions", "completions", "embeddings"]
+"""What is asked for: an answer to a conversation, the raw continuation of a text, or vectors of texts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,9 @@ class Query:
     """A JSON object or schema is asked for."""
     needs_logprobs: bool = False
     choices: int = 1
+    endpoint: Endpoint = "chat.completions"
+    inputs: int = 1
+    """Texts to complete or to embed, each with a context window of its own."""
     input_tokens_max: int | None = None
     """No tokenizer makes more prompt tokens than this (the bytes of the body); None: not bounded but by the context."""
 

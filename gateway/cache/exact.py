@@ -16,6 +16,8 @@ import msgspec
 import redis.asyncio as redis
 import structlog
 
+from routers.types import Endpoint
+
 log = structlog.get_logger(__name__)
 
 NOT_IN_KEY = frozenset({"stream", "stream_options", "metadata", "user", "store"})
@@ -44,11 +46,17 @@ def cacheable(fields: Mapping[str, msgspec.Raw]) -> bool:
 
 
 def cache_key(
-    pepper: bytes, *, tenant: str, policy_version: str, route: str, fields: Mapping[str, msgspec.Raw]
+    pepper: bytes,
+    *,
+    tenant: str,
+    policy_version: str,
+    route: str,
+    fields: Mapping[str, msgspec.Raw],
+    endpoint: Endpoint = "chat.completions",
 ) -> bytes:
     """32 bytes that differ whenever anything that can change the answer differs."""
     digest = hmac.new(pepper, digestmod=hashlib.sha256)
-    for part in (tenant, policy_version, route):
+    for part in (tenant, policy_version, route, endpoint):
         digest.update(b"%d:%b" % (len(part), part.encode()))
     for name in sorted(fields.keys() - NOT_IN_KEY):
         value = bytes(fields[name])

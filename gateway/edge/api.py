@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from gateway import __version__
 from gateway.admission.keys import Principal
-from gateway.edge.wire import read_headers
+from gateway.edge.headers import read_headers
 from gateway.errors import InvalidRequest, LeadlineError, MethodNotAllowed, NotFound
 from gateway.ledger import report
 from gateway.lifecycle import BYTES_PER_TOKEN, Lifecycle

@@ -1,12 +1,12 @@
 """From the bytes of a chat request to a ChatCall: read what we need, touch nothing else.
 
 The caller's fields stay the caller's own bytes (`msgspec.Raw`) all the way to the provider, so that provider prompt
-caches see stable prefixes and fields that we do not know pass through.
+caches see stable prefixes and fields that we do not know pass through. A field that stands twice in a body has one
+meaning only, its last: what goes out is written anew from the fields that were read here.
 """
 
 import re
-from collections.abc import Iterable
-from decimal import Decimal, InvalidOperation
+from typing import TypeVar
 
 import msgspec
 
@@ -25,7 +25,7 @@ class _Message(msgspec.Struct):
     content: str | list[_Part] | None = None
 
 
-class _StreamOptions(msgspec.Struct):
+class StreamOptions(msgspec.Struct):
     include_usage: bool | None = False
 
 
@@ -37,7 +37,7 @@ class _ChatRequest(msgspec.Struct):
     model: str
     messages: list[_Message]
     stream: bool | None = False
-    stream_options: _StreamOptions | None = None
+    stream_options: StreamOptions | None = None
     n: int | None = 1
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
@@ -59,14 +59,23 @@ _request_decoder = msgspec.json.Decoder(_ChatRequest)
 _PATH = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
 _TEXT_PARTS = frozenset({"text", "refusal"})
 MAX_TOKENS = 1 << 31
+MAX_MESSAGES = 100_000
 SEEDS = range(-(1 << 63), 1 << 63)
+FOREIGN_FIELDS = frozenset(
+    {"api_base", "api_key", "api_url", "api_version", "azure_endpoint", "base_url", "extra_headers", "proxy"}
+)
+"""Where a call goes, and with whose credentials, is the policy's to say: a body that says so is refused."""
+
+_Request = TypeVar("_Request")
 
 
-def read_chat(body: bytes, headers: CallHeaders) -> ChatCall:
-    """Raises InvalidRequest, naming the field, what is wrong with it and what would be right."""
+def decode_body(body: bytes, decoder: msgspec.json.Decoder[_Request]) -> tuple[dict[str, msgspec.Raw], _Request]:
+    """Every field as it came, and those that we read. Raises InvalidRequest."""
     try:
+        if not body.isascii():
+            body.decode()  # fields that nobody reads here must not carry what is no text
         fields = _fields_decoder.decode(body)
-        request = _request_decoder.decode(body)
+        request = decoder.decode(body)
     except msgspec.ValidationError as error:
         raise _invalid(str(error)) from error
     except msgspec.DecodeError as error:
@@ -75,6 +84,19 @@ def read_chat(body: bytes, headers: CallHeaders) -> ChatCall:
         raise InvalidRequest("The body is not valid JSON: it is not UTF-8.") from error
     except RecursionError as error:
         raise InvalidRequest("The body is nested too deeply; flatten it.") from error
+    if not FOREIGN_FIELDS.isdisjoint(fields):
+        name = min(FOREIGN_FIELDS & fields.keys())
+        raise InvalidRequest(
+            f"{name}: a request cannot say where it goes or with which key; the policy does. Leave it out.", param=name
+        )
+    return fields, request
+
+
+def read_chat(body: bytes, headers: CallHeaders) -> ChatCall:
+    """Raises InvalidRequest, naming the field, what is wrong with it and what would be right."""
+    if body.count(b'"role"') > MAX_MESSAGES:  # known before anything is built of them
+        raise InvalidRequest(f"messages: more than {MAX_MESSAGES} of them; send fewer.", param="messages")
+    fields, request = decode_body(body, _request_decoder)
     choices = 1 if request.n is None else request.n
     # Both go out as they came, and providers differ in which they honour: the larger one is what may be spent.
     max_tokens = max(
@@ -96,7 +118,7 @@ def read_chat(body: bytes, headers: CallHeaders) -> ChatCall:
             temperature=1.0 if request.temperature is None else request.temperature,
             top_p=1.0 if request.top_p is None else request.top_p,
             seed=request.seed,
-            stop=_stops(request.stop),
+            stop=stops(request.stop),
             logprobs=bool(request.logprobs),
             top_logprobs=request.top_logprobs or 0,
             reasoning_effort=request.reasoning_effort,
@@ -112,21 +134,11 @@ def _is_text(message: _Message) -> bool:
 def _check(request: _ChatRequest, choices: int) -> None:
     if not request.messages:
         raise InvalidRequest("messages: [] is empty; send at least one message.", param="messages")
-    if not 0 < len(request.model) <= 256 or not request.model.isprintable():
-        raise InvalidRequest(
-            "model: must be 1 to 256 printable characters; `auto` lets the gateway choose.", param="model"
-        )
-    if not 1 <= choices <= _MAX_CHOICES:
-        raise InvalidRequest(f"n: {choices} is not between 1 and {_MAX_CHOICES}.", param="n")
-    for name, cap in (("max_tokens", request.max_tokens), ("max_completion_tokens", request.max_completion_tokens)):
-        if cap is not None and not 1 <= cap <= MAX_TOKENS:
-            raise InvalidRequest(f"{name}: {cap} is not between 1 and {MAX_TOKENS}.", param=name)
-    if request.seed is not None and request.seed not in SEEDS:
-        raise InvalidRequest("seed: must fit into 64 bits, signed.", param="seed")
-    if request.temperature is not None and not 0 <= request.temperature <= 2:
-        raise InvalidRequest(f"temperature: {request.temperature:g} is not between 0 and 2.", param="temperature")
-    if request.top_p is not None and not 0 < request.top_p <= 1:
-        raise InvalidRequest(f"top_p: {request.top_p:g} is not above 0 and at most 1.", param="top_p")
+    check_model(request.model)
+    check_choices("n", choices)
+    check_tokens("max_tokens", request.max_tokens)
+    check_tokens("max_completion_tokens", request.max_completion_tokens)
+    check_sampling(request.seed, request.temperature, request.top_p)
     if request.top_logprobs is not None:
         if not 0 <= request.top_logprobs <= 20:
             raise InvalidRequest(f"top_logprobs: {request.top_logprobs} is not between 0 and 20.", param="top_logprobs")
@@ -140,13 +152,39 @@ def _check(request: _ChatRequest, choices: int) -> None:
         )
 
 
-def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
+def check_model(model: str) -> None:
+    if not 0 < len(model) <= 256 or not model.isprintable():
+        raise InvalidRequest(
+            "model: must be 1 to 256 printable characters; `auto` lets the gateway choose.", param="model"
+        )
+
+
+def check_choices(name: str, choices: int) -> None:
+    if not 1 <= choices <= _MAX_CHOICES:
+        raise InvalidRequest(f"{name}: {choices} is not between 1 and {_MAX_CHOICES}.", param=name)
+
+
+def check_tokens(name: str, cap: int | None) -> None:
+    if cap is not None and not 1 <= cap <= MAX_TOKENS:
+        raise InvalidRequest(f"{name}: {cap} is not between 1 and {MAX_TOKENS}.", param=name)
+
+
+def check_sampling(seed: int | None, temperature: float | None, top_p: float | None) -> None:
+    if seed is not None and seed not in SEEDS:
+        raise InvalidRequest("seed: must fit into 64 bits, signed.", param="seed")
+    if temperature is not None and not 0 <= temperature <= 2:
+        raise InvalidRequest(f"temperature: {temperature:g} is not between 0 and 2.", param="temperature")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise InvalidRequest(f"top_p: {top_p:g} is not above 0 and at most 1.", param="top_p")
+
+
+def stops(stop: str | list[str] | None) -> tuple[str, ...]:
     if stop is None:
         return ()
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    if any(not s for s in stops) or len(stops) > 16:
+    found = (stop,) if isinstance(stop, str) else tuple(stop)
+    if any(not s for s in found) or len(found) > 16:
         raise InvalidRequest("stop: send 1 to 16 strings, none of them empty.", param="stop")
-    return stops
+    return found
 
 
 def _invalid(message: str) -> InvalidRequest:
@@ -155,54 +193,3 @@ def _invalid(message: str) -> InvalidRequest:
     path = found["path"] if found else None
     sentence = message[: found.start()] if found else message
     return InvalidRequest(f"{path}: {sentence}." if path else f"{sentence}.", param=path)
-
-
-_SESSION_HEADERS = (b"x-session-id", b"x-claude-code-session-id", b"session-id", b"thread-id")
-
-
-def read_headers(raw: Iterable[tuple[bytes, bytes]]) -> CallHeaders:
-    """The headers we read; all others are ignored, and none is forwarded. Raises InvalidRequest."""
-    token = ""
-    sessions: dict[bytes, str] = {}
-    tags: frozenset[str] = frozenset()
-    no_cache = no_store = False
-    scope: str | None = None
-    scope_budget: int | None = None
-    for name, value in raw:
-        if name == b"authorization":
-            scheme, _, rest = value.decode("latin-1").partition(" ")
-            token = rest.strip() if scheme.lower() == "bearer" else ""
-        elif name in _SESSION_HEADERS:
-            sessions[name] = value.decode("latin-1")[:128]
-        elif name == b"cache-control":
-            no_cache = no_cache or b"no-cache" in value or b"no-store" in value
-            no_store = no_store or b"no-store" in value
-        elif name.startswith(b"x-leadline-"):
-            text = value.decode("latin-1").strip()
-            if name == b"x-leadline-tags":
-                tags = frozenset(tag.strip() for tag in text.split(",") if tag.strip())
-            elif name == b"x-leadline-scope":
-                scope = _scope(text)
-            elif name == b"x-leadline-scope-budget":
-                scope_budget = _dollars(text)
-    if scope_budget is not None and scope is None:
-        raise InvalidRequest("x-leadline-scope-budget: needs x-leadline-scope, the name of the scope it limits.")
-    session = next((sessions[name] for name in _SESSION_HEADERS if name in sessions), None)
-    return CallHeaders(token, session, tags, no_cache, no_store, scope, scope_budget)
-
-
-def _scope(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9._:-]{1,64}", text):
-        raise InvalidRequest("x-leadline-scope: use 1 to 64 letters, digits, '.', '_', ':' or '-'.")
-    return text
-
-
-def _dollars(text: str) -> int:
-    try:
-        nanousd = Decimal(text.removeprefix("$")) * 10**9
-        whole = int(nanousd)
-    except (InvalidOperation, ValueError, OverflowError):
-        whole, nanousd = -1, Decimal(0)
-    if whole < 0 or whole != nanousd or whole >= 2**63:
-        raise InvalidRequest(f"x-leadline-scope-budget: {text[:40]!r} is not an amount of dollars such as 0.50.")
-    return whole

@@ -12,6 +12,7 @@ import msgspec
 from gateway.ledger.settle import WireUsage
 from gateway.upstream.sse import SseReader, error_message, read_chunk
 from gateway.upstream.types import Answer, ChatCall, Event, StreamState, Target, UpstreamError
+from routers.types import Endpoint
 
 MAX_ANSWER_BYTES = 64 << 20
 MAX_ERROR_BYTES = 1 << 16
@@ -45,7 +46,12 @@ class OpenAIUpstream:
     def __init__(self, session: aiohttp.ClientSession, provider: str, base_url: str, api_key: str | None) -> None:
         self._session = session
         self._provider = provider
-        self._url = base_url.rstrip("/") + "/chat/completions"
+        base = base_url.rstrip("/")
+        self._urls: dict[Endpoint, str] = {
+            "chat.completions": f"{base}/chat/completions",
+            "completions": f"{base}/completions",
+            "embeddings": f"{base}/embeddings",
+        }
         self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
@@ -96,7 +102,11 @@ class OpenAIUpstream:
         timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT_S, sock_read=target.timeout_s)
         try:
             response = await self._session.post(
-                self._url, data=_encode(fields), headers=self._headers, timeout=timeout, allow_redirects=False
+                self._urls[call.endpoint],
+                data=_encode(fields),
+                headers=self._headers,
+                timeout=timeout,
+                allow_redirects=False,
             )
         except (aiohttp.ConnectionTimeoutError, aiohttp.ClientConnectorError) as error:
             raise UpstreamError("connect", f"{self._provider} cannot be reached: {_reason(error)}") from error

@@ -66,6 +66,8 @@ class _Delta(msgspec.Struct):
 class _Choice(msgspec.Struct):
     index: int = 0
     delta: _Delta | None = None
+    text: str | None = None
+    """Of a text completion."""
     finish_reason: str | None = None
 
 
@@ -97,11 +99,12 @@ def read_chunk(data: bytes, state: StreamState, choices: int) -> Event | None:
             "cut", "the stream carried an error: " + error_message(bytes(chunk.error)), may_be_billed=True
         )
     for choice in chunk.choices or ():
-        if choice.delta is not None:
-            size = _text_bytes(choice.delta)
-            if size:
-                state.delivered_bytes += size
-                state.deltas += 1
+        size = _text_bytes(choice.delta) if choice.delta is not None else 0
+        if choice.text:
+            size += len(choice.text.encode("utf-8", "surrogatepass"))
+        if size:
+            state.delivered_bytes += size
+            state.deltas += 1
         if choice.finish_reason:
             state.finished_choices.add(choice.index)
             if len(state.finished_choices) >= choices:

@@ -8,13 +8,13 @@ import msgspec
 
 from gateway.ledger.settle import Usage
 from routers.policy import Price
+from routers.types import Endpoint
 
 Cause = Literal[
     "connect", "timeout", "status", "bad_answer", "cut", "auth", "refused", "engine_gone",
     "rate_limit", "context_length", "content_filter",
 ]  # fmt: skip
 """`rate_limit`, `context_length` and `content_filter` are refusals that a policy may answer with other fallbacks."""
-Endpoint = Literal["chat.completions", "completions", "embeddings"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +96,8 @@ class ChatCall:
     sampling: Sampling
     headers: "CallHeaders"
     endpoint: Endpoint = "chat.completions"
+    inputs: int = 1
+    """Texts to complete or to embed, each with a context window of its own; a conversation is one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from gateway.edge.wire import read_chat, read_headers
+from gateway.edge.headers import read_headers
+from gateway.edge.wire import read_chat
 from gateway.errors import InvalidRequest
 from gateway.upstream.types import CallHeaders
 from tests.gateway.conftest import Gateway, ask

@@ -1,0 +1,88 @@
+"""From a request's headers to what we read of them. All others are ignored, and none is ever forwarded."""
+
+import re
+from collections.abc import Iterable
+from decimal import Decimal, InvalidOperation
+
+from gateway.errors import InvalidRequest, UnsupportedEncoding
+from gateway.upstream.types import CallHeaders
+
+_SESSION_HEADERS = (b"x-session-id", b"x-claude-code-session-id", b"session-id", b"thread-id")
+
+
+def read_headers(raw: Iterable[tuple[bytes, bytes]]) -> CallHeaders:
+    """What the headers say of a call. Raises InvalidRequest, naming the header that cannot be used."""
+    token = ""
+    sessions: dict[bytes, str] = {}
+    tags: frozenset[str] = frozenset()
+    no_cache = no_store = False
+    scope: str | None = None
+    scope_budget: int | None = None
+    idempotency_key: str | None = None
+    retry_count = 0
+    timeout_s: float | None = None
+    authorized = False
+    for name, value in raw:
+        if name == b"authorization":
+            if authorized:
+                raise InvalidRequest("authorization: was sent twice; send one key.")
+            authorized = True
+            scheme, _, rest = value.decode("latin-1").partition(" ")
+            token = rest.strip() if scheme.lower() == "bearer" else ""
+        elif name in _SESSION_HEADERS:
+            sessions[name] = value.decode("latin-1")[:128]
+        elif name == b"cache-control":
+            no_cache = no_cache or b"no-cache" in value or b"no-store" in value
+            no_store = no_store or b"no-store" in value
+        elif name == b"content-encoding":
+            if value.strip().lower() not in (b"", b"identity"):
+                raise UnsupportedEncoding("content-encoding: bodies are read as they are; send it uncompressed.")
+        elif name == b"idempotency-key":
+            idempotency_key = _idempotency_key(value.decode("latin-1").strip())
+        elif name == b"x-stainless-retry-count":
+            retry_count = int(value) if value.isdigit() and len(value) < 4 else 0
+        elif name.startswith(b"x-leadline-"):
+            text = value.decode("latin-1").strip()
+            if name == b"x-leadline-tags":
+                tags = frozenset(tag.strip() for tag in text.split(",") if tag.strip())
+            elif name == b"x-leadline-scope":
+                scope = _scope(text)
+            elif name == b"x-leadline-scope-budget":
+                scope_budget = _dollars(text)
+            elif name == b"x-leadline-timeout":
+                timeout_s = _seconds(text)
+    if scope_budget is not None and scope is None:
+        raise InvalidRequest("x-leadline-scope-budget: needs x-leadline-scope, the name of the scope it limits.")
+    session = next((sessions[name] for name in _SESSION_HEADERS if name in sessions), None)
+    return CallHeaders(
+        token, session, tags, no_cache, no_store, scope, scope_budget, idempotency_key, retry_count, timeout_s
+    )
+
+
+def _scope(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._:-]{1,64}", text):
+        raise InvalidRequest("x-leadline-scope: use 1 to 64 letters, digits, '.', '_', ':' or '-'.")
+    return text
+
+
+def _dollars(text: str) -> int:
+    try:
+        nanousd = Decimal(text.removeprefix("$")) * 10**9
+        whole = int(nanousd)
+    except (InvalidOperation, ValueError, OverflowError):
+        whole, nanousd = -1, Decimal(0)
+    if whole < 0 or whole != nanousd or whole >= 2**63:
+        raise InvalidRequest(f"x-leadline-scope-budget: {text[:40]!r} is not an amount of dollars such as 0.50.")
+    return whole
+
+
+def _idempotency_key(text: str) -> str:
+    if not 0 < len(text) <= 255 or not text.isascii() or not text.isprintable():
+        raise InvalidRequest("idempotency-key: use 1 to 255 printable ASCII characters.")
+    return text
+
+
+def _seconds(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) or float(text) == 0:
+        raise InvalidRequest(f"x-leadline-timeout: {text[:40]!r} is not a number of seconds such as 30 or 2.5.")
+    return float(text)

@@ -1,0 +1,127 @@
+"""A provider of texts, conversations and vectors that keeps what it was sent, and counts its own tokens."""
+
+import asyncio
+import base64
+import json
+import struct
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+
+WORDS = ("one", "two", "three")
+
+
+def count(value: Any) -> int:
+    """Tokens of a prompt or of an input: words, or token ids."""
+    if isinstance(value, str):
+        return len(value.split())
+    return sum(1 if isinstance(part, int) else count(part) for part in value)
+
+
+def vectors(value: Any) -> int:
+    if isinstance(value, str):
+        return 1
+    return 1 if isinstance(value[0], int) else len(value)
+
+
+@dataclass
+class Provider:
+    """`fail_next` is answered, once, instead of the next call: (status, body)."""
+
+    paths: list[str] = field(default_factory=list)
+    bodies: list[bytes] = field(default_factory=list)
+    headers: list[list[tuple[str, str]]] = field(default_factory=list)
+    fail_next: tuple[int, dict[str, str], str] | None = None
+    url: str = ""
+    _runner: web.AppRunner | None = None
+
+    async def start(self) -> "Provider":
+        app = web.Application(client_max_size=64 << 20)
+        app.router.add_route("*", "/{path:.*}", self._answer)
+        self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}/v1"
+        return self
+
+    async def stop(self) -> None:
+        assert self._runner is not None
+        await self._runner.cleanup()
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        self.paths.append(request.path)
+        self.headers.append(list(request.headers.items()))
+        raw = await request.read()
+        self.bodies.append(raw)
+        if self.fail_next is not None:
+            (status, headers, text), self.fail_next = self.fail_next, None
+            return web.Response(status=status, headers=headers, text=text)
+        body = json.loads(raw)
+        if request.path == "/v1/embeddings":
+            return self._embed(body)
+        if body.get("stream"):
+            return await self._stream(request, body)
+        return web.json_response(self._whole(request.path, body))
+
+    def _embed(self, body: dict[str, Any]) -> web.Response:
+        size = body.get("dimensions", 3)
+        data: list[dict[str, Any]] = []
+        for index in range(vectors(body["input"])):
+            vector: Any = [float(index + place) for place in range(size)]
+            if body.get("encoding_format") == "base64":
+                vector = base64.b64encode(struct.pack(f"<{size}f", *vector)).decode()
+            data.append({"object": "embedding", "index": index, "embedding": vector})
+        tokens = count(body["input"])
+        return web.json_response(
+            {"object": "list", "data": data, "model": body["model"],
+             "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+        )  # fmt: skip
+
+    def _usage(self, body: dict[str, Any]) -> dict[str, int]:
+        if "prompt" in body:
+            prompt, texts = count(body["prompt"]), vectors(body["prompt"])
+        else:
+            prompt, texts = sum(count(str(message.get("content"))) for message in body["messages"]), 1
+        output = len(WORDS) * (body.get("n") or 1) * texts
+        return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
+
+    def _whole(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        text = " ".join(WORDS)
+        usage = self._usage(body)
+        if path == "/v1/completions":
+            choices: list[dict[str, Any]] = [
+                {"index": index, "text": text, "logprobs": None, "finish_reason": "stop"}
+                for index in range(usage["completion_tokens"] // len(WORDS))
+            ]
+            kind = "text_completion"
+        else:
+            choices = [
+                {"index": 0, "message": {"role": "assistant", "content": text}, "logprobs": None,
+                 "finish_reason": "stop"}
+            ]  # fmt: skip
+            kind = "chat.completion"
+        return {"id": "x-1", "object": kind, "created": 1, "model": body["model"], "choices": choices, "usage": usage}
+
+    async def _stream(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        text = request.path == "/v1/completions"
+        frame = {"id": "x-1", "object": "text_completion" if text else "chat.completion.chunk", "created": 1,
+                 "model": body["model"]}  # fmt: skip
+
+        async def send(choice: dict[str, Any] | None, usage: dict[str, int] | None = None) -> None:
+            choices = [] if choice is None else [{"index": 0, "logprobs": None, **choice}]
+            await response.write(f"data: {json.dumps({**frame, 'choices': choices, 'usage': usage})}\n\n".encode())
+
+        for place, word in enumerate(WORDS):
+            piece = word if not place else f" {word}"
+            await send(
+                {"text": piece, "finish_reason": None} if text else {"delta": {"content": piece}, "finish_reason": None}
+            )
+            await asyncio.sleep(0)
+        await send({"text": "", "finish_reason": "stop"} if text else {"delta": {}, "finish_reason": "stop"})
+        if (body.get("stream_options") or {}).get("include_usage"):
+            await send(None, self._usage(body))
+        await response.write(b"data: [DONE]\n\n")
+        return response
