@@ -1,33 +1,24 @@
 """The `leadline` command. Each command imports what it needs, so that the base installation can run the light ones."""
 
-import asyncio
-import contextlib
-import gc
 import os
-import signal
-import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
-    import uvicorn
     from sqlalchemy import Engine
 
     from gateway.admission.keys import KeyStore
-    from gateway.app import App
     from routers.policy import Policy
     from routers.types import Signals
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 keys_app = typer.Typer(help="Make, list and revoke the gateway's API keys.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
-
-ENGINE_WAIT_S = 60.0
 
 
 def main() -> None:
@@ -47,109 +38,18 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
     host: Annotated[str, typer.Option(help="Address to bind. Beyond loopback, put TLS in front.")] = "127.0.0.1",
     policy: Annotated[Path | None, typer.Option(help="Policy file; without it, the embedded default.")] = None,
+    drain: Annotated[str, typer.Option(help="How long what is under way may take to end after SIGTERM.")] = "30s",
 ) -> None:
     """Run the gateway, and the engine process that its policy needs, until Ctrl-C."""
-    from gateway.app import App
-    from gateway.policies import missing_secrets, unloadable
-    from gateway.settings import Settings, SettingsError
-    from gateway.telemetry.logs import configure_logs
+    from gateway import serve
+    from routers.units import UnitError, parse_duration_ms
 
-    configure_logs()
-    loaded = _load(policy)
-    folder = policy.parent.absolute() if policy is not None else Path.cwd()
-    wrong = missing_secrets(loaded) + unloadable(loaded, folder)
-    if wrong:
-        _stop("\n".join(wrong))
     try:
-        settings = Settings.from_env()
-        listener = socket.create_server((host, port), backlog=4096)
-    except SettingsError as error:
+        raise typer.Exit(serve.serve(host, port, policy, parse_duration_ms(drain) / 1000))
+    except serve.CannotServe as error:
         _stop(str(error))
-    except OSError as error:
-        _stop(f"--host {host} --port {port}: cannot listen there ({error.strerror}); choose another with --port")
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        status = runner.run(_serve(App(settings, loaded, folder), listener))
-    raise typer.Exit(status)
-
-
-def _quiet_server(config: "uvicorn.Config") -> "uvicorn.Server":
-    """A server that ends in order, with status 0, on Ctrl-C and on SIGTERM; uvicorn's own raises the signal again."""
-    import uvicorn
-
-    class Server(uvicorn.Server):
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            loop = asyncio.get_running_loop()
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.add_signal_handler(number, self.handle_exit, number, None)
-            yield
-
-    return Server(config)
-
-
-async def _until_stopped(server: "uvicorn.Server", listener: socket.socket) -> None:
-    with contextlib.suppress(SystemExit):  # uvicorn's way to say that the start failed; it has printed why
-        await server.serve(sockets=[listener])
-
-
-async def _serve(gateway: "App", listener: socket.socket) -> int:
-    import uvicorn
-
-    config = uvicorn.Config(
-        gateway, http="httptools", ws="none", lifespan="on", access_log=False, log_level="warning",
-        proxy_headers=False, timeout_keep_alive=75, timeout_graceful_shutdown=30,
-        server_header=False, date_header=False,
-    )  # fmt: skip
-    server = _quiet_server(config)
-    serving = asyncio.create_task(_until_stopped(server, listener))
-    while not server.started and not serving.done():
-        await asyncio.wait((serving,), timeout=0.01)
-    if server.started:
-        if gateway.engine is not None and gateway.engine.started:
-            events = [asyncio.create_task(event.wait()) for event in (gateway.engine.ready, gateway.engine.failed)]
-            await asyncio.wait((*events, serving), timeout=ENGINE_WAIT_S, return_when=asyncio.FIRST_COMPLETED)
-            for event in events:
-                event.cancel()
-        if not serving.done():
-            _banner(gateway, listener)
-            # What lives as long as the process is not looked at again by the cycle collector, which otherwise walks
-            # all of it every few hundred requests.
-            gc.collect()
-            gc.freeze()
-    await serving
-    return 0 if server.started else 1
-
-
-def _banner(gateway: "App", listener: socket.socket) -> None:
-    host, port = listener.getsockname()[:2]
-    url = f"http://{host}:{port}"
-    (gateway.settings.home / "url").write_text(f"{url}/v1")  # where the SDK looks
-    key = gateway.first_key
-    engine = gateway.engine
-    if engine is None or not engine.started:
-        state = "not needed by this policy"
-    elif engine.client is None:
-        state = "failed, see the log; it is being started again" if engine.failed.is_set() else "still starting"
-    else:
-        state = ", ".join(card.name for card in engine.client.hello.models) or "probes only"
-    question = '{"model":"auto","messages":[{"role":"user","content":"What is 23 + 48 - 7?"}]}'
-    code = f'from gateway.sdk import Leadline; print(Leadline(base_url="{url}/v1").explain("What is 2 + 2?"))'
-    key_file = gateway.settings.home / "key"
-    typer.echo(
-        f"""
-Leadline is ready.
-  URL        {url}/v1
-  Dashboard  {url}/dashboard
-  Key        {key or f"made earlier, in {key_file}; another: leadline keys create NAME"}
-  Engine     {state}
-
-Try next:
-  curl -i {url}/v1/chat/completions -H "Authorization: Bearer $(cat {key_file})" -d '{question}'
-  {sys.executable} -c '{code}'
-  open {url}/dashboard and log in with the key
-"""
-    )
-    sys.stdout.flush()
+    except UnitError as error:
+        _stop(f"--drain {drain!r}: {error}; {error.fix}")
 
 
 @app.command()
@@ -333,14 +233,6 @@ def _probe_signals(policy: "Policy", query: Any, prompt: str, folder: Path) -> "
         p_success={m: Estimate(found[h], source=f"{probe.version}/{h}") for m, h in heads.items() if h in found},
         probe="ok",
     )
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    try:
-        import uvloop
-    except ModuleNotFoundError:
-        return None
-    return uvloop.new_event_loop
 
 
 def _mount_probe() -> None:

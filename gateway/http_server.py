@@ -1,0 +1,102 @@
+"""The HTTP server of one worker: uvicorn with our limits, and a stop that drops nothing.
+
+Stopping is draining. New connections are no longer taken; what is under way ends as it would have; each further answer
+on a connection kept alive says `Connection: close`, so that its client goes elsewhere without an error. A connection
+on which nothing happens for `IDLE_GRACE_S` is closed. What is still running after the drain window is cancelled, which
+bills it, and then the application stops in order.
+"""
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import structlog
+import uvicorn
+
+log = structlog.get_logger(__name__)
+
+IDLE_GRACE_S = 2.0
+"""How long a draining worker leaves an idle connection open: a client that uses it meets `Connection: close` first."""
+CANCEL_S = 5.0
+"""How long a request that was cancelled at the end of the drain may take to book what it cost."""
+POLL_S = 0.02
+_CLOSE = (b"connection", b"close")
+
+
+class HttpServer(uvicorn.Server):
+    """Ends in order, with status 0, on SIGTERM (drains up to `drain_s`) and on Ctrl-C (idle connections at once)."""
+
+    def __init__(self, app: Any, drain_s: float) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app, http="httptools", ws="none", lifespan="on", access_log=False, log_level="warning",
+                proxy_headers=False, timeout_keep_alive=75, server_header=False, date_header=False,
+            )
+        )  # fmt: skip
+        self._drain_s = drain_s
+        self._grace_s = IDLE_GRACE_S
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, but for the signal that it raises again when all is over."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._told_to_stop, number)
+        yield
+
+    async def serve_on(self, listener: socket.socket) -> None:
+        """Returns when the server has stopped; `started` says whether it ever ran."""
+        with contextlib.suppress(SystemExit):  # uvicorn's way to say that the start failed; it has printed why
+            await self.serve(sockets=[listener])
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Drain, then stop the application."""
+        for server in self.servers:
+            server.close()
+        for listener in sockets or []:
+            listener.close()
+        state = self.server_state
+        state.default_headers = [*state.default_headers, _CLOSE]
+        await self._drain()
+        if state.tasks:
+            log.warning("drain.cancelled", requests=len(state.tasks))
+            for task in state.tasks:
+                task.cancel()
+            await asyncio.wait(state.tasks, timeout=CANCEL_S)
+        for connection in list(state.connections):
+            connection.shutdown()
+        await self.lifespan.shutdown()
+
+    async def _drain(self) -> None:
+        loop = asyncio.get_running_loop()
+        connections = self.server_state.connections
+        deadline = loop.time() + self._drain_s
+        quiet_since: dict[Any, float] = {}
+        while (connections or self.server_state.tasks) and loop.time() < deadline:
+            now = loop.time()
+            for connection in list(connections):
+                cycle = getattr(connection, "cycle", None)
+                if cycle is not None and not cycle.response_complete:
+                    quiet_since.pop(connection, None)
+                elif now - quiet_since.setdefault(connection, now) >= self._grace_s:
+                    connection.shutdown()
+            await asyncio.sleep(POLL_S)
+            if self.force_exit:
+                return
+
+    def _told_to_stop(self, number: int) -> None:
+        if number == signal.SIGINT:
+            self._grace_s = 0.0
+        self.force_exit = self.should_exit and number == signal.SIGINT  # a second Ctrl-C waits for nobody
+        self.should_exit = True
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ModuleNotFoundError:
+        return None
+    return uvloop.new_event_loop
