@@ -16,8 +16,9 @@ from typing import Protocol, TypeVar
 import msgspec
 import structlog
 
-from gateway.admission.budgets import Budgets
+from gateway.admission.budgets import Account, Budgets, degrade, tightest
 from gateway.admission.keys import KeyStore, Principal
+from gateway.admission.limits import BudgetLimits
 from gateway.admission.rates import RateLimiter
 from gateway.cache.exact import CachedAnswer, ExactCache, cache_key, cacheable
 from gateway.errors import (
@@ -49,7 +50,6 @@ from routers.errors import NoCandidate
 from routers.explain import to_dict
 from routers.policy import Policy
 from routers.types import Decision, Query, State
-from routers.units import Window
 
 log = structlog.get_logger(__name__)
 
@@ -102,6 +102,7 @@ class Lifecycle:
         self.ledger = ledger
         self.budgets = budgets
         self.metrics = metrics
+        self._limits = BudgetLimits()
         self._rates = rates
         self._cache = cache
         self._signals = signals
@@ -137,11 +138,14 @@ class Lifecycle:
         principal = self.keys.authenticate(call.headers.token)
         world = self.world
         now_ms = time.time_ns() // 1_000_000
-        budgets = await self.budgets.find(self._limits(world.policy, principal, call), now_ms)
+        request_id = f"req_{now_ms:011x}{os.urandom(8).hex()}"
+        self._admit_rates(world.policy, principal)
+        limits = self._limits.budgets(world.policy, principal, call.headers)
+        account = await self.budgets.find(limits, now_ms, request_id)
         if not self.ledger.accepts:
             raise Unavailable("The ledger is too far behind to admit more; retry shortly.", retry_after_s=1)
         record = RequestRecord(
-            id=f"req_{now_ms:011x}{os.urandom(8).hex()}",
+            id=request_id,
             created_at_ms=now_ms,
             tenant=principal.tenant,
             key_id=principal.key_id,
@@ -149,8 +153,9 @@ class Lifecycle:
             stream=call.stream,
             model_requested=call.model,
             session=call.headers.session,
-            scope=call.headers.scope,
+            scope=self._limits.run_path(world.policy, call.headers),
             policy_version=world.policy.version_hash,
+            team=principal.team,
         )
         try:
             self.ledger.journal.opened(record)
@@ -173,40 +178,16 @@ class Lifecycle:
             endpoint=call.endpoint,
             inputs=call.inputs,
         )
-        return Ticket(call, query, world, budgets, record, self.ledger, self.metrics)
+        return Ticket(call, query, world, account, record, self.ledger, self.metrics)
 
-    def _limits(self, policy: Policy, principal: Principal, call: ChatCall) -> list[tuple[str, int, Window]]:
-        """Applies the caller's rates; returns its budgets as (scope, nano-dollars, window), each scope and window once.
-
-        Raises RateLimited.
-        """
-        budgets: dict[tuple[str, Window], int] = {}
-
-        def bound(scope: str, nanousd: int, window: Window) -> None:
-            budgets[scope, window] = min(nanousd, budgets.get((scope, window), nanousd))
-
-        rates: list[tuple[str, float, float]] = []
-        for limit in policy.limits_for(key=principal.key_name, tenant=principal.tenant):
-            if limit.scope == "run":  # held by the tree that the caller names, not by the tenant
-                continue
-            scope = f"key:{principal.key_id}" if limit.scope == "key" else f"tenant:{principal.tenant}"
-            who = principal.key_name if limit.scope == "key" else principal.tenant
-            if limit.rate is not None:
-                rate_per_s = limit.rate.count / limit.rate.per_s
-                rates.append((f"{limit.scope} {who}", rate_per_s, limit.rate.count))
-            if limit.budget is not None:
-                bound(scope, limit.budget.nanousd, limit.budget.window)
+    def _admit_rates(self, policy: Policy, principal: Principal) -> None:
+        """Raises RateLimited."""
+        rates = []
+        for limit in policy.limits_for(key=principal.key_name, team=principal.team, tenant=principal.tenant):
+            if limit.rate is not None and limit.scope != "run":  # of a run: held by the tree that the caller names
+                name = {"key": principal.key_name, "team": principal.team}.get(limit.scope, principal.tenant)
+                rates.append((f"{limit.scope} {name}", limit.rate.count / limit.rate.per_s, limit.rate.count))
         self._rates.admit(rates, now=time.monotonic())
-        if principal.budget_nanousd is not None and principal.budget_window is not None:
-            bound(f"key:{principal.key_id}", principal.budget_nanousd, principal.budget_window)
-        if call.headers.scope is not None:
-            scope = f"scope:{principal.key_id}:{call.headers.scope}"
-            budget = call.headers.scope_budget_nanousd
-            # A call that names the scope alone counts towards the budget that other calls have given it.
-            nanousd = budget if budget is not None else self.budgets.limit_of(scope, "total")
-            if nanousd is not None:
-                bound(scope, nanousd, "total")
-        return [(scope, nanousd, window) for (scope, window), nanousd in budgets.items()]
 
     # recall ---------------------------------------------------------------------------------------------------------
 
@@ -260,17 +241,22 @@ class Lifecycle:
     async def _route(self, ticket: Ticket) -> None:
         """Measure what the policy wants measured, then decide. The decision goes into the ledger whole."""
         messages = ticket.call.fields["messages"] if ticket.query.endpoint == "chat.completions" else b""
-        decision = await self._decide(ticket.query, ticket.world, bytes(messages), ticket.budget_remaining)
+        decision = await self._decide(ticket.query, ticket.world, bytes(messages), ticket.account)
         ticket.decision = decision
         ticket.record.route = decision.route
         ticket.record.decision = _encode(to_dict(decision)).decode()
         ticket.baseline_price = ticket.world.dearest(tuple(candidate.model for candidate in decision.candidates))
 
-    async def _decide(
-        self, query: Query, world: World, messages: bytes, budget_remaining: Callable[[], int | None]
-    ) -> Decision:
+    async def _decide(self, query: Query, world: World, messages: bytes, account: Account | None) -> Decision:
         signals = await self._signals.read(query, messages, world)
-        state = State(unavailable=world.unavailable(), budget_remaining_nanousd=budget_remaining())
+        budgets = account.budgets if account is not None else ()
+        budget, degraded = tightest(budgets), degrade(budgets)
+        state = State(
+            unavailable=world.unavailable(),
+            budget_remaining_nanousd=budget.remaining_nanousd if budget is not None else None,
+            degrade=degraded[0] if degraded is not None else None,
+            degrade_reason=degraded[1] if degraded is not None else "",
+        )
         try:
             return decide(query, signals, world.policy, state, seed=0)
         except NoCandidate as error:
@@ -278,7 +264,7 @@ class Lifecycle:
 
     async def explain(self, query: Query, messages: bytes) -> Decision:
         """The decision that this query would get now. Nothing runs, nothing is written. Raises LeadlineError."""
-        return await self._decide(query, self.world, messages, lambda: None)
+        return await self._decide(query, self.world, messages, None)
 
     # run ------------------------------------------------------------------------------------------------------------
 
@@ -348,7 +334,7 @@ class Lifecycle:
             target = ticket.world.targets[model]
             for retry in range(target.retries + 1):
                 try:
-                    attempt = ticket.begin_attempt(target)
+                    attempt = await ticket.begin_attempt(target)
                 except BudgetExceeded:
                     if not errors:
                         raise

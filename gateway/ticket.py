@@ -7,7 +7,7 @@ closes the row exactly once. Nothing here awaits, so nothing can come in between
 import time
 from dataclasses import dataclass
 
-from gateway.admission.budgets import Budget, Hold, reserve
+from gateway.admission.budgets import Account, Reservation, tightest
 from gateway.errors import Unavailable
 from gateway.ledger.records import AttemptRecord, RequestRecord
 from gateway.ledger.settle import NO_USAGE, Usage, cost_nanousd, estimated_usage, worst_case_usage
@@ -26,7 +26,7 @@ Headers = list[tuple[bytes, bytes]]
 class _Running:
     """An attempt under way: what it holds, and since when."""
 
-    hold: Hold
+    hold: Reservation
     worst: Usage
     started_ns: int
 
@@ -37,7 +37,7 @@ class Ticket:
         call: ChatCall,
         query: Query,
         world: World,
-        budgets: tuple[Budget, ...],
+        account: Account,
         record: RequestRecord,
         ledger: LedgerStore,
         metrics: Metrics,
@@ -45,7 +45,7 @@ class Ticket:
         self.call = call
         self.query = query
         self.world = world
-        self.budgets = budgets
+        self.account = account
         self.record = record
         self.decision: Decision | None = None
         self.baseline_price: Price | None = None
@@ -61,11 +61,12 @@ class Ticket:
         self._settled = False
 
     def budget_remaining(self) -> int | None:
-        return min((budget.remaining_nanousd for budget in self.budgets), default=None)
+        budget = tightest(self.account.budgets)
+        return budget.remaining_nanousd if budget is not None else None
 
     # attempts -------------------------------------------------------------------------------------------------------
 
-    def begin_attempt(self, target: Target) -> AttemptRecord:
+    async def begin_attempt(self, target: Target) -> AttemptRecord:
         """Hold the most this attempt can cost, then journal it: only then may it go out.
 
         Raises BudgetExceeded, and Unavailable when the journal does not take it.
@@ -81,7 +82,7 @@ class Ticket:
             text_only=call.text_only,
         )
         worst_cost = cost_nanousd(target.price, worst)
-        hold = reserve(self.budgets, worst_cost)
+        hold = await self.account.reserve(worst_cost)
         seq = len(self.attempts)
         attempt = AttemptRecord(
             id=f"{record.id}-{seq}",
@@ -196,9 +197,12 @@ class Ticket:
                 (b"x-leadline-cost", usd),
                 (b"x-litellm-response-cost", usd),  # dashboards made for LiteLLM read this one
             ]
-        remaining = self.budget_remaining()
-        if remaining is not None:
-            headers.append((b"x-leadline-budget-remaining-nanousd", b"%d" % remaining))
+        budget = tightest(self.account.budgets)
+        if budget is not None:
+            headers += [
+                (b"x-leadline-budget-remaining-nanousd", b"%d" % budget.remaining_nanousd),
+                (b"x-leadline-budget-scope", budget.label.encode()),
+            ]
         if self.decision is not None and self.decision.degraded:
             headers.append((b"x-leadline-degraded", self.decision.degraded.encode()))
         return headers

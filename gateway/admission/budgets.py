@@ -1,17 +1,22 @@
 """Hard budgets: reserve the most a call can cost before it runs, settle to what it did cost after.
 
-`reserve` runs on the event loop without an await, so check and reservation are one step: reserved plus
-spent never exceeds a limit, at any concurrency. Windows are calendar windows in UTC.
+In one process check and reservation are one step on the event loop, without an await between them: reserved plus
+spent never exceeds a limit, at any concurrency. Workers that share budgets reserve in SQL instead
+(`gateway.admission.shared_budgets`), through the same two words: `find` the budgets of a request, `reserve` for each of
+its attempts. Windows are calendar windows in UTC.
 """
 
 import asyncio
 import datetime as dt
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 from weakref import WeakValueDictionary
 
+from gateway.admission.limits import BudgetLimit
 from gateway.errors import BudgetExceeded
+from routers.policy import Degrade, Threshold
 from routers.units import Window, format_money
 
 MAX_LOADED = 20_000
@@ -37,7 +42,7 @@ def window_start_ms(window: Window, now_ms: int) -> int:
 
 @dataclass(slots=True, weakref_slot=True)
 class Budget:
-    """One limit over one scope (`key:<id>`, `tenant:<name>` or `scope:<name>`)."""
+    """One limit over one scope, in its current window."""
 
     scope: str
     limit_nanousd: int
@@ -45,22 +50,59 @@ class Budget:
     started_ms: int
     spent_nanousd: int
     reserved_nanousd: int = 0
+    label: str = ""
+    at: tuple[Threshold, ...] = ()
+    given_nanousd: int | None = None
+    """What callers have given this run."""
 
     @property
     def remaining_nanousd(self) -> int:
         return max(0, self.limit_nanousd - self.spent_nanousd - self.reserved_nanousd)
 
+    def follow(self, limit: BudgetLimit) -> bool:
+        """Take over what holds now: a policy, a key or a caller may have changed it. False when nothing bounds it."""
+        if limit.given_nanousd is not None:
+            self.given_nanousd = limit.given_nanousd
+        bounds = [bound for bound in (limit.nanousd, self.given_nanousd) if bound is not None]
+        self.limit_nanousd = min(bounds, default=0)
+        self.label, self.at = limit.label, limit.at
+        return bool(bounds)
+
+
+class Reservation(Protocol):
+    """What one attempt holds of its caller's budgets. `settle` it exactly once, whatever happened."""
+
+    @property
+    def amount_nanousd(self) -> int: ...
+
+    def settle(self, cost_nanousd: int) -> None:
+        """Give the hold back and book what was spent."""
+        ...
+
+
+class Account(Protocol):
+    """The budgets that one request draws on."""
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """As they stand now, or stood when this worker last looked."""
+        ...
+
+    async def reserve(self, amount_nanousd: int) -> Reservation:
+        """Hold `amount_nanousd` of all budgets, or of none. Raises BudgetExceeded, naming the budget that is short,
+        and Unavailable where the budgets are kept elsewhere and cannot be reached."""
+        ...
+
 
 @dataclass(slots=True)
 class Hold:
-    """What one attempt holds of its caller's budgets. `settle` it exactly once, whatever happened."""
+    """A reservation in this process."""
 
     budgets: tuple[Budget, ...]
     amount_nanousd: int
     settled: bool = False
 
     def settle(self, cost_nanousd: int) -> None:
-        """Give the hold back and book what was spent."""
         if self.settled:
             raise RuntimeError("a hold is settled once")
         self.settled = True
@@ -69,21 +111,64 @@ class Hold:
             budget.spent_nanousd += cost_nanousd
 
 
+@dataclass(slots=True)
+class LocalAccount:
+    budgets: tuple[Budget, ...]
+
+    async def reserve(self, amount_nanousd: int) -> Hold:
+        """Without a turn of the event loop."""
+        return reserve(self.budgets, amount_nanousd)
+
+
 def reserve(budgets: tuple[Budget, ...], amount_nanousd: int) -> Hold:
-    """Hold `amount_nanousd` of all `budgets`, or of none. Raises BudgetExceeded, naming the budget that is short.
+    """Hold `amount_nanousd` of all `budgets`, or of none. Raises BudgetExceeded.
 
     A call that can cost nothing is always let through: a spent budget does not close a free local model.
     """
     for budget in budgets:
         if amount_nanousd > budget.remaining_nanousd and amount_nanousd > 0:
-            raise BudgetExceeded(
-                f"Budget of {budget.scope} ({format_money(budget.limit_nanousd)}/{budget.window}): "
-                f"{format_money(budget.remaining_nanousd)} left, and this request may cost up to "
-                f"{format_money(amount_nanousd)}. Lower max_tokens, choose a cheaper model, or raise the budget."
-            )
+            raise exceeded(budget, amount_nanousd)
     for budget in budgets:
         budget.reserved_nanousd += amount_nanousd
     return Hold(budgets, amount_nanousd)
+
+
+def exceeded(budget: Budget, amount_nanousd: int) -> BudgetExceeded:
+    return BudgetExceeded(
+        f"Budget of {budget.label or budget.scope} ({format_money(budget.limit_nanousd)}/{budget.window}): "
+        f"{format_money(budget.remaining_nanousd)} left, and this request may cost up to "
+        f"{format_money(amount_nanousd)}. Lower max_tokens, choose a cheaper model, or raise the budget."
+    )
+
+
+def tightest(budgets: Sequence[Budget]) -> Budget | None:
+    """The budget with the least left; None without budgets."""
+    return min(budgets, key=_remaining) if budgets else None
+
+
+def _remaining(budget: Budget) -> int:
+    return budget.remaining_nanousd
+
+
+def degrade(budgets: Sequence[Budget]) -> tuple[Degrade, str] | None:
+    """What the thresholds that these budgets have passed turn routing to, and which one says so.
+
+    Of several, `local` goes before `cheaper`, then the fuller budget. Reserved money counts as used.
+    """
+    worst: tuple[bool, int, Degrade, str] | None = None
+    for budget in budgets:
+        if not budget.at:
+            continue
+        used = budget.spent_nanousd + budget.reserved_nanousd
+        percent = used * 100 // budget.limit_nanousd if budget.limit_nanousd else 100
+        passed = [threshold for threshold in budget.at if percent >= threshold.percent]
+        if passed:
+            last = passed[-1]
+            limit = f"{format_money(budget.limit_nanousd)}/{budget.window}"
+            reason = f"budget of {budget.label} ({limit}) is {percent}% used, {last.action} from {last.percent}%"
+            found = (last.action == "local", percent, last.action, reason)
+            worst = found if worst is None else max(worst, found)
+    return None if worst is None else worst[2:]
 
 
 class Budgets:
@@ -96,39 +181,39 @@ class Budgets:
         self._alive: WeakValueDictionary[tuple[str, Window], Budget] = WeakValueDictionary()
         self._loading = asyncio.Lock()
 
-    async def find(self, limits: Iterable[tuple[str, int, Window]], now_ms: int) -> tuple[Budget, ...]:
-        """The budgets for (scope, limit in nano-dollars, window) triples, in their current windows."""
+    async def find(self, limits: Sequence[BudgetLimit], now_ms: int, request_id: str) -> LocalAccount:
+        """The account of one request: what bounds it, in the windows of `now_ms`."""
+        if not limits:
+            return _UNBOUNDED
         found = []
-        for scope, limit, window in limits:
-            budget = self._alive.get((scope, window))
+        for limit in limits:
+            key = (limit.scope, limit.window)
+            budget = self._alive.get(key)
             if budget is None:
-                budget = await self._load(scope, limit, window, now_ms)
-            self._budgets[scope, window] = budget
-            self._budgets.move_to_end((scope, window))
-            budget.limit_nanousd = limit
-            start = window_start_ms(window, now_ms)
+                if limit.nanousd is None and limit.given_nanousd is None:
+                    continue
+                budget = await self._load(limit, now_ms)
+            self._budgets[key] = budget
+            self._budgets.move_to_end(key)
+            start = window_start_ms(limit.window, now_ms)
             if start > budget.started_ms:
                 # What is in flight across the boundary stays reserved and settles into the new window.
                 budget.started_ms = start
                 budget.spent_nanousd = 0
-            found.append(budget)
-        return tuple(found)
-
-    def limit_of(self, scope: str, window: Window) -> int | None:
-        """The limit in nano-dollars that a scope has been given lately; None when it has none."""
-        budget = self._alive.get((scope, window))
-        return budget.limit_nanousd if budget is not None else None
+            if budget.follow(limit):
+                found.append(budget)
+        return LocalAccount(tuple(found))
 
     def all(self) -> list[Budget]:
         return list(self._budgets.values())
 
-    async def _load(self, scope: str, limit: int, window: Window, now_ms: int) -> Budget:
+    async def _load(self, limit: BudgetLimit, now_ms: int) -> Budget:
         async with self._loading:
-            budget = self._alive.get((scope, window))
+            budget = self._alive.get((limit.scope, limit.window))
             if budget is None:
-                start = window_start_ms(window, now_ms)
-                spent = await self._spent_since(scope, start)
-                budget = self._alive[scope, window] = Budget(scope, limit, window, start, spent)
+                start = window_start_ms(limit.window, now_ms)
+                spent = await self._spent_since(limit.scope, start)
+                budget = self._alive[limit.scope, limit.window] = Budget(limit.scope, 0, limit.window, start, spent)
                 if len(self._budgets) >= MAX_LOADED:
                     self._forget_idle()
         return budget
@@ -137,3 +222,6 @@ class Budgets:
         """Drop the budgets longest unused that hold no reservation; the ledger knows what they had spent."""
         for key in [key for key, budget in self._budgets.items() if budget.reserved_nanousd == 0][: MAX_LOADED // 10]:
             del self._budgets[key]
+
+
+_UNBOUNDED = LocalAccount(())

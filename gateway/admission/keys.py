@@ -43,6 +43,7 @@ class Principal:
     role: Role
     budget_nanousd: int | None = None
     budget_window: Window | None = None
+    team: str | None = None
 
 
 class PepperError(RuntimeError):
@@ -178,4 +179,5 @@ def _principal(row: ApiKey) -> Principal:
         role=row.role,  # type: ignore[arg-type]
         budget_nanousd=row.budget_nanousd,
         budget_window=row.budget_window,  # type: ignore[arg-type]
+        team=row.team,
     )

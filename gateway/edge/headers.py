@@ -4,10 +4,12 @@ import re
 from collections.abc import Iterable
 from decimal import Decimal, InvalidOperation
 
+from gateway.admission.limits import MAX_PATH, MAX_SEGMENTS, valid_run
 from gateway.errors import InvalidRequest, UnsupportedEncoding
 from gateway.upstream.types import CallHeaders
 
 _SESSION_HEADERS = (b"x-session-id", b"x-claude-code-session-id", b"session-id", b"thread-id")
+_PARENT_AGENT_HEADER = b"x-claude-code-parent-agent-id"
 
 
 def read_headers(raw: Iterable[tuple[bytes, bytes]]) -> CallHeaders:
@@ -21,6 +23,7 @@ def read_headers(raw: Iterable[tuple[bytes, bytes]]) -> CallHeaders:
     idempotency_key: str | None = None
     retry_count = 0
     timeout_s: float | None = None
+    parent_agent: str | None = None
     authorized = False
     for name, value in raw:
         if name == b"authorization":
@@ -31,6 +34,8 @@ def read_headers(raw: Iterable[tuple[bytes, bytes]]) -> CallHeaders:
             token = rest.strip() if scheme.lower() == "bearer" else ""
         elif name in _SESSION_HEADERS:
             sessions[name] = value.decode("latin-1")[:128]
+        elif name == _PARENT_AGENT_HEADER:
+            parent_agent = value.decode("latin-1")[:128] or None
         elif name == b"cache-control":
             no_cache = no_cache or b"no-cache" in value or b"no-store" in value
             no_store = no_store or b"no-store" in value
@@ -55,13 +60,17 @@ def read_headers(raw: Iterable[tuple[bytes, bytes]]) -> CallHeaders:
         raise InvalidRequest("x-leadline-scope-budget: needs x-leadline-scope, the name of the scope it limits.")
     session = next((sessions[name] for name in _SESSION_HEADERS if name in sessions), None)
     return CallHeaders(
-        token, session, tags, no_cache, no_store, scope, scope_budget, idempotency_key, retry_count, timeout_s
-    )
+        token, session, tags, no_cache, no_store, scope, scope_budget, idempotency_key, retry_count, timeout_s,
+        parent_agent,
+    )  # fmt: skip
 
 
 def _scope(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9._:-]{1,64}", text):
-        raise InvalidRequest("x-leadline-scope: use 1 to 64 letters, digits, '.', '_', ':' or '-'.")
+    if not valid_run(text):
+        raise InvalidRequest(
+            f"x-leadline-scope: {text[:80]!r} is not a run such as `run42/research`: use up to {MAX_SEGMENTS} names of "
+            f"1 to 64 letters, digits, '.', '_', ':' or '-', with '/' between them, {MAX_PATH} characters in all."
+        )
     return text
 
 

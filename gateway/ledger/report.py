@@ -2,33 +2,44 @@
 
 from typing import Any
 
-from sqlalchemy import Engine, Select, case, func, select
+from sqlalchemy import ColumnElement, Engine, Select, case, func, or_, select
 from sqlmodel import col
 
 from gateway.ledger.tables import AttemptRow, RequestRow
 
 
 def spent_since(engine: Engine, scope: str, start_ms: int) -> int:
-    """Nano-dollars that `scope` (`key:ID`, `tenant:NAME` or `scope:KEY:NAME`) has spent since `start_ms`."""
+    """Nano-dollars that `scope` (`key:ID`, `team:NAME`, `tenant:NAME` or `scope:KEY:RUN`) has spent since `start_ms`.
+
+    A run's spend is that of the run and of all the runs below it.
+    """
     kind, _, name = scope.partition(":")
     query = select(func.coalesce(func.sum(col(RequestRow.cost_nanousd)), 0)).where(
         col(RequestRow.created_at_ms) >= start_ms
     )
     if kind == "key":
         query = query.where(col(RequestRow.key_id) == name)
+    elif kind == "team":
+        query = query.where(col(RequestRow.team) == name)
     elif kind == "tenant":
         query = query.where(col(RequestRow.tenant) == name)
     else:
-        key_id, _, label = name.partition(":")
-        query = query.where(col(RequestRow.key_id) == key_id, col(RequestRow.scope) == label)
+        key_id, _, run = name.partition(":")
+        query = query.where(col(RequestRow.key_id) == key_id, _in_run(run))
     with engine.connect() as connection:
         return int(connection.execute(query).scalar_one() or 0)
+
+
+def _in_run(run: str) -> ColumnElement[bool]:
+    """The run itself and what is below it: names compare byte by byte (SQLite's LIKE would not)."""
+    path = col(RequestRow.scope)
+    return or_(path == run, func.substr(path, 1, len(run) + 1) == f"{run}/")
 
 
 def summary(
     engine: Engine, *, since_ms: int, tenant: str | None = None, scope: tuple[str, str] | None = None
 ) -> dict[str, Any]:
-    """Totals of all requests since `since_ms`, of one tenant or of all, or of one (key id, budget scope).
+    """Totals of all requests since `since_ms`, of one tenant or of all, or of one (key id, run with its sub-runs).
 
     `savings_nanousd` is repriced: over the rows with a baseline and a cost, what the same tokens would have cost at
     the price of the dearest candidate, less what they did cost.
@@ -119,4 +130,4 @@ def _of_scope(query: Select[Any], scope: tuple[str, str] | None) -> Select[Any]:
     if scope is None:
         return query
     key_id, name = scope
-    return query.where(col(RequestRow.key_id) == key_id, col(RequestRow.scope) == name)
+    return query.where(col(RequestRow.key_id) == key_id, _in_run(name))

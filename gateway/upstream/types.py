@@ -118,6 +118,8 @@ class CallHeaders:
     """How often the caller's own client has already tried (`x-stainless-retry-count`)."""
     timeout_s: float | None = None
     """The caller's own deadline (`x-leadline-timeout`), which can only shorten the policy's."""
+    parent_agent: str | None = None
+    """The agent that started the one that calls (`x-claude-code-parent-agent-id`)."""
 
 
 @dataclass(slots=True)

@@ -190,6 +190,28 @@ async def test_a_scope_has_its_own_budget(gateway: Gateway) -> None:
 
 
 @anyio
+async def test_sub_runs_spend_the_budget_of_their_root(gateway: Gateway) -> None:
+    root = {"X-Leadline-Scope": "Run", "X-Leadline-Scope-Budget": "0.0003"}
+    assert (await gateway.chat(ask("root", max_tokens=100), **root))[0] == 200
+    paths = [f"Run/agent-{i}/fetch" for i in range(3)] * 10
+    answers = [await gateway.chat(ask(f"{i}", max_tokens=100), **{"X-Leadline-Scope": p}) for i, p in enumerate(paths)]
+    assert [answers[0][0], answers[-1][0]] == [200, 429]
+    assert answers[0][1]["x-leadline-budget-scope"] == "run:Run"
+    assert answers[-1][2]["error"]["type"] == "budget_exceeded"
+    other = {"X-Leadline-Scope": "run/agent-0", "X-Leadline-Scope-Budget": "0.0005"}
+    assert (await gateway.chat(ask("other", max_tokens=100), **other))[0] == 200, "names differ by case"
+    rows = await gateway.rows()
+    spent = {
+        name: sum(r["cost_nanousd"] for r in rows if (r["scope"] or "").startswith(name)) for name in ("Run", "run")
+    }
+    for scope in ("Run", "run"):
+        async with gateway.session.get(
+            f"{gateway.url}/leadline/v1/spend", params={"scope": scope}, headers=gateway.headers()
+        ) as response:
+            assert (await response.json())["cost_nanousd"] == spent[scope] <= 300_000
+
+
+@anyio
 async def test_keys_made_or_revoked_by_another_process_are_known_at_once(gateway: Gateway) -> None:
     settings = gateway.app.settings
     other = KeyStore(connect(settings.database_url), load_pepper(settings.home))

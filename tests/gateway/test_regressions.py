@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from gateway.admission.budgets import Budgets, reserve
+from gateway.admission.budgets import Budgets
 from gateway.admission.keys import PepperError, load_pepper
+from gateway.admission.limits import BudgetLimit
 from gateway.edge.wire import read_chat
 from gateway.errors import BudgetExceeded, Unavailable
 from gateway.ledger import report
@@ -63,14 +64,15 @@ async def test_a_budget_in_use_is_never_loaded_a_second_time(monkeypatch: pytest
         return 0
 
     budgets = Budgets(spent_since)
-    (held_by_one_request,) = await budgets.find([("key:k", 100, "total")], 0)
+    limit = BudgetLimit("key:k", "total", 100, "key:k")
+    held_by_one_request = await budgets.find([limit], 0, "req_1")
     for i in range(50):
-        await budgets.find([(f"scope:k:{i}", 1, "total")], 0)
-    reserve((held_by_one_request,), 100)
-    (again,) = await budgets.find([("key:k", 100, "total")], 0)
-    assert again is held_by_one_request
+        await budgets.find([BudgetLimit(f"scope:k:{i}", "total", 1, f"run:{i}")], 0, f"req_{i}")
+    await held_by_one_request.reserve(100)
+    again = await budgets.find([limit], 0, "req_2")
+    assert again.budgets[0] is held_by_one_request.budgets[0]
     with pytest.raises(BudgetExceeded):
-        reserve((again,), 1)
+        await again.reserve(1)
     assert len(budgets.all()) <= 12
 
 
