@@ -99,11 +99,13 @@ class App:
             await ledger.flush()
             return await asyncio.to_thread(report.spent_since, database, scope, start_ms)
 
+        budgets = Budgets(spent_since)
+        metrics.watch_budgets(budgets.all)
         lifecycle = Lifecycle(
             world=world,
             keys=keys,
             rates=RateLimiter(),
-            budgets=Budgets(spent_since),
+            budgets=budgets,
             cache=cache,
             ledger=ledger,
             signals=SignalReader(engine, metrics),

@@ -1,25 +1,107 @@
-"""Prometheus metrics of one worker. No label carries an id, a key or a prompt."""
+"""Prometheus metrics of one worker. No label carries an id, a key or a prompt.
+
+What every request pays for (`request`, `attempt`) finds its counter by a tuple: prometheus-client's own `labels`
+would build strings and take a lock each time.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from gateway.ledger.records import AttemptRecord, RequestRecord
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+BreakerState = Literal["closed", "half_open", "open"]
+BREAKER_STATES: dict[BreakerState, int] = {"closed": 0, "half_open": 1, "open": 2}
+_CLASSES = ("input", "cached_input", "cache_write", "output", "reasoning")
+
+
+class _Children:
+    """The children of one counter, by their label values."""
+
+    __slots__ = ("_counter", "_known")
+
+    def __init__(self, counter: Counter) -> None:
+        self._counter = counter
+        self._known: dict[tuple[str, ...], Counter] = {}
+
+    def add(self, amount: int, *labels: str) -> None:
+        child = self._known.get(labels)
+        if child is None:
+            child = self._known[labels] = self._counter.labels(*labels)
+        child.inc(amount)
+
+
+class BudgetState(Protocol):
+    """What the gauges read of a live budget."""
+
+    @property
+    def scope(self) -> str: ...
+
+    @property
+    def limit_nanousd(self) -> int: ...
+
+    @property
+    def reserved_nanousd(self) -> int: ...
+
+    @property
+    def spent_nanousd(self) -> int: ...
+
+
+class _Budgets(Collector):
+    """Sums over the live budgets, by kind of scope (`key`, `team`, `tenant`, …), made when they are asked for."""
+
+    def __init__(self, live: Callable[[], Iterable[BudgetState]]) -> None:
+        self._live = live
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        sums: dict[tuple[str, str], int] = {}
+        for budget in self._live():
+            kind = budget.scope.partition(":")[0]
+            for part, nanousd in (
+                ("limit", budget.limit_nanousd),
+                ("reserved", budget.reserved_nanousd),
+                ("spent", budget.spent_nanousd),
+            ):
+                sums[kind, part] = sums.get((kind, part), 0) + nanousd
+        family = GaugeMetricFamily(
+            "leadline_budget_nanousd", "Nano-dollars of the budgets in use, by kind of scope.", labels=["scope", "part"]
+        )
+        for labels, nanousd in sums.items():
+            family.add_metric(labels, nanousd)
+        yield family
 
 
 class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.in_flight = Gauge("leadline_requests_in_flight", "Admitted requests under way.", registry=self.registry)
-        self.engine_up = Gauge("leadline_engine_up", "1 while the engine process answers.", registry=self.registry)
-        self.engine_restarts = Counter(
-            "leadline_engine_restarts", "Times the engine process was started again.", registry=self.registry
+        self.in_flight = self._gauge("leadline_requests_in_flight", "Admitted requests under way.")
+        self.engine_up = self._gauge("leadline_engine_up", "1 while the engine process answers.")
+        self.redis_up = self._gauge("leadline_redis_up", "1 while Redis answers; 0 also where none is used.")
+        self.engine_restarts = self._counter("leadline_engine_restarts", "Times the engine process was started again.")
+        self.probe_failures = self._counter("leadline_probe_failures", "Probes that did not answer in time.")
+        self.telemetry_dropped = self._counter(
+            "leadline_telemetry_dropped", "Requests whose trace was dropped because its receiver was away or slow."
         )
-        self.probe_failures = Counter(
-            "leadline_probe_failures", "Probes that did not answer in time.", registry=self.registry
+        self._unpriced = self._counter("leadline_unpriced_requests", "Requests whose cost is not known.")
+        self._slow_clients = self._children(
+            "leadline_slow_clients", "Connections cut because the client was too slow.", "phase"
         )
-        self._requests = Counter(
-            "leadline_requests", "Admitted requests.", ["route", "model", "outcome", "cache"], registry=self.registry
+        self._requests = self._children("leadline_requests", "Admitted requests.", "route", "model", "outcome", "cache")
+        self._degraded = self._children(
+            "leadline_degraded_requests", "Requests answered with less than the policy wanted.", "reason"
+        )
+        self._attempts = self._children("leadline_attempts", "Upstream calls.", "provider", "model", "outcome")
+        self._retries = self._children("leadline_retries", "Upstream calls tried again.", "model", "cause")
+        self._fallbacks = self._children("leadline_fallbacks", "Models left for the next one.", "model", "cause")
+        self._hedges = self._children("leadline_hedges", "Second calls beside a late first.", "model", "outcome")
+        self._tokens = self._children("leadline_tokens", "Tokens billed.", "model", "class")
+        self._cost = self._children("leadline_cost_nanousd", "Nano-dollars spent.", "model")
+        self._breaker = Gauge(
+            "leadline_breaker_state", "0 closed, 1 half open, 2 open.", ["model"], registry=self.registry
         )
         self._duration = Histogram(
             "leadline_request_duration_seconds", "Admission to end of answer.", buckets=_SECONDS, registry=self.registry
@@ -27,30 +109,65 @@ class Metrics:
         self._overhead = Histogram(
             "leadline_overhead_seconds", "Time added to the upstream's.", buckets=_SECONDS, registry=self.registry
         )
-        self._attempts = Counter(
-            "leadline_attempts", "Upstream calls.", ["provider", "model", "outcome"], registry=self.registry
-        )
-        self._tokens = Counter("leadline_tokens", "Tokens billed.", ["model", "class"], registry=self.registry)
-        self._cost = Counter("leadline_cost_nanousd", "Nano-dollars spent.", ["model"], registry=self.registry)
 
     def request(self, record: RequestRecord) -> None:
-        self._requests.labels(record.route or "-", record.model_served or "-", record.outcome, record.cache).inc()
+        self._requests.add(1, record.route or "-", record.model_served or "-", record.outcome, record.cache)
         self._duration.observe(record.duration_us / 1e6)
         self._overhead.observe(record.overhead_us / 1e6)
+        if record.cost_nanousd is None:
+            self._unpriced.inc()
 
     def attempt(self, attempt: AttemptRecord) -> None:
-        self._attempts.labels(attempt.provider, attempt.model, attempt.outcome).inc()
-        for kind, tokens in (
-            ("input", attempt.input_tokens),
-            ("cached_input", attempt.cached_input_tokens),
-            ("cache_write", attempt.cache_write_tokens),
-            ("output", attempt.output_tokens),
-            ("reasoning", attempt.reasoning_tokens),
-        ):
+        model = attempt.model
+        self._attempts.add(1, attempt.provider, model, attempt.outcome)
+        counts = (
+            attempt.input_tokens,
+            attempt.cached_input_tokens,
+            attempt.cache_write_tokens,
+            attempt.output_tokens,
+            attempt.reasoning_tokens,
+        )
+        for place, tokens in enumerate(counts):
             if tokens:
-                self._tokens.labels(attempt.model, kind).inc(tokens)
+                self._tokens.add(tokens, model, _CLASSES[place])
         if attempt.cost_nanousd:
-            self._cost.labels(attempt.model).inc(attempt.cost_nanousd)
+            self._cost.add(attempt.cost_nanousd, model)
+
+    def degraded(self, reason: str) -> None:
+        """A request is answered with less than the policy wanted, e.g. `budget`, `probe_unavailable`, `redis`."""
+        self._degraded.add(1, reason)
+
+    def retried(self, model: str, cause: str) -> None:
+        """The same model is asked again, after a failure of this cause."""
+        self._retries.add(1, model, cause)
+
+    def fell_back(self, model: str, cause: str) -> None:
+        """`model` is left for the next fallback, because of its last failure's cause."""
+        self._fallbacks.add(1, model, cause)
+
+    def hedged(self, model: str, outcome: Literal["won", "lost", "failed"]) -> None:
+        """A second call went out beside a late first one, and this became of it."""
+        self._hedges.add(1, model, outcome)
+
+    def breaker(self, model: str, state: BreakerState) -> None:
+        self._breaker.labels(model).set(BREAKER_STATES[state])
+
+    def slow_client(self, phase: Literal["headers", "body", "read"]) -> None:
+        """A connection was cut: its headers or body did not come, or its answer was not taken."""
+        self._slow_clients.add(1, phase)
+
+    def watch_budgets(self, live: Callable[[], Iterable[BudgetState]]) -> None:
+        """Show what the budgets in use hold. `live` is called at each scrape. Call once."""
+        self.registry.register(_Budgets(live))
 
     def exposition(self) -> bytes:
         return generate_latest(self.registry)
+
+    def _gauge(self, name: str, words: str) -> Gauge:
+        return Gauge(name, words, registry=self.registry)
+
+    def _counter(self, name: str, words: str) -> Counter:
+        return Counter(name, words, registry=self.registry)
+
+    def _children(self, name: str, words: str, *labels: str) -> _Children:
+        return _Children(Counter(name, words, labels, registry=self.registry))
