@@ -11,7 +11,7 @@ import structlog
 
 from gateway.admission.budgets import Budgets
 from gateway.admission.keys import KeyStore, PepperError, load_pepper
-from gateway.admission.rates import RateLimiter
+from gateway.admission.rates import LocalRates
 from gateway.cache.exact import ExactCache, MemoryCache, RedisCache
 from gateway.dashboard.views import mount_dashboard
 from gateway.edge.api import build_web
@@ -104,7 +104,7 @@ class App:
         lifecycle = Lifecycle(
             world=world,
             keys=keys,
-            rates=RateLimiter(),
+            rates=LocalRates(),
             budgets=budgets,
             cache=cache,
             ledger=ledger,
@@ -158,6 +158,6 @@ async def _poll_keys(keys: KeyStore) -> None:
     while True:
         await asyncio.sleep(KEY_POLL_S)
         try:
-            await asyncio.to_thread(keys.reload)
+            await asyncio.to_thread(keys.poll)
         except Exception as error:
             log.warning("keys.reload_failed", error=str(error)[:200])

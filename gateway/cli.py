@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -108,7 +108,9 @@ def explain(
 def create_key(
     name: Annotated[str, typer.Argument(help="A name to know it by; limits in the policy may use it.")],
     tenant: Annotated[str, typer.Option(help="Caches, spend and receipts are kept apart by tenant.")] = "default",
-    admin: Annotated[bool, typer.Option("--admin", help="May see every tenant's spend and the dashboard.")] = False,
+    team: Annotated[str | None, typer.Option(help="Limits of the policy may be given to a team.")] = None,
+    role: Annotated[Literal["admin", "user", "reader"], typer.Option(help="A reader sees, and runs nothing.")] = "user",
+    admin: Annotated[bool, typer.Option("--admin", help="Short for --role admin.")] = False,
     budget: Annotated[str | None, typer.Option(help="A hard budget, such as $5/month.")] = None,
 ) -> None:
     """Make a key and print it: the only time it is shown. A running gateway knows it within a second."""
@@ -121,7 +123,8 @@ def create_key(
             lambda keys, _: keys.create(
                 name,
                 tenant=tenant,
-                role="admin" if admin else "user",
+                team=team,
+                role="admin" if admin else role,
                 budget_nanousd=limit.nanousd if limit is not None else None,
                 budget_window=limit.window if limit is not None else "month",
             )
@@ -143,7 +146,8 @@ def list_keys() -> None:
             limit = (
                 f"{format_money(p.budget_nanousd)}/{p.budget_window}" if p.budget_nanousd is not None else "no budget"
             )
-            typer.echo(f"{p.key_id}  {p.key_name}  tenant {p.tenant}  {p.role}  {limit}")
+            team = f"  team {p.team}" if p.team is not None else ""
+            typer.echo(f"{p.key_id}  {p.key_name}  tenant {p.tenant}{team}  {p.role}  {limit}")
 
     _with_keys(show)
 

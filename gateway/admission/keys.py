@@ -1,10 +1,12 @@
 """API keys: `sk-ll-<public id>-<secret>`. The id finds the row, an HMAC under the server's pepper proves the secret.
 
 Only the HMAC is stored. The comparison takes constant time, and the in-memory table is keyed by the public id and
-checked by the full digest, never by a part of the token.
+checked by the full digest, never by a part of the token. A token once proven is recognised by its whole SHA-256 until
+the keys change (0.4 µs instead of the HMAC's 1.6); the token itself is not kept.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import os
@@ -15,14 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sqlalchemy import Engine
+from sqlalchemy import Engine, update
+from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, col, select
 
-from gateway.errors import Unauthenticated
-from gateway.ledger.tables import ApiKey
+from gateway.errors import Forbidden, Unauthenticated
+from gateway.ledger.tables import ApiKey, KeyChange
 from routers.units import Window
 
-Role = Literal["admin", "user"]
+Role = Literal["admin", "user", "reader"]
+"""What a key may do: `admin` all; `user` run, and see its own tenant's receipts and spend; `reader` only see them."""
 PREFIX = "sk-ll-"
 PEPPER_BYTES = 32
 RELOAD_PAUSE_S = 0.2
@@ -30,7 +34,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
 
 class KeyNameError(ValueError):
-    """A key's name or tenant cannot be used; the message says why."""
+    """A key's name, tenant or team cannot be used; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,14 @@ class Principal:
     budget_nanousd: int | None = None
     budget_window: Window | None = None
     team: str | None = None
+
+    def must_run(self) -> None:
+        """Raises Forbidden for a key that may only look."""
+        if self.role == "reader":
+            raise Forbidden(
+                f"Key {self.key_name} has the role reader: it may list models and see its tenant's receipts and spend, "
+                "and run nothing. Use a key with the role user."
+            )
 
 
 class PepperError(RuntimeError):
@@ -72,21 +84,41 @@ def load_pepper(home: Path) -> bytes:
 
 
 class KeyStore:
-    """All keys, in memory for look-ups, in SQL for good. Changes made here are seen by the next request."""
+    """All keys, in memory for look-ups, in SQL for good. Changes made here are seen by the next request.
+
+    Each change also counts up one number in SQL, in the same transaction: whoever polls reads that number alone until
+    it differs, however many keys there are.
+    """
 
     def __init__(self, engine: Engine, pepper: bytes) -> None:
         self._engine = engine
         self._pepper = pepper
         self._keys: dict[str, tuple[str, Principal]] = {}
-        self._loaded_at = 0.0
+        self._proven: dict[bytes, Principal] = {}
+        """SHA-256 of a whole token → its owner. A key has one token, so this is never larger than `_keys`."""
+        self._change = -1
+        self._polled_at = 0.0
         self._looking = asyncio.Lock()
+        _start_counting(engine)
         self.reload()
 
     def reload(self) -> None:
+        """Read all keys again, whether they have changed or not."""
         with Session(self._engine) as session:
+            change = _last_change(session)  # before the rows: what changes meanwhile is read again next time
             rows = session.exec(select(ApiKey).where(col(ApiKey.revoked_at_ms).is_(None))).all()
         self._keys = {row.id: (row.hash, _principal(row)) for row in rows}
-        self._loaded_at = time.monotonic()
+        self._proven = {}
+        self._change = change
+
+    def poll(self) -> bool:
+        """Read all keys again if one has changed since; says whether that was so. One row of SQL where it was not."""
+        with Session(self._engine) as session:
+            changed = _last_change(session) != self._change
+        if changed:
+            self.reload()
+        self._polled_at = time.monotonic()
+        return changed
 
     async def recognise(self, token: str) -> Principal:
         """`authenticate`, with a second look at SQL for a key that another process may just have made."""
@@ -94,11 +126,11 @@ class KeyStore:
             return self.authenticate(token)
         except Unauthenticated:
             async with self._looking:
-                wait = self._loaded_at + RELOAD_PAUSE_S - time.monotonic()
+                wait = self._polled_at + RELOAD_PAUSE_S - time.monotonic()
                 if wait > 0:  # however many wrong keys come, SQL is asked this often at most
                     await asyncio.sleep(wait)
-                if time.monotonic() - self._loaded_at >= RELOAD_PAUSE_S:
-                    await asyncio.to_thread(self.reload)
+                if time.monotonic() - self._polled_at >= RELOAD_PAUSE_S:
+                    await asyncio.to_thread(self.poll)
             return self.authenticate(token)
 
     def __len__(self) -> int:
@@ -106,6 +138,14 @@ class KeyStore:
 
     def authenticate(self, token: str) -> Principal:
         """Raises Unauthenticated: the message never repeats the token."""
+        proven = self._proven
+        fingerprint = hashlib.sha256(token.encode()).digest()
+        principal = proven.get(fingerprint)
+        if principal is None:
+            principal = proven[fingerprint] = self._prove(token)
+        return principal
+
+    def _prove(self, token: str) -> Principal:
         public_id, _, secret = token.removeprefix(PREFIX).partition("-")
         found = self._keys.get(public_id) if token.startswith(PREFIX) else None
         digest = self._digest(public_id, secret)
@@ -121,13 +161,14 @@ class KeyStore:
         name: str,
         *,
         tenant: str = "default",
+        team: str | None = None,
         role: Role = "user",
         budget_nanousd: int | None = None,
         budget_window: Window = "month",
     ) -> str:
         """Make a key and return it: the only time it is seen whole. Raises KeyNameError."""
-        for field, value in (("name", name), ("tenant", tenant)):
-            if not _NAME.fullmatch(value):
+        for field, value in (("name", name), ("tenant", tenant), ("team", team)):
+            if value is not None and not _NAME.fullmatch(value):
                 raise KeyNameError(f"{field} {value!r}: use 1 to 64 letters, digits, '.', '_', '@' or '-'")
         if any(principal.key_name == name for _, principal in self._keys.values()):
             raise KeyNameError(f"name {name!r}: a key of that name exists; choose another or revoke it first")
@@ -136,6 +177,7 @@ class KeyStore:
             id=public_id,
             name=name,
             tenant=tenant,
+            team=team,
             role=role,
             hash=self._digest(public_id, secret),
             created_at_ms=time.time_ns() // 1_000_000,
@@ -148,6 +190,7 @@ class KeyStore:
                 session.add(old)
             session.flush()
             session.add(row)
+            _count_change(session)
             session.commit()
             self._keys[public_id] = (row.hash, _principal(row))
         return f"{PREFIX}{public_id}-{secret}"
@@ -160,15 +203,66 @@ class KeyStore:
                 return False
             row.revoked_at_ms = time.time_ns() // 1_000_000
             session.add(row)
+            _count_change(session)
             session.commit()
         self._keys.pop(key_id, None)
+        self._proven = {}
         return True
+
+    def change(
+        self,
+        key_id: str,
+        *,
+        role: Role,
+        team: str | None,
+        budget_nanousd: int | None,
+        budget_window: Window | None,
+    ) -> Principal | None:
+        """Give a key another role, team or budget; None when there is no such key. Raises KeyNameError."""
+        if team is not None and not _NAME.fullmatch(team):
+            raise KeyNameError(f"team {team!r}: use 1 to 64 letters, digits, '.', '_', '@' or '-'")
+        with Session(self._engine) as session:
+            row = session.get(ApiKey, key_id)
+            if row is None or row.revoked_at_ms is not None:
+                return None
+            row.role, row.team = role, team
+            row.budget_nanousd = budget_nanousd
+            row.budget_window = (budget_window or "month") if budget_nanousd is not None else None
+            session.add(row)
+            _count_change(session)
+            session.commit()
+            principal = _principal(row)
+            self._keys[key_id] = (row.hash, principal)
+        self._proven = {}
+        return principal
+
+    def find(self, key_id: str) -> Principal | None:
+        """The owner of a key that works."""
+        found = self._keys.get(key_id)
+        return found[1] if found is not None else None
 
     def all(self) -> list[Principal]:
         return [principal for _, principal in self._keys.values()]
 
     def _digest(self, public_id: str, secret: str) -> str:
         return hmac.digest(self._pepper, f"{public_id}:{secret}".encode(), hashlib.sha256).hex()
+
+
+def _start_counting(engine: Engine) -> None:
+    with Session(engine) as session:
+        if session.exec(select(KeyChange.count)).first() is None:
+            session.add(KeyChange(id=1, count=0))
+            with contextlib.suppress(IntegrityError):  # another process has just done so
+                session.commit()
+
+
+def _last_change(session: Session) -> int:
+    return session.exec(select(KeyChange.count)).one()
+
+
+def _count_change(session: Session) -> None:
+    """Counts up in the transaction of the change itself: nobody sees the one without the other."""
+    session.connection().execute(update(KeyChange).values(count=col(KeyChange.count) + 1))
 
 
 def _principal(row: ApiKey) -> Principal:

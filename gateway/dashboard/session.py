@@ -28,7 +28,7 @@ def read(cookie: str | None, keys: KeyStore, pepper: bytes, *, now_s: int) -> Pr
     key_id, _, expires_s = payload.partition(".")
     if int(expires_s) <= now_s:
         return None
-    return next((principal for principal in keys.all() if principal.key_id == key_id), None)
+    return keys.find(key_id)
 
 
 def _signature(payload: str, pepper: bytes) -> str:

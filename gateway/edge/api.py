@@ -132,6 +132,7 @@ class ExplainRequest(BaseModel):
 @router.post("/leadline/v1/explain", tags=["receipts"])
 async def explain(body: ExplainRequest, principal: Caller, lifecycle: TheLifecycle) -> dict[str, Any]:
     """What would be decided for this request now, and why; nothing runs and nothing is spent on a model."""
+    principal.must_run()
     try:
         messages = msgspec.json.encode(body.messages)
     except UnicodeEncodeError as error:

@@ -6,7 +6,7 @@ microseconds for durations. A NULL cost is *unpriced*, never zero.
 
 from typing import Any
 
-from sqlalchemy import BigInteger, Column, Index, Text
+from sqlalchemy import BigInteger, Column, Index, LargeBinary, Text
 from sqlmodel import Field, SQLModel
 
 
@@ -32,6 +32,36 @@ class ApiKey(SQLModel, table=True):
     team: str | None = Field(default=None, max_length=64)
     created_by: str | None = Field(default=None, max_length=64)
     """The key that made this one; None: the command line, or the first start."""
+
+
+class KeyChange(SQLModel, table=True):
+    """One row: how often any key has changed. Workers poll it instead of all keys."""
+
+    __tablename__ = "key_change"
+
+    id: int = Field(primary_key=True)
+    count: int = _big()
+
+
+class IdempotencyRow(SQLModel, table=True):
+    """One per Idempotency-Key of an API key: who runs it, or what came of it."""
+
+    __tablename__ = "idempotency"
+
+    key_id: str = Field(primary_key=True, max_length=16)
+    idempotency_key: str = Field(primary_key=True, max_length=255)
+    body_hash: str = Field(max_length=64)
+    request_id: str = Field(max_length=40)
+    owner: str = Field(max_length=32)
+    """The process that runs it."""
+    lease_until_ms: int = _big()
+    """Renewed while the owner lives."""
+    expires_at_ms: int = Field(sa_column=Column(BigInteger, nullable=False, index=True))
+    status: int | None = None
+    """NULL while it runs."""
+    content_type: str | None = Field(default=None, max_length=64)
+    body: bytes | None = Field(default=None, sa_column=Column(LargeBinary, nullable=True))
+    """NULL as well where the answer was too large to keep."""
 
 
 class RequestRow(SQLModel, table=True):

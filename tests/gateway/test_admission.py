@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from gateway.admission.budgets import Budget, Hold, reserve, window_start_ms
 from gateway.admission.keys import KeyNameError, KeyStore, load_pepper
-from gateway.admission.rates import RateLimiter
-from gateway.errors import BudgetExceeded, RateLimited, Unauthenticated
+from gateway.errors import BudgetExceeded, Unauthenticated
 from gateway.ledger.store import connect
 from routers.units import Window
 from tests.gateway.conftest import Gateway, StartGateway, ask, until
@@ -72,23 +71,6 @@ def test_a_revoked_key_ends_and_gives_its_name_back(keys: KeyStore) -> None:
 def test_a_key_name_that_cannot_be_used_says_why(keys: KeyStore, name: str) -> None:
     with pytest.raises(KeyNameError, match="name"):
         keys.create(name)
-
-
-@given(st.floats(0.1, 100), st.integers(1, 20), st.lists(st.floats(0, 3), max_size=60))
-def test_no_stretch_of_time_sees_more_than_its_rate(rate: float, burst: int, gaps: list[float]) -> None:
-    limiter, now, admitted = RateLimiter(), 0.0, []
-    for gap in gaps:
-        now += gap
-        try:
-            limiter.admit([("k", rate, burst)], now=now)
-            admitted.append(now)
-        except RateLimited as error:
-            now += (error.retry_after_s or 0) + 1e-9  # whoever waits as told is let in
-            limiter.admit([("k", rate, burst)], now=now)
-            admitted.append(now)
-    for i, start in enumerate(admitted):
-        for j in range(i, len(admitted)):
-            assert j - i + 1 <= burst + rate * (admitted[j] - start) + 1e-6
 
 
 @anyio
