@@ -17,9 +17,9 @@ import msgspec
 import structlog
 
 from gateway.admission.budgets import Account, Budgets, degrade, tightest
-from gateway.admission.keys import KeyStore, Principal
+from gateway.admission.keys import KeyStore
 from gateway.admission.limits import BudgetLimits
-from gateway.admission.rates import RateLimiter
+from gateway.admission.rates import Rates, tokens_estimate
 from gateway.cache.exact import CachedAnswer, ExactCache, cache_key, cacheable
 from gateway.errors import (
     BudgetExceeded,
@@ -89,7 +89,7 @@ class Lifecycle:
         *,
         world: World,
         keys: KeyStore,
-        rates: RateLimiter,
+        rates: Rates,
         budgets: Budgets,
         cache: ExactCache,
         ledger: LedgerStore,
@@ -136,12 +136,12 @@ class Lifecycle:
     async def _admit(self, call: ChatCall) -> Ticket:
         """Key, rate, budgets, and the first mark in the ledger's journal: from here on the request has its row."""
         principal = self.keys.authenticate(call.headers.token)
+        principal.must_run()
         world = self.world
         now_ms = time.time_ns() // 1_000_000
         request_id = f"req_{now_ms:011x}{os.urandom(8).hex()}"
-        self._admit_rates(world.policy, principal)
-        limits = self._limits.budgets(world.policy, principal, call.headers)
-        account = await self.budgets.find(limits, now_ms, request_id)
+        budgets = self._limits.budgets(world.policy, principal, call.headers)
+        account = await self.budgets.find(budgets, now_ms, request_id)
         if not self.ledger.accepts:
             raise Unavailable("The ledger is too far behind to admit more; retry shortly.", retry_after_s=1)
         record = RequestRecord(
@@ -157,9 +157,12 @@ class Lifecycle:
             policy_version=world.policy.version_hash,
             team=principal.team,
         )
+        limits = self._rates.book.of(world.policy, principal, record.scope)
+        grant = await self._rates.admit(limits, record.id, tokens_estimate(call) if limits else 0)
         try:
             self.ledger.journal.opened(record)
         except OSError as error:
+            grant.release(0)
             log.error("journal.write_failed", error=str(error))
             raise Unavailable(
                 "The ledger cannot be written; nothing is admitted until it can.", retry_after_s=1
@@ -178,16 +181,7 @@ class Lifecycle:
             endpoint=call.endpoint,
             inputs=call.inputs,
         )
-        return Ticket(call, query, world, account, record, self.ledger, self.metrics)
-
-    def _admit_rates(self, policy: Policy, principal: Principal) -> None:
-        """Raises RateLimited."""
-        rates = []
-        for limit in policy.limits_for(key=principal.key_name, team=principal.team, tenant=principal.tenant):
-            if limit.rate is not None and limit.scope != "run":  # of a run: held by the tree that the caller names
-                name = {"key": principal.key_name, "team": principal.team}.get(limit.scope, principal.tenant)
-                rates.append((f"{limit.scope} {name}", limit.rate.count / limit.rate.per_s, limit.rate.count))
-        self._rates.admit(rates, now=time.monotonic())
+        return Ticket(call, query, world, account, grant, record, self.ledger, self.metrics)
 
     # recall ---------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 
 from gateway.admission.budgets import Account, Reservation, tightest
+from gateway.admission.rates import Grant
 from gateway.errors import Unavailable
 from gateway.ledger.records import AttemptRecord, RequestRecord
 from gateway.ledger.settle import NO_USAGE, Usage, cost_nanousd, estimated_usage, worst_case_usage
@@ -38,6 +39,7 @@ class Ticket:
         query: Query,
         world: World,
         account: Account,
+        grant: Grant,
         record: RequestRecord,
         ledger: LedgerStore,
         metrics: Metrics,
@@ -46,6 +48,7 @@ class Ticket:
         self.query = query
         self.world = world
         self.account = account
+        self.grant = grant
         self.record = record
         self.decision: Decision | None = None
         self.baseline_price: Price | None = None
@@ -170,6 +173,13 @@ class Ticket:
         record.duration_us = (time.perf_counter_ns() - self._started_ns) // 1000
         if record.first_byte_us is None:
             record.overhead_us = record.duration_us - self._upstream_ns // 1000
+        self.grant.release(
+            record.input_tokens
+            + record.cached_input_tokens
+            + record.cache_write_tokens
+            + record.output_tokens
+            + record.reasoning_tokens
+        )
         self._ledger.close_request(record, self.attempts)
         self._metrics.request(record)
 
@@ -203,8 +213,10 @@ class Ticket:
                 (b"x-leadline-budget-remaining-nanousd", b"%d" % budget.remaining_nanousd),
                 (b"x-leadline-budget-scope", budget.label.encode()),
             ]
-        if self.decision is not None and self.decision.degraded:
-            headers.append((b"x-leadline-degraded", self.decision.degraded.encode()))
+        headers += self.grant.headers()
+        degraded = [why for why in (self.decision and self.decision.degraded, self.grant.degraded) if why]
+        if degraded:
+            headers.append((b"x-leadline-degraded", ", ".join(degraded).encode()))
         return headers
 
     def receipt(self) -> dict[str, object]:
