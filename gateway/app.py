@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,13 +16,14 @@ from gateway.dashboard.views import mount_dashboard
 from gateway.edge.api import build_web
 from gateway.edge.asgi import Receive, Scope, Send, identified, limited
 from gateway.edge.dataplane import Endpoint, data_plane
+from gateway.engine_link import EngineConnection
 from gateway.engine_process import EngineProcess
 from gateway.ledger import report
 from gateway.ledger.journal import Journal, JournalError
 from gateway.ledger.store import LedgerStore, LedgerUnreachable, connect
 from gateway.lifecycle import Lifecycle
-from gateway.policies import encoder, local_models, probe_folder
-from gateway.settings import Settings
+from gateway.policies import engine_needs
+from gateway.settings import Settings, engine_socket
 from gateway.signals import SignalReader
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.openai import open_session
@@ -48,7 +48,9 @@ class App:
         """What the policy's relative paths are relative to."""
         self.web = build_web()
         mount_dashboard(self.web)
-        self.engine: EngineProcess | None = None
+        self.engine: EngineConnection | None = None
+        self.engine_process: EngineProcess | None = None
+        """The engine that this gateway keeps up itself; None when none is needed, or somebody else keeps it up."""
         self.first_key: str | None = None
         """The key that `start` made because there was none; None on later starts."""
         self._data_plane: Mapping[str, Endpoint] = {}
@@ -71,7 +73,7 @@ class App:
         metrics = Metrics()
         database = connect(settings.database_url)
         stack.callback(database.dispose)
-        ledger = LedgerStore(database, Journal(settings.home / "journal"))
+        ledger = LedgerStore(database, Journal(settings.journal))
         replayed = ledger.replay()
         if replayed:
             log.warning("ledger.replayed", requests=replayed)
@@ -79,19 +81,19 @@ class App:
         stack.push_async_callback(ledger.stop)
         keys = KeyStore(database, pepper)
         if not len(keys):
-            self.first_key = _make_first_key(keys, settings.home)
+            self.first_key = make_first_key(keys, settings.home)
         cache: ExactCache = RedisCache(settings.redis_url) if settings.redis_url else MemoryCache(settings.cache_bytes)
         stack.push_async_callback(cache.close)
         session = await stack.enter_async_context(open_session())
-        self.engine = engine = EngineProcess(
-            local_models(policy, self.policy_folder),
-            probe_folder(policy, self.policy_folder),
-            encoder(policy, self.policy_folder),
-            _socket_path(settings.home),
-            metrics,
-        )
+        socket_path = settings.engine or engine_socket(settings.home)
+        self.engine = engine = EngineConnection(socket_path, metrics)
         world = build_world(policy, session, engine)
-        if world.local_models or policy.difficulty is not None:
+        needs = engine_needs(policy, self.policy_folder, socket_path)
+        if needs is not None:
+            if settings.engine is None:
+                self.engine_process = EngineProcess(needs)
+                self.engine_process.start()
+                stack.push_async_callback(self.engine_process.stop)
             engine.start()
             stack.push_async_callback(engine.stop)
 
@@ -137,21 +139,13 @@ class App:
         await send({"type": "lifespan.shutdown.complete"})
 
 
-def _make_first_key(keys: KeyStore, home: Path) -> str:
+def make_first_key(keys: KeyStore, home: Path) -> str:
     """An admin key, also left in the state folder for the command line and the SDK on this machine."""
     token = keys.create("first", role="admin")
     fd = os.open(home / "key", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(fd, "w") as file:
         file.write(token)
     return token
-
-
-def _socket_path(home: Path) -> Path:
-    """In the state folder; a unix socket's path holds about 100 bytes, so a deep folder gets one elsewhere."""
-    path = home / "engine.sock"
-    if len(str(path).encode()) <= 96:
-        return path
-    return Path(tempfile.mkdtemp(prefix="leadline-")) / "engine.sock"
 
 
 async def _poll_keys(keys: KeyStore) -> None:

@@ -1,4 +1,4 @@
-"""The engine process: `python -m gateway.engine_main CONFIG`, CONFIG being JSON from `gateway.engine_process`.
+"""The engine process: `python -m gateway.engine_main CONFIG`, CONFIG being an `EngineNeeds` as JSON.
 
 The one place where engine and probe meet: neither package knows the other. The only module of `gateway` that leads to
 torch; no worker imports it.
@@ -7,6 +7,7 @@ torch; no worker imports it.
 import json
 import sys
 
+from gateway.engine_needs import EngineNeeds
 from local_engine.config import EngineConfig, configure_process
 from local_engine.errors import ModelLoadError
 from local_engine.server import run_engine
@@ -14,8 +15,10 @@ from probes.errors import ProbeError
 
 
 def main(argument: str) -> None:
-    config = json.loads(argument)
-    engine = EngineConfig(models=config["models"], socket_path=config["socket_path"])
+    config: EngineNeeds = json.loads(argument)
+    engine = EngineConfig(
+        models=config["models"], socket_path=config["socket_path"], exit_with_parent=config["exit_with_parent"]
+    )
     configure_process(engine.threads)
     try:
         prober = None

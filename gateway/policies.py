@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
+from gateway.engine_needs import EngineNeeds
 from gateway.ledger import prices
 from local_engine.config import locate
 from local_engine.errors import ModelLoadError
@@ -60,6 +61,23 @@ def local_models(policy: Policy, folder: Path) -> dict[str, str]:
     engines = {name for name, provider in policy.providers.items() if provider.engine is not None}
     sources = {model.upstream: model.upstream for model in policy.models.values() if model.provider in engines}
     return {name: _placed(source, folder) for name, source in sources.items()}
+
+
+def engine_needs(
+    policy: Policy, folder: Path, socket_path: Path, *, exit_with_parent: bool = True
+) -> EngineNeeds | None:
+    """What the policy's engine process has to be told; None when the policy needs no engine."""
+    models = local_models(policy, folder)
+    if not models and policy.difficulty is None:
+        return None
+    probe = probe_folder(policy, folder)
+    return EngineNeeds(
+        models=models,
+        probe=str(probe) if probe is not None else None,
+        encoder=encoder(policy, folder),
+        socket_path=str(socket_path),
+        exit_with_parent=exit_with_parent,
+    )
 
 
 def _placed(source: str, folder: Path) -> str:

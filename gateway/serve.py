@@ -68,7 +68,9 @@ async def _serve_here(gateway: App, listener: socket.socket, drain_s: float) -> 
         await asyncio.wait((serving,), timeout=0.01)
     if server.started:
         if gateway.engine is not None and gateway.engine.started:
-            events = [asyncio.create_task(event.wait()) for event in (gateway.engine.ready, gateway.engine.failed)]
+            events = [asyncio.create_task(gateway.engine.ready.wait())]
+            if gateway.engine_process is not None:
+                events.append(asyncio.create_task(gateway.engine_process.failed.wait()))
             await asyncio.wait((*events, serving), timeout=ENGINE_WAIT_S, return_when=asyncio.FIRST_COMPLETED)
             for event in events:
                 event.cancel()
@@ -91,7 +93,8 @@ def _announce(gateway: App, listener: socket.socket) -> None:
     if engine is None or not engine.started:
         state = "not needed by this policy"
     elif engine.client is None:
-        state = "failed, see the log; it is being started again" if engine.failed.is_set() else "still starting"
+        failed = gateway.engine_process is not None and gateway.engine_process.failed.is_set()
+        state = "failed, see the log; it is being started again" if failed else "still starting"
     else:
         state = ", ".join(card.name for card in engine.client.hello.models) or "probes only"
     announce(gateway.settings.home, listener, gateway.first_key, state)

@@ -1,6 +1,7 @@
 """Settings of one process, read once from the environment, validated whole, passed in."""
 
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,22 +19,65 @@ class Settings:
     redis_url: str | None
     max_body_bytes: int
     cache_bytes: int
+    engine: Path | None = None
+    """The socket of an engine that somebody else keeps up (LEADLINE_ENGINE); None to start our own when needed."""
+    worker: int = 0
+    """Which of this host's workers this process is: each has a journal of its own."""
+    peers: Path | None = None
+    """Where this host's workers answer each other's scrapes; None for a worker that is alone."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether budgets and rates are kept where every worker and host sees them: it takes both servers."""
+        return self.redis_url is not None and self.database_url.startswith("postgresql")
+
+    @property
+    def journal(self) -> Path:
+        return self.home / "journal" / str(self.worker)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> "Settings":
         env = os.environ if env is None else env
         home = Path(env.get("LEADLINE_HOME") or Path.home() / ".leadline").expanduser().absolute()
-        return cls(
+        settings = cls(
             home=home,
             database_url=_database_url(env.get("DATABASE_URL"), home),
             redis_url=_redis_url(env.get("REDIS_URL")),
             max_body_bytes=_mebibytes(env, "LEADLINE_MAX_BODY_MIB", 16),
             cache_bytes=_mebibytes(env, "LEADLINE_CACHE_MIB", 64),
+            engine=Path(env["LEADLINE_ENGINE"]).absolute() if env.get("LEADLINE_ENGINE") else None,
         )
+        asked = env.get("LEADLINE_SHARED") or "0"
+        if asked not in ("0", "1"):
+            raise SettingsError(f"LEADLINE_SHARED: {asked!r} is neither 1 nor 0")
+        if asked == "1":
+            settings.require_shared("LEADLINE_SHARED=1")
+        return settings
+
+    def require_shared(self, who: str) -> None:
+        """Raises SettingsError, on behalf of `who`, that says which of the two servers is missing and how to set it."""
+        missing = []
+        if self.redis_url is None:
+            missing.append("REDIS_URL is not set (redis://HOST:PORT/DB), which counts rates for all workers")
+        if not self.database_url.startswith("postgresql"):
+            missing.append(
+                "DATABASE_URL names no PostgreSQL (postgresql://USER:PASSWORD@HOST/DB), which holds budgets and the "
+                "ledger of all workers"
+            )
+        if missing:
+            raise SettingsError(f"{who}: workers that share limits need both servers; {'; '.join(missing)}")
 
     def prepare_home(self) -> None:
         """Create the state folder, readable by its owner alone."""
         self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
+def engine_socket(home: Path) -> Path:
+    """In the state folder; a unix socket's path holds about 100 bytes, so a deep folder gets one elsewhere."""
+    path = home / "engine.sock"
+    if len(os.fsencode(path)) <= 96:
+        return path
+    return Path(tempfile.mkdtemp(prefix="leadline-")) / "engine.sock"
 
 
 def _database_url(url: str | None, home: Path) -> str:

@@ -90,7 +90,7 @@ def test_what_the_engine_could_not_load_is_named_before_it_starts(tmp_path: Path
 def test_a_second_gateway_on_one_state_folder_says_so(tmp_path: Path) -> None:
     from gateway.ledger.journal import Journal
 
-    first = Journal(tmp_path / "journal")
+    first = Journal(tmp_path / "journal" / "0")
     done = leadline("serve", "--port", "0", home=tmp_path)
     first.close()
     assert done.returncode != 0

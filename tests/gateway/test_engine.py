@@ -116,10 +116,10 @@ async def test_a_probe_may_read_with_an_encoder_of_its_own(upstream: FakeUpstrea
     (tmp_path / "encoder").symlink_to(locate("default")[0])
     policy = POLICY.format(url=upstream.url).replace("probe: default,", "probe: default, encoder: ./encoder,")
     async with running(policy, tmp_path / "home", policy_folder=tmp_path) as gateway:
-        assert gateway.app.engine is not None
-        await until(
-            lambda: gateway.app.engine and (gateway.app.engine.ready.is_set() or gateway.app.engine.failed.is_set())
-        )
+        engine, process = gateway.app.engine, gateway.app.engine_process
+        assert engine is not None
+        assert process is not None
+        await until(lambda: engine.ready.is_set() or process.failed.is_set())
         await gateway.chat(ask("What is 12 + 30?", model="auto"))
         (row,) = await gateway.rows()
     assert json.loads(row["decision"])["probe_version"]

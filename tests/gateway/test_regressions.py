@@ -331,11 +331,13 @@ async def test_what_the_local_model_cannot_do_goes_elsewhere(home: Gateway) -> N
 async def test_a_lost_link_to_a_living_engine_is_mended(home: Gateway) -> None:
     engine = home.app.engine
     assert engine is not None
-    first, client = engine.pid, engine.client
+    client, process = engine.client, engine.pid
     assert client is not None
     assert client._writer is not None
-    client._writer.transport.abort()
-    await until(lambda: engine.client is not None and engine.pid != first)
+    writer = client._writer
+    writer.transport.abort()
+    await until(lambda: engine.client is not None and engine.client._writer is not writer)
+    assert engine.pid == process, "no reason to start another"
     assert (await home.chat(ask_local("What is 2 + 3?")))[0] == 200
 
 

@@ -1,0 +1,85 @@
+"""A worker's link to an engine process that somebody keeps up: this gateway, its parent, or another container.
+
+What was in flight when the link is lost ends with a typed error at once; new requests see `client is None` until the
+engine answers again.
+"""
+
+import asyncio
+import contextlib
+from pathlib import Path
+
+import structlog
+
+from gateway.telemetry.metrics import Metrics
+from local_engine.client import EngineClient
+from local_engine.errors import EngineGone
+
+log = structlog.get_logger(__name__)
+
+GREETING_TIMEOUT_S = 10.0
+RETRY_S = 0.05
+
+
+class EngineConnection:
+    """Owns the connection from `start` to `stop`, and makes it again whenever it is lost."""
+
+    def __init__(self, socket_path: Path, metrics: Metrics) -> None:
+        self._socket_path = str(socket_path)
+        self._metrics = metrics
+        self._client: EngineClient | None = None
+        self._task: asyncio.Task[None] | None = None
+        self.ready = asyncio.Event()
+        """Set while the engine answers."""
+
+    @property
+    def client(self) -> EngineClient | None:
+        client = self._client
+        return client if client is not None and client.connected else None
+
+    @property
+    def pid(self) -> int | None:
+        """The engine's process, as it says; None while none answers."""
+        client = self.client
+        return client.hello.pid if client is not None else None
+
+    @property
+    def started(self) -> bool:
+        """Whether this gateway wants an engine at all."""
+        return self._task is not None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._keep(), name="engine-link")
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    async def _keep(self) -> None:
+        client = EngineClient(self._socket_path)
+        earlier: int | None = None
+        try:
+            while True:
+                try:
+                    async with asyncio.timeout(GREETING_TIMEOUT_S):
+                        hello = await client.connect()
+                except (EngineGone, TimeoutError):  # not up, or not yet again
+                    await asyncio.sleep(RETRY_S)
+                    continue
+                if earlier not in (None, hello.pid):
+                    self._metrics.engine_restarts.inc()
+                earlier = hello.pid
+                self._client = client
+                self._metrics.engine_up.set(1)
+                self.ready.set()
+                log.info("engine.ready", pid=hello.pid, models=[card.name for card in hello.models])
+                await client.closed()
+                self._metrics.engine_up.set(0)
+                self.ready.clear()
+                log.warning("engine.link_lost", pid=hello.pid)
+        finally:
+            self._client = None
+            self._metrics.engine_up.set(0)
+            self.ready.clear()
+            await client.close()

@@ -1,0 +1,15 @@
+"""What an engine process is told by whoever starts it."""
+
+from collections.abc import Mapping
+from typing import TypedDict
+
+
+class EngineNeeds(TypedDict):
+    """The one argument of `python -m gateway.engine_main`, as JSON."""
+
+    models: Mapping[str, str]
+    """The engine's name of a model → a path or a hub id."""
+    probe: str | None
+    encoder: str
+    socket_path: str
+    exit_with_parent: bool
