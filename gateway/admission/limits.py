@@ -18,7 +18,7 @@ from routers.units import Window
 
 RUN_WINDOW: Window = "total"
 """The budget that a caller gives to a run lasts as long as the run."""
-MAX_PATH = 64
+MAX_PATH = 200
 """Characters of a run's path, as wide as the ledger's column."""
 MAX_SEGMENTS = 8
 MAX_REMEMBERED = 20_000

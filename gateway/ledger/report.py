@@ -2,13 +2,19 @@
 
 from typing import Any
 
-from sqlalchemy import ColumnElement, Engine, Select, case, func, or_, select
+from sqlalchemy import ColumnElement, Connection, Engine, Select, and_, case, func, or_, select
 from sqlmodel import col
 
 from gateway.ledger.tables import AttemptRow, RequestRow
 
 
 def spent_since(engine: Engine, scope: str, start_ms: int) -> int:
+    """`spent_by`, on a connection of its own."""
+    with engine.connect() as connection:
+        return spent_by(connection, scope, start_ms)
+
+
+def spent_by(connection: Connection, scope: str, start_ms: int) -> int:
     """Nano-dollars that `scope` (`key:ID`, `team:NAME`, `tenant:NAME` or `scope:KEY:RUN`) has spent since `start_ms`.
 
     A run's spend is that of the run and of all the runs below it.
@@ -26,14 +32,13 @@ def spent_since(engine: Engine, scope: str, start_ms: int) -> int:
     else:
         key_id, _, run = name.partition(":")
         query = query.where(col(RequestRow.key_id) == key_id, _in_run(run))
-    with engine.connect() as connection:
-        return int(connection.execute(query).scalar_one() or 0)
+    return int(connection.execute(query).scalar_one() or 0)
 
 
 def _in_run(run: str) -> ColumnElement[bool]:
-    """The run itself and what is below it: names compare byte by byte (SQLite's LIKE would not)."""
+    """The run itself, and what is below it: the names from `run/` up to, and without, `run0`, as `0` follows `/`."""
     path = col(RequestRow.scope)
-    return or_(path == run, func.substr(path, 1, len(run) + 1) == f"{run}/")
+    return or_(path == run, and_(path >= f"{run}/", path < f"{run}0"))
 
 
 def summary(

@@ -6,12 +6,16 @@ microseconds for durations. A NULL cost is *unpriced*, never zero.
 
 from typing import Any
 
-from sqlalchemy import BigInteger, Column, Index, LargeBinary, Text
+from sqlalchemy import BigInteger, Column, Index, LargeBinary, String, Text
 from sqlmodel import Field, SQLModel
 
 
 def _big(*, nullable: bool = False) -> Any:
     return Field(default=None if nullable else 0, sa_column=Column(BigInteger, nullable=nullable))
+
+
+_RUN = String(200).with_variant(String(200, collation="C"), "postgresql")
+"""Ordered byte by byte on both databases, so that a run and all below it are one range of an index."""
 
 
 class ApiKey(SQLModel, table=True):
@@ -68,7 +72,10 @@ class RequestRow(SQLModel, table=True):
     """One per admitted request, whatever happened to it."""
 
     __tablename__ = "request"
-    __table_args__ = (Index("request_by_key_time", "key_id", "created_at_ms"),)
+    __table_args__ = (
+        Index("request_by_key_time", "key_id", "created_at_ms"),
+        Index("request_by_run", "key_id", "scope"),
+    )
 
     id: str = Field(primary_key=True, max_length=40)
     created_at_ms: int = Field(sa_column=Column(BigInteger, nullable=False, index=True))
@@ -77,7 +84,8 @@ class RequestRow(SQLModel, table=True):
     endpoint: str = Field(max_length=32)
     stream: bool
     session: str | None = Field(default=None, max_length=128)
-    scope: str | None = Field(default=None, max_length=64)
+    scope: str | None = Field(default=None, sa_column=Column(_RUN, nullable=True))
+    """Path of the agent run."""
     model_requested: str = Field(max_length=256)
     model_served: str | None = Field(default=None, max_length=128)
     provider: str | None = Field(default=None, max_length=128)
@@ -132,3 +140,46 @@ class AttemptRow(SQLModel, table=True):
     cost_estimated: bool = False
     kind: str = Field(default="first", max_length=16, sa_column_kwargs={"server_default": "first"})
     """Why it was made: first, retry, fallback, hedge or resume."""
+
+
+class BudgetRow(SQLModel, table=True):
+    """One budget that several workers share. Its spend is the ledger's, booked in the transaction of each row."""
+
+    __tablename__ = "budget"
+
+    scope: str = Field(primary_key=True, max_length=300)
+    window: str = Field(primary_key=True, max_length=8)
+    started_ms: int = _big()
+    spent_nanousd: int = _big()
+    reserved_nanousd: int = _big()
+    given_nanousd: int | None = _big(nullable=True)
+    """What callers have given this run."""
+
+
+class WorkerRow(SQLModel, table=True):
+    """A worker that reserves from shared budgets, for as long as it lives."""
+
+    __tablename__ = "worker"
+
+    id: str = Field(primary_key=True, max_length=64)
+    host: str = Field(max_length=255)
+    pid: int
+    heartbeat_ms: int = _big()
+    """By the database's own clock."""
+
+
+class WorkerHoldRow(SQLModel, table=True):
+    """What one worker holds of one shared budget: a part of the budget's `reserved_nanousd`."""
+
+    __tablename__ = "worker_hold"
+
+    worker: str = Field(primary_key=True, max_length=64)
+    scope: str = Field(primary_key=True, max_length=300)
+    window: str = Field(primary_key=True, max_length=8)
+    amount_nanousd: int = _big()
+    reclaimed_nanousd: int = _big()
+    """Of a worker that died: counted as spent until its journal says what it did spend."""
+    reclaimed_in_ms: int = _big()
+    """Start of the window that counts it."""
+    batch: int = _big()
+    """The worker's last batch that changed this row."""
