@@ -19,7 +19,7 @@ from gateway.edge.dataplane import Endpoint, data_plane
 from gateway.engine_link import EngineConnection
 from gateway.engine_process import EngineProcess
 from gateway.ledger import report
-from gateway.ledger.journal import Journal, JournalError
+from gateway.ledger.journal import Journal, JournalError, to_disk
 from gateway.ledger.store import LedgerStore, LedgerUnreachable, connect
 from gateway.lifecycle import Lifecycle
 from gateway.policies import engine_needs
@@ -71,9 +71,10 @@ class App:
         settings.prepare_home()
         pepper = load_pepper(settings.home)
         metrics = Metrics()
-        database = connect(settings.database_url)
+        database = connect(settings.database_url, settings.durability)
         stack.callback(database.dispose)
-        ledger = LedgerStore(database, Journal(settings.journal))
+        journal = Journal(settings.journal, sync=to_disk if settings.durability == "full" else None)
+        ledger = LedgerStore(database, journal, journals=settings.journal.parent, durability=settings.durability)
         replayed = ledger.replay()
         if replayed:
             log.warning("ledger.replayed", requests=replayed)

@@ -5,6 +5,10 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, cast, get_args
+
+Durability = Literal["process", "full"]
+"""What an acknowledged row survives: the death of any process, or power loss as well."""
 
 
 class SettingsError(ValueError):
@@ -19,6 +23,7 @@ class Settings:
     redis_url: str | None
     max_body_bytes: int
     cache_bytes: int
+    durability: Durability = "process"
     engine: Path | None = None
     """The socket of an engine that somebody else keeps up (LEADLINE_ENGINE); None to start our own when needed."""
     worker: int = 0
@@ -46,6 +51,7 @@ class Settings:
             max_body_bytes=_mebibytes(env, "LEADLINE_MAX_BODY_MIB", 16),
             cache_bytes=_mebibytes(env, "LEADLINE_CACHE_MIB", 64),
             engine=Path(env["LEADLINE_ENGINE"]).absolute() if env.get("LEADLINE_ENGINE") else None,
+            durability=_durability(env.get("LEADLINE_DURABILITY", "process")),
         )
         asked = env.get("LEADLINE_SHARED") or "0"
         if asked not in ("0", "1"):
@@ -97,6 +103,15 @@ def _redis_url(url: str | None) -> str | None:
     if url and not url.startswith(("redis://", "rediss://", "unix://")):
         raise SettingsError(f"REDIS_URL: scheme {url.split(':', 1)[0]!r} is not supported; use redis://HOST:PORT/DB")
     return url or None
+
+
+def _durability(word: str) -> Durability:
+    for mode in get_args(Durability):
+        if word == mode:
+            return cast(Durability, mode)
+    raise SettingsError(
+        f"LEADLINE_DURABILITY: {word!r} is no mode; use process (what is told survives kill -9) or full (power loss)"
+    )
 
 
 def _mebibytes(env: Mapping[str, str], name: str, default: int) -> int:

@@ -5,24 +5,25 @@ writes awaits `flush` first.
 """
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import msgspec
 import structlog
-from sqlalchemy import Engine, Table, create_engine, event
-from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
-from sqlmodel import SQLModel
+from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.exc import DBAPIError
 
 from gateway.errors import Unavailable
 from gateway.ledger.journal import Journal
 from gateway.ledger.migrations import SchemaTooNew, upgrade
+from gateway.ledger.reconcile import INTERVAL_S, adopt_orphans
 from gateway.ledger.records import AttemptRecord, RequestRecord
-from gateway.ledger.tables import AttemptRow, RequestRow
+from gateway.ledger.write import Writer, writer_for
+from gateway.settings import Durability
 
 BATCH_ROWS = 256
 BATCH_WAIT_S = 0.05
@@ -39,11 +40,13 @@ class LedgerUnreachable(RuntimeError):
     """The database does not answer, or does not take its tables; the message says which and why."""
 
 
-def connect(url: str) -> Engine:
+def connect(url: str, durability: Durability = "process") -> Engine:
     """An engine for `url`, its schema brought to the newest version. Raises LedgerUnreachable."""
     engine = create_engine(url, pool_pre_ping=True)
     if engine.dialect.name == "sqlite":
-        event.listen(engine, "connect", _sqlite_pragmas)
+        event.listen(engine, "connect", _sqlite_full if durability == "full" else _sqlite_normal)
+    else:
+        event.listen(engine, "connect", _postgresql_commits)
     try:
         upgrade(engine)
     except (DBAPIError, SchemaTooNew) as error:
@@ -54,22 +57,44 @@ def connect(url: str) -> Engine:
     return engine
 
 
-def _sqlite_pragmas(connection: Any, _record: Any) -> None:
+def _sqlite_normal(connection: Any, _record: Any) -> None:
+    _sqlite_pragmas(connection, "NORMAL")
+
+
+def _sqlite_full(connection: Any, _record: Any) -> None:
+    _sqlite_pragmas(connection, "FULL")
+
+
+def _sqlite_pragmas(connection: Any, synchronous: str) -> None:
     cursor = connection.cursor()
     cursor.execute("PRAGMA journal_mode=WAL")
-    cursor.execute("PRAGMA synchronous=NORMAL")
+    cursor.execute(f"PRAGMA synchronous={synchronous}")
     cursor.execute("PRAGMA busy_timeout=5000")
     cursor.close()
 
 
-class LedgerStore:
-    """Writes closed requests; owned by the event loop, with one thread of its own from `start` to `stop`."""
+def _postgresql_commits(connection: Any, _record: Any) -> None:
+    """A commit that returned is on the server's disk, whatever the role's default is: the journal forgets it then."""
+    connection.execute("SET synchronous_commit = on")
+    connection.commit()
 
-    def __init__(self, engine: Engine, journal: Journal) -> None:
+
+class LedgerStore:
+    """Writes closed requests; owned by the event loop, with one thread of its own from `start` to `stop`.
+
+    `journals`: the folder of all workers' journals, where orphans are looked for; None: there is none but `journal`.
+    """
+
+    def __init__(
+        self, engine: Engine, journal: Journal, *, journals: Path | None = None, durability: Durability = "process"
+    ) -> None:
         self.engine = engine
         self.journal = journal
-        self._insert_request = _insert_or_ignore(engine, RequestRow)
-        self._insert_attempt = _insert_or_ignore(engine, AttemptRow)
+        self.full = durability == "full"
+        """Whether `durable` has anything to wait for: the hot path asks this first."""
+        self._writer: Writer = writer_for(engine)
+        self._journals = journals
+        self._reconciling: asyncio.Task[None] | None = None
         self._pending: deque[Closed] = deque()
         self._wake = threading.Event()
         self._urgent = threading.Event()
@@ -83,18 +108,53 @@ class LedgerStore:
     def replay(self) -> int:
         """Bring what a crash left in the journal into SQL; returns how many requests that were. Call before `start`."""
         rows = self.journal.recover()
-        for at in range(0, len(rows), BATCH_ROWS):
-            self._insert_all(rows[at : at + BATCH_ROWS])
+        self._insert_in_batches(rows)
         self.journal.forget()
-        return len(rows)
+        return len(rows) + len(self.reconcile())
+
+    def reconcile(self) -> list[RequestRecord]:
+        """Bring the journals of dead workers into SQL, what they had in flight closed as `interrupted`. Blocking.
+
+        Returns the requests found. Doing it twice changes nothing; what SQL refuses to take now is left for later.
+        """
+        if self._journals is None:
+            return []
+        found: list[RequestRecord] = []
+        for orphan in adopt_orphans(self._journals):
+            try:
+                rows = orphan.rows()
+                self._insert_in_batches(rows)
+            except BaseException:
+                orphan.release()
+                raise
+            orphan.forget()
+            found += [request for request, _ in rows]
+        return found
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._write_batches, name="ledger-writer", daemon=True)
         self._thread.start()
+        if self._journals is not None:
+            self._reconciling = asyncio.create_task(self._reconcile_for_ever(), name="ledger-reconciler")
+
+    async def durable(self) -> None:
+        """Returns when all that the journal has been told survives what the durability mode says. Raises Unavailable.
+
+        Awaited before an attempt goes out and before the end of an answer is handed to its caller, where `full`.
+        """
+        try:
+            await self.journal.synced()
+        except OSError as error:
+            log.error("journal.sync_failed", error=str(error))
+            raise Unavailable("The ledger's disk fails; nothing goes out until it is mended.") from error
 
     async def stop(self) -> None:
         """Write what is pending, then end the thread and release the journal."""
+        if self._reconciling is not None:
+            self._reconciling.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._reconciling
         try:
             await self.flush(timeout_s=10)
         except Unavailable:
@@ -178,38 +238,30 @@ class LedgerStore:
             self._urgent.set()
             self._wake.set()
 
+    async def _reconcile_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(INTERVAL_S)
+            try:
+                found = await asyncio.to_thread(self.reconcile)
+            except Exception as error:
+                log.error("ledger.reconcile_failed", error=str(error)[:300])
+            else:
+                if found:
+                    log.warning("ledger.reconciled", requests=len(found))
+
+    def _insert_in_batches(self, rows: Sequence[Closed]) -> None:
+        for at in range(0, len(rows), BATCH_ROWS):
+            self._insert_all(rows[at : at + BATCH_ROWS])
+
     def _insert_all(self, rows: Sequence[Closed]) -> None:
         """All rows; one that the database refuses for what it is does not hold up the others: it goes to the log."""
         try:
-            self._insert(rows)
-        except (OperationalError, InterfaceError):
-            raise  # the database is away: all of it again, later
-        except (DBAPIError, OverflowError, ValueError) as error:
+            self._writer.insert(rows)
+        except self._writer.away:
+            raise  # all of it again, later
+        except (self._writer.refused, OverflowError, ValueError) as error:
             if len(rows) > 1:
                 for row in rows:
                     self._insert_all([row])
             else:
                 log.error("ledger.row_refused", error=str(error)[:300], row=repr(rows[0]))
-
-    def _insert(self, rows: Sequence[Closed]) -> None:
-        requests = [_columns(request) for request, _ in rows]
-        attempts = [_columns(attempt) for _, tried in rows for attempt in tried]
-        with self.engine.begin() as connection:
-            connection.execute(self._insert_request, requests)
-            if attempts:
-                connection.execute(self._insert_attempt, attempts)
-
-
-def _columns(record: RequestRecord | AttemptRecord) -> dict[str, Any]:
-    """The record as SQL takes it: PostgreSQL has no NUL in text, and an upstream's words may hold one."""
-    columns = msgspec.structs.asdict(record)
-    for name, value in columns.items():
-        if isinstance(value, str) and "\x00" in value:
-            columns[name] = value.replace("\x00", "\N{REPLACEMENT CHARACTER}")
-    return columns
-
-
-def _insert_or_ignore(engine: Engine, model: type[SQLModel]) -> Any:
-    dialect = postgresql if engine.dialect.name == "postgresql" else sqlite
-    table: Table = model.__table__  # type: ignore[attr-defined]
-    return dialect.insert(table).on_conflict_do_nothing(index_elements=["id"])
