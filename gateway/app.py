@@ -5,6 +5,7 @@ import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import structlog
 
@@ -64,6 +65,10 @@ class App:
             await self._lifespan(receive, send)
         else:
             await self.web(scope, limited(receive, MAX_WEB_BODY_BYTES), identified(send))
+
+    def slow_client(self, phase: Literal["headers", "body", "read"]) -> None:
+        """The server cut a connection off (`edge/protocol.py`)."""
+        self.web.state.lifecycle.metrics.slow_client(phase)
 
     async def start(self) -> None:
         """Everything up but the engine, which comes up beside it. Raises what makes it impossible to serve."""
