@@ -4,6 +4,8 @@ A provider's counts overlap (OpenAI's `prompt_tokens` contains the cached ones, 
 ones); ours do not, so that a bill is a plain sum. Streamed, unstreamed, cancelled and failed calls all come here.
 """
 
+from typing import overload
+
 import msgspec
 
 from routers.policy import Price
@@ -70,8 +72,14 @@ class WireUsage(msgspec.Struct):
         return Usage(prompt - cached - written, cached, written, completion - reasoning, reasoning)
 
 
-def cost_nanousd(price: Price, usage: Usage) -> int:
-    """Cost of one attempt in nano-dollars, rounded half up once, after the sum over the classes."""
+@overload
+def cost_nanousd(price: Price, usage: Usage) -> int: ...
+@overload
+def cost_nanousd(price: Price | None, usage: Usage) -> int | None: ...
+def cost_nanousd(price: Price | None, usage: Usage) -> int | None:
+    """Cost of one attempt in nano-dollars, rounded half up once, after the sum over the classes; None: unpriced."""
+    if price is None:
+        return None
     total = (
         usage.input * price.input
         + usage.cached_input * price.cached_input
@@ -83,7 +91,7 @@ def cost_nanousd(price: Price, usage: Usage) -> int:
 
 
 def worst_case_usage(
-    price: Price, *, body_bytes: int, context: int, max_output: int, choices: int, text_only: bool
+    price: Price | None, *, body_bytes: int, context: int, max_output: int, choices: int, text_only: bool
 ) -> Usage:
     """The dearest usage a request can have, for its reservation.
 
@@ -94,8 +102,8 @@ def worst_case_usage(
     """
     prompt = min(body_bytes + PROMPT_MARGIN, context) if text_only else context
     output = max_output * choices
-    dearest_is_write = price.cache_write > price.input
-    dearest_is_reasoning = price.reasoning > price.output
+    dearest_is_write = price is not None and price.cache_write > price.input
+    dearest_is_reasoning = price is not None and price.reasoning > price.output
     return Usage(
         input=0 if dearest_is_write else prompt,
         cache_write=prompt if dearest_is_write else 0,
