@@ -12,8 +12,6 @@ ASSUMED_CONTEXT = 1 << 20
 """Assumed bound of a prompt where nothing else bounds it."""
 ASSUMED_MAX_OUTPUT_TOKENS = 128_000
 """Assumed bound of an answer where neither the caller, the policy nor the price list states one."""
-MOST_BYTES_PER_TOKEN = 128
-"""The longest token of the vocabularies in use (o200k's run of 128 spaces); text has three to five."""
 ESTIMATED_BYTES_PER_TOKEN = 4
 """What `Query.input_tokens_estimate` counts with."""
 
@@ -31,11 +29,15 @@ def max_output_tokens(model: Model, query: Query, input_tokens: int) -> int:
 
 
 def least_input_tokens(query: Query) -> int:
-    """No tokenizer makes fewer tokens of the prompt (of several texts: of their average) than this. The bytes of images
-    and audio bound nothing: 0."""
-    if query.input_tokens_max is None:
+    """No tokenizer in use makes fewer tokens of the prompt (of several texts: of their average) than this; 0: unknown.
+
+    A token begins at a space that follows something else, so each run of spaces makes one. Two fast counts find those
+    of odd length, which are all single ones: every word of prose, and few of an indented program's.
+    """
+    if query.text is None:
         return 0
-    return query.input_tokens_estimate * ESTIMATED_BYTES_PER_TOKEN // MOST_BYTES_PER_TOKEN // query.inputs
+    text = bytes(query.text)
+    return (text.count(b" ") - 2 * text.count(b"  ")) // query.inputs
 
 
 def expected_nanousd(model: Model, query: Query, input_tokens: int) -> int | None:

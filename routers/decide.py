@@ -10,7 +10,7 @@ no candidate meets the bounds, `otherwise` chooses among those within the bound 
 where `best` has to rank candidates of which one is not known, it trusts their order: the last listed is the strongest.
 
 A prompt that cannot fit is refused here: by the exact count where there is one, else by the fewest tokens that its
-bytes can make. One that by estimate does not fit, but may, is sent only where nothing else can take it; the provider's
+text can make. One that by estimate does not fit, but may, is sent only where nothing else can take it; the provider's
 own refusal is then the cause `context_length`.
 
 A model whose price is not known is never cheaper than one whose price is, meets no bound on cost, and is not used
@@ -76,13 +76,15 @@ class _Option:
         context, out = self.model.context, query.max_output_tokens or 1
         if context is None:
             return ""
-        least = least_input_tokens(query) if exact is None else exact // query.inputs
+        tokens = (query.input_tokens_estimate if exact is None else exact) // query.inputs
+        if tokens + out <= context:
+            return ""
+        if exact is not None:
+            return f"does not fit: {tokens} tokens in and {out} out, context {context}"
+        least = least_input_tokens(query)
         if least + out > context:
-            count = f"{least} tokens" if exact is not None else f"at least {least} tokens"
-            return f"does not fit: {count} in and {out} out, context {context}"
-        about = query.input_tokens_estimate // query.inputs
-        if exact is None and about + out > context:
-            self.doubt = f"likely does not fit: about {about} tokens in and {out} out, context {context}"
+            return f"does not fit: at least {least} tokens in and {out} out, context {context}"
+        self.doubt = f"likely does not fit: about {tokens} tokens in and {out} out, context {context}"
         return ""
 
     def _over_budget(self, query: Query, state: State) -> str:

@@ -33,6 +33,8 @@ class Query:
     """Texts to complete or to embed, each with a context window of its own."""
     input_tokens_max: int | None = None
     """No tokenizer makes more prompt tokens than this (the bytes of the body); None: not bounded but by the context."""
+    text: bytes | memoryview | None = field(default=None, repr=False, compare=False)
+    """The prompt as JSON, where all of it is text: read only when it may not fit, for the fewest tokens it can have."""
 
 
 @dataclass(frozen=True, slots=True)

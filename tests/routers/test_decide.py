@@ -3,13 +3,14 @@
 import contextlib
 import dataclasses
 import json
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from probes.types import Estimate
-from routers.cost import expected_nanousd, worst_nanousd
+from routers.cost import expected_nanousd, least_input_tokens, worst_nanousd
 from routers.decide import decide
 from routers.errors import NoCandidate
 from routers.explain import from_dict, to_dict, to_lines
@@ -216,12 +217,12 @@ def test_an_unknown_model() -> None:
     ("asked", "state", "kind", "reason"),
     [
         (
-            query("local", input_tokens_estimate=32 * 1024),
+            query("local", input_tokens_estimate=2000, text=b"word " * 1024),
             State(),
             "context_length",
             "does not fit: at least 1024 tokens in and 1 out, context 1024",
         ),
-        (query("local", max_output_tokens=1022), State(), "context_length", "at least 3 tokens in and 1022 out"),
+        (query("local", max_output_tokens=1000, text=b"a " * 25), State(), "context_length", "25 tokens in and 1000"),
         (query("weak", max_output_tokens=3000), State(), "context_length", "answers at most 2000 tokens, 3000 asked"),
         (query("local", needs_tools=True), State(), "capability", "cannot call tools"),
         (query("other", needs_logprobs=True), State(), "capability", "cannot return log probabilities"),
@@ -258,11 +259,19 @@ def test_what_certainly_does_not_fit_is_not_sent() -> None:
     with pytest.raises(NoCandidate, match="does not fit: 1024 tokens in and 1 out, context 1024"):
         run(policy(), query("local"), exact)
     assert run(policy(), query("local", input_tokens_estimate=90_000), Signals(input_tokens={"local": 1023}))
-    fewest = query("local", input_tokens_estimate=32 * 1023)  # 128 bytes to each token
+    fewest = query("local", input_tokens_estimate=1300, text=b"word " * 1023)
     assert run(policy(), fewest).plan.model == "local"
     with pytest.raises(NoCandidate) as caught:
-        run(policy(), dataclasses.replace(fewest, input_tokens_estimate=32 * 1024))
+        run(policy(), dataclasses.replace(fewest, text=b"word " * 1024))
     assert caught.value.kind == "context_length"
+
+
+@given(st.lists(st.sampled_from(["word", "  ", " ", "    ", "\t", "x=1;", "日本", "\\n"]), max_size=200))
+def test_the_fewest_tokens_are_no_more_than_the_runs_of_spaces(parts: list[str]) -> None:
+    text = "".join(parts)
+    least = least_input_tokens(query(text=text.encode()))
+    assert 0 <= least <= len(re.findall(" +", text))
+    assert least == sum(len(run) % 2 for run in re.findall(" +", text))
 
 
 def test_what_may_fit_is_sent_where_nothing_else_takes_it() -> None:
