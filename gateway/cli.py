@@ -81,7 +81,7 @@ def explain(
     """Say what the policy would decide for a prompt, and why each other model lost. Nothing runs but the probe."""
     import json
 
-    from gateway.ledger.settle import PROMPT_MARGIN
+    from routers.cost import PROMPT_MARGIN
     from routers.decide import decide
     from routers.errors import NoCandidate
     from routers.explain import to_lines

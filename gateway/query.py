@@ -1,8 +1,7 @@
 """A request as the routers see it: what was asked and what bounds its prompt, without any wire format."""
 
-from gateway.ledger.settle import PROMPT_MARGIN
 from gateway.upstream.types import ChatCall
-from routers.cost import ESTIMATED_BYTES_PER_TOKEN
+from routers.cost import ESTIMATED_BYTES_PER_TOKEN, PROMPT_MARGIN
 from routers.types import Query
 
 _PROMPTS = {"chat.completions": "messages", "completions": "prompt", "embeddings": "input"}

@@ -12,6 +12,8 @@ ASSUMED_CONTEXT = 1 << 20
 """Assumed bound of a prompt where nothing else bounds it."""
 ASSUMED_MAX_OUTPUT_TOKENS = 128_000
 """Assumed bound of an answer where neither the caller, the policy nor the price list states one."""
+PROMPT_MARGIN = 1024
+"""Prompt tokens that a provider may add by itself: chat templates, tool preambles."""
 ESTIMATED_BYTES_PER_TOKEN = 4
 """What `Query.input_tokens_estimate` counts with."""
 

@@ -149,7 +149,7 @@ def test_a_reserve_for_one_cause_is_told() -> None:
     decision = run(policy("use: [weak]", "on_failure: {rate_limit: [strong], content_filter: [strong]}"))
     assert (decision.fallbacks, decision.on_cause["rate_limit"]) == ((), ("strong",))
     told = next(line for line in to_lines(decision) if line.startswith("  strong"))
-    assert told.endswith("in reserve for rate_limit and content_filter")
+    assert told.endswith("in reserve for content_filter and rate_limit")
 
 
 def test_a_prompt_too_long_for_all_candidates_goes_to_the_list_for_it() -> None:
