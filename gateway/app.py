@@ -5,14 +5,12 @@ import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import structlog
 
 from gateway.admission.budgets import Budgets
 from gateway.admission.keys import KeyStore, PepperError, load_pepper
-from gateway.admission.rates import LocalRates, Rates
-from gateway.admission.shared_rates import SharedRates
+from gateway.admission.rates import LocalRates
 from gateway.cache.exact import ExactCache, MemoryCache, RedisCache
 from gateway.dashboard.views import mount_dashboard
 from gateway.edge.api import build_web
@@ -21,14 +19,15 @@ from gateway.edge.dataplane import Endpoint, data_plane
 from gateway.engine_link import EngineConnection
 from gateway.engine_process import EngineProcess
 from gateway.ledger import report
+from gateway.ledger.claim import DatabaseClaimed, claim
 from gateway.ledger.journal import Journal, JournalError, to_disk
 from gateway.ledger.store import LedgerStore, LedgerUnreachable, connect
 from gateway.lifecycle import Lifecycle
 from gateway.policies import engine_needs
-from gateway.redis_link import RedisLink
 from gateway.settings import Settings, engine_socket
 from gateway.signals import SignalReader
 from gateway.telemetry.metrics import Metrics
+from gateway.telemetry.peers import Peers
 from gateway.upstream.openai import open_session
 from gateway.world import MissingSecret, build_world
 from routers.policy import Policy
@@ -37,6 +36,8 @@ log = structlog.get_logger(__name__)
 
 MAX_WEB_BODY_BYTES = 1 << 20
 """Of everything but the data plane: log-in forms, explain."""
+ENGINE_GREETING_S = 2.0
+"""How long a start waits for an engine that is already up."""
 KEY_POLL_S = 0.5
 """Keys made or revoked by other processes (the command line) are seen this soon."""
 
@@ -68,10 +69,6 @@ class App:
         else:
             await self.web(scope, limited(receive, MAX_WEB_BODY_BYTES), identified(send))
 
-    def slow_client(self, phase: Literal["headers", "body", "read"]) -> None:
-        """The server cut a connection off (`edge/protocol.py`)."""
-        self.web.state.lifecycle.metrics.slow_client(phase)
-
     async def start(self) -> None:
         """Everything up but the engine, which comes up beside it. Raises what makes it impossible to serve."""
         settings, policy, stack = self.settings, self.policy, self._stack
@@ -80,6 +77,9 @@ class App:
         metrics = Metrics()
         database = connect(settings.database_url, settings.durability)
         stack.callback(database.dispose)
+        claimed = claim(database, shared=settings.shared)
+        if claimed is not None:
+            stack.callback(claimed.close)
         journal = Journal(settings.journal, sync=to_disk if settings.durability == "full" else None)
         ledger = LedgerStore(database, journal, journals=settings.journal.parent, durability=settings.durability)
         replayed = ledger.replay()
@@ -90,18 +90,8 @@ class App:
         keys = KeyStore(database, pepper)
         if not len(keys):
             self.first_key = make_first_key(keys, settings.home)
-        cache: ExactCache = MemoryCache(settings.cache_bytes)
-        rates: Rates = LocalRates()
-        if settings.redis_url:
-            link = RedisLink(settings.redis_url, metrics.redis_up.set)
-            stack.push_async_callback(link.close)
-            await link.check()
-            cache = RedisCache(link)
-            if settings.shared:
-                rates = SharedRates(link)
-        rates.start()
+        cache: ExactCache = RedisCache(settings.redis_url) if settings.redis_url else MemoryCache(settings.cache_bytes)
         stack.push_async_callback(cache.close)
-        stack.push_async_callback(rates.close)
         session = await stack.enter_async_context(open_session())
         socket_path = settings.engine or engine_socket(settings.home)
         self.engine = engine = EngineConnection(socket_path, metrics)
@@ -114,6 +104,9 @@ class App:
                 stack.push_async_callback(self.engine_process.stop)
             engine.start()
             stack.push_async_callback(engine.stop)
+            if settings.engine is not None and settings.engine.exists():
+                with contextlib.suppress(TimeoutError):  # a worker that replaces another should not start without
+                    await asyncio.wait_for(engine.ready.wait(), ENGINE_GREETING_S)
 
         async def spent_since(scope: str, start_ms: int) -> int:
             await ledger.flush()
@@ -124,7 +117,7 @@ class App:
         lifecycle = Lifecycle(
             world=world,
             keys=keys,
-            rates=rates,
+            rates=LocalRates(),
             budgets=budgets,
             cache=cache,
             ledger=ledger,
@@ -132,6 +125,12 @@ class App:
             metrics=metrics,
             pepper=pepper,
         )
+        if settings.peers is not None:
+            peers = Peers(settings.peers, settings.worker, lambda: metrics.exposition(settings.worker))
+            await peers.start()
+            stack.push_async_callback(peers.stop)
+            self.web.state.peers = peers
+        self.web.state.shared = settings.shared
         self.web.state.lifecycle = lifecycle
         self.web.state.pepper = pepper
         self._data_plane = data_plane(lifecycle, settings.max_body_bytes)
@@ -146,7 +145,7 @@ class App:
         try:
             await self.start()
         except Exception as error:
-            if not isinstance(error, JournalError | LedgerUnreachable | MissingSecret | PepperError):
+            if not isinstance(error, DatabaseClaimed | JournalError | LedgerUnreachable | MissingSecret | PepperError):
                 log.exception("gateway.start_failed")
             await self._stack.aclose()
             await send({"type": "lifespan.startup.failed", "message": str(error)})

@@ -38,15 +38,19 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
     host: Annotated[str, typer.Option(help="Address to bind. Beyond loopback, put TLS in front.")] = "127.0.0.1",
     policy: Annotated[Path | None, typer.Option(help="Policy file; without it, the embedded default.")] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, max=256, help="Processes; more than one need REDIS_URL and PostgreSQL.")
+    ] = 1,
     drain: Annotated[str, typer.Option(help="How long what is under way may take to end after SIGTERM.")] = "30s",
 ) -> None:
     """Run the gateway, and the engine process that its policy needs, until Ctrl-C."""
     from gateway import serve
+    from gateway.policies import CannotServe
     from routers.units import UnitError, parse_duration_ms
 
     try:
-        raise typer.Exit(serve.serve(host, port, policy, parse_duration_ms(drain) / 1000))
-    except serve.CannotServe as error:
+        raise typer.Exit(serve.serve(host, port, policy, workers, parse_duration_ms(drain) / 1000))
+    except CannotServe as error:
         _stop(str(error))
     except UnitError as error:
         _stop(f"--drain {drain!r}: {error}; {error.fix}")
@@ -81,7 +85,6 @@ def explain(
     """Say what the policy would decide for a prompt, and why each other model lost. Nothing runs but the probe."""
     import json
 
-    from routers.cost import PROMPT_MARGIN
     from routers.decide import decide
     from routers.errors import NoCandidate
     from routers.explain import to_lines
@@ -93,7 +96,7 @@ def explain(
         model=model,
         tenant=tenant,
         input_tokens_estimate=-(-len(body) // 4),
-        input_tokens_max=len(body) + PROMPT_MARGIN,
+        input_tokens_max=len(body),
         max_output_tokens=max_tokens,
         tags=frozenset(tag or ()),
     )
@@ -101,7 +104,7 @@ def explain(
         decision = decide(query, _probe_signals(policy, query, prompt, file.parent), policy, State(), seed=0)
     except NoCandidate as error:
         _stop(str(error))
-    for line in to_lines(decision, (policy, query)):
+    for line in to_lines(decision):
         typer.echo(line)
 
 

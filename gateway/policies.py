@@ -15,8 +15,13 @@ from local_engine.config import locate
 from local_engine.errors import ModelLoadError
 from probes.errors import ArtifactError
 from probes.manifest import default_artifact_path, read_manifest
+from routers.errors import PolicyError
 from routers.load import load, parse, preset
 from routers.policy import Policy
+
+
+class CannotServe(RuntimeError):
+    """Nothing was started; the message says why and what to do."""
 
 
 def load_policy(path: Path | None, env: Mapping[str, str] | None = None) -> Policy:
@@ -29,6 +34,21 @@ def load_policy(path: Path | None, env: Mapping[str, str] | None = None) -> Poli
         return load(path, prices=prices.lookup)
     name: Literal["openai", "default"] = "openai" if env.get("OPENAI_API_KEY") else "default"
     return parse(preset(name), file=f"the embedded policy {name!r}", prices=prices.lookup)
+
+
+def checked_policy(file: Path | None) -> tuple[Policy, Path]:
+    """The policy and the folder that its relative paths are relative to. Raises CannotServe."""
+    try:
+        policy = load_policy(file)
+    except PolicyError as error:
+        raise CannotServe(str(error)) from error
+    except OSError as error:
+        raise CannotServe(f"{file}: cannot be read ({error.strerror})") from error
+    folder = file.parent.absolute() if file is not None else Path.cwd()
+    wrong = missing_secrets(policy) + unloadable(policy, folder)
+    if wrong:
+        raise CannotServe("\n".join(wrong))
+    return policy, folder
 
 
 def missing_secrets(policy: Policy, env: Mapping[str, str] | None = None) -> list[str]:

@@ -1,64 +1,133 @@
-"""`leadline serve`: all that can be wrong is said before anything listens; then one worker runs, in this process.
+"""`leadline serve`: all that can be wrong is said before anything listens; then one worker runs in this process, or a
+light parent takes this process's place and runs several (`gateway.workers`).
 
 Each refusal is a `CannotServe` whose message names the field, the value and the fix.
 """
 
 import asyncio
-import gc
+import fcntl
+import json
+import os
 import socket
 import sys
+import tempfile
 from pathlib import Path
 
-from gateway.app import App
-from gateway.http_server import HttpServer, loop_factory
-from gateway.policies import load_policy, missing_secrets, unloadable
-from gateway.settings import Settings, SettingsError
+from gateway.admission.keys import KeyStore, PepperError, load_pepper
+from gateway.app import App, make_first_key
+from gateway.banner import announce, url_of
+from gateway.http_server import HttpServer, loop_factory, settle_memory
+from gateway.ledger.store import LedgerUnreachable, connect
+from gateway.policies import CannotServe, checked_policy, engine_needs
+from gateway.settings import Settings, SettingsError, engine_socket
 from gateway.telemetry.logs import configure_logs
-from routers.errors import PolicyError
-from routers.policy import Policy
+from gateway.workers import Plan
 
 ENGINE_WAIT_S = 60.0
+BACKLOG = 4096
 
 
-class CannotServe(RuntimeError):
-    """Nothing was started; the message says why and what to do."""
+def serve(host: str, port: int, policy: Path | None, workers: int, drain_s: float) -> int:
+    """Run the gateway until SIGTERM or Ctrl-C; returns the exit status, or never when a parent takes over.
 
-
-def serve(host: str, port: int, policy: Path | None, drain_s: float) -> int:
-    """Run the gateway until SIGTERM or Ctrl-C; returns the exit status. Raises CannotServe."""
+    Raises CannotServe.
+    """
     configure_logs()
     loaded, folder = checked_policy(policy)
     try:
         settings = Settings.from_env()
+        if workers > 1:
+            settings.require_shared(f"--workers {workers}")
     except SettingsError as error:
         raise CannotServe(str(error)) from error
-    listener = _listen(host, port)
-    with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        return runner.run(_serve_here(App(settings, loaded, folder), listener, drain_s))
+    settings.prepare_home()
+    lock = _hold(settings.home)
+    listeners = _listen(host, port, workers)
+    if workers == 1:
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            return runner.run(_serve_here(App(settings, loaded, folder), listeners[0], drain_s))
+    needs = None
+    state = "not needed by this policy"
+    if settings.engine is not None:
+        state = f"kept up by somebody else, at {settings.engine}"
+    else:
+        needs = engine_needs(loaded, folder, engine_socket(settings.home))
+        if needs is not None:
+            state = "one for all workers; it is ready when the log says so"
+    plan = Plan(
+        listeners=[listener.fileno() for listener in listeners],
+        policy=str(policy.absolute()) if policy is not None else None,
+        drain_s=drain_s,
+        home=str(settings.home),
+        peers=str(_peers(settings.home)),
+        made_first_key=_prepare(settings),
+        engine=needs,
+        engine_state=state,
+    )
+    for fd in (lock, *plan["listeners"]):
+        os.set_inheritable(fd, True)
+    # The same process from here on, with the same number, and none of what was loaded to check and to prepare.
+    os.execv(sys.executable, [sys.executable, "-m", "gateway.workers", json.dumps(plan)])
 
 
-def checked_policy(file: Path | None) -> tuple[Policy, Path]:
-    """The policy and the folder that its relative paths are relative to. Raises CannotServe."""
+def _hold(home: Path) -> int:
+    """The state folder is this gateway's alone for as long as the descriptor stays open."""
+    fd = os.open(home / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        policy = load_policy(file)
-    except PolicyError as error:
-        raise CannotServe(str(error)) from error
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise CannotServe(f"{file}: cannot be read ({error.strerror})") from error
-    folder = file.parent.absolute() if file is not None else Path.cwd()
-    wrong = missing_secrets(policy) + unloadable(policy, folder)
-    if wrong:
-        raise CannotServe("\n".join(wrong))
-    return policy, folder
+        raise CannotServe(
+            f"another gateway is running on {home}; stop it, or give this one its own LEADLINE_HOME"
+        ) from error
+    return fd
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int, workers: int) -> list[socket.socket]:
+    """A listening socket per worker. On Linux each has its own queue, among which the kernel spreads connections
+    evenly; where it does not (macOS), all workers take from one."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), backlog=4096)
+        first = socket.create_server((host, port), family=family, backlog=BACKLOG)
+        if workers == 1 or not sys.platform.startswith("linux"):
+            return [first] * workers
+        address = first.getsockname()
+        first.close()  # it showed that nobody else listens there, which SO_REUSEPORT alone would not notice
+        return [
+            socket.create_server(address[:2], family=family, backlog=BACKLOG, reuse_port=True) for _ in range(workers)
+        ]
     except OSError as error:
         raise CannotServe(
             f"--host {host} --port {port}: cannot listen there ({error.strerror}); choose another with --port"
         ) from error
+
+
+def _prepare(settings: Settings) -> bool:
+    """The tables and the first key, made once before several workers look for them; whether a key was made."""
+    try:
+        database = connect(settings.database_url, settings.durability)
+    except LedgerUnreachable as error:
+        raise CannotServe(str(error)) from error
+    try:
+        keys = KeyStore(database, load_pepper(settings.home))
+        if len(keys):
+            return False
+        make_first_key(keys, settings.home)
+        return True
+    except PepperError as error:
+        raise CannotServe(str(error)) from error
+    finally:
+        database.dispose()
+
+
+def _peers(home: Path) -> Path:
+    """Where the workers' sockets lie: in the state folder, or, as a socket's path holds 100 bytes, elsewhere."""
+    folder = home / "peers"
+    if len(os.fsencode(folder)) > 70:
+        return Path(tempfile.mkdtemp(prefix="leadline-"))
+    folder.mkdir(exist_ok=True, mode=0o700)
+    for left in folder.glob("*.sock"):
+        left.unlink()
+    return folder
 
 
 async def _serve_here(gateway: App, listener: socket.socket, drain_s: float) -> int:
@@ -75,52 +144,19 @@ async def _serve_here(gateway: App, listener: socket.socket, drain_s: float) -> 
             for event in events:
                 event.cancel()
         if not serving.done():
-            _announce(gateway, listener)
+            url = url_of(listener.getsockname())
+            announce(gateway.settings.home, url, first_key=gateway.first_key, engine=_engine_state(gateway))
             settle_memory()
     await serving
     return 0 if server.started else 1
 
 
-def settle_memory() -> None:
-    """What lives as long as the process is not looked at again by the cycle collector, which otherwise walks all of it
-    every few hundred requests."""
-    gc.collect()
-    gc.freeze()
-
-
-def _announce(gateway: App, listener: socket.socket) -> None:
+def _engine_state(gateway: App) -> str:
     engine = gateway.engine
     if engine is None or not engine.started:
-        state = "not needed by this policy"
-    elif engine.client is None:
-        failed = gateway.engine_process is not None and gateway.engine_process.failed.is_set()
-        state = "failed, see the log; it is being started again" if failed else "still starting"
-    else:
-        state = ", ".join(card.name for card in engine.client.hello.models) or "probes only"
-    announce(gateway.settings.home, listener, gateway.first_key, state)
-
-
-def announce(home: Path, listener: socket.socket, first_key: str | None, engine: str) -> None:
-    """Tell the operator where the gateway is, and the SDK on this machine too."""
-    host, port = listener.getsockname()[:2]
-    url = f"http://{host}:{port}"
-    (home / "url").write_text(f"{url}/v1")  # where the SDK looks
-    question = '{"model":"auto","messages":[{"role":"user","content":"What is 23 + 48 - 7?"}]}'
-    code = f'from gateway.sdk import Leadline; print(Leadline(base_url="{url}/v1").explain("What is 2 + 2?"))'
-    key_file = home / "key"
-    sys.stdout.write(
-        f"""
-Leadline is ready.
-  URL        {url}/v1
-  Dashboard  {url}/dashboard
-  Key        {first_key or f"made earlier, in {key_file}; another: leadline keys create NAME"}
-  Engine     {engine}
-
-Try next:
-  curl -i {url}/v1/chat/completions -H "Authorization: Bearer $(cat {key_file})" -d '{question}'
-  {sys.executable} -c '{code}'
-  open {url}/dashboard and log in with the key
-
-"""
-    )
-    sys.stdout.flush()
+        return "not needed by this policy"
+    if engine.client is not None:
+        return ", ".join(card.name for card in engine.client.hello.models) or "probes only"
+    if gateway.engine_process is not None and gateway.engine_process.failed.is_set():
+        return "failed, see the log; it is being started again"
+    return "still starting"

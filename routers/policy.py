@@ -95,8 +95,7 @@ class Model:
     """Tokens, prompt and answer together; None: not known."""
     max_output: int | None
     """Tokens of one answer; None: not known."""
-    price: Price | None
-    """None: not known (`unpriced`), which is not: free."""
+    price: Price
     tools: bool
     structured: bool
     """Can hold its answer to a JSON schema."""

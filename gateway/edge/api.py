@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from dataclasses import replace
 from typing import Annotated, Any
 
 import msgspec
@@ -15,16 +14,18 @@ from starlette.exceptions import HTTPException
 from gateway import __version__
 from gateway.admission.keys import Principal
 from gateway.edge.headers import read_headers
-from gateway.edge.wire import read_chat
 from gateway.errors import InvalidRequest, LeadlineError, MethodNotAllowed, NotFound
 from gateway.ledger import report
-from gateway.lifecycle import Lifecycle
-from gateway.query import query_of
-from gateway.upstream.types import CallHeaders
+from gateway.ledger.store import BATCH_WAIT_S
+from gateway.lifecycle import BYTES_PER_TOKEN, Lifecycle
+from gateway.telemetry.peers import Peers
 from routers.explain import to_dict, to_lines
+from routers.types import Query
 
 MAX_HOURS = 1e6
 """Older than any ledger."""
+OTHER_WORKERS_TRIES = 5
+"""How many of the ledger's batches a receipt may wait for, when another worker may have it."""
 
 router = APIRouter()
 
@@ -69,8 +70,11 @@ async def readiness(lifecycle: TheLifecycle) -> Response:
 
 
 @router.get("/metrics", tags=["health"])
-async def metrics(lifecycle: TheLifecycle) -> Response:
-    return Response(lifecycle.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+async def metrics(request: Request, lifecycle: TheLifecycle) -> Response:
+    """This worker's, or with several those of all, each sample labelled with its worker."""
+    peers: Peers | None = getattr(request.app.state, "peers", None)
+    text = await peers.exposition() if peers is not None else lifecycle.metrics.exposition()
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 @router.get("/v1/models", tags=["openai"])
@@ -94,12 +98,18 @@ async def model(name: str, principal: Caller, lifecycle: TheLifecycle) -> dict[s
 
 
 @router.get("/leadline/v1/requests/{request_id}", tags=["receipts"])
-async def receipt(request_id: str, principal: Caller, lifecycle: TheLifecycle) -> dict[str, Any]:
+async def receipt(request: Request, request_id: str, principal: Caller, lifecycle: TheLifecycle) -> dict[str, Any]:
     """One request's receipt: its row, its attempts, its decision. Only the caller's own tenant's (admins: any)."""
     if not request_id.isprintable():
         raise NotFound("request: its id has characters that no id has.")
     await lifecycle.ledger.flush()
-    found = await asyncio.to_thread(report.request, lifecycle.ledger.engine, request_id, tenant=_scope(principal))
+    engine, tenant = lifecycle.ledger.engine, _scope(principal)
+    found = await asyncio.to_thread(report.request, engine, request_id, tenant=tenant)
+    patience = OTHER_WORKERS_TRIES if getattr(request.app.state, "shared", False) else 0
+    while found is None and patience:  # another worker may have served it, and be about to write it
+        patience -= 1
+        await asyncio.sleep(BATCH_WAIT_S)
+        found = await asyncio.to_thread(report.request, engine, request_id, tenant=tenant)
     if found is None:
         raise NotFound(f"request: {request_id[:60]!r} is not in the ledger.")
     row, attempts = found
@@ -124,9 +134,7 @@ async def spend(
 
 
 class ExplainRequest(BaseModel):
-    """A chat completion as it would be sent, and the tags that its header would name."""
-
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="forbid")
 
     model: str = "auto"
     messages: list[dict[str, Any]] = Field(min_length=1)
@@ -135,20 +143,23 @@ class ExplainRequest(BaseModel):
 
 
 @router.post("/leadline/v1/explain", tags=["receipts"])
-async def explain(body: ExplainRequest, request: Request, principal: Caller, lifecycle: TheLifecycle) -> dict[str, Any]:
-    """What would be decided for this request now, and why, and the most it could cost; nothing runs and nothing is
-    spent on a model."""
+async def explain(body: ExplainRequest, principal: Caller, lifecycle: TheLifecycle) -> dict[str, Any]:
+    """What would be decided for this request now, and why; nothing runs and nothing is spent on a model."""
     principal.must_run()
     try:
-        chat = msgspec.json.encode(body.model_dump(exclude={"tags"}, exclude_none=True))
+        messages = msgspec.json.encode(body.messages)
     except UnicodeEncodeError as error:
         raise InvalidRequest("messages: holds a character that is no character.", param="messages") from error
-    call = read_chat(chat, CallHeaders(token="", tags=frozenset(body.tags)))
-    # The chat would come with the layout that this body has, and its bytes are what bounds its prompt.
-    query = query_of(replace(call, body_bytes=max(len(chat), len(await request.body()))), principal.tenant)
-    asked = lifecycle.world.policy, query
-    decision = await lifecycle.explain(query, bytes(call.fields["messages"]))
-    return {"decision": to_dict(decision, asked), "lines": to_lines(decision, asked)}
+    query = Query(
+        model=body.model,
+        tenant=principal.tenant,
+        input_tokens_estimate=-(-len(messages) // BYTES_PER_TOKEN),
+        input_tokens_max=len(messages),
+        max_output_tokens=body.max_tokens,
+        tags=frozenset(body.tags),
+    )
+    decision = await lifecycle.explain(query, messages)
+    return {"decision": to_dict(decision), "lines": to_lines(decision)}
 
 
 def _scope(principal: Principal) -> str | None:

@@ -4,11 +4,8 @@ A provider's counts overlap (OpenAI's `prompt_tokens` contains the cached ones, 
 ones); ours do not, so that a bill is a plain sum. Streamed, unstreamed, cancelled and failed calls all come here.
 """
 
-from typing import overload
-
 import msgspec
 
-from routers.cost import PROMPT_MARGIN
 from routers.policy import Price
 
 TOKENS_PER_PRICE_UNIT = 1_000_000
@@ -20,6 +17,8 @@ ESTIMATED_BYTES_PER_TOKEN = 3
 
 MAX_COUNT = 1 << 32
 """Tokens of one call beyond which a provider's count is not believed."""
+PROMPT_MARGIN = 1024
+"""Prompt tokens that a provider may add by itself: chat templates, tool preambles."""
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -71,14 +70,8 @@ class WireUsage(msgspec.Struct):
         return Usage(prompt - cached - written, cached, written, completion - reasoning, reasoning)
 
 
-@overload
-def cost_nanousd(price: Price, usage: Usage) -> int: ...
-@overload
-def cost_nanousd(price: Price | None, usage: Usage) -> int | None: ...
-def cost_nanousd(price: Price | None, usage: Usage) -> int | None:
-    """Cost of one attempt in nano-dollars, rounded half up once, after the sum over the classes; None: unpriced."""
-    if price is None:
-        return None
+def cost_nanousd(price: Price, usage: Usage) -> int:
+    """Cost of one attempt in nano-dollars, rounded half up once, after the sum over the classes."""
     total = (
         usage.input * price.input
         + usage.cached_input * price.cached_input
@@ -90,7 +83,7 @@ def cost_nanousd(price: Price | None, usage: Usage) -> int | None:
 
 
 def worst_case_usage(
-    price: Price | None, *, body_bytes: int, context: int, max_output: int, choices: int, text_only: bool
+    price: Price, *, body_bytes: int, context: int, max_output: int, choices: int, text_only: bool
 ) -> Usage:
     """The dearest usage a request can have, for its reservation.
 
@@ -101,8 +94,8 @@ def worst_case_usage(
     """
     prompt = min(body_bytes + PROMPT_MARGIN, context) if text_only else context
     output = max_output * choices
-    dearest_is_write = price is not None and price.cache_write > price.input
-    dearest_is_reasoning = price is not None and price.reasoning > price.output
+    dearest_is_write = price.cache_write > price.input
+    dearest_is_reasoning = price.reasoning > price.output
     return Usage(
         input=0 if dearest_is_write else prompt,
         cache_write=prompt if dearest_is_write else 0,

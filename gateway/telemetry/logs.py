@@ -19,9 +19,16 @@ def redact(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> Mutab
     return event
 
 
-def configure_logs(level: int = logging.INFO) -> None:
+def configure_logs(level: int = logging.INFO, *, worker: int | None = None) -> None:
+    """`worker`: which of several this process is; each of its lines says so."""
+
+    def sign(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        event["worker"] = worker
+        return event
+
     structlog.configure(
         processors=[
+            *([sign] if worker is not None else ()),
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),

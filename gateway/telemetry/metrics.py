@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from gateway.ledger.records import AttemptRecord, RequestRecord
@@ -33,6 +33,21 @@ class _Children:
         if child is None:
             child = self._known[labels] = self._counter.labels(*labels)
         child.inc(amount)
+
+
+class _Labelled(Collector):
+    """Everything in a registry, with one more label."""
+
+    def __init__(self, registry: CollectorRegistry, worker: str) -> None:
+        self._registry = registry
+        self._worker = worker
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._registry.collect():
+            family.samples = [
+                sample._replace(labels={**sample.labels, "worker": self._worker}) for sample in family.samples
+            ]
+            yield family
 
 
 class BudgetState(Protocol):
@@ -160,8 +175,9 @@ class Metrics:
         """Show what the budgets in use hold. `live` is called at each scrape. Call once."""
         self.registry.register(_Budgets(live))
 
-    def exposition(self) -> bytes:
-        return generate_latest(self.registry)
+    def exposition(self, worker: int | None = None) -> bytes:
+        """Prometheus text; with `worker`, each sample says whose it is."""
+        return generate_latest(self.registry if worker is None else _Labelled(self.registry, str(worker)))
 
     def _gauge(self, name: str, words: str) -> Gauge:
         return Gauge(name, words, registry=self.registry)

@@ -26,8 +26,7 @@ class Target:
     provider: str
     wire_model: str
     """Its name at the provider."""
-    price: Price | None
-    """None: not known."""
+    price: Price
     context: int
     max_output: int
     timeout_s: float

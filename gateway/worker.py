@@ -1,0 +1,61 @@
+"""One of several workers: `python -m gateway.worker ORDER`, ORDER being JSON from its parent (`gateway.workers.Order`).
+
+It serves from a listening socket that its parent keeps open, and drains when told to, or when its parent is gone.
+"""
+
+import asyncio
+import json
+import socket
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import structlog
+
+from gateway.app import App
+from gateway.http_server import HttpServer, loop_factory, settle_memory
+from gateway.policies import CannotServe, checked_policy
+from gateway.settings import Settings
+from gateway.telemetry.logs import configure_logs
+from gateway.workers import Order
+
+log = structlog.get_logger(__name__)
+
+
+def main(argument: str) -> int:
+    order: Order = json.loads(argument)
+    configure_logs(worker=order["worker"])
+    try:
+        policy, folder = checked_policy(Path(order["policy"]) if order["policy"] is not None else None)
+    except CannotServe as error:
+        log.error("worker.cannot_serve", error=str(error))
+        return 1
+    settings = replace(Settings.from_env(), worker=order["worker"], peers=Path(order["peers"]))
+    server = HttpServer(App(settings, policy, folder), order["drain_s"])
+    listener, control = socket.socket(fileno=order["listener"]), socket.socket(fileno=order["control"])
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        return runner.run(_serve(server, listener, control))
+
+
+async def _serve(server: HttpServer, listener: socket.socket, control: socket.socket) -> int:
+    serving = asyncio.create_task(server.serve_on(listener))
+    while not server.started and not serving.done():
+        await asyncio.wait((serving,), timeout=0.01)
+    if not server.started:
+        return 1
+    settle_memory()
+    control.setblocking(False)
+    loop = asyncio.get_running_loop()
+    await loop.sock_sendall(control, b"1")
+    orphaned = asyncio.create_task(loop.sock_recv(control, 1))  # nothing is ever sent: it ends when the parent does
+    await asyncio.wait((serving, orphaned), return_when=asyncio.FIRST_COMPLETED)
+    if orphaned.done():
+        log.error("worker.orphaned")
+        server.should_exit = True
+    orphaned.cancel()
+    await serving
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
