@@ -28,7 +28,7 @@ from gateway.settings import Settings, engine_socket
 from gateway.signals import SignalReader
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.peers import Peers
-from gateway.upstream.openai import open_session
+from gateway.upstream.http import HttpClient
 from gateway.world import MissingSecret, build_world
 from routers.policy import Policy
 
@@ -92,10 +92,11 @@ class App:
             self.first_key = make_first_key(keys, settings.home)
         cache: ExactCache = RedisCache(settings.redis_url) if settings.redis_url else MemoryCache(settings.cache_bytes)
         stack.push_async_callback(cache.close)
-        session = await stack.enter_async_context(open_session())
+        client = HttpClient()
+        stack.push_async_callback(client.close)
         socket_path = settings.engine or engine_socket(settings.home)
         self.engine = engine = EngineConnection(socket_path, metrics)
-        world = build_world(policy, session, engine)
+        world = build_world(policy, client, engine)
         needs = engine_needs(policy, self.policy_folder, socket_path)
         if needs is not None:
             if settings.engine is None:

@@ -375,7 +375,7 @@ def _known(error: Exception, request_id: str) -> LeadlineError:
 def _failed(errors: list[UpstreamError], provider: str) -> LeadlineError:
     """The error a caller sees when every attempt failed: the last one's kind, all of their words."""
     last = errors[-1]
-    if last.cause == "refused":
+    if last.cause in ("refused", "context_length", "content_filter"):
         return UpstreamRefused(last.message, upstream_status=last.status or 400, error=last.error, provider=provider)
     words = "; then ".join(dict.fromkeys(error.message for error in errors))
     if last.cause == "engine_gone":

@@ -3,9 +3,8 @@
 import os
 from collections.abc import Mapping
 
-import aiohttp
-
 from gateway.policies import missing_secrets
+from gateway.upstream.http import HttpClient
 from gateway.upstream.local import EngineLink, LocalUpstream
 from gateway.upstream.openai import OpenAIUpstream
 from gateway.upstream.types import Target, Upstream
@@ -43,9 +42,7 @@ class World:
         return max((self.targets[name].price for name in models), key=lambda price: (price.output, price.input))
 
 
-def build_world(
-    policy: Policy, session: aiohttp.ClientSession, engine: EngineLink, env: Mapping[str, str] | None = None
-) -> World:
+def build_world(policy: Policy, client: HttpClient, engine: EngineLink, env: Mapping[str, str] | None = None) -> World:
     """Raises MissingSecret."""
     env = os.environ if env is None else env
     missing = missing_secrets(policy, env)
@@ -57,7 +54,7 @@ def build_world(
             upstreams[provider.name] = LocalUpstream(engine)
         else:
             key = env[provider.api_key_env] if provider.api_key_env is not None else None
-            upstreams[provider.name] = OpenAIUpstream(session, provider.name, provider.base_url, key)
+            upstreams[provider.name] = OpenAIUpstream(client, provider.name, provider.base_url, key)
     targets = {}
     for model in policy.models.values():
         provider = policy.providers[model.provider]

@@ -1,23 +1,28 @@
-"""Any OpenAI-compatible server, over aiohttp (measured: five times httpx's requests per core; docs/decisions.md)."""
+"""Any OpenAI-compatible server, over our own HTTP client (measured against others in docs/decisions.md)."""
 
 import contextlib
-import email.utils
-import math
-import time
 from collections.abc import AsyncIterator
 
-import aiohttp
 import msgspec
 
-from gateway.ledger.settle import WireUsage
-from gateway.upstream.sse import SseReader, error_message, read_chunk
+from gateway.ledger.settle import Usage, WireUsage
+from gateway.upstream.connection import Timeouts
+from gateway.upstream.http import HttpClient, HttpResponse, RequestHead
+from gateway.upstream.http_errors import BadResponse, ConnectError, ExchangeTimeout, FirstByteTimeout, HttpError
+from gateway.upstream.refusals import error_object, refusal
+from gateway.upstream.sse import SseReader, error_message, read_chunk, read_usage
 from gateway.upstream.types import Answer, ChatCall, Event, StreamState, Target, UpstreamError
 from routers.types import Endpoint
 
 MAX_ANSWER_BYTES = 64 << 20
 MAX_ERROR_BYTES = 1 << 16
-MAX_RETRY_AFTER_S = 86_400.0
-CONNECT_TIMEOUT_S = 10.0
+LINGER_S = 1.0
+"""How long the end of a stream's HTTP body may come after its `[DONE]` for its connection to be used again."""
+PATHS: dict[Endpoint, str] = {
+    "chat.completions": "/chat/completions",
+    "completions": "/completions",
+    "embeddings": "/embeddings",
+}
 _INCLUDE_USAGE = msgspec.Raw(b'{"include_usage":true}')
 
 
@@ -26,35 +31,27 @@ class _Head(msgspec.Struct):
     error: msgspec.Raw | None = None
 
 
+class _RawHead(msgspec.Struct):
+    usage: msgspec.Raw | None = None
+    error: msgspec.Raw | None = None
+
+
 _head_decoder = msgspec.json.Decoder(_Head)
+_raw_head_decoder = msgspec.json.Decoder(_RawHead)
 _encode = msgspec.json.Encoder().encode
 
 
-def open_session() -> aiohttp.ClientSession:
-    """One session for the life of the process; no redirects are followed with it, no cookies kept, no proxy read."""
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=75, ttl_dns_cache=60),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        skip_auto_headers=("User-Agent", "Accept-Encoding"),
-        auto_decompress=False,
-    )
-
-
 class OpenAIUpstream:
-    """One provider: a base URL and the key that is only ever sent there."""
+    """One provider: a base URL and the key that is only ever sent there. Raises ValueError for a URL that is none."""
 
-    def __init__(self, session: aiohttp.ClientSession, provider: str, base_url: str, api_key: str | None) -> None:
-        self._session = session
+    def __init__(self, client: HttpClient, provider: str, base_url: str, api_key: str | None) -> None:
+        self._client = client
         self._provider = provider
-        base = base_url.rstrip("/")
-        self._urls: dict[Endpoint, str] = {
-            "chat.completions": f"{base}/chat/completions",
-            "completions": f"{base}/completions",
-            "embeddings": f"{base}/embeddings",
-        }
-        self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        headers = [("Content-Type", "application/json")]
         if api_key is not None:
-            self._headers["Authorization"] = f"Bearer {api_key}"
+            headers.append(("Authorization", f"Bearer {api_key}"))
+        base = base_url.rstrip("/")
+        self._heads = {endpoint: RequestHead("POST", base + path, headers) for endpoint, path in PATHS.items()}
 
     def unavailable(self, target: Target) -> str | None:
         return None
@@ -62,11 +59,15 @@ class OpenAIUpstream:
     async def complete(self, target: Target, call: ChatCall) -> Answer:
         response = await self._post(target, call)
         try:
-            body = await self._read(response)
+            body = await response.read(MAX_ANSWER_BYTES)
+        except HttpError as error:
+            raise _broken(
+                self._provider, error, "stopped in the middle of its answer", "cut its answer short"
+            ) from error
         finally:
             response.release()
         try:
-            head = _head_decoder.decode(body)
+            usage, failure = _read_head(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise UpstreamError(
                 "bad_answer",
@@ -74,17 +75,20 @@ class OpenAIUpstream:
                 status=200,
                 may_be_billed=True,
             ) from error
-        if head.error is not None and bytes(head.error) != b"null":
+        if failure is not None:
             raise UpstreamError(
                 "bad_answer",
-                f"{self._provider} answered 200 with an error: {error_message(bytes(head.error))}",
+                f"{self._provider} answered 200 with an error: {error_message(failure)}",
                 status=200,
                 may_be_billed=True,
             )
-        return Answer(body, head.usage.split() if head.usage is not None else None, delivered_bytes=len(body))
+        return Answer(body, usage, delivered_bytes=len(body))
 
     async def stream(self, target: Target, call: ChatCall) -> "OpenAIStream":
         response = await self._post(target, call)
+        kind = response.header(b"content-type")
+        if kind is not None and not kind.startswith("text/event-stream"):
+            raise await self._no_stream(response, kind)
         stream = OpenAIStream(response, self._provider, call.choices)
         try:
             await stream.read_first()
@@ -93,82 +97,44 @@ class OpenAIUpstream:
             raise
         return stream
 
-    async def _post(self, target: Target, call: ChatCall) -> aiohttp.ClientResponse:
+    async def _post(self, target: Target, call: ChatCall) -> HttpResponse:
         fields = dict(call.fields)
         fields["model"] = msgspec.Raw(_encode(target.wire_model))
         fields.pop("leadline", None)
         if call.stream:
             fields["stream_options"] = _INCLUDE_USAGE
-        timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT_S, sock_read=target.timeout_s)
+        timeouts = Timeouts(
+            target.connect_timeout_s, target.first_byte_timeout_s, target.idle_timeout_s, target.timeout_s
+        )
         try:
-            response = await self._session.post(
-                self._urls[call.endpoint],
-                data=_encode(fields),
-                headers=self._headers,
-                timeout=timeout,
-                allow_redirects=False,
-            )
-        except (aiohttp.ConnectionTimeoutError, aiohttp.ClientConnectorError) as error:
-            raise UpstreamError("connect", f"{self._provider} cannot be reached: {_reason(error)}") from error
-        except TimeoutError as error:
+            response = await self._client.request(self._heads[call.endpoint], _encode(fields), timeouts)
+        except ConnectError as error:
+            raise UpstreamError("connect", f"{self._provider} cannot be reached: {error}") from error
+        except ExchangeTimeout as error:
+            limit_s = target.first_byte_timeout_s if isinstance(error, FirstByteTimeout) else target.timeout_s
             raise UpstreamError(
-                "timeout", f"{self._provider} did not answer within {target.timeout_s:g} s", may_be_billed=True
+                "timeout", f"{self._provider} did not answer within {limit_s:g} s", may_be_billed=error.may_be_billed
             ) from error
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise UpstreamError(
-                "cut", f"{self._provider} broke the connection: {_reason(error)}", may_be_billed=True
-            ) from error
+        except HttpError as error:
+            raise _broken(self._provider, error, "did not answer", "broke the connection") from error
         if response.status == 200:
             return response
-        try:
-            raise await self._refusal(response)
-        finally:
-            response.release()
+        raise refusal(self._provider, response, await _some_of(response))
 
-    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
-        try:
-            parts: list[bytes] = []
-            size = 0
-            while size <= MAX_ANSWER_BYTES and (part := await response.content.readany()):
-                parts.append(part)
-                size += len(part)
-        except TimeoutError as error:
-            raise UpstreamError(
-                "timeout", f"{self._provider} stopped in the middle of its answer", may_be_billed=True
-            ) from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise UpstreamError(
-                "cut", f"{self._provider} cut its answer short: {_reason(error)}", may_be_billed=True
-            ) from error
-        if size > MAX_ANSWER_BYTES:
-            raise UpstreamError(
-                "bad_answer", f"{self._provider} sent an answer beyond {MAX_ANSWER_BYTES} bytes", may_be_billed=True
-            )
-        return b"".join(parts)
-
-    async def _refusal(self, response: aiohttp.ClientResponse) -> UpstreamError:
-        """The error that a status other than 200 stands for."""
-        body = b""
-        with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
-            while len(body) < MAX_ERROR_BYTES and (part := await response.content.readany()):
-                body += part
-        status = response.status
-        error = _error_object(body)
-        words = str(error.get("message", ""))[:500] if error else ""
-        message = f"{self._provider} answered {status}" + (f": {words}" if words else "")
-        if status in (401, 403):
-            return UpstreamError(
-                "auth", f"{self._provider} refused the gateway's own credentials ({status})", status=status
-            )
-        if 400 <= status < 500 and status not in (408, 409, 429):
-            return UpstreamError("refused", message, status=status, error=error)
-        if 300 <= status < 400:
-            return UpstreamError("bad_answer", f"{message} (redirects are not followed)", status=status)
-        return UpstreamError("status", message, status=status, retry_after_s=_retry_after(response))
+    async def _no_stream(self, response: HttpResponse, kind: str) -> UpstreamError:
+        """The error that something other than an event stream stands for."""
+        failure = error_object(await _some_of(response))
+        words = f": {str(failure.get('message'))[:300]}" if failure else ""
+        return UpstreamError(
+            "bad_answer",
+            f"{self._provider} answered a stream with {kind[:100]}{words}",
+            status=200,
+            may_be_billed=True,
+        )
 
 
 class OpenAIStream:
-    def __init__(self, response: aiohttp.ClientResponse, provider: str, choices: int) -> None:
+    def __init__(self, response: HttpResponse, provider: str, choices: int) -> None:
         self.state = StreamState()
         self._response = response
         self._provider = provider
@@ -195,19 +161,17 @@ class OpenAIStream:
             )
 
     async def close(self) -> None:
-        self._response.close()
+        """At the stream's own end its connection is kept for the next call; before it, closed at once."""
+        if self._ended and self.state.done:
+            self._response.release(LINGER_S)
+        else:
+            self._response.abort()
 
     async def _read_group(self) -> list[Event]:
         try:
-            chunk = await self._response.content.readany()
-        except TimeoutError as error:
-            raise UpstreamError(
-                "timeout", f"{self._provider} stalled in the middle of its stream", may_be_billed=True
-            ) from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise UpstreamError(
-                "cut", f"{self._provider} cut the stream: {_reason(error)}", may_be_billed=True
-            ) from error
+            chunk = await self._response.read_some()
+        except HttpError as error:
+            raise _broken(self._provider, error, "stalled in the middle of its stream", "cut the stream") from error
         payloads = self._reader.feed(chunk) if chunk else self._reader.close()
         self._ended = not chunk
         events = []
@@ -220,34 +184,34 @@ class OpenAIStream:
         return events
 
 
-def _error_object(body: bytes) -> dict[str, object] | None:
+def _broken(provider: str, error: HttpError, late: str, cut: str) -> UpstreamError:
+    """An exchange that broke off: `late` says it of a timeout, `cut` of a closed connection."""
+    if isinstance(error, ExchangeTimeout):
+        return UpstreamError("timeout", f"{provider} {late}", may_be_billed=True)
+    if isinstance(error, BadResponse):
+        return UpstreamError("bad_answer", f"{provider} sent what cannot be read: {error}", may_be_billed=True)
+    return UpstreamError("cut", f"{provider} {cut}: {error}", may_be_billed=True)
+
+
+def _read_head(body: bytes) -> tuple[Usage | None, bytes | None]:
+    """The usage and the error of a whole answer. A usage of a shape we do not know is as good as none given."""
     try:
-        decoded = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
-    error = decoded.get("error") if isinstance(decoded, dict) else None
-    if isinstance(error, str):
-        return {"message": error, "type": "invalid_request_error", "param": None, "code": None}
-    return error if isinstance(error, dict) else None
+        head = _head_decoder.decode(body)
+        usage = head.usage.split() if head.usage is not None else None
+        error = head.error
+    except msgspec.ValidationError:
+        raw = _raw_head_decoder.decode(body)
+        usage, error = read_usage(raw.usage), raw.error
+    return usage, bytes(error) if error is not None and bytes(error) != b"null" else None
 
 
-def _retry_after(response: aiohttp.ClientResponse) -> float | None:
-    """`retry-after-ms`, or `Retry-After` in seconds or as a date; None when absent or unreadable."""
-    milliseconds = response.headers.get("retry-after-ms")
-    value = response.headers.get("retry-after")
+async def _some_of(response: HttpResponse) -> bytes:
+    """As much of an error's body as can be had."""
+    body = b""
     try:
-        if milliseconds is not None:
-            seconds = float(milliseconds) / 1000
-        elif value is None:
-            return None
-        elif value.replace(".", "", 1).isdecimal():
-            seconds = float(value)
-        else:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-    except (ValueError, OverflowError):
-        return None
-    return min(max(0.0, seconds), MAX_RETRY_AFTER_S) if math.isfinite(seconds) else None
-
-
-def _reason(error: BaseException) -> str:
-    return str(error)[:200] or type(error).__name__
+        with contextlib.suppress(HttpError):
+            while len(body) < MAX_ERROR_BYTES and (part := await response.read_some()):
+                body += part
+    finally:
+        response.release()
+    return body

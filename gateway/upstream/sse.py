@@ -2,36 +2,66 @@
 
 import msgspec
 
-from gateway.ledger.settle import WireUsage
+from gateway.ledger.settle import Usage, WireUsage
 from gateway.upstream.types import Event, StreamState, UpstreamError
 
 MAX_EVENT_BYTES = 16 << 20
 DONE = b"data: [DONE]\n\n"
+_BOM = b"\xef\xbb\xbf"
 
 
 class SseReader:
     """Cuts a byte stream into the `data` of its events, wherever the chunks happen to be cut."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._rest = bytearray()
+        """The beginning of an event, its lines ended by LF alone."""
+        self._start: bytes | None = b""
+        """What may be the beginning of a byte order mark; None once the stream has begun."""
+        self._skip_lf = False
+        """The last byte was a CR, which has ended its line: an LF that follows it ends no other."""
 
     def feed(self, chunk: bytes) -> list[bytes]:
         """The data of each event that `chunk` completes. Raises UpstreamError for an event beyond all bounds."""
-        data = self._rest + chunk if self._rest else chunk
-        if b"\r" in data:
-            # A lone CR at the very end may be half of a CRLF: it waits for the next chunk.
-            tail = b"\r" if data.endswith(b"\r") else b""
-            data = data[: len(data) - len(tail)].replace(b"\r\n", b"\n").replace(b"\r", b"\n") + tail
-        *events, self._rest = data.split(b"\n\n")
-        if len(self._rest) > MAX_EVENT_BYTES:
-            raise UpstreamError("bad_answer", f"an event of more than {MAX_EVENT_BYTES} bytes", may_be_billed=True)
-        return [payload for event in events if (payload := _data_of(event)) is not None]
+        if self._start is not None:
+            chunk = self._start + chunk
+            if len(chunk) < len(_BOM) and _BOM.startswith(chunk):
+                self._start = chunk
+                return []
+            self._start = None
+            chunk = chunk.removeprefix(_BOM)
+        if self._skip_lf or b"\r" in chunk:
+            chunk = self._lf_only(chunk)
+        rest = self._rest
+        if not rest and chunk.endswith(b"\n\n"):  # nearly always: whole events
+            events = chunk[:-2].split(b"\n\n")
+        else:
+            searched = max(0, len(rest) - 1)
+            rest += chunk
+            end = rest.rfind(b"\n\n", searched)
+            if end < 0:
+                if len(rest) > MAX_EVENT_BYTES:
+                    words = f"an event of more than {MAX_EVENT_BYTES} bytes"
+                    raise UpstreamError("bad_answer", words, may_be_billed=True)
+                return []
+            events = bytes(rest[:end]).split(b"\n\n")
+            del rest[: end + 2]
+        return [payload for event in events if (payload := _data_of(event))]
 
     def close(self) -> list[bytes]:
         """What an unterminated last event held."""
-        rest, self._rest = self._rest, b""
-        payload = _data_of(rest.rstrip(b"\r"))
-        return [] if payload is None else [payload]
+        rest = (self._start or b"") + bytes(self._rest)
+        self._rest.clear()
+        payload = _data_of(rest)
+        return [payload] if payload else []
+
+    def _lf_only(self, chunk: bytes) -> bytes:
+        if self._skip_lf and chunk:
+            chunk = chunk.removeprefix(b"\n")
+            self._skip_lf = False
+        if chunk.endswith(b"\r"):
+            self._skip_lf = True
+        return chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
 
 def _data_of(event: bytes) -> bytes | None:
@@ -67,7 +97,7 @@ class _Choice(msgspec.Struct):
     index: int = 0
     delta: _Delta | None = None
     text: str | None = None
-    """Of a text completion."""
+    """Instead of a delta, in a text completion."""
     finish_reason: str | None = None
 
 
@@ -77,7 +107,15 @@ class _Chunk(msgspec.Struct):
     error: msgspec.Raw | None = None
 
 
+class _RawUsageChunk(msgspec.Struct):
+    choices: list[_Choice] | None = None
+    usage: msgspec.Raw | None = None
+    error: msgspec.Raw | None = None
+
+
 _chunk_decoder = msgspec.json.Decoder(_Chunk)
+_raw_usage_decoder = msgspec.json.Decoder(_RawUsageChunk)
+_usage_decoder = msgspec.json.Decoder(WireUsage | None)
 
 
 def read_chunk(data: bytes, state: StreamState, choices: int) -> Event | None:
@@ -85,11 +123,15 @@ def read_chunk(data: bytes, state: StreamState, choices: int) -> Event | None:
 
     Raises UpstreamError when the chunk is not one, or carries an error: that stream must not end as a success.
     """
-    if data == b"[DONE]":
+    if data.startswith(b"[DONE]"):
         state.done = True
         return None
+    chunk: _Chunk | _RawUsageChunk
     try:
-        chunk = _chunk_decoder.decode(data)
+        try:
+            chunk = _chunk_decoder.decode(data)
+        except msgspec.ValidationError:
+            chunk = _raw_usage_decoder.decode(data)  # a usage of a shape that we do not know must not end the answer
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UpstreamError(
             "bad_answer", f"a chunk that is no chat completion chunk: {error}", may_be_billed=True
@@ -101,7 +143,7 @@ def read_chunk(data: bytes, state: StreamState, choices: int) -> Event | None:
     for choice in chunk.choices or ():
         size = _text_bytes(choice.delta) if choice.delta is not None else 0
         if choice.text:
-            size += len(choice.text.encode("utf-8", "surrogatepass"))
+            size += _utf8_bytes(choice.text)
         if size:
             state.delivered_bytes += size
             state.deltas += 1
@@ -110,7 +152,7 @@ def read_chunk(data: bytes, state: StreamState, choices: int) -> Event | None:
             if len(state.finished_choices) >= choices:
                 state.done = True
     if chunk.usage is not None:
-        state.usage = chunk.usage.split()
+        state.usage = chunk.usage.split() if isinstance(chunk.usage, WireUsage) else read_usage(chunk.usage)
     return Event(data, usage_only=chunk.usage is not None and not chunk.choices)
 
 
@@ -118,11 +160,24 @@ def _text_bytes(delta: _Delta) -> int:
     size = 0
     for text in (delta.content, delta.reasoning_content, delta.reasoning, delta.refusal):
         if text:
-            size += len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+            size += _utf8_bytes(text)
     for call in delta.tool_calls or ():
         if call.function is not None and call.function.arguments:
-            size += len(call.function.arguments.encode("utf-8", "surrogatepass"))
+            size += _utf8_bytes(call.function.arguments)
     return size
+
+
+def _utf8_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+
+
+def read_usage(raw: msgspec.Raw | None) -> Usage | None:
+    """A usage that may have any shape; one that we do not know is as good as none given."""
+    try:
+        usage = _usage_decoder.decode(raw) if raw is not None else None
+    except msgspec.DecodeError:
+        return None
+    return usage.split() if usage is not None else None
 
 
 def error_message(raw: bytes) -> str:

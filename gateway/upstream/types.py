@@ -49,6 +49,7 @@ class UpstreamError(Exception):
         error: dict[str, object] | None = None,
         retry_after_s: float | None = None,
         may_be_billed: bool = False,
+        should_retry: bool | None = None,
     ) -> None:
         super().__init__(message)
         self.cause = cause
@@ -58,10 +59,14 @@ class UpstreamError(Exception):
         self.retry_after_s = retry_after_s
         self.may_be_billed = may_be_billed
         """The provider may have worked on it: the attempt is billed as an estimate."""
+        self.should_retry = should_retry
+        """What the provider says itself (`x-should-retry`); None where it says nothing."""
 
     @property
     def retryable(self) -> bool:
         """Whether the same target is worth another try."""
+        if self.should_retry is not None:
+            return self.should_retry
         return self.cause not in ("auth", "refused", "context_length", "content_filter")
 
 
