@@ -30,12 +30,14 @@ def expected_and_worst_nanousd(model: Model, query: Query, input_tokens: int) ->
     most tokens that the prompt can have, in their dearest class, and the longest answer in its dearest class; never
     below expected.
     """
-    price = model.price
+    price = model.price.at(input_tokens)
     longest = max_output_tokens(model, query, input_tokens)
     expected_output = min(longest, EXPECTED_OUTPUT_TOKENS) * query.choices
     expected = input_tokens * price.input + expected_output * price.output
     context = (ASSUMED_CONTEXT if model.context is None else model.context) * query.inputs
     most = context if query.input_tokens_max is None else min(query.input_tokens_max, context)
-    worst = max(most, input_tokens) * max(price.input, price.cached_input, price.cache_write)
+    most = max(most, input_tokens)
+    price = model.price.at(most)
+    worst = most * max(price.input, price.cached_input, price.cache_write)
     worst += max_output_tokens(model, query, 0) * query.choices * max(price.output, price.reasoning)
     return -(-expected // _PER_TOKENS), -(-worst // _PER_TOKENS)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path as FilePath
 from types import MappingProxyType
@@ -24,6 +24,7 @@ from routers.policy import (
     Price,
     Provider,
     Route,
+    Tier,
 )
 from routers.routes import RoutesReader
 from routers.schema import (
@@ -32,6 +33,7 @@ from routers.schema import (
     PriceFile,
     ProviderFile,
     SignalsFile,
+    TierFile,
 )
 from routers.shape import NAME_FIX, did_you_mean, validated
 from routers.units import format_duration
@@ -207,7 +209,15 @@ class _Loader:
             listing = None if local else self._prices(provider, part.model)
             if part.price and part.price.output is None and not part.embeds:
                 self._document.report((*path, "price"), "no price of output", "add `output: $…/Mtok`")
-            price = _price(part.price) if part.price else FREE if local else listing.price if listing else None
+            price = (
+                to_price(part.price, self._document, (*path, "price"))
+                if part.price
+                else FREE
+                if local
+                else listing.price
+                if listing
+                else None
+            )
             if price is None:
                 fix = "add `price: {input: $…/Mtok, output: $…/Mtok}`, or `price: free`"
                 self._document.report(
@@ -247,7 +257,27 @@ class _Loader:
         return list(value) if isinstance(value, dict) else []
 
 
-def _price(part: PriceFile) -> Price:
+def to_price(part: PriceFile, document: Document, path: Path) -> Price:
+    """The price of one entry; what is wrong between its parts is noted in the document, at `path`."""
+    base = _classes(part)
+    tiers: list[Tier] = []
+    for number, tier in enumerate(part.tiers):
+        below = tiers[-1] if tiers else Tier(-1, base)
+        found = Tier(tier.above, _classes(tier))
+        here = (*path, "tiers", number)
+        if found.above <= below.above:
+            fix = "sort the tiers by rising `above`, each once"
+            document.report((*here, "above"), "not above the tier before it", fix)
+        names = ("input", "cached_input", "cache_write", "output", "reasoning")
+        cheaper = [name for name in names if getattr(found.price, name) < getattr(below.price, name)]
+        if cheaper:
+            fix = "give every class, at no less than before; a reservation counts on it"
+            document.report(here, f"cheaper than the tier before it in {', '.join(cheaper)}", fix)
+        tiers.append(found)
+    return replace(base, tiers=tuple(tiers))
+
+
+def _classes(part: PriceFile | TierFile) -> Price:
     def given(price: int | None, default: int) -> int:
         return default if price is None else price
 

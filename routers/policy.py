@@ -29,6 +29,24 @@ class Price:
     cache_write: int
     output: int
     reasoning: int
+    tiers: tuple["Tier", ...] = ()
+    """For long prompts, by rising `above`; none is cheaper in any class than the one below it."""
+
+    def at(self, input_tokens: int) -> "Price":
+        """The price of a whole call whose prompt, cached or not, has so many tokens."""
+        found = self
+        for tier in self.tiers:
+            if input_tokens > tier.above:
+                found = tier.price
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """The price of calls with more than `above` tokens of input."""
+
+    above: int
+    price: Price
 
 
 FREE = Price(0, 0, 0, 0, 0)

@@ -87,6 +87,18 @@ class ProviderFile(_Strict):
     """`off`, or when to leave a failing target alone. Default: after 5 failures in 30s, for 15s."""
 
 
+class TierFile(_Strict):
+    """What a call costs whose prompt is long."""
+
+    above: Tokens
+    """Calls with more tokens of input than this are billed so, whole."""
+    input: TokenPrice
+    cached_input: TokenPrice | None = None
+    cache_write: TokenPrice | None = None
+    output: TokenPrice | None = None
+    reasoning: TokenPrice | None = None
+
+
 class PriceFile(_Strict):
     """Dollars per million tokens. Each token is counted in one class."""
 
@@ -99,6 +111,8 @@ class PriceFile(_Strict):
     """Left out only where `embeds: true`: vectors are not billed by the token."""
     reasoning: TokenPrice | None = None
     """Default: as output."""
+    tiers: list[TierFile] = []
+    """Dearer prices of long prompts, by rising `above`."""
 
 
 class ModelFile(_Strict):

@@ -4,6 +4,8 @@ A provider's counts overlap (OpenAI's `prompt_tokens` contains the cached ones, 
 ones); ours do not, so that a bill is a plain sum. Streamed, unstreamed, cancelled and failed calls all come here.
 """
 
+from typing import overload
+
 import msgspec
 
 from routers.policy import Price
@@ -36,42 +38,112 @@ class Usage(msgspec.Struct, frozen=True):
 NO_USAGE = Usage()
 
 
-class _PromptDetails(msgspec.Struct):
+class _InputDetails(msgspec.Struct):
     cached_tokens: int | None = 0
+    cache_write_tokens: int | None = 0
+    """OpenRouter's name; `created_cache_tokens` is another for the same."""
     created_cache_tokens: int | None = 0
 
 
-class _CompletionDetails(msgspec.Struct):
+class _OutputDetails(msgspec.Struct):
     reasoning_tokens: int | None = 0
 
 
-class WireUsage(msgspec.Struct):
-    """The `usage` object of a chat completion or of a stream's last chunk."""
+class _CacheCreation(msgspec.Struct):
+    ephemeral_5m_input_tokens: int | None = 0
+    ephemeral_1h_input_tokens: int | None = 0
 
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    prompt_tokens_details: _PromptDetails | None = None
-    completion_tokens_details: _CompletionDetails | None = None
+
+_NO_INPUT_DETAILS, _NO_OUTPUT_DETAILS = _InputDetails(), _OutputDetails()
+
+
+class WireUsage(msgspec.Struct):
+    """The `usage` object of an answer or of a stream's last chunk, in any of the vendors' conventions.
+
+    | who | input | output |
+    | --- | --- | --- |
+    | OpenAI chat, Mistral, vLLM, OpenRouter | `prompt_tokens`, cached and written within | reasoning within |
+    | OpenAI Responses | `input_tokens`, cached within | `output_tokens`, reasoning within |
+    | Anthropic | `input_tokens` beside `cache_read_…` and `cache_creation_input_tokens` | `output_tokens` |
+    | DeepSeek | `prompt_tokens`, `prompt_cache_hit_tokens` within | reasoning within |
+    | xAI, Groq, Gemini | as OpenAI chat | reasoning beside `completion_tokens`, as the total shows |
+    | embeddings | `prompt_tokens`, or the total alone | none |
+    """
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    total_tokens: int | None = None
+    prompt_tokens_details: _InputDetails | None = None
+    completion_tokens_details: _OutputDetails | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    input_tokens_details: _InputDetails | None = None
+    output_tokens_details: _OutputDetails | None = None
+    cache_read_input_tokens: int | None = None
+    cache_creation_input_tokens: int | None = None
+    cache_creation: _CacheCreation | None = None
+    prompt_cache_hit_tokens: int | None = None
 
     def split(self) -> Usage | None:
         """Disjoint classes; None for counts that no call can have (too many, or none at all): as good as none given.
 
-        A part larger than its whole is cut to the whole: the bill never goes negative.
+        A part larger than its whole is cut to the whole: the bill never goes negative. Where the provider gives a
+        total that is not below its parts, the classes sum to it.
         """
-        prompt = max(0, self.prompt_tokens)
-        completion = max(0, self.completion_tokens)
+        details = self.prompt_tokens_details or self.input_tokens_details or _NO_INPUT_DETAILS
+        cached = _first(details.cached_tokens, self.cache_read_input_tokens, self.prompt_cache_hit_tokens)
+        written = _first(details.cache_write_tokens, details.created_cache_tokens, self._cache_creation())
+        thought = self.completion_tokens_details or self.output_tokens_details or _NO_OUTPUT_DETAILS
+        reasoning = _first(thought.reasoning_tokens)
+        prompt = _first(self.prompt_tokens, self.input_tokens)
+        completion = _first(self.completion_tokens, self.output_tokens)
+        total = _first(self.total_tokens)
+        beside = self.prompt_tokens is None and self.input_tokens_details is None  # Anthropic's own
+        if beside or (cached + written and total == prompt + cached + written + completion):
+            prompt += cached + written
+        cached = min(cached, prompt)
+        written = min(written, prompt - cached)
+        unlisted = max(0, total - prompt - completion)
+        if unlisted and not prompt + completion:
+            prompt = unlisted  # an embedding's total alone
+        elif unlisted:
+            completion += unlisted
+            reasoning = max(reasoning, unlisted)
+        reasoning = min(reasoning, completion)
         if max(prompt, completion) > MAX_COUNT or prompt + completion == 0:
             return None
-        details = self.prompt_tokens_details
-        cached = min(prompt, max(0, details.cached_tokens or 0)) if details else 0
-        written = min(prompt - cached, max(0, details.created_cache_tokens or 0)) if details else 0
-        thought = self.completion_tokens_details
-        reasoning = min(completion, max(0, thought.reasoning_tokens or 0)) if thought else 0
         return Usage(prompt - cached - written, cached, written, completion - reasoning, reasoning)
 
+    def _cache_creation(self) -> int | None:
+        parts = self.cache_creation
+        if self.cache_creation_input_tokens is not None or parts is None:
+            return self.cache_creation_input_tokens
+        return _first(parts.ephemeral_5m_input_tokens) + _first(parts.ephemeral_1h_input_tokens)
 
-def cost_nanousd(price: Price, usage: Usage) -> int:
-    """Cost of one attempt in nano-dollars, rounded half up once, after the sum over the classes."""
+
+def _first(*counts: int | None) -> int:
+    """The first that was given and is above zero."""
+    for count in counts:
+        if count is not None and count > 0:
+            return count
+    return 0
+
+
+@overload
+def cost_nanousd(price: Price, usage: Usage) -> int: ...
+@overload
+def cost_nanousd(price: None, usage: Usage) -> None: ...
+@overload
+def cost_nanousd(price: Price | None, usage: Usage) -> int | None: ...
+def cost_nanousd(price: Price | None, usage: Usage) -> int | None:
+    """Cost of one attempt in nano-dollars, rounded half up once, after the sum over the classes.
+
+    The whole call is billed in the tier that its input reaches. None where there is no price: unpriced is not zero.
+    """
+    if price is None:
+        return None
+    if price.tiers:
+        price = price.at(usage.input + usage.cached_input + usage.cache_write)
     total = (
         usage.input * price.input
         + usage.cached_input * price.cached_input
@@ -83,19 +155,20 @@ def cost_nanousd(price: Price, usage: Usage) -> int:
 
 
 def worst_case_usage(
-    price: Price, *, body_bytes: int, context: int, max_output: int, choices: int, text_only: bool
+    price: Price | None, *, body_bytes: int, context: int, max_output: int, choices: int, text_only: bool
 ) -> Usage:
     """The dearest usage a request can have, for its reservation.
 
     No tokenizer makes more tokens of a text than it has bytes, and every byte of the prompt stands in the body, so
     the body's length, and a margin for what the provider's template adds, bounds the prompt; images and audio are not
     bounded by their bytes, so there the context window stands in. Prompt tokens are put into the dearest input class,
-    output into the dearest output class.
+    output into the dearest output class, of the tier that the prompt can reach: no tier is cheaper than the one below.
     """
     prompt = min(body_bytes + PROMPT_MARGIN, context) if text_only else context
     output = max_output * choices
-    dearest_is_write = price.cache_write > price.input
-    dearest_is_reasoning = price.reasoning > price.output
+    at = price.at(prompt) if price is not None else None
+    dearest_is_write = at is not None and at.cache_write > at.input
+    dearest_is_reasoning = at is not None and at.reasoning > at.output
     return Usage(
         input=0 if dearest_is_write else prompt,
         cache_write=prompt if dearest_is_write else 0,
