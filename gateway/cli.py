@@ -59,6 +59,7 @@ def serve(
 @app.command()
 def check(file: Annotated[Path, typer.Argument(help="Policy file.")]) -> None:
     """Load a policy file strictly: every problem with its line and its fix, or a short summary."""
+    from gateway.ledger.prices import price_list
     from gateway.policies import missing_secrets, unloadable
 
     policy = _load(file)
@@ -69,6 +70,7 @@ def check(file: Annotated[Path, typer.Argument(help="Policy file.")]) -> None:
         f"{file}: ok, version {policy.version_hash}: {len(policy.providers)} providers, {len(policy.models)} models, "
         f"{len(policy.routes)} routes, {len(policy.limits)} limits"
     )
+    typer.echo(f"prices that it leaves out: {price_list().source}")
     for sentence in missing_secrets(policy):
         typer.echo(f"note: {sentence}")
 

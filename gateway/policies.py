@@ -27,13 +27,15 @@ class CannotServe(RuntimeError):
 def load_policy(path: Path | None, env: Mapping[str, str] | None = None) -> Policy:
     """The policy in `path`, else the embedded default; with OPENAI_API_KEY set, the default that knows OpenAI too.
 
-    Raises PolicyError with all problems, OSError when the file cannot be read.
+    Prices that it leaves out come from the price list in force. Raises PolicyError with all problems of the policy, or
+    of the operator's price list, and OSError when the file cannot be read.
     """
     env = os.environ if env is None else env
+    lookup = prices.price_list(env).lookup
     if path is not None:
-        return load(path, prices=prices.lookup)
+        return load(path, prices=lookup)
     name: Literal["openai", "default"] = "openai" if env.get("OPENAI_API_KEY") else "default"
-    return parse(preset(name), file=f"the embedded policy {name!r}", prices=prices.lookup)
+    return parse(preset(name), file=f"the embedded policy {name!r}", prices=lookup)
 
 
 def checked_policy(file: Path | None) -> tuple[Policy, Path]:

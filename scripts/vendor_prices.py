@@ -1,16 +1,19 @@
 """Write gateway/ledger/prices.json from the genai-prices package (MIT): `python scripts/vendor_prices.py`.
 
-Only flat prices are taken: a model whose price depends on the length of its prompt is left out, and has to be priced
-in the policy by hand, because this version of the ledger would bill it wrongly.
+With their history (the day each price began) and their tiers (dearer for long prompts). Discounts by the time of day
+are left out, so that the standard price is billed; so is a model whose prices the ledger cannot hold: finer than a
+nano-dollar per million tokens, or cheaper for longer prompts.
 """
 
 import datetime as dt
 import json
 from decimal import Decimal
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 from genai_prices.data_snapshot import get_snapshot
+from genai_prices.types import StartDateConstraint, TieredPrices
 
 HOSTS = {
     "openai": "api.openai.com",
@@ -20,6 +23,7 @@ HOSTS = {
     "groq": "api.groq.com",
     "cerebras": "api.cerebras.ai",
     "x-ai": "api.x.ai",
+    "google": "generativelanguage.googleapis.com",
 }
 OUT = Path(__file__).parent.parent / "gateway" / "ledger" / "prices.json"
 
@@ -32,16 +36,57 @@ def nanousd(dollars: object) -> int | None:
     return int(value) if value == int(value) else None
 
 
-def current(prices: object, today: dt.date) -> object:
-    """The price in force today, of a model whose prices have changed over time."""
+CLASSES = {
+    "input": "input_mtok",
+    "cached_input": "cache_read_mtok",
+    "cache_write": "cache_write_mtok",
+    "output": "output_mtok",
+}
+
+
+def classes(price: object, above: int | None) -> dict[str, int] | None:
+    """The price of each class in the tier that starts at `above` (None: below all tiers); None: not to be held."""
+    found = {}
+    for name, attribute in CLASSES.items():
+        value = getattr(price, attribute, None)
+        if value is None:
+            continue
+        if isinstance(value, TieredPrices):
+            reached = [tier.price for tier in value.tiers if above is not None and tier.start <= above]
+            value = reached[-1] if reached else value.base
+        amount = nanousd(value)
+        if amount is None:
+            return None
+        found[name] = amount
+    return found if "input" in found and "output" in found else None
+
+
+def entry(price: object) -> dict[str, object] | None:
+    """One price with its tiers, as the ledger reads it; None for one that it cannot hold."""
+    values = [getattr(price, attribute, None) for attribute in CLASSES.values()]
+    starts = sorted({tier.start for value in values if isinstance(value, TieredPrices) for tier in value.tiers})
+    levels = [classes(price, above) for above in (None, *starts)]
+    if any(level is None for level in levels):
+        return None
+    for lower, upper in pairwise(levels):
+        if any(upper[name] < lower[name] for name in upper):
+            return None
+    tiers = [{"above": above, **level} for above, level in zip(starts, levels[1:], strict=True)]
+    return {**levels[0], **({"tiers": tiers} if tiers else {})}
+
+
+def history(prices: object) -> list[tuple[dt.date | None, object]]:
+    """The standard prices of a model, oldest first, each with the day it began."""
     if not isinstance(prices, list):
-        return prices
-    in_force = None
+        return [(None, prices)]
+    dated = {}
     for conditional in prices:
         constraint = conditional.constraint
-        if constraint is None or (getattr(constraint, "start_date", None) and constraint.start_date <= today):
-            in_force = conditional.prices
-    return in_force
+        if constraint is None:
+            dated[dt.date.min] = conditional.prices
+        elif isinstance(constraint, StartDateConstraint):
+            dated[constraint.start_date] = conditional.prices
+    return [(None if day == dt.date.min else day, dated[day]) for day in sorted(dated)]
 
 
 def names(match: object) -> list[str]:
@@ -58,23 +103,14 @@ def main() -> None:
             continue
         models = {}
         for model in provider.models:
-            price = current(model.prices, today)
-            entry = {
-                "input": nanousd(getattr(price, "input_mtok", None)),
-                "cached_input": nanousd(getattr(price, "cache_read_mtok", None)),
-                "cache_write": nanousd(getattr(price, "cache_write_mtok", None)),
-                "output": nanousd(getattr(price, "output_mtok", None)),
-                "context": model.context_window,
-            }
-            raw = [getattr(price, f"{kind}_mtok", None) for kind in ("input", "cache_read", "cache_write", "output")]
-            if (
-                entry["input"] is None
-                or entry["output"] is None
-                or any(r is not None and nanousd(r) is None for r in raw)
-            ):
+            entries = [(day, entry(price)) for day, price in history(model.prices)]
+            if not entries or any(found is None for _, found in entries):
                 continue
+            context = {"context": model.context_window} if model.context_window is not None else {}
             for name in sorted({model.id, *names(model.match)}):
-                models[name] = {kind: value for kind, value in entry.items() if value is not None}
+                models[name] = [
+                    {**({"from": day.isoformat()} if day else {}), **(found or {}), **context} for day, found in entries
+                ]
         hosts[HOSTS[provider.id]] = dict(sorted(models.items()))
     document = {
         "source": f"genai-prices {version('genai-prices')} (MIT)",
