@@ -5,12 +5,14 @@ import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import structlog
 
 from gateway.admission.budgets import Budgets
 from gateway.admission.keys import KeyStore, PepperError, load_pepper
-from gateway.admission.rates import LocalRates
+from gateway.admission.rates import LocalRates, Rates
+from gateway.admission.shared_rates import SharedRates
 from gateway.cache.exact import ExactCache, MemoryCache, RedisCache
 from gateway.dashboard.views import mount_dashboard
 from gateway.edge.api import build_web
@@ -24,6 +26,7 @@ from gateway.ledger.journal import Journal, JournalError, to_disk
 from gateway.ledger.store import LedgerStore, LedgerUnreachable, connect
 from gateway.lifecycle import Lifecycle
 from gateway.policies import engine_needs
+from gateway.redis_link import RedisLink
 from gateway.settings import Settings, engine_socket
 from gateway.signals import SignalReader
 from gateway.telemetry.metrics import Metrics
@@ -69,6 +72,10 @@ class App:
         else:
             await self.web(scope, limited(receive, MAX_WEB_BODY_BYTES), identified(send))
 
+    def slow_client(self, phase: Literal["headers", "body", "read"]) -> None:
+        """The server cut a connection off (`edge/protocol.py`)."""
+        self.web.state.lifecycle.metrics.slow_client(phase)
+
     async def start(self) -> None:
         """Everything up but the engine, which comes up beside it. Raises what makes it impossible to serve."""
         settings, policy, stack = self.settings, self.policy, self._stack
@@ -90,8 +97,18 @@ class App:
         keys = KeyStore(database, pepper)
         if not len(keys):
             self.first_key = make_first_key(keys, settings.home)
-        cache: ExactCache = RedisCache(settings.redis_url) if settings.redis_url else MemoryCache(settings.cache_bytes)
+        cache: ExactCache = MemoryCache(settings.cache_bytes)
+        rates: Rates = LocalRates()
+        if settings.redis_url:
+            link = RedisLink(settings.redis_url, metrics.redis_up.set)
+            stack.push_async_callback(link.close)
+            await link.check()
+            cache = RedisCache(link)
+            if settings.shared:
+                rates = SharedRates(link)
+        rates.start()
         stack.push_async_callback(cache.close)
+        stack.push_async_callback(rates.close)
         client = HttpClient()
         stack.push_async_callback(client.close)
         socket_path = settings.engine or engine_socket(settings.home)
@@ -118,7 +135,7 @@ class App:
         lifecycle = Lifecycle(
             world=world,
             keys=keys,
-            rates=LocalRates(),
+            rates=rates,
             budgets=budgets,
             cache=cache,
             ledger=ledger,

@@ -87,6 +87,7 @@ def explain(
     """Say what the policy would decide for a prompt, and why each other model lost. Nothing runs but the probe."""
     import json
 
+    from routers.cost import PROMPT_MARGIN
     from routers.decide import decide
     from routers.errors import NoCandidate
     from routers.explain import to_lines
@@ -98,7 +99,7 @@ def explain(
         model=model,
         tenant=tenant,
         input_tokens_estimate=-(-len(body) // 4),
-        input_tokens_max=len(body),
+        input_tokens_max=len(body) + PROMPT_MARGIN,
         max_output_tokens=max_tokens,
         tags=frozenset(tag or ()),
     )
@@ -106,7 +107,7 @@ def explain(
         decision = decide(query, _probe_signals(policy, query, prompt, file.parent), policy, State(), seed=0)
     except NoCandidate as error:
         _stop(str(error))
-    for line in to_lines(decision):
+    for line in to_lines(decision, (policy, query)):
         typer.echo(line)
 
 

@@ -17,6 +17,8 @@ from typing import Any
 import structlog
 import uvicorn
 
+from gateway.edge.protocol import GuardedProtocol
+
 log = structlog.get_logger(__name__)
 
 IDLE_GRACE_S = 2.0
@@ -33,7 +35,7 @@ class HttpServer(uvicorn.Server):
     def __init__(self, app: Any, drain_s: float) -> None:
         super().__init__(
             uvicorn.Config(
-                app, http="httptools", ws="none", lifespan="on", access_log=False, log_level="warning",
+                app, http=GuardedProtocol, ws="none", lifespan="on", access_log=False, log_level="warning",
                 proxy_headers=False, timeout_keep_alive=75, server_header=False, date_header=False,
             )
         )  # fmt: skip

@@ -36,8 +36,9 @@ from gateway.errors import (
     UpstreamTimeout,
 )
 from gateway.ledger.records import AttemptRecord, RequestRecord
-from gateway.ledger.settle import NO_USAGE, PROMPT_MARGIN, cost_nanousd
+from gateway.ledger.settle import NO_USAGE, cost_nanousd
 from gateway.ledger.store import LedgerStore
+from gateway.query import query_of
 from gateway.signals import SignalReader
 from gateway.telemetry.metrics import Metrics
 from gateway.ticket import Headers, Ticket
@@ -53,7 +54,6 @@ from routers.types import Decision, Query, State
 
 log = structlog.get_logger(__name__)
 
-BYTES_PER_TOKEN = 4
 """For expected (not worst-case) prompt tokens, before anything has counted them."""
 BACKOFF_S = 0.2
 MAX_RETRY_AFTER_S = 5.0
@@ -167,20 +167,7 @@ class Lifecycle:
             raise Unavailable(
                 "The ledger cannot be written; nothing is admitted until it can.", retry_after_s=1
             ) from error
-        query = Query(
-            model=call.model,
-            tenant=principal.tenant,
-            input_tokens_estimate=-(-call.body_bytes // BYTES_PER_TOKEN),
-            input_tokens_max=call.body_bytes + PROMPT_MARGIN if call.text_only else None,
-            max_output_tokens=call.sampling.max_tokens,
-            tags=call.headers.tags,
-            needs_tools=call.has_tools,
-            needs_format=call.has_format,
-            needs_logprobs=call.sampling.logprobs,
-            choices=call.choices,
-            endpoint=call.endpoint,
-            inputs=call.inputs,
-        )
+        query = query_of(call, principal.tenant)
         return Ticket(call, query, world, account, grant, record, self.ledger, self.metrics)
 
     # recall ---------------------------------------------------------------------------------------------------------

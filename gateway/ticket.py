@@ -85,7 +85,7 @@ class Ticket:
             text_only=call.text_only,
         )
         worst_cost = cost_nanousd(target.price, worst)
-        hold = await self.account.reserve(worst_cost)
+        hold = await self.account.reserve(worst_cost or 0)  # what is unpriced runs only where no budget holds
         seq = len(self.attempts)
         attempt = AttemptRecord(
             id=f"{record.id}-{seq}",
@@ -106,7 +106,7 @@ class Ticket:
         self.attempts.append(attempt)
         self._running[attempt.id] = _Running(hold, worst, time.perf_counter_ns())
         record.model_served, record.provider = target.model, target.provider
-        record.reserved_nanousd = max(record.reserved_nanousd, worst_cost)
+        record.reserved_nanousd = max(record.reserved_nanousd, worst_cost or 0)
         return attempt
 
     def first_byte(self, attempt: AttemptRecord) -> None:
@@ -147,12 +147,12 @@ class Ticket:
                     delivered_deltas=deltas,
                 )
         cost = cost_nanousd(target.price, usage)
-        if usage.estimated:
+        if cost is not None and usage.estimated:
             cost = min(cost, running.hold.amount_nanousd)  # an estimate never exceeds what was held for it
         attempt.bill(usage, cost)
         attempt.outcome = outcome
         attempt.duration_us = (time.perf_counter_ns() - running.started_ns) // 1000
-        running.hold.settle(cost)
+        running.hold.settle(cost or 0)
         self._metrics.attempt(attempt)
 
     # the end --------------------------------------------------------------------------------------------------------

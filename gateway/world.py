@@ -37,9 +37,10 @@ class World:
                 found[name] = reason
         return found
 
-    def dearest(self, models: tuple[str, ...]) -> Price:
-        """The price that repricing compares with: of `models`, the dearest by output token."""
-        return max((self.targets[name].price for name in models), key=lambda price: (price.output, price.input))
+    def dearest(self, models: tuple[str, ...]) -> Price | None:
+        """The price that repricing compares with: of `models`, the dearest by output token. None: all are unpriced."""
+        prices = [price for name in models if (price := self.targets[name].price) is not None]
+        return max(prices, key=lambda price: (price.output, price.input), default=None)
 
 
 def build_world(policy: Policy, client: HttpClient, engine: EngineLink, env: Mapping[str, str] | None = None) -> World:

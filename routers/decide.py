@@ -8,13 +8,20 @@
 Where p_success of a candidate is not known (no answer from the probe, no head), a bound on it counts as not met. When
 no candidate meets the bounds, `otherwise` chooses among those within the bound on cost, if any, else the cheapest. And
 where `best` has to rank candidates of which one is not known, it trusts their order: the last listed is the strongest.
+
+A prompt that cannot fit is refused here: by the exact count where there is one, else by the fewest tokens that its
+text can make. One that by estimate does not fit, but may, is sent only where nothing else can take it; the provider's
+own refusal is then the cause `context_length`.
+
+A model whose price is not known is never cheaper than one whose price is, meets no bound on cost, and is not used
+where a budget holds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
-from routers.cost import expected_and_worst_nanousd
+from routers.cost import expected_nanousd, least_input_tokens, worst_nanousd
 from routers.errors import NoCandidate, NoCandidateKind
-from routers.policy import Model, Policy, Route
+from routers.policy import FREE, FailureCause, Model, Policy, Route
 from routers.types import Candidate, Decision, Query, Signals, Single, State
 from routers.units import format_money
 
@@ -24,23 +31,27 @@ _CLOSEST_FIRST: tuple[NoCandidateKind, ...] = ("unavailable", "budget", "context
 class _Option:
     """One model under consideration."""
 
-    __slots__ = ("expected", "index", "model", "obstacle", "p", "reason", "worst")
+    __slots__ = ("doubt", "expected", "index", "model", "obstacle", "p", "reason", "worst")
 
     def __init__(self, model: Model, index: int, query: Query, signals: Signals, state: State) -> None:
         name = model.name
         estimate = signals.p_success.get(name)
-        tokens = signals.input_tokens.get(name, query.input_tokens_estimate)
+        exact = signals.input_tokens.get(name)
+        tokens = query.input_tokens_estimate if exact is None else exact
         self.model = model
         self.index = index
         self.p = None if estimate is None else estimate.value
-        self.expected, self.worst = expected_and_worst_nanousd(model, query, tokens)
+        self.expected = expected_nanousd(model, query, tokens)
+        self.worst = worst_nanousd(model, query, tokens)
         self.obstacle: NoCandidateKind | None = None
         self.reason = ""
-        self._look_for_obstacle(query, tokens, state)
+        self.doubt = ""
+        """Why it will probably not fit; empty: it will, or it cannot."""
+        self._look_for_obstacle(query, exact, state)
 
-    def _look_for_obstacle(self, query: Query, tokens: int, state: State) -> None:
+    def _look_for_obstacle(self, query: Query, exact: int | None, state: State) -> None:
         """The lasting obstacles first: what is only unavailable would run if it came back."""
-        model, asked, remaining = self.model, query.max_output_tokens, state.budget_remaining_nanousd
+        model, asked = self.model, query.max_output_tokens
         if model.embeds != (query.endpoint == "embeddings"):
             self.obstacle, self.reason = "capability", "only embeds" if model.embeds else "cannot embed"
         elif query.endpoint == "completions" and not model.completes:
@@ -54,16 +65,41 @@ class _Option:
         elif asked is not None and model.max_output is not None and asked > model.max_output:
             self.obstacle = "context_length"
             self.reason = f"answers at most {model.max_output} tokens, {asked} asked"
-        elif model.context is not None and tokens // query.inputs + (asked or 1) > model.context:
-            self.obstacle = "context_length"
-            self.reason = f"does not fit: {tokens} tokens in and {asked or 1} out, context {model.context}"
-        elif remaining is not None and self.worst > max(remaining, 0):
-            self.obstacle = "budget"
-            self.reason = f"may cost {format_money(self.worst)}, budget left {format_money(remaining)}"
-            if asked is None:
-                self.reason += "; send max_tokens to reserve less"
+        elif does_not_fit := self._does_not_fit(query, exact):
+            self.obstacle, self.reason = "context_length", does_not_fit
+        elif over_budget := self._over_budget(query, state):
+            self.obstacle, self.reason = "budget", over_budget
         elif model.name in state.unavailable:
             self.obstacle, self.reason = "unavailable", f"unavailable: {state.unavailable[model.name]}"
+
+    def _does_not_fit(self, query: Query, exact: int | None) -> str:
+        context, out = self.model.context, query.max_output_tokens or 1
+        if context is None:
+            return ""
+        tokens = (query.input_tokens_estimate if exact is None else exact) // query.inputs
+        if tokens + out <= context:
+            return ""
+        if exact is not None:
+            return f"does not fit: {tokens} tokens in and {out} out, context {context}"
+        least = least_input_tokens(query)
+        if least + out > context:
+            return f"does not fit: at least {least} tokens in and {out} out, context {context}"
+        self.doubt = f"likely does not fit: about {tokens} tokens in and {out} out, context {context}"
+        return ""
+
+    def _over_budget(self, query: Query, state: State) -> str:
+        remaining = state.budget_remaining_nanousd
+        if state.degrade == "local" and self.model.price != FREE:
+            what = "its price is not known" if self.model.price is None else "costs money"
+            return f"{what}, and {state.degrade_reason}"
+        if remaining is None:
+            return ""
+        if self.worst is None:
+            return "its price is not known, and a budget cannot hold for it"
+        if self.worst <= max(remaining, 0):
+            return ""
+        words = f"may cost {format_money(self.worst)}, budget left {format_money(remaining)}"
+        return words if query.max_output_tokens is not None else f"{words}; send max_tokens to reserve less"
 
 
 def decide(query: Query, signals: Signals, policy: Policy, state: State, seed: int) -> Decision:
@@ -71,40 +107,113 @@ def decide(query: Query, signals: Signals, policy: Policy, state: State, seed: i
     route = policy.route_for(query)
     targets = _targets(query, policy, route)
     options = [_Option(policy.models[name], index, query, signals, state) for index, name in enumerate(targets)]
-    reserve = [
-        next((option for option in options if option.model.name == name), None)
-        or _Option(policy.models[name], len(options), query, signals, state)
-        for name in (route.on_failure if route is not None else ())
-    ]
+    by_name = {option.model.name: option for option in options}
+    reserve = _reserve(route, by_name, policy, query, signals, state)
+    considered = list(by_name.values())
+    steps_in = _steps_in(options, reserve)
+    _settle_doubts(considered, (*options, *steps_in))
     usable = [option for option in options if option.obstacle is None]
     degraded = ""
     if usable:
-        chosen, rule, guessed = _choose(route, usable, query)
+        cheaper = state.degrade_reason if state.degrade == "cheaper" and query.model not in policy.models else None
+        chosen, rule, guessed = _choose(route, usable, query, cheaper)
         if route is not None and len(targets) < len(route.targets):
             rule += f" (only {query.model}, which the caller named)"
-        degraded = _missed(route, options, chosen, query) or ("probe_unavailable" if guessed else "")
+        if cheaper is not None:
+            degraded = "budget"
+        else:
+            degraded = _missed(route, options, chosen, query) or ("probe_unavailable" if guessed else "")
         for option in usable:
-            option.reason = "" if option is chosen else _why_not(route, option, chosen, usable)
+            option.reason = "" if option is chosen else _why_not(route, option, chosen, usable, cheaper)
     else:
-        found = next((option for option in reserve if option.obstacle is None), None)
+        found = next((option for option in steps_in if option.obstacle is None), None)
         if found is None:
-            reasons = {option.model.name: option.reason for option in (*options, *reserve)}
-            raise NoCandidate(_closest((*options, *reserve)), "no model can run this", tuple(reasons.items()))
+            reasons = {option.model.name: option.reason for option in considered}
+            raise NoCandidate(_closest(considered), "no model can run this", tuple(reasons.items()))
         chosen, rule, degraded = found, "first of on_failure, as no candidate can run", _closest(options)
 
-    fallbacks = tuple(o.model.name for o in reserve if o.obstacle is None and o is not chosen)
-    considered = options + [option for option in reserve if option not in options]
+    in_reserve: dict[str, tuple[str, ...]] = {
+        cause: tuple([o.model.name for o in listed if o.obstacle is None and o is not chosen])
+        for cause, listed in reserve.items()
+    }
+    if "context_length" in in_reserve:
+        in_reserve["context_length"] = _longer(in_reserve["context_length"], chosen, by_name)
+    fallbacks = in_reserve.pop("error", ())
+    on_cause = {cause: names for cause, names in in_reserve.items() if names or cause == "rate_limit"}
+    running = {chosen.model.name, *fallbacks}.union(*on_cause.values())
     return Decision(
         plan=Single(chosen.model.name),
         route="named" if route is None else route.name,
         rule=rule,
-        candidates=tuple([_candidate(option, signals, fallbacks) for option in considered]),
+        candidates=tuple([_candidate(option, signals, running) for option in considered]),
         fallbacks=fallbacks,
+        on_cause=on_cause,
+        resume=_resume(route, fallbacks, options, chosen, by_name),
         policy_version=policy.version_hash,
         probe_version=_probe_version(signals),
         seed=seed,
         degraded=degraded,
     )
+
+
+def _reserve(
+    route: Route | None, by_name: dict[str, _Option], policy: Policy, query: Query, signals: Signals, state: State
+) -> dict[FailureCause, list[_Option]]:
+    """What to turn to, by cause: those with a list of their own, and those that do not share the engine's default.
+
+    Adds the options that are not candidates to `by_name`.
+    """
+    if route is None or not (route.on_failure or route.on_cause):
+        return {}
+    lists: dict[FailureCause, tuple[str, ...]] = {
+        "error": route.on_failure,
+        "context_length": route.on_failure,
+        "content_filter": route.on_failure,
+        **route.on_cause,
+    }
+    for name in dict.fromkeys(name for names in lists.values() for name in names):
+        if name not in by_name:
+            by_name[name] = _Option(policy.models[name], len(by_name), query, signals, state)
+    return {cause: [by_name[name] for name in names] for cause, names in lists.items()}
+
+
+def _steps_in(options: Sequence[_Option], reserve: dict[FailureCause, list[_Option]]) -> Sequence[_Option]:
+    """The reserve for the case that no candidate can run: by what stands in the way of the closest."""
+    if not reserve or any(option.obstacle is None and not option.doubt for option in options):
+        return ()
+    too_long = all(option.obstacle in (None, "context_length", "capability") for option in options)
+    return reserve["context_length" if too_long else "error"]
+
+
+def _settle_doubts(considered: Sequence[_Option], first: Sequence[_Option]) -> None:
+    """What will probably not fit is left out where one of `first` can run that will."""
+    if any(option.obstacle is None and not option.doubt for option in first):
+        for option in considered:
+            if option.doubt and option.obstacle is None:
+                option.obstacle, option.reason = "context_length", option.doubt
+
+
+def _longer(names: tuple[str, ...], chosen: _Option, by_name: dict[str, _Option]) -> tuple[str, ...]:
+    """Those whose context may be longer than the chosen one's."""
+    short = chosen.model.context
+    if short is None:
+        return names
+    return tuple([n for n in names if (context := by_name[n].model.context) is None or context > short])
+
+
+def _resume(
+    route: Route | None,
+    fallbacks: tuple[str, ...],
+    options: Sequence[_Option],
+    chosen: _Option,
+    by_name: dict[str, _Option],
+) -> tuple[str, ...]:
+    """Who may go on with a broken stream: fallbacks, the other candidates, and last the chosen model once more."""
+    if route is None or route.on_stream_failure != "resume":
+        return ()
+    others = [option.model.name for option in options if option.obstacle is None and option is not chosen]
+    names = dict.fromkeys((*fallbacks, *others, chosen.model.name))
+    return tuple([name for name in names if by_name[name].model.prefix])
 
 
 def _targets(query: Query, policy: Policy, route: Route | None) -> tuple[str, ...]:
@@ -124,8 +233,15 @@ def _targets(query: Query, policy: Policy, route: Route | None) -> tuple[str, ..
     return (name,)
 
 
-def _choose(route: Route | None, usable: Sequence[_Option], query: Query) -> tuple[_Option, str, bool]:
-    """(the choice, the sentence that made it, whether it wanted a p_success that nobody knows)."""
+def _choose(
+    route: Route | None, usable: Sequence[_Option], query: Query, cheaper: str | None = None
+) -> tuple[_Option, str, bool]:
+    """(the choice, the sentence that made it, whether it wanted a p_success that nobody knows).
+
+    `cheaper`: why the cheapest is wanted, whatever the route says; None: it is not.
+    """
+    if cheaper is not None:
+        return min(usable, key=_by_cost), f"cheapest, as {cheaper}", False
     if route is None:
         return usable[0], f"the caller named {query.model}", False
     if route.use:
@@ -141,7 +257,7 @@ def _choose(route: Route | None, usable: Sequence[_Option], query: Query) -> tup
         reasons = tuple((option.model.name, _violation(route, option, usable)) for option in usable)
         raise NoCandidate("constraints", missed, reasons)
     cap = bounds.cost_nanousd
-    within = [option for option in usable if cap is None or option.expected <= cap]
+    within = [o for o in usable if cap is None or (o.expected is not None and o.expected <= cap)]
     if not within:
         return _first_by("cheapest", usable, all_known), f"{missed}; cheapest", bounds.ask_p_success and not all_known
     by = "highest p_success" if all_known else "last listed, as p_success is not known"
@@ -151,11 +267,15 @@ def _choose(route: Route | None, usable: Sequence[_Option], query: Query) -> tup
     return _first_by(route.otherwise, within, all_known), rule, not all_known
 
 
+def _by_cost(option: _Option) -> tuple[bool, int, int]:
+    return option.expected is None, option.expected or 0, option.index
+
+
 def _first_by(objective: str, options: Sequence[_Option], all_known: bool) -> _Option:
     if objective == "cheapest":
-        return min(options, key=lambda option: (option.expected, option.index))
+        return min(options, key=_by_cost)
     if all_known:
-        return min(options, key=lambda option: (-(option.p or 0.0), option.expected, option.index))
+        return min(options, key=lambda option: (-(option.p or 0.0), _by_cost(option)))
     return options[-1]
 
 
@@ -173,8 +293,12 @@ def _violation(route: Route, option: _Option, usable: Sequence[_Option]) -> str:
             return f"p_success_gap not known, at most {bounds.p_success_gap:g} asked"
         if max(known) - p > bounds.p_success_gap:
             return f"p_success {p:.3g} is {max(known) - p:.3g} below the best, {bounds.p_success_gap:g} allowed"
-    if bounds.cost_nanousd is not None and option.expected > bounds.cost_nanousd:
-        return f"expected cost {format_money(option.expected)} above {format_money(bounds.cost_nanousd)}"
+    if bounds.cost_nanousd is not None:
+        most = format_money(bounds.cost_nanousd)
+        if option.expected is None:
+            return f"its price is not known, at most {most} asked"
+        if option.expected > bounds.cost_nanousd:
+            return f"expected cost {format_money(option.expected)} above {most}"
     return ""
 
 
@@ -191,7 +315,11 @@ def _missed(route: Route | None, options: Sequence[_Option], chosen: _Option, qu
     return ""
 
 
-def _why_not(route: Route | None, option: _Option, chosen: _Option, usable: Sequence[_Option]) -> str:
+def _why_not(
+    route: Route | None, option: _Option, chosen: _Option, usable: Sequence[_Option], cheaper: str | None
+) -> str:
+    if cheaper is not None:
+        return _dearer(option, chosen)
     if route is None or route.use:
         return f"listed after {chosen.model.name}"
     return _violation(route, option, usable) or _comparison(route, option, chosen)
@@ -205,7 +333,14 @@ def _comparison(route: Route, option: _Option, chosen: _Option) -> str:
             return f"listed before {name}, and p_success is not known"
         if option.p < chosen.p:
             return f"p_success {option.p:.3g} below {chosen.p:.3g} of {name}"
-    if option.expected > chosen.expected:
+    return _dearer(option, chosen)
+
+
+def _dearer(option: _Option, chosen: _Option) -> str:
+    name = chosen.model.name
+    if chosen.expected is not None and option.expected is None:
+        return f"its price is not known, {name} costs {format_money(chosen.expected)}"
+    if chosen.expected is not None and option.expected is not None and option.expected > chosen.expected:
         return f"costs {format_money(option.expected)}, {name} {format_money(chosen.expected)}"
     return f"as good as {name}, listed later"
 
@@ -215,11 +350,11 @@ def _closest(options: Sequence[_Option]) -> NoCandidateKind:
     return next(kind for kind in _CLOSEST_FIRST if kind in obstacles)
 
 
-def _candidate(option: _Option, signals: Signals, fallbacks: tuple[str, ...]) -> Candidate:
+def _candidate(option: _Option, signals: Signals, running: Set[str]) -> Candidate:
     name = option.model.name
     estimate = signals.p_success.get(name)
     low, high = (None, None) if estimate is None else (estimate.low, estimate.high)
-    rejected = "" if name in fallbacks else option.reason
+    rejected = "" if name in running else option.reason
     return Candidate(name, option.p, low, high, option.expected, option.worst, rejected)
 
 

@@ -3,28 +3,40 @@
 from collections.abc import Mapping
 from typing import Any
 
-from routers.types import Candidate, Decision, Single
+from routers.cost import worst_case_nanousd
+from routers.policy import Policy
+from routers.types import Candidate, Decision, Query, Single
 from routers.units import format_money
 
+Asked = tuple[Policy, Query]
+"""What a decision was made from, where it is told before anything is sent: it adds the most that can be spent."""
 
-def to_lines(decision: Decision) -> list[str]:
+
+def to_lines(decision: Decision, asked: Asked | None = None) -> list[str]:
     """What was decided and why, one fact per line, without colours or wrapping."""
     width = max(len(candidate.model) for candidate in decision.candidates)
     lines = [f"{decision.plan.model}, by route {decision.route}: {decision.rule}"]
     if decision.degraded:
         lines.append(f"degraded: {decision.degraded}")
-    for candidate in decision.candidates:
-        cost = f"{format_money(candidate.expected_cost_nanousd)} expected"
-        worst = f"{format_money(candidate.worst_cost_nanousd)} at most"
-        lines.append(f"  {candidate.model:<{width}}  {_p(candidate)}  {cost}, {worst}  {_verdict(candidate, decision)}")
+    lines += [
+        f"  {candidate.model:<{width}}  {_p(candidate)}  {_cost(candidate)}  {verdict(candidate, decision)}"
+        for candidate in decision.candidates
+    ]
+    if asked is not None:
+        worst = worst_case_nanousd(asked[0], decision, asked[1])
+        most = "not known, as a model that may answer is unpriced" if worst is None else format_money(worst)
+        lines.append(f"worst case: {most}, with every retry, fallback and hedge that the policy allows")
     probe = decision.probe_version or "none"
     lines.append(f"policy {decision.policy_version}, probe {probe}, seed {decision.seed}")
     return lines
 
 
-def to_dict(decision: Decision) -> dict[str, Any]:
-    """JSON-able, with stable keys. `from_dict` reads it back."""
+def to_dict(decision: Decision, asked: Asked | None = None) -> dict[str, Any]:
+    """JSON-able, with stable keys. `from_dict` reads it back. With `asked`, also `worst_case_nanousd`, which is null
+    where a model that may answer is unpriced."""
+    bound = {} if asked is None else {"worst_case_nanousd": worst_case_nanousd(asked[0], decision, asked[1])}
     return {
+        **bound,
         "plan": {"kind": "single", "model": decision.plan.model, "effort": decision.plan.effort},
         "route": decision.route,
         "rule": decision.rule,
@@ -41,6 +53,8 @@ def to_dict(decision: Decision) -> dict[str, Any]:
             for candidate in decision.candidates
         ],
         "fallbacks": list(decision.fallbacks),
+        "on_cause": {cause: list(names) for cause, names in decision.on_cause.items()},
+        "resume": list(decision.resume),
         "policy_version": decision.policy_version,
         "probe_version": decision.probe_version,
         "seed": decision.seed,
@@ -49,7 +63,8 @@ def to_dict(decision: Decision) -> dict[str, Any]:
 
 
 def from_dict(data: Mapping[str, Any]) -> Decision:
-    """The decision that `to_dict` wrote. Raises KeyError or ValueError for anything else."""
+    """The decision that `to_dict` wrote, in this version or the one before. Raises KeyError or ValueError for anything
+    else."""
     plan = data["plan"]
     if plan["kind"] != "single":
         raise ValueError(f"a plan of kind {plan['kind']!r} cannot be read by this version")
@@ -59,6 +74,8 @@ def from_dict(data: Mapping[str, Any]) -> Decision:
         rule=data["rule"],
         candidates=tuple(Candidate(**candidate) for candidate in data["candidates"]),
         fallbacks=tuple(data["fallbacks"]),
+        on_cause={cause: tuple(names) for cause, names in data.get("on_cause", {}).items()},
+        resume=tuple(data.get("resume", ())),
         policy_version=data["policy_version"],
         probe_version=data["probe_version"],
         seed=data["seed"],
@@ -73,9 +90,18 @@ def _p(candidate: Candidate) -> str:
     return f"P(success) {candidate.p_success:.2f}{interval}"
 
 
-def _verdict(candidate: Candidate, decision: Decision) -> str:
+def _cost(candidate: Candidate) -> str:
+    expected, worst = candidate.expected_cost_nanousd, candidate.worst_cost_nanousd
+    if expected is None or worst is None:
+        return "unpriced"
+    return f"{format_money(expected)} expected, {format_money(worst)} at most"
+
+
+def verdict(candidate: Candidate, decision: Decision) -> str:
+    """What became of the candidate: `chosen`, its place in reserve, or why it was rejected."""
     if candidate.model == decision.plan.model:
         return "chosen"
     if candidate.model in decision.fallbacks:
         return f"in reserve, number {decision.fallbacks.index(candidate.model) + 1}"
-    return candidate.rejected
+    causes = [cause for cause, names in decision.on_cause.items() if candidate.model in names]
+    return f"in reserve for {' and '.join(causes)}" if causes else candidate.rejected

@@ -209,17 +209,13 @@ class _Loader:
             listing = None if local else self._prices(provider, part.model)
             if part.price and part.price.output is None and not part.embeds:
                 self._document.report((*path, "price"), "no price of output", "add `output: $…/Mtok`")
-            price = (
-                to_price(part.price, self._document, (*path, "price"))
-                if part.price
-                else FREE
-                if local
-                else listing.price
-                if listing
-                else None
-            )
-            if price is None:
-                fix = "add `price: {input: $…/Mtok, output: $…/Mtok}`, or `price: free`"
+            price = None
+            if part.price is not None:
+                price = to_price(part.price, self._document, (*path, "price"))
+            elif not part.unpriced:
+                price = FREE if local else listing.price if listing else None
+            if price is None and not part.unpriced:
+                fix = "add `price: {input: $…/Mtok, output: $…/Mtok}` or `price: free`, or say `price: unpriced`"
                 self._document.report(
                     path, f"missing price: the price list does not know `{concealed(part.model)}`", fix
                 )

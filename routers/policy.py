@@ -113,7 +113,8 @@ class Model:
     """Tokens, prompt and answer together; None: not known."""
     max_output: int | None
     """Tokens of one answer; None: not known."""
-    price: Price
+    price: Price | None
+    """None: not known (`unpriced`), which is not: free."""
     tools: bool
     structured: bool
     """Can hold its answer to a JSON schema."""

@@ -124,7 +124,7 @@ class RoutesReader:
     def _check_cost(self, part: RouteFile, path: Path) -> None:
         cost = part.subject_to.cost if part.subject_to else None
         models = [self._models[name] for name in part.candidates or [] if name in self._models]
-        if cost == 0 and models and all(model.price.input and model.price.output for model in models):
+        if cost == 0 and models and all(m.price is None or (m.price.input and m.price.output) for m in models):
             at = (*path, "subject_to", "cost")
             self._document.report(at, "nothing can satisfy this: no candidate is free", "raise it, or add a free model")
 

@@ -31,11 +31,13 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
 
-def _free(value: object) -> object:
+def _price_words(value: object) -> object:
     if value == "free":
         return {"input": "$0/Mtok", "output": "$0/Mtok"}
+    if value == "unpriced":
+        return None
     if not isinstance(value, dict):
-        raise UnitError("not a price", "write free, or {input: $0.25/Mtok, output: $2/Mtok}")
+        raise UnitError("not a price", "write free, unpriced, or {input: $0.25/Mtok, output: $2/Mtok}")
     return value
 
 
@@ -125,10 +127,12 @@ class ModelFile(_Strict):
     """Tokens, prompt and answer together."""
     max_output: Tokens | None = None
     """Tokens of one answer."""
-    price: Annotated[PriceFile, BeforeValidator(_free, json_schema_input_type=Literal["free"] | PriceFile)] | None = (
-        None
-    )
-    """Default: free on the local engine, else from the price list."""
+    price: Annotated[
+        PriceFile | None,
+        BeforeValidator(_price_words, json_schema_input_type=Literal["free", "unpriced"] | PriceFile),
+    ] = None
+    """Default: free on the local engine, else from the price list. `unpriced`: not known, and not counted as zero; it
+    cannot be used where a budget holds."""
     tools: bool | None = None
     """Whether it can call tools. Default: yes, and no on the local engine."""
     structured: bool | None = None
@@ -142,6 +146,10 @@ class ModelFile(_Strict):
     """Whether it turns texts into vectors; such a model answers no conversation."""
     completes: bool | None = None
     """Whether it continues a raw text (`/v1/completions`). Default: yes, and no on the local engine."""
+
+    @property
+    def unpriced(self) -> bool:
+        return "price" in self.model_fields_set and self.price is None
 
 
 class DifficultyFile(_Strict):

@@ -33,6 +33,8 @@ class Query:
     """Texts to complete or to embed, each with a context window of its own."""
     input_tokens_max: int | None = None
     """No tokenizer makes more prompt tokens than this (the bytes of the body); None: not bounded but by the context."""
+    text: bytes | memoryview | None = field(default=None, repr=False, compare=False)
+    """The prompt as JSON, where all of it is text: read only when it may not fit, for the fewest tokens it can have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +80,9 @@ class Candidate:
     p_success: float | None
     p_low: float | None
     p_high: float | None
-    expected_cost_nanousd: int
-    worst_cost_nanousd: int
+    expected_cost_nanousd: int | None
+    """None, as `worst_cost_nanousd`: the price is not known, which is not: free."""
+    worst_cost_nanousd: int | None
     rejected: str = ""
     """Empty: chosen, or a fallback kept in reserve. Otherwise the constraint or comparison it lost, in words."""
 
@@ -97,7 +100,11 @@ class Decision:
     fallbacks: tuple[str, ...]
     """Models to try, in order, when the plan's model fails before its first byte."""
     on_cause: Mapping[str, tuple[str, ...]] = field(default_factory=dict, kw_only=True)
-    """Fallbacks for one cause of failure, in place of `fallbacks`."""
+    """Fallbacks for one cause of failure, in place of `fallbacks`; complete for `context_length` and `content_filter`:
+    where they are not named here, there is none. For `context_length`, only models whose context is not known to be
+    as short."""
+    resume: tuple[str, ...] = field(default=(), kw_only=True)
+    """Models that may go on with a stream that broke, best first, each once; empty unless the route says `resume`."""
     policy_version: str
     probe_version: str | None
     seed: int

@@ -134,6 +134,8 @@ class Rates(Protocol):
 
     book: LimitBook
 
+    def start(self) -> None: ...
+
     async def admit(self, limits: tuple[RateLimit, ...], request_id: str, tokens: int) -> Grant:
         """Take one request and `tokens` estimated tokens of all limits, or of none. Raises RateLimited."""
         ...
@@ -173,6 +175,9 @@ class LocalRates:
         self._clock = clock
         self._meters: dict[str, _Meter] = {}
         self._sweep_at = MAX_TRACKED
+
+    def start(self) -> None:
+        """Nothing runs beside it."""
 
     async def admit(self, limits: tuple[RateLimit, ...], request_id: str, tokens: int) -> Grant:
         return self.take(limits, tokens) if limits else NO_LIMIT

@@ -5,6 +5,7 @@ except `stream` and `stream_options` (a stored answer can be replayed either way
 A request that asks for chance (`temperature` above 0 in so many words) is not cached at all: see `cacheable`.
 """
 
+import contextlib
 import hashlib
 import hmac
 import time
@@ -13,18 +14,12 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import msgspec
-import redis.asyncio as redis
-import structlog
 
+from gateway.redis_link import RedisAway, RedisLink
 from routers.types import Endpoint
-
-log = structlog.get_logger(__name__)
 
 NOT_IN_KEY = frozenset({"stream", "stream_options", "metadata", "user", "store"})
 """Fields that do not change the answer's content."""
-REDIS_TIMEOUT_S = 0.25
-REDIS_PAUSE_S = 5.0
-"""How long a Redis that failed is not asked again."""
 _REDIS_PREFIX = b"leadline:exact:"
 
 
@@ -120,35 +115,23 @@ def _weight(answer: CachedAnswer) -> int:
 
 
 class RedisCache:
-    """Shared by all workers. A Redis that fails or dawdles costs a miss and is left alone for a while."""
+    """Shared by all workers. Without Redis every look-up is a miss."""
 
-    def __init__(self, url: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self._client = redis.Redis.from_url(url, socket_timeout=REDIS_TIMEOUT_S, socket_connect_timeout=REDIS_TIMEOUT_S)
+    def __init__(self, link: RedisLink) -> None:
+        self._link = link
         self._decoder = msgspec.msgpack.Decoder(CachedAnswer)
-        self._clock = clock
-        self._away_until = 0.0
 
     async def get(self, key: bytes) -> CachedAnswer | None:
-        if self._clock() < self._away_until:
-            return None
         try:
-            value: bytes | None = await self._client.get(_REDIS_PREFIX + key)  # type: ignore[assignment]
-            return None if value is None else self._decoder.decode(value)
-        except (redis.RedisError, OSError, TimeoutError, msgspec.DecodeError) as error:
-            self._failed(error)
+            value = await self._link.call(lambda client: client.get(_REDIS_PREFIX + key))
+            return self._decoder.decode(value) if isinstance(value, bytes) else None
+        except (RedisAway, msgspec.DecodeError):
             return None
 
     async def put(self, key: bytes, answer: CachedAnswer, ttl_s: float) -> None:
-        if self._clock() < self._away_until:
-            return
-        try:
-            await self._client.set(_REDIS_PREFIX + key, msgspec.msgpack.encode(answer), px=max(1, int(ttl_s * 1000)))
-        except (redis.RedisError, OSError, TimeoutError) as error:
-            self._failed(error)
+        value, px = msgspec.msgpack.encode(answer), max(1, int(ttl_s * 1000))
+        with contextlib.suppress(RedisAway):
+            await self._link.call(lambda client: client.set(_REDIS_PREFIX + key, value, px=px))
 
     async def close(self) -> None:
-        await self._client.aclose()
-
-    def _failed(self, error: Exception) -> None:
-        self._away_until = self._clock() + REDIS_PAUSE_S
-        log.warning("cache.redis_failed", error=type(error).__name__, pause_s=REDIS_PAUSE_S)
+        """The link belongs to whoever opened it."""

@@ -12,7 +12,7 @@ from sqlalchemy import Engine
 from gateway.dashboard.charts import Chart, percent, stacked
 from gateway.ledger import browse, report
 from gateway.ledger.browse import Cell, Cursor, Row, Slice
-from routers.explain import from_dict
+from routers.explain import from_dict, verdict
 from routers.types import Candidate, Decision
 
 HOUR_MS = 3_600_000
@@ -192,7 +192,7 @@ def one_request(engine: Engine, request_id: str, *, tenant: str | None) -> OneRe
         time_line(row, attempts),
         decision,
         [
-            Considered(candidate, _verdict(candidate, decision), candidate.model == decision.plan.model)
+            Considered(candidate, verdict(candidate, decision), candidate.model == decision.plan.model)
             for candidate in decision.candidates
         ]
         if decision
@@ -208,14 +208,6 @@ def _decision(text: str | None) -> tuple[Decision | None, bool]:
         return from_dict(msgspec.json.decode(text, type=dict[str, Any])), False
     except (KeyError, TypeError, ValueError):
         return None, True
-
-
-def _verdict(candidate: Candidate, decision: Decision) -> str:
-    if candidate.model == decision.plan.model:
-        return "chosen"
-    if candidate.model in decision.fallbacks:
-        return f"in reserve, number {decision.fallbacks.index(candidate.model) + 1}"
-    return candidate.rejected
 
 
 def time_line(row: Row, attempts: list[Row]) -> list[Attempt]:

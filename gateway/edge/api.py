@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from dataclasses import replace
 from typing import Annotated, Any
 
 import msgspec
@@ -14,13 +15,15 @@ from starlette.exceptions import HTTPException
 from gateway import __version__
 from gateway.admission.keys import Principal
 from gateway.edge.headers import read_headers
+from gateway.edge.wire import read_chat
 from gateway.errors import InvalidRequest, LeadlineError, MethodNotAllowed, NotFound
 from gateway.ledger import report
 from gateway.ledger.store import BATCH_WAIT_S
-from gateway.lifecycle import BYTES_PER_TOKEN, Lifecycle
+from gateway.lifecycle import Lifecycle
+from gateway.query import query_of
 from gateway.telemetry.peers import Peers
+from gateway.upstream.types import CallHeaders
 from routers.explain import to_dict, to_lines
-from routers.types import Query
 
 MAX_HOURS = 1e6
 """Older than any ledger."""
@@ -134,7 +137,9 @@ async def spend(
 
 
 class ExplainRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    """A chat completion as it would be sent, and the tags that its header would name."""
+
+    model_config = ConfigDict(extra="allow")
 
     model: str = "auto"
     messages: list[dict[str, Any]] = Field(min_length=1)
@@ -143,23 +148,20 @@ class ExplainRequest(BaseModel):
 
 
 @router.post("/leadline/v1/explain", tags=["receipts"])
-async def explain(body: ExplainRequest, principal: Caller, lifecycle: TheLifecycle) -> dict[str, Any]:
-    """What would be decided for this request now, and why; nothing runs and nothing is spent on a model."""
+async def explain(body: ExplainRequest, request: Request, principal: Caller, lifecycle: TheLifecycle) -> dict[str, Any]:
+    """What would be decided for this request now, and why, and the most it could cost; nothing runs and nothing is
+    spent on a model."""
     principal.must_run()
     try:
-        messages = msgspec.json.encode(body.messages)
+        chat = msgspec.json.encode(body.model_dump(exclude={"tags"}, exclude_none=True))
     except UnicodeEncodeError as error:
         raise InvalidRequest("messages: holds a character that is no character.", param="messages") from error
-    query = Query(
-        model=body.model,
-        tenant=principal.tenant,
-        input_tokens_estimate=-(-len(messages) // BYTES_PER_TOKEN),
-        input_tokens_max=len(messages),
-        max_output_tokens=body.max_tokens,
-        tags=frozenset(body.tags),
-    )
-    decision = await lifecycle.explain(query, messages)
-    return {"decision": to_dict(decision), "lines": to_lines(decision)}
+    call = read_chat(chat, CallHeaders(token="", tags=frozenset(body.tags)))
+    # The chat would come with the layout that this body has, and its bytes are what bounds its prompt.
+    query = query_of(replace(call, body_bytes=max(len(chat), len(await request.body()))), principal.tenant)
+    asked = lifecycle.world.policy, query
+    decision = await lifecycle.explain(query, bytes(call.fields["messages"]))
+    return {"decision": to_dict(decision, asked), "lines": to_lines(decision, asked)}
 
 
 def _scope(principal: Principal) -> str | None:

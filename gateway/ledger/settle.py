@@ -8,6 +8,7 @@ from typing import overload
 
 import msgspec
 
+from routers.cost import PROMPT_MARGIN
 from routers.policy import Price
 
 TOKENS_PER_PRICE_UNIT = 1_000_000
@@ -19,8 +20,6 @@ ESTIMATED_BYTES_PER_TOKEN = 3
 
 MAX_COUNT = 1 << 32
 """Tokens of one call beyond which a provider's count is not believed."""
-PROMPT_MARGIN = 1024
-"""Prompt tokens that a provider may add by itself: chat templates, tool preambles."""
 
 
 class Usage(msgspec.Struct, frozen=True):

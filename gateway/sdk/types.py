@@ -31,8 +31,9 @@ class Candidate(_Said):
     p_success: float | None
     p_low: float | None
     p_high: float | None
-    expected_cost_nanousd: int
-    worst_cost_nanousd: int
+    expected_cost_nanousd: int | None
+    """None: the price is not known, which is not: free."""
+    worst_cost_nanousd: int | None
     rejected: str
 
 
@@ -44,6 +45,11 @@ class Decision(_Said):
     rule: str
     candidates: tuple[Candidate, ...]
     fallbacks: tuple[str, ...]
+    on_cause: dict[str, tuple[str, ...]] = {}
+    """Fallbacks for one cause of failure, in place of `fallbacks`."""
+    worst_case_nanousd: int | None = None
+    """The most that the request can cost with every retry, fallback and hedge; said by `explain`, where all prices are
+    known."""
     policy_version: str
     probe_version: str | None
     degraded: str

@@ -26,7 +26,8 @@ class Target:
     provider: str
     wire_model: str
     """Its name at the provider."""
-    price: Price
+    price: Price | None
+    """None: not known."""
     context: int
     max_output: int
     timeout_s: float

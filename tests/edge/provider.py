@@ -33,6 +33,9 @@ class Provider:
     bodies: list[bytes] = field(default_factory=list)
     headers: list[list[tuple[str, str]]] = field(default_factory=list)
     fail_next: tuple[int, dict[str, str], str] | None = None
+    endless: bool = False
+    """Streams never end by themselves."""
+    open_streams: int = 0
     url: str = ""
     _runner: web.AppRunner | None = None
 
@@ -114,6 +117,12 @@ class Provider:
             choices = [] if choice is None else [{"index": 0, "logprobs": None, **choice}]
             await response.write(f"data: {json.dumps({**frame, 'choices': choices, 'usage': usage})}\n\n".encode())
 
+        self.open_streams += 1
+        try:
+            while self.endless:
+                await send({"delta": {"content": "word " * 2000}, "finish_reason": None})
+        finally:
+            self.open_streams -= 1
         for place, word in enumerate(WORDS):
             piece = word if not place else f" {word}"
             await send(

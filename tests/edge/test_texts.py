@@ -201,4 +201,6 @@ def test_a_price_without_output_is_for_embeddings_alone() -> None:
     model = "provider: p, model: x, price: {input: $1/Mtok}"
     with pytest.raises(PolicyError, match="no price of output"):
         parse(policy.format(model))
-    assert parse(policy.format(model + ", embeds: true")).models["m"].price.output == 0
+    price = parse(policy.format(model + ", embeds: true")).models["m"].price
+    assert price is not None
+    assert price.output == 0

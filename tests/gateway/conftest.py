@@ -13,6 +13,7 @@ import pytest
 import uvicorn
 
 from gateway.app import App
+from gateway.edge.protocol import GuardedProtocol
 from gateway.ledger import prices, report
 from gateway.settings import Settings
 from routers.load import parse
@@ -104,6 +105,7 @@ async def running(
     database_url: str | None = None,
     redis_url: str | None = None,
     policy_folder: Path | None = None,
+    http: type[GuardedProtocol] = GuardedProtocol,
 ) -> AsyncIterator[Gateway]:
     settings = Settings.from_env(
         {
@@ -114,7 +116,7 @@ async def running(
     )
     app = App(settings, parse(policy, prices=prices.lookup), policy_folder)
     config = uvicorn.Config(
-        app, port=0, http="httptools", ws="none", lifespan="on", log_level="error", access_log=False
+        app, port=0, http=http, ws="none", lifespan="on", log_level="error", access_log=False, proxy_headers=False
     )
     server = uvicorn.Server(config)
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.cache.exact import NOT_IN_KEY, CachedAnswer, MemoryCache, RedisCache, cache_key, cacheable
+from gateway.redis_link import RedisLink
 from gateway.upstream.gather import as_stream, gather
 from tests.conftest import free_port, start_redis, stop
 from tests.gateway import fake_upstream as fake
@@ -182,13 +183,14 @@ async def test_a_redis_that_hangs_is_left_alone(tmp_path: Path) -> None:
 
     server = await asyncio.start_server(never, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    cache = RedisCache(f"redis://127.0.0.1:{port}/0", clock=lambda: 0.0)
+    link = RedisLink(f"redis://127.0.0.1:{port}/0", lambda up: None, clock=lambda: 0.0)
+    cache = RedisCache(link)
     assert await cache.get(b"k") is None
     connections = len(met)
     for _ in range(1000):
         assert await cache.get(b"k") is None
     assert len(met) == connections, "while it is away it is not asked"
-    await cache.close()
+    await link.close()
     server.close()
     await server.wait_closed()
 

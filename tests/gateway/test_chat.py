@@ -132,6 +132,22 @@ async def test_explain_decides_and_runs_nothing(gateway: Gateway, upstream: Fake
     assert await gateway.rows() == []
 
 
+async def test_explain_states_a_worst_case_that_holds(gateway: Gateway) -> None:
+    """Of the whole body: more tokens, choices and tools count before anything is sent."""
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    more: dict[str, object] = {"max_tokens": 50}
+    bounds = []
+    for addition in ({}, {"max_tokens": 200}, {"n": 3}, {"tools": [tool] * 20}):
+        more |= addition
+        url, body = f"{gateway.url}/leadline/v1/explain", ask("Say hello.", model="dear", **more)
+        async with gateway.session.post(url, json=body, headers=gateway.headers()) as response:
+            bound = (await response.json())["decision"]["worst_case_nanousd"]
+        _, headers, _ = await gateway.chat(body)
+        assert 0 < int(headers["x-leadline-cost-nanousd"]) <= bound
+        bounds.append(bound)
+    assert bounds == sorted(set(bounds)), "each addition can cost more"
+
+
 async def test_a_receipt_is_for_its_own_tenant(gateway: Gateway) -> None:
     _, headers, _ = await gateway.chat(ask())
     keys = gateway.app.web.state.lifecycle.keys

@@ -3,13 +3,14 @@
 import contextlib
 import dataclasses
 import json
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from probes.types import Estimate
-from routers.cost import expected_and_worst_nanousd
+from routers.cost import expected_nanousd, least_input_tokens, worst_nanousd
 from routers.decide import decide
 from routers.errors import NoCandidate
 from routers.explain import from_dict, to_dict, to_lines
@@ -216,12 +217,12 @@ def test_an_unknown_model() -> None:
     ("asked", "state", "kind", "reason"),
     [
         (
-            query("local", input_tokens_estimate=2000),
+            query("local", input_tokens_estimate=2000, text=b"word " * 1024),
             State(),
             "context_length",
-            "does not fit: 2000 tokens in and 1 out",
+            "does not fit: at least 1024 tokens in and 1 out, context 1024",
         ),
-        (query("local", max_output_tokens=1000), State(), "context_length", "100 tokens in and 1000 out, context 1024"),
+        (query("local", max_output_tokens=1000, text=b"a " * 25), State(), "context_length", "25 tokens in and 1000"),
         (query("weak", max_output_tokens=3000), State(), "context_length", "answers at most 2000 tokens, 3000 asked"),
         (query("local", needs_tools=True), State(), "capability", "cannot call tools"),
         (query("other", needs_logprobs=True), State(), "capability", "cannot return log probabilities"),
@@ -236,18 +237,56 @@ def test_why_nothing_can_run(asked: Query, state: State, kind: str, reason: str)
     assert caught.value.kind == kind
 
 
+LONG = Signals(input_tokens={"local": 50_000, "weak": 50_000})
+
+
 def test_the_kind_is_of_the_model_that_came_closest() -> None:
     with pytest.raises(NoCandidate) as caught:
-        run(policy(), query(input_tokens_estimate=50_000), state=State({"strong": "down"}))
+        run(policy(), signals=LONG, state=State({"strong": "down"}))
     assert caught.value.kind == "unavailable"
     with pytest.raises(NoCandidate) as caught:
-        run(policy(), query(input_tokens_estimate=50_000), state=State({"strong": "down"}, 0))
+        run(policy(), signals=LONG, state=State({"strong": "down"}, 0))
     assert caught.value.kind == "budget"
     assert [model for model, _ in caught.value.reasons] == ["local", "weak", "strong"]
     reserved = policy(candidates="[local]", on_failure="[strong]")
     with pytest.raises(NoCandidate) as caught:
-        run(reserved, query(input_tokens_estimate=50_000), state=State({"strong": "down"}))
+        run(reserved, signals=LONG, state=State({"strong": "down"}))
     assert caught.value.kind == "unavailable"
+
+
+def test_what_certainly_does_not_fit_is_not_sent() -> None:
+    exact = Signals(input_tokens={"local": 1024})
+    with pytest.raises(NoCandidate, match="does not fit: 1024 tokens in and 1 out, context 1024"):
+        run(policy(), query("local"), exact)
+    assert run(policy(), query("local", input_tokens_estimate=90_000), Signals(input_tokens={"local": 1023}))
+    fewest = query("local", input_tokens_estimate=1300, text=b"word " * 1023)
+    assert run(policy(), fewest).plan.model == "local"
+    with pytest.raises(NoCandidate) as caught:
+        run(policy(), dataclasses.replace(fewest, text=b"word " * 1024))
+    assert caught.value.kind == "context_length"
+
+
+@given(st.lists(st.sampled_from(["word", "  ", " ", "    ", "\t", "x=1;", "日本", "\\n"]), max_size=200))
+def test_the_fewest_tokens_are_no_more_than_the_runs_of_spaces(parts: list[str]) -> None:
+    text = "".join(parts)
+    least = least_input_tokens(query(text=text.encode()))
+    assert 0 <= least <= len(re.findall(" +", text))
+    assert least == sum(len(run) % 2 for run in re.findall(" +", text))
+
+
+def test_what_may_fit_is_sent_where_nothing_else_takes_it() -> None:
+    doubtful = query(input_tokens_estimate=9_000)
+    decision = run(policy(), doubtful)
+    assert decision.plan.model == "strong"
+    assert reasons(decision)["weak"] == "likely does not fit: about 9000 tokens in and 1 out, context 8000"
+    assert run(policy(), doubtful, state=State({"strong": "down"})).plan.model == "local"
+    assert run(policy(candidates="[weak]", on_failure="[strong]"), doubtful).plan.model == "strong"
+    assert run(policy(), query("weak", input_tokens_estimate=9_000)).plan.model == "weak"
+
+
+def test_the_bytes_of_a_picture_are_no_tokens() -> None:
+    picture = query("local", input_tokens_estimate=1_000_000, input_tokens_max=None)
+    assert run(policy(), picture).plan.model == "local"
 
 
 def test_a_longer_context_in_reserve_steps_in() -> None:
@@ -290,12 +329,15 @@ def test_which_heads_to_ask() -> None:
 
 def test_costs_are_rounded_up_and_count_the_dearest_class() -> None:
     model = Model("m", "p", "m", 1000, None, Price(1, 0, 3, 2, 5), True, True, True)
-    expected, worst = expected_and_worst_nanousd(model, query(input_tokens_estimate=100, choices=2), 100)
-    assert expected == 1  # (100*1 + 2*400*2) / 1e6, up
-    assert worst == 1  # (100*3 + 2*1000*5) / 1e6, up
+    two = query(input_tokens_estimate=100, choices=2)
+    assert expected_nanousd(model, two, 100) == 1  # (100*1 + 2*400*2) / 1e6, up
+    assert worst_nanousd(model, two, 100) == 1  # (100*3 + 2*1000*5) / 1e6, up
     dear = dataclasses.replace(model, price=Price(10**6, 0, 3 * 10**6, 2 * 10**6, 5 * 10**6))
-    assert expected_and_worst_nanousd(dear, query(choices=2), 100) == (100 + 1600, 300 + 10000)
-    assert expected_and_worst_nanousd(dear, query(max_output_tokens=10), 100) == (100 + 20, 300 + 50)
+    assert (expected_nanousd(dear, two, 100), worst_nanousd(dear, two, 100)) == (100 + 1600, 300 + 10000)
+    short = query(max_output_tokens=10)
+    assert (expected_nanousd(dear, short, 100), worst_nanousd(dear, short, 100)) == (100 + 20, 300 + 50)
+    unpriced = dataclasses.replace(model, price=None)
+    assert (expected_nanousd(unpriced, two, 100), worst_nanousd(unpriced, two, 100)) == (None, None)
 
 
 # Properties
@@ -378,15 +420,19 @@ def test_every_decision_is_sound(policy: Policy, query: Query, signals: Signals,
     assert to_lines(decision)[0].startswith(decision.plan.model)
     by_name = {candidate.model: candidate for candidate in decision.candidates}
     assert len(by_name) == len(decision.candidates)
-    running = {decision.plan.model, *decision.fallbacks}
+    running = {decision.plan.model, *decision.fallbacks}.union(*decision.on_cause.values())
     assert decision.plan.model not in decision.fallbacks
     for name, candidate in by_name.items():
         assert (candidate.rejected == "") == (name in running)
+        assert candidate.expected_cost_nanousd is not None
+        assert candidate.worst_cost_nanousd is not None
         assert 0 <= candidate.expected_cost_nanousd <= candidate.worst_cost_nanousd
     for name in running:
         assert name not in state.unavailable
         if state.budget_remaining_nanousd is not None:
-            assert by_name[name].worst_cost_nanousd <= max(state.budget_remaining_nanousd, 0)
+            worst = by_name[name].worst_cost_nanousd
+            assert worst is not None
+            assert worst <= max(state.budget_remaining_nanousd, 0)
     if query.model != "auto":
         assert decision.plan.model == query.model
         return
@@ -397,6 +443,7 @@ def test_every_decision_is_sound(policy: Policy, query: Query, signals: Signals,
             assert chosen.p_success is not None
             assert chosen.p_success >= bounds.p_success
         if bounds.cost_nanousd is not None:
+            assert chosen.expected_cost_nanousd is not None
             assert chosen.expected_cost_nanousd <= bounds.cost_nanousd
 
 
@@ -427,7 +474,9 @@ def test_a_tighter_bound_on_cost_never_costs_more(
         decision = attempt(build(objective, p, gap, cap, otherwise, False), query, signals, state)
         if decision is None:
             return
-        costs.append(next(c.expected_cost_nanousd for c in decision.candidates if c.model == decision.plan.model))
+        cost = next(c.expected_cost_nanousd for c in decision.candidates if c.model == decision.plan.model)
+        assert cost is not None
+        costs.append(cost)
     assert costs[0] <= costs[1]
 
 

@@ -130,7 +130,8 @@ CASES = [
     case("context: 1024", "tools: off", 6, "models.local.tools", "neither true nor false", "true or false"),
     case("model: gpt-5-mini", "model: 5", 7, "models.weak.model", "not text", "in quotes"),
     case(f", price: {WEAK_PRICE}", "", 7, "models.weak", "missing price", "price: {input:"),
-    case(WEAK_PRICE, "cheap", 7, "models.weak.price", "not a price", "write free"),
+    case(f", price: {WEAK_PRICE}", "", 7, "models.weak", "missing price", "or say `price: unpriced`"),
+    case(WEAK_PRICE, "cheap", 7, "models.weak.price", "not a price", "write free, unpriced, or"),
     case("$0.25/Mtok", "0.25", 7, "models.weak.price.input", "without its unit", "$0.25/Mtok"),
     case("$0.25/Mtok", "$0.25", 7, "models.weak.price.input", "not a price", "$0.25/Mtok"),
     case("$0.25/Mtok", "$0.0000000001/Mtok", 7, "models.weak.price.input", "finer than", "nine decimals"),
@@ -375,7 +376,11 @@ def test_prices_come_from_the_list_where_the_policy_gives_none() -> None:
     weak = policy.models["weak"]
     assert (weak.price, weak.context, weak.max_output) == (listed.price, 400_000, 128_000)
     assert ("openai", "gpt-5-mini") in asked
-    assert policy.models["strong"].price.output == 10_000_000_000, "the policy goes before the list"
+    strong = policy.models["strong"].price
+    assert strong is not None
+    assert strong.output == 10_000_000_000, "the policy goes before the list"
+    unpriced = parse(changed(f"price: {WEAK_PRICE}", "price: unpriced"), prices=prices).models["weak"]
+    assert (unpriced.price, unpriced.context) == (None, 400_000), "the policy goes before the list"
 
 
 def test_the_version_is_of_the_content() -> None:
@@ -399,6 +404,8 @@ def test_the_version_covers_every_field() -> None:
         (ENV, ", breaker: {window: 1s}"),
         (ENV, ", breaker: {open: 1s}"),
         ("model: gpt-5-mini", ", prefix: true"),
+        ("context: 1024", ", price: unpriced"),
+        ("context: 1024", ", price: {input: $1/Mtok, output: $1/Mtok}"),
         ("probe: default", ", encoder: ./mine"),
         (PRIVATE, "\n    on_failure: [weak]"),
         (PRIVATE, "\n    on_failure: {rate_limit: [weak]}"),

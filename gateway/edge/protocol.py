@@ -1,0 +1,182 @@
+"""HTTP/1.1 as `leadline serve` speaks it: uvicorn's httptools protocol, with bounds on what a client may do to it.
+
+uvicorn has no deadline for headers or bodies, no cap on headers, and waits without end for a reader that takes
+nothing. Here one timer per connection looks after all of these; it re-arms itself, so that a request pays for a few
+assignments and for no timer of its own.
+"""
+
+import asyncio
+import re
+from typing import Any, ClassVar, Literal
+
+import msgspec
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+_UPGRADE = re.compile(rb"\r\nupgrade([ \t]*:)", re.IGNORECASE)
+Phase = Literal["idle", "headers", "body"]
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """The bounds are class attributes: a test, or an operator's own server, may subclass."""
+
+    HEADERS_TIMEOUT_S: ClassVar[float] = 15.0
+    """From a request's first byte (or the connection's opening) to the end of its headers."""
+    BODY_GRACE_S: ClassVar[float] = 10.0
+    MIN_BODY_BYTES_PER_S: ClassVar[int] = 1024
+    """A body that comes more slowly than this, after the grace, is not waited for."""
+    WRITE_STALL_S: ClassVar[float] = 60.0
+    """A reader that takes nothing of its answer for so long is cut off."""
+    MAX_HEADER_BYTES: ClassVar[int] = 64 << 10
+    MAX_HEADERS: ClassVar[int] = 100
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._phase: Phase = "headers"
+        self._since = self.loop.time()
+        self._came = 0
+        """Bytes of the phase so far."""
+        self._chunk = 0
+        self._stalled_since: float | None = None
+        self._unsent = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._too_large = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._arm(self.HEADERS_TIMEOUT_S)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        super().connection_lost(exc)
+
+    # what comes in --------------------------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        if self._phase == "idle":
+            self._enter("headers")
+        if self._phase == "headers" and b"pgrade" in data:
+            data = _without_upgrade(data)
+        self._chunk = len(data)
+        self._came += self._chunk
+        super().data_received(data)
+        if self._phase == "headers" and self._came > self.MAX_HEADER_BYTES and not self.transport.is_closing():
+            self._too_large = True  # its end is not in sight, and nothing of it has reached `self.headers` yet
+            self.send_400_response("")
+
+    def on_message_begin(self) -> None:
+        if self._phase == "idle":  # pipelined, in the chunk that ended the request before it
+            self._enter("headers")
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        # Looked at closely only where so much came at once that they can be too large.
+        suspect = max(self._came, self._chunk) > self.MAX_HEADER_BYTES
+        if len(self.headers) > self.MAX_HEADERS or (suspect and self._header_bytes() > self.MAX_HEADER_BYTES):
+            self._too_large = True
+            raise ValueError("the headers are too large")  # httptools hands it to data_received, which answers
+        if self.parser.should_upgrade() or self.parser.get_http_version() not in ("1.1", "1.0"):
+            raise ValueError("another protocol: where its message ends is not ours to know")
+        for name, value in self.headers:
+            if name == b"transfer-encoding" and value.lower() != b"chunked":
+                raise ValueError("a transfer encoding that is not undone here")
+        self._enter("body")
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._phase = "idle"
+        super().on_message_complete()
+
+    def _header_bytes(self) -> int:
+        return len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+
+    def _enter(self, phase: Phase) -> None:
+        self._phase, self._since, self._came = phase, self.loop.time(), 0
+
+    # what goes out --------------------------------------------------------------------------------------------------
+
+    def pause_writing(self) -> None:
+        self._stalled_since, self._unsent = self.loop.time(), self.transport.get_write_buffer_size()
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        self._stalled_since = None
+        super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        if self._too_large:
+            kib = self.MAX_HEADER_BYTES >> 10
+            self._refuse(431, f"The headers are too large: send at most {self.MAX_HEADERS}, and {kib} KiB of them.")
+        else:
+            self._refuse(400, "This is not a valid HTTP/1.1 request.")
+
+    def _refuse(self, status: int, message: str) -> None:
+        """The last that this connection hears. An answer under way is not written into."""
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+            error = {"message": message, "type": "invalid_request_error", "param": None, "code": "invalid_request"}
+            body = msgspec.json.encode({"error": error})
+            self.transport.write(
+                STATUS_LINE[status]
+                + b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
+                + body
+            )
+        self.transport.close()
+
+    # the timer ------------------------------------------------------------------------------------------------------
+
+    def _arm(self, wait_s: float) -> None:
+        self._timer = self.loop.call_later(max(wait_s, 0.001), self._look)
+
+    def _look(self) -> None:
+        now = self.loop.time()
+        unsent = self.transport.get_write_buffer_size()
+        if self._stalled_since is None and unsent and self.transport.is_closing():
+            self._stalled_since, self._unsent = now, unsent  # closing waits for the reader
+        if self._stalled_since is not None:
+            if unsent < self._unsent:  # it takes something, however slowly
+                self._stalled_since = now
+            self._unsent = unsent
+            if now - self._stalled_since >= self.WRITE_STALL_S:
+                self._slow("read")
+                self.transport.abort()
+                return
+        if self.flow.read_paused:  # what does not come is not asked for
+            self._since, self._came = now, 0
+        waited = now - self._since
+        if self._phase == "headers" and waited >= self.HEADERS_TIMEOUT_S:
+            self._cut("headers")
+        elif self._phase == "body" and waited >= self.BODY_GRACE_S and self._came < self.MIN_BODY_BYTES_PER_S * waited:
+            self._cut("body")
+        self._arm(self._next_look(waited))
+
+    def _next_look(self, waited: float) -> float:
+        waits = [self.HEADERS_TIMEOUT_S]
+        if self._phase == "headers":
+            waits.append(self.HEADERS_TIMEOUT_S - waited)
+        elif self._phase == "body":
+            waits.append(max(self.BODY_GRACE_S - waited, 1.0))
+        if self._stalled_since is not None:
+            waits.append(self.WRITE_STALL_S / 4)
+        return min(waits)
+
+    def _cut(self, phase: Literal["headers", "body"]) -> None:
+        if self.transport.is_closing():
+            return
+        self._slow(phase)
+        self._refuse(408, f"The request's {phase} did not come in time.")
+
+    def _slow(self, phase: Literal["headers", "body", "read"]) -> None:
+        told = getattr(self.app, "slow_client", None)
+        if told is not None:
+            told(phase)
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """A request's first bytes without its offer to speak another protocol, which is ours to ignore (RFC 9110, 7.8).
+
+    Java's HTTP client makes that offer on every plain connection; httptools would then give up the body. An offer
+    that comes in pieces is not seen here, and its request is refused.
+    """
+    end = data.find(b"\r\n\r\n")
+    head, rest = (data, b"") if end < 0 else (data[:end], data[end:])
+    return _UPGRADE.sub(rb"\r\nx-no-up\1", head) + rest

@@ -1,0 +1,26 @@
+"""A request as the routers see it: what was asked and what bounds its prompt, without any wire format."""
+
+from gateway.upstream.types import ChatCall
+from routers.cost import ESTIMATED_BYTES_PER_TOKEN, PROMPT_MARGIN
+from routers.types import Query
+
+_PROMPTS = {"chat.completions": "messages", "completions": "prompt", "embeddings": "input"}
+
+
+def query_of(call: ChatCall, tenant: str) -> Query:
+    """The same for a request that runs and for one that `explain` is asked about."""
+    return Query(
+        model=call.model,
+        tenant=tenant,
+        input_tokens_estimate=-(-call.body_bytes // ESTIMATED_BYTES_PER_TOKEN),
+        input_tokens_max=call.body_bytes + PROMPT_MARGIN if call.text_only else None,
+        max_output_tokens=call.sampling.max_tokens,
+        tags=call.headers.tags,
+        needs_tools=call.has_tools,
+        needs_format=call.has_format,
+        needs_logprobs=call.sampling.logprobs,
+        choices=call.choices,
+        endpoint=call.endpoint,
+        inputs=call.inputs,
+        text=memoryview(call.fields[_PROMPTS[call.endpoint]]) if call.text_only else None,
+    )
