@@ -96,9 +96,12 @@ def test_a_policy_takes_its_prices_from_the_list_in_force(tmp_path: Path) -> Non
     )
     (tmp_path / "prices.yaml").write_text(OWN)
     loaded = load_policy(policy, {"LEADLINE_PRICES": str(tmp_path / "prices.yaml")})
-    assert loaded.models["m"].price.input == DOLLAR
-    assert loaded.models["n"].price.at(10).output == 6 * DOLLAR
-    assert loaded.models["n"].price.at(11).output == 8 * DOLLAR
+    listed, own = loaded.models["m"].price, loaded.models["n"].price
+    assert listed is not None
+    assert own is not None
+    assert listed.input == DOLLAR
+    assert own.at(10).output == 6 * DOLLAR
+    assert own.at(11).output == 8 * DOLLAR
 
 
 @pytest.mark.parametrize(
