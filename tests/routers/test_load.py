@@ -5,6 +5,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,6 +17,7 @@ from routers.policy import Breaker, Hedge, Listing, Policy, Price, Provider, Rou
 from routers.schema import policy_schema
 from routers.types import Query
 from routers.units import Budget, Rate
+from routers.yaml import read
 
 POLICIES = Path(__file__).parents[2] / "policies"
 
@@ -573,6 +575,42 @@ def test_an_unknown_preset_is_an_error() -> None:
 def test_recipes_load_alone_and_say_when_to_choose_them(path: Path) -> None:
     assert load(path).aliases == ("auto",)
     assert "# Choose this when" in path.read_text(encoding="utf-8")
+
+
+def written_keys(schema: dict[str, Any], node: object, of: str, seen: set[str]) -> None:
+    """Adds `Definition.key` for each key of `node`, read as an instance of that definition."""
+    definition = schema["$defs"][of] if of else schema
+    assert isinstance(node, dict)
+    for key, value in node.items():
+        seen.add(f"{of}.{key}")
+        shape = definition["properties"][key]
+        values = value if isinstance(value, list) else [value]
+        if "additionalProperties" in shape or "patternProperties" in shape:  # named entries
+            values = list(value.values())
+        for inner in re.findall(r"#/\$defs/(\w+)", json.dumps(shape)):
+            for part in values:
+                if isinstance(part, dict):
+                    written_keys(schema, part, inner, seen)
+
+
+def test_the_reference_shows_every_field() -> None:
+    schema, seen = policy_schema(), set[str]()
+    written_keys(schema, read((POLICIES / "reference.yaml").read_text(encoding="utf-8"), "r").data, "", seen)
+    fields = {f"{name}.{key}" for name, of in schema["$defs"].items() for key in of["properties"]}
+    assert seen == fields | {f".{key}" for key in schema["properties"]}
+
+
+def test_what_the_reference_calls_a_default_is_one() -> None:
+    text = (POLICIES / "reference.yaml").read_text(encoding="utf-8")
+    lines = text.splitlines(keepends=True)
+    bare = []
+    for index, line in enumerate(lines):
+        indent = len(line) - len(line.lstrip())
+        opens = index + 1 < len(lines) and len(lines[index + 1]) - len(lines[index + 1].lstrip()) > indent
+        if not re.search(r"# default( |$|,|;)", line) or opens:
+            bare.append(line)
+    assert len(bare) < len(lines) - 12
+    assert parse("".join(bare)).version_hash == parse(text).version_hash
 
 
 def test_load_names_the_file(tmp_path: Path) -> None:
