@@ -10,6 +10,7 @@ from typing import Literal
 import structlog
 
 from gateway.admission.budgets import Budgets
+from gateway.admission.idempotency import IdempotencyStore
 from gateway.admission.keys import KeyStore, PepperError, load_pepper
 from gateway.admission.rates import LocalRates, Rates
 from gateway.admission.shared_rates import SharedRates
@@ -149,9 +150,12 @@ class App:
             stack.push_async_callback(peers.stop)
             self.web.state.peers = peers
         self.web.state.shared = settings.shared
+        idempotency = IdempotencyStore(database, pepper)
+        idempotency.start()
+        stack.push_async_callback(idempotency.close)
         self.web.state.lifecycle = lifecycle
         self.web.state.pepper = pepper
-        self._data_plane = data_plane(lifecycle, settings.max_body_bytes)
+        self._data_plane = data_plane(lifecycle, idempotency, settings.max_body_bytes)
         polling = asyncio.create_task(_poll_keys(keys), name="key-poll")
         stack.callback(polling.cancel)
 

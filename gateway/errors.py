@@ -2,6 +2,7 @@
 
     LeadlineError
     ├── InvalidRequest              400  the request is wrong: fix it
+    │   ├── IdempotencyMismatch     400  the Idempotency-Key came before, with another body: take a new key
     │   ├── ContextLengthExceeded   400  it does not fit any allowed model: shorten it
     │   ├── BodyTooLarge            413  it does not fit the gateway: shrink it
     │   └── UnsupportedEncoding     415  its body is compressed: send it plain
@@ -10,7 +11,8 @@
     ├── UnknownModel                404  no such model or alias in the policy
     ├── NotFound                    404  no such object or path
     ├── MethodNotAllowed            405  this path takes another method
-    ├── Conflict                    409  the same Idempotency-Key is under way, or came with another body
+    ├── Conflict                    409  the same Idempotency-Key is under way: wait
+    │   └── OutcomeUnknown          409  … or its answer is lost: look at its receipt
     ├── RateLimited                 429  too fast: wait `retry_after_s`
     ├── BudgetExceeded              429  no money left: raise the budget or wait for its window
     ├── UpstreamRefused             4xx  the provider refused the request itself: its own words, passed on
@@ -53,6 +55,10 @@ class InvalidRequest(LeadlineError):
     status = 400
     type = "invalid_request_error"
     code = "invalid_request"
+
+
+class IdempotencyMismatch(InvalidRequest):
+    code = "idempotency_mismatch"
 
 
 class ContextLengthExceeded(InvalidRequest):
@@ -103,6 +109,12 @@ class Conflict(LeadlineError):
     status = 409
     type = "invalid_request_error"
     code = "idempotency_conflict"
+    should_retry = True
+
+
+class OutcomeUnknown(Conflict):
+    code = "idempotency_unknown"
+    should_retry = False
 
 
 class RateLimited(LeadlineError):

@@ -139,7 +139,7 @@ class Lifecycle:
         principal.must_run()
         world = self.world
         now_ms = time.time_ns() // 1_000_000
-        request_id = f"req_{now_ms:011x}{os.urandom(8).hex()}"
+        request_id = call.request_id or new_ledger_id(now_ms)
         budgets = self._limits.budgets(world.policy, principal, call.headers)
         account = await self.budgets.find(budgets, now_ms, request_id)
         if not self.ledger.accepts:
@@ -156,6 +156,7 @@ class Lifecycle:
             scope=self._limits.run_path(world.policy, call.headers),
             policy_version=world.policy.version_hash,
             team=principal.team,
+            idempotency_key=call.headers.idempotency_key,
         )
         limits = self._rates.book.of(world.policy, principal, record.scope)
         grant = await self._rates.admit(limits, record.id, tokens_estimate(call) if limits else 0)
@@ -350,6 +351,11 @@ def _last_events(ticket: Ticket, usage_event: Event | None) -> bytes:
         out = write_event(_encode(fields))
     cost = ticket.record.cost_nanousd
     return out + b": leadline-cost-nanousd " + (b"unpriced" if cost is None else b"%d" % cost) + b"\n\n" + DONE
+
+
+def new_ledger_id(now_ms: int) -> str:
+    """Sorts by time."""
+    return f"req_{now_ms:011x}{os.urandom(8).hex()}"
 
 
 def _known(error: Exception, request_id: str) -> LeadlineError:

@@ -1,13 +1,17 @@
 """The data plane: `POST /v1/chat/completions`, `/v1/completions` and `/v1/embeddings`, by path."""
 
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
+from gateway.admission.idempotency import IdempotencyStore, Replay
 from gateway.edge.asgi import AsgiReply, ClientGone, Receive, Scope, Send, new_request_id, read_body, until_gone
 from gateway.edge.headers import read_headers
 from gateway.edge.prompts import read_completion, read_embedding
+from gateway.edge.recorded import RecordedReply, replay
 from gateway.edge.wire import read_chat
 from gateway.errors import LeadlineError, MethodNotAllowed
-from gateway.lifecycle import Lifecycle
+from gateway.lifecycle import Lifecycle, new_ledger_id
 from gateway.upstream.types import CallHeaders, ChatCall
 
 Reader = Callable[[bytes, CallHeaders], ChatCall]
@@ -16,8 +20,9 @@ Reader = Callable[[bytes, CallHeaders], ChatCall]
 class Endpoint:
     """One path: reads its requests and hands them to the lifecycle."""
 
-    def __init__(self, lifecycle: Lifecycle, read: Reader, max_body_bytes: int) -> None:
+    def __init__(self, lifecycle: Lifecycle, idempotency: IdempotencyStore, read: Reader, max_body_bytes: int) -> None:
         self._lifecycle = lifecycle
+        self._idempotency = idempotency
         self._read = read
         self._max_body_bytes = max_body_bytes
 
@@ -27,21 +32,45 @@ class Endpoint:
             if scope["method"] != "POST":
                 raise MethodNotAllowed(f"{scope['method']} {scope['path']}: send a POST.")
             headers = read_headers(scope["headers"])
-            await self._lifecycle.keys.recognise(headers.token)  # before a byte of the body is kept
-            call = self._read(await read_body(scope, receive, self._max_body_bytes), headers)
-            await until_gone(receive, reply, self._lifecycle.chat(call, reply))
+            principal = await self._lifecycle.keys.recognise(headers.token)  # before a byte of the body is kept
+            body = await read_body(scope, receive, self._max_body_bytes)
+            call = self._read(body, headers)
+            if headers.idempotency_key is not None:
+                await self._once(principal.key_id, headers.idempotency_key, scope["path"], body, call, send)
+            else:
+                await until_gone(receive, reply, self._lifecycle.chat(call, reply))
         except LeadlineError as error:
             # Not admitted: no row, no cost. What was admitted answers for itself, in lifecycle.
             await reply.fail(error, [(b"x-request-id", new_request_id())])
         except ClientGone:
             return
 
+    async def _once(
+        self, key_id: str, idempotency_key: str, path: str, body: bytes, call: ChatCall, send: Send
+    ) -> None:
+        """Run it, or repeat what came of it. Raises what a claim raises.
 
-def data_plane(lifecycle: Lifecycle, max_body_bytes: int) -> Mapping[str, Endpoint]:
+        It runs to its end even when its caller hangs up: the repetition that follows finds the answer.
+        """
+        request_id = new_ledger_id(time.time_ns() // 1_000_000)
+        claim = await self._idempotency.claim(key_id, idempotency_key, path=path, body=body, request_id=request_id)
+        if isinstance(claim, Replay):
+            await replay(AsgiReply(send), claim)
+            return
+        reply = RecordedReply(send, self._idempotency, claim)
+        try:
+            await self._lifecycle.chat(replace(call, request_id=request_id), reply)
+        except LeadlineError as error:
+            await reply.fail(error, [(b"x-request-id", new_request_id())])
+        finally:
+            await reply.release()
+
+
+def data_plane(lifecycle: Lifecycle, idempotency: IdempotencyStore, max_body_bytes: int) -> Mapping[str, Endpoint]:
     """Path → who answers it."""
     readers: dict[str, Reader] = {
         "/v1/chat/completions": read_chat,
         "/v1/completions": read_completion,
         "/v1/embeddings": read_embedding,
     }
-    return {path: Endpoint(lifecycle, read, max_body_bytes) for path, read in readers.items()}
+    return {path: Endpoint(lifecycle, idempotency, read, max_body_bytes) for path, read in readers.items()}

@@ -104,6 +104,8 @@ class ChatCall:
     endpoint: Endpoint = "chat.completions"
     inputs: int = 1
     """Texts to complete or to embed, each with a context window of its own; a conversation is one."""
+    request_id: str | None = None
+    """Given at the edge where it must be known before admission."""
 
 
 @dataclass(frozen=True, slots=True)
