@@ -1,5 +1,6 @@
 """The `leadline` command. Each command imports what it needs, so that the base installation can run the light ones."""
 
+import gc
 import os
 import sys
 import time
@@ -44,6 +45,7 @@ def serve(
     drain: Annotated[str, typer.Option(help="How long what is under way may take to end after SIGTERM.")] = "30s",
 ) -> None:
     """Run the gateway, and the engine process that its policy needs, until Ctrl-C."""
+    gc.disable()  # a start makes nothing to collect, and looks at much; `settle_memory` puts it on again
     from gateway import serve
     from gateway.policies import CannotServe
     from routers.units import UnitError, parse_duration_ms
@@ -54,6 +56,29 @@ def serve(
         _stop(str(error))
     except UnitError as error:
         _stop(f"--drain {drain!r}: {error}; {error.fix}")
+
+
+@app.command()
+def engine(
+    socket: Annotated[Path, typer.Option(help="Where to listen; gateways find it by LEADLINE_ENGINE.")],
+    policy: Annotated[Path | None, typer.Option(help="The gateways' policy: it names models and probe.")] = None,
+) -> None:
+    """Run the engine process alone, for gateways in other containers of this host, until SIGTERM or Ctrl-C."""
+    import json
+
+    from gateway.policies import CannotServe, checked_policy, engine_needs
+
+    try:
+        loaded, folder = checked_policy(policy, secrets=False)
+    except CannotServe as error:
+        _stop(str(error))
+    needs = engine_needs(loaded, folder, socket.absolute(), exit_with_parent=False)
+    if needs is None:
+        _stop("this policy needs no engine: it has neither a model with `engine: embedded` nor a probe")
+    from gateway.engine_main import main as run
+
+    socket.unlink(missing_ok=True)  # what a killed engine left; a gateway connects to the new one by itself
+    run(json.dumps(needs))
 
 
 @app.command()

@@ -106,7 +106,8 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 def settle_memory() -> None:
-    """What lives as long as the process is not looked at again by the cycle collector, which otherwise walks all of it
-    every few hundred requests."""
+    """Collect from here on. What lives as long as the process is not looked at again by the cycle
+    collector, which otherwise walks all of it every few hundred requests."""
     gc.collect()
     gc.freeze()
+    gc.enable()

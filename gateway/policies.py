@@ -38,8 +38,11 @@ def load_policy(path: Path | None, env: Mapping[str, str] | None = None) -> Poli
     return parse(preset(name), file=f"the embedded policy {name!r}", prices=lookup)
 
 
-def checked_policy(file: Path | None) -> tuple[Policy, Path]:
-    """The policy and the folder that its relative paths are relative to. Raises CannotServe."""
+def checked_policy(file: Path | None, *, secrets: bool = True) -> tuple[Policy, Path]:
+    """The policy and the folder that its relative paths are relative to. Raises CannotServe.
+
+    `secrets`: whether the providers' keys have to be in the environment.
+    """
     try:
         policy = load_policy(file)
     except PolicyError as error:
@@ -47,7 +50,7 @@ def checked_policy(file: Path | None) -> tuple[Policy, Path]:
     except OSError as error:
         raise CannotServe(f"{file}: cannot be read ({error.strerror})") from error
     folder = file.parent.absolute() if file is not None else Path.cwd()
-    wrong = missing_secrets(policy) + unloadable(policy, folder)
+    wrong = (missing_secrets(policy) if secrets else []) + unloadable(policy, folder)
     if wrong:
         raise CannotServe("\n".join(wrong))
     return policy, folder

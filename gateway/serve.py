@@ -136,6 +136,7 @@ async def _serve_here(gateway: App, listener: socket.socket, drain_s: float) -> 
     while not server.started and not serving.done():
         await asyncio.wait((serving,), timeout=0.01)
     if server.started:
+        settle_memory()
         if gateway.engine is not None and gateway.engine.started:
             events = [asyncio.create_task(gateway.engine.ready.wait())]
             if gateway.engine_process is not None:
@@ -146,7 +147,6 @@ async def _serve_here(gateway: App, listener: socket.socket, drain_s: float) -> 
         if not serving.done():
             url = url_of(listener.getsockname())
             announce(gateway.settings.home, url, first_key=gateway.first_key, engine=_engine_state(gateway))
-            settle_memory()
     await serving
     return 0 if server.started else 1
 

@@ -3,6 +3,11 @@
 It serves from a listening socket that its parent keeps open, and drains when told to, or when its parent is gone.
 """
 
+# ruff: noqa: E402
+import gc
+
+gc.disable()  # a start makes nothing to collect, and looks at much; `settle_memory` puts it on again
+
 import asyncio
 import json
 import socket

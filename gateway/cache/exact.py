@@ -5,7 +5,6 @@ except `stream` and `stream_options` (a stored answer can be replayed either way
 A request that asks for chance (`temperature` above 0 in so many words) is not cached at all: see `cacheable`.
 """
 
-import contextlib
 import hashlib
 import hmac
 import time
@@ -15,12 +14,10 @@ from typing import Protocol
 
 import msgspec
 
-from gateway.redis_link import RedisAway, RedisLink
 from routers.types import Endpoint
 
 NOT_IN_KEY = frozenset({"stream", "stream_options", "metadata", "user", "store"})
 """Fields that do not change the answer's content."""
-_REDIS_PREFIX = b"leadline:exact:"
 
 
 class CachedAnswer(msgspec.Struct, frozen=True):
@@ -112,26 +109,3 @@ class MemoryCache:
 
 def _weight(answer: CachedAnswer) -> int:
     return len(answer.body) + 256
-
-
-class RedisCache:
-    """Shared by all workers. Without Redis every look-up is a miss."""
-
-    def __init__(self, link: RedisLink) -> None:
-        self._link = link
-        self._decoder = msgspec.msgpack.Decoder(CachedAnswer)
-
-    async def get(self, key: bytes) -> CachedAnswer | None:
-        try:
-            value = await self._link.call(lambda client: client.get(_REDIS_PREFIX + key))
-            return self._decoder.decode(value) if isinstance(value, bytes) else None
-        except (RedisAway, msgspec.DecodeError):
-            return None
-
-    async def put(self, key: bytes, answer: CachedAnswer, ttl_s: float) -> None:
-        value, px = msgspec.msgpack.encode(answer), max(1, int(ttl_s * 1000))
-        with contextlib.suppress(RedisAway):
-            await self._link.call(lambda client: client.set(_REDIS_PREFIX + key, value, px=px))
-
-    async def close(self) -> None:
-        """The link belongs to whoever opened it."""

@@ -3,15 +3,17 @@
 import hashlib
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Response
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from gateway import __version__
 from gateway.dashboard import words
 from gateway.dashboard.filters import RANGE_NAMES, cursor_text
 from routers.units import format_money
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 SECURITY_HEADERS = {
     "content-security-policy": (
@@ -49,7 +51,9 @@ def _asset_url(name: str) -> str:
 
 
 @cache
-def _templates() -> Environment:
+def _templates() -> "Environment":
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # only who opens the dashboard pays for it
+
     environment = Environment(
         loader=PackageLoader("gateway.dashboard"),
         autoescape=True,

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.cache.exact import NOT_IN_KEY, CachedAnswer, MemoryCache, RedisCache, cache_key, cacheable
+from gateway.cache.exact import NOT_IN_KEY, CachedAnswer, MemoryCache, cache_key, cacheable
+from gateway.cache.redis import RedisCache
 from gateway.redis_link import RedisLink
 from gateway.upstream.gather import as_stream, gather
 from tests.conftest import free_port, start_redis, stop
