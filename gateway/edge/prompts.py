@@ -10,6 +10,7 @@ import msgspec
 
 from gateway.edge.wire import (
     StreamOptions,
+    brief,
     check_choices,
     check_model,
     check_sampling,
@@ -70,11 +71,11 @@ def read_completion(body: bytes, headers: CallHeaders) -> ChatCall:
     check_choices("n", choices)
     check_choices("best_of", tried)
     if tried < choices:
-        raise InvalidRequest(f"best_of: {tried} is less than n, {choices}.", param="best_of")
+        raise InvalidRequest(f"best_of: {brief(tried)} is less than n, {choices}.", param="best_of")
     check_tokens("max_tokens", request.max_tokens)
     check_sampling(request.seed, request.temperature, request.top_p)
     if request.logprobs is not None and not 0 <= request.logprobs <= 20:
-        raise InvalidRequest(f"logprobs: {request.logprobs} is not between 0 and 20.", param="logprobs")
+        raise InvalidRequest(f"logprobs: {brief(request.logprobs)} is not between 0 and 20.", param="logprobs")
     if request.service_tier not in (None, "auto", "default"):
         raise InvalidRequest(
             "service_tier: other tiers have prices that the ledger does not know.", param="service_tier"
@@ -109,7 +110,7 @@ def read_embedding(body: bytes, headers: CallHeaders) -> ChatCall:
     check_model(request.model)
     if request.dimensions is not None and not 1 <= request.dimensions <= MAX_DIMENSIONS:
         raise InvalidRequest(
-            f"dimensions: {request.dimensions} is not between 1 and {MAX_DIMENSIONS}.", param="dimensions"
+            f"dimensions: {brief(request.dimensions)} is not between 1 and {MAX_DIMENSIONS}.", param="dimensions"
         )
     if request.stream:
         raise InvalidRequest("stream: embeddings come whole; leave it out.", param="stream")

@@ -10,7 +10,7 @@ import re
 from typing import Any, ClassVar, Literal
 
 import msgspec
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 _UPGRADE = re.compile(rb"\r\nupgrade([ \t]*:)", re.IGNORECASE)
 Phase = Literal["idle", "headers", "body"]
@@ -26,6 +26,8 @@ class GuardedProtocol(HttpToolsProtocol):
     """A body that comes more slowly than this, after the grace, is not waited for."""
     WRITE_STALL_S: ClassVar[float] = 60.0
     """A reader that takes nothing of its answer for so long is cut off."""
+    DISCARD_S: ClassVar[float] = 2.0
+    """How long the rest of a body is read and thrown away once its request has been answered."""
     MAX_HEADER_BYTES: ClassVar[int] = 64 << 10
     MAX_HEADERS: ClassVar[int] = 100
 
@@ -86,6 +88,15 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._phase = "idle"
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._phase == "body":  # answered before its end: a client that is still sending must get to hear it
+            self.loop.call_later(self.DISCARD_S, self._stop_discarding, self.cycle)
+
+    def _stop_discarding(self, answered: RequestResponseCycle) -> None:
+        if self.cycle is answered and self._phase == "body":
+            self.transport.abort()
 
     def _header_bytes(self) -> int:
         return len(self.url) + sum(len(name) + len(value) for name, value in self.headers)

@@ -141,7 +141,9 @@ def _check(request: _ChatRequest, choices: int) -> None:
     check_sampling(request.seed, request.temperature, request.top_p)
     if request.top_logprobs is not None:
         if not 0 <= request.top_logprobs <= 20:
-            raise InvalidRequest(f"top_logprobs: {request.top_logprobs} is not between 0 and 20.", param="top_logprobs")
+            raise InvalidRequest(
+                f"top_logprobs: {brief(request.top_logprobs)} is not between 0 and 20.", param="top_logprobs"
+            )
         if not request.logprobs:
             raise InvalidRequest("top_logprobs: needs logprobs: true.", param="top_logprobs")
     if request.service_tier not in (None, "auto", "default"):
@@ -150,6 +152,12 @@ def _check(request: _ChatRequest, choices: int) -> None:
             "leave it out.",
             param="service_tier",
         )
+
+
+def brief(number: int) -> str:
+    """A number from a body, as far as a message has room for it."""
+    text = str(number)
+    return text if len(text) <= 20 else f"{text[:20]}…"
 
 
 def check_model(model: str) -> None:
@@ -161,12 +169,12 @@ def check_model(model: str) -> None:
 
 def check_choices(name: str, choices: int) -> None:
     if not 1 <= choices <= _MAX_CHOICES:
-        raise InvalidRequest(f"{name}: {choices} is not between 1 and {_MAX_CHOICES}.", param=name)
+        raise InvalidRequest(f"{name}: {brief(choices)} is not between 1 and {_MAX_CHOICES}.", param=name)
 
 
 def check_tokens(name: str, cap: int | None) -> None:
     if cap is not None and not 1 <= cap <= MAX_TOKENS:
-        raise InvalidRequest(f"{name}: {cap} is not between 1 and {MAX_TOKENS}.", param=name)
+        raise InvalidRequest(f"{name}: {brief(cap)} is not between 1 and {MAX_TOKENS}.", param=name)
 
 
 def check_sampling(seed: int | None, temperature: float | None, top_p: float | None) -> None:

@@ -1,5 +1,6 @@
 """A gateway on a real port before a provider that speaks chat, completions and embeddings."""
 
+import io
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -54,7 +55,7 @@ async def edge(start_edge: StartEdge) -> AsyncIterator[Gateway]:
 
 async def post(gateway: Gateway, path: str, body: Any, **headers: str) -> tuple[int, Any, Any]:
     """(status, headers, decoded body) of one call."""
-    data = body if isinstance(body, bytes) else None
+    data = io.BytesIO(body) if isinstance(body, bytes) else None
     async with gateway.session.post(
         gateway.url + path, json=None if data is not None else body, data=data, headers=gateway.headers(**headers)
     ) as response:
