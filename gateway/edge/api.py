@@ -3,10 +3,10 @@
 import asyncio
 import time
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
-from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,12 +14,14 @@ from starlette.exceptions import HTTPException
 
 from gateway import __version__
 from gateway.admission.keys import Principal
-from gateway.edge.headers import read_headers
+from gateway.edge.admin import ChangeRate
+from gateway.edge.admin import router as admin_router
+from gateway.edge.budgets import budgets_of, shown
+from gateway.edge.caller import Caller, TheLifecycle
 from gateway.edge.wire import read_chat
 from gateway.errors import InvalidRequest, LeadlineError, MethodNotAllowed, NotFound
 from gateway.ledger import report
 from gateway.ledger.store import BATCH_WAIT_S
-from gateway.lifecycle import Lifecycle
 from gateway.query import query_of
 from gateway.telemetry.peers import Peers
 from gateway.upstream.types import CallHeaders
@@ -31,20 +33,6 @@ OTHER_WORKERS_TRIES = 5
 """How many of the ledger's batches a receipt may wait for, when another worker may have it."""
 
 router = APIRouter()
-
-
-def lifecycle_of(request: Request) -> Lifecycle:
-    lifecycle: Lifecycle = request.app.state.lifecycle
-    return lifecycle
-
-
-async def caller(request: Request) -> Principal:
-    """The key's owner. Raises Unauthenticated."""
-    return await lifecycle_of(request).keys.recognise(read_headers(request.scope["headers"]).token)
-
-
-Caller = Annotated[Principal, Depends(caller)]
-TheLifecycle = Annotated[Lifecycle, Depends(lifecycle_of)]
 
 
 @router.get("/", include_in_schema=False)
@@ -136,6 +124,12 @@ async def spend(
     return {"since_ms": since_ms, "tenant": tenant, "scope": scope, **totals, "by_model": models}
 
 
+@router.get("/leadline/v1/budgets", tags=["receipts"])
+async def budgets(principal: Caller, lifecycle: TheLifecycle) -> dict[str, Any]:
+    """What bounds the caller's own key: its own, its team's and its tenant's budgets, as they stand now."""
+    return {"data": [shown(budget) for budget in await budgets_of(lifecycle, [principal])]}
+
+
 class ExplainRequest(BaseModel):
     """A chat completion as it would be sent, and the tags that its header would name."""
 
@@ -197,6 +191,8 @@ async def _invalid(request: Request, error: Exception) -> Response:
 def build_web() -> FastAPI:
     web = FastAPI(title="Leadline", version=__version__, docs_url=None, redoc_url=None)
     web.include_router(router)
+    web.include_router(admin_router)
+    web.state.change_rate = ChangeRate()
     web.add_exception_handler(LeadlineError, _error)
     web.add_exception_handler(HTTPException, _http_error)
     web.add_exception_handler(RequestValidationError, _invalid)

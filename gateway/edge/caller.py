@@ -1,0 +1,23 @@
+"""Who is calling, and what answers: the dependencies of every path that FastAPI serves."""
+
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from gateway.admission.keys import Principal
+from gateway.edge.headers import read_headers
+from gateway.lifecycle import Lifecycle
+
+
+def lifecycle_of(request: Request) -> Lifecycle:
+    lifecycle: Lifecycle = request.app.state.lifecycle
+    return lifecycle
+
+
+async def caller(request: Request) -> Principal:
+    """The key's owner. Raises Unauthenticated."""
+    return await lifecycle_of(request).keys.recognise(read_headers(request.scope["headers"]).token)
+
+
+Caller = Annotated[Principal, Depends(caller)]
+TheLifecycle = Annotated[Lifecycle, Depends(lifecycle_of)]
