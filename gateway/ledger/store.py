@@ -259,9 +259,17 @@ class LedgerStore:
             self._writer.insert(rows)
         except self._writer.away:
             raise  # all of it again, later
-        except (self._writer.refused, OverflowError, ValueError) as error:
+        except (self._writer.refused, OverflowError, ValueError):
             if len(rows) > 1:
                 for row in rows:
                     self._insert_all([row])
             else:
-                log.error("ledger.row_refused", error=str(error)[:300], row=repr(rows[0]))
+                self._insert_fitted(rows[0])
+
+    def _insert_fitted(self, row: Closed) -> None:
+        try:
+            self._writer.insert([row], fitted=True)
+        except self._writer.away:
+            raise
+        except (self._writer.refused, OverflowError, ValueError) as error:
+            log.error("ledger.row_refused", error=str(error)[:300], row=repr(row))

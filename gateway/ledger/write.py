@@ -19,6 +19,10 @@ Rows = Sequence[tuple[RequestRecord, list[AttemptRecord]]]
 Record = RequestRecord | AttemptRecord
 
 REQUEST, ATTEMPT = str(RequestRow.__tablename__), str(AttemptRow.__tablename__)
+_REQUEST_LENGTHS, _ATTEMPT_LENGTHS = (
+    {name: length for name, length in ((c.name, getattr(c.type, "length", None)) for c in columns) if length}
+    for columns in (RequestRow.__table__.columns, AttemptRow.__table__.columns)  # type: ignore[attr-defined]
+)
 _encode = msgspec.json.Encoder().encode
 _as_tuple, _as_dict = msgspec.structs.astuple, msgspec.structs.asdict
 
@@ -36,11 +40,13 @@ class Writer(ABC):
         self.refused: type[Exception] = driver.Error
         """Raised for what a row holds."""
 
-    def insert(self, rows: Rows) -> None:
+    def insert(self, rows: Rows, *, fitted: bool = False) -> None:
+        """`fitted`: with texts cut to their columns, for a row that was refused as it is."""
         requests = [request for request, _ in rows]
         attempts = [attempt for _, tried in rows for attempt in tried]
-        if _holds_nul(requests, attempts):
-            requests, attempts = [_without_nul(r) for r in requests], [_without_nul(a) for a in attempts]
+        if fitted or _holds_nul(requests, attempts):
+            requests = [_fitted(request, _REQUEST_LENGTHS) for request in requests]
+            attempts = [_fitted(attempt, _ATTEMPT_LENGTHS) for attempt in attempts]
         connection = self.engine.raw_connection()
         try:
             cursor = connection.cursor()
@@ -99,8 +105,13 @@ def _holds_nul(requests: list[RequestRecord], attempts: list[AttemptRecord]) -> 
     ) or any(a.error is not None and "\x00" in a.error for a in attempts)
 
 
-def _without_nul(record: Any) -> Any:
-    texts = {name: value for name, value in _as_dict(record).items() if isinstance(value, str) and "\x00" in value}
+def _fitted(record: Any, lengths: dict[str, int]) -> Any:
+    """The record with its texts as any column takes them: without NUL, and no longer than the column."""
+    texts = {name: value for name, value in _as_dict(record).items() if isinstance(value, str)}
     return msgspec.structs.replace(
-        record, **{name: value.replace("\x00", "\N{REPLACEMENT CHARACTER}") for name, value in texts.items()}
+        record,
+        **{
+            name: value.replace("\x00", "\N{REPLACEMENT CHARACTER}")[: lengths.get(name)]
+            for name, value in texts.items()
+        },
     )

@@ -1,6 +1,7 @@
 """The command line, as a person types it."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ def test_check_accepts_every_recipe(recipe: Path, tmp_path: Path) -> None:
     done = leadline("check", str(recipe), home=tmp_path)
     assert done.returncode == 0, done.stderr
     assert ": ok, version " in done.stdout
+    assert re.search(r"prices that it leaves out: genai-prices \S+ \(MIT\), 20\d\d-\d\d-\d\d", done.stdout)
 
 
 def test_check_names_line_value_and_fix(tmp_path: Path) -> None:
