@@ -223,7 +223,7 @@ def _with_keys(use: "Callable[[KeyStore, Engine], Any]") -> Any:
         _stop(str(error))
     settings.prepare_home()
     try:
-        engine = connect(settings.database_url)
+        engine = connect(settings.database_url, settings.durability)
     except LedgerUnreachable as error:
         _stop(str(error))
     try:

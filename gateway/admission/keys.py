@@ -69,6 +69,8 @@ def load_pepper(home: Path) -> bytes:
         draft = home / f"pepper.{secrets.token_hex(4)}"
         with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(secrets.token_bytes(PEPPER_BYTES))
+            file.flush()
+            os.fsync(file.fileno())  # a pepper that power loss emptied would make every key useless
         try:
             os.link(draft, path)  # whole or not at all, and never over one that another process has just made
         except FileExistsError:
