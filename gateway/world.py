@@ -69,5 +69,8 @@ def build_world(policy: Policy, client: HttpClient, engine: EngineLink, env: Map
             max_output=model.max_output or min(context, ASSUMED_MAX_OUTPUT_TOKENS),
             timeout_s=provider.timeout_ms / 1000,
             retries=provider.retries,
+            connect_timeout_s=provider.connect_timeout_ms / 1000,
+            first_byte_timeout_s=(provider.first_byte_timeout_ms or provider.timeout_ms) / 1000,
+            idle_timeout_s=(provider.idle_timeout_ms or provider.timeout_ms) / 1000,
         )
     return World(policy, targets, upstreams)

@@ -84,11 +84,14 @@ class WireUsage(msgspec.Struct):
     prompt_cache_hit_tokens: int | None = None
 
     def split(self) -> Usage | None:
-        """Disjoint classes; None for counts that no call can have (too many, or none at all): as good as none given.
+        """Disjoint classes; None for counts that no call can have (too many, none, below none): as good as none given.
 
         A part larger than its whole is cut to the whole: the bill never goes negative. Where the provider gives a
         total that is not below its parts, the classes sum to it.
         """
+        wholes = (self.prompt_tokens, self.completion_tokens, self.input_tokens, self.output_tokens)
+        if any(count is not None and count < 0 for count in wholes):
+            return None
         details = self.prompt_tokens_details or self.input_tokens_details or _NO_INPUT_DETAILS
         cached = _first(details.cached_tokens, self.cache_read_input_tokens, self.prompt_cache_hit_tokens)
         written = _first(details.cache_write_tokens, details.created_cache_tokens, self._cache_creation())
