@@ -28,9 +28,12 @@ models:
   dear: {{provider: fake, model: large, context: 128000, max_output: 4000,
          price: {{input: $2.50/Mtok, cached_input: $1.25/Mtok, cache_write: $3.125/Mtok, output: $10/Mtok,
                  reasoning: $12.3456789/Mtok}}}}
+  tiered: {{provider: fake, model: tiered, context: 128000, max_output: 4000,
+           price: {{input: $1.25/Mtok, cached_input: $0.31/Mtok, output: $10/Mtok,
+                   tiers: [{{above: 40, input: $2.50/Mtok, cached_input: $0.625/Mtok, output: $15/Mtok}}]}}}}
 limits: [{{key: "*", budget: $10000/month}}]
 """
-MODELS = ("cheap", "dear")
+MODELS = ("cheap", "dear", "tiered")
 TOOL = {"type": "function", "function": {"name": "sound", "parameters": {"type": "object"}}}
 WORDS = ["how", "deep", "is", "the", "water", "under", "the", "keel", "at", "low", "tide", "here"]
 

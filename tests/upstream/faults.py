@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 When = Literal["served", "before", "after", "torn"]
-"""`torn`: before or after, as the network has it (a reset may overtake what was sent before it)."""
+"""`torn`: before or after, as the network has it: the end may overtake what was sent before it, or arrive with it."""
 BillKind = Literal["exact", "nothing", "estimate"]
 
 
@@ -57,8 +57,9 @@ FAILED = _before("nothing", 502, "status")
 LIMITED = _before("nothing", 429, "rate_limit")
 CUT = _before("estimate", 502, "cut")
 BAD = _before("estimate", 502, "bad_answer")
-NO_EVENTS = _before("estimate", 502, "cut", "bad_answer")
+UNUSABLE = _before("estimate", 502, "cut", "bad_answer")
 BROKEN = _after("cut")
+TORN = Effect("torn", "estimate", frozenset({"cut", "bad_answer"}), 502)
 EXACT = Effect("served", "exact", frozenset({"ok"}))
 ESTIMATED = Effect("served", "estimate", frozenset({"ok"}))
 
@@ -87,20 +88,18 @@ FAULTS = (
         "200 with invalid JSON",
         (
             _same("truncated", BAD),
-            Variant("empty", BAD, NO_EVENTS),
+            Variant("empty", BAD, UNUSABLE),
             _same("array", BAD),
-            Variant("error", BAD, NO_EVENTS),
+            Variant("error", BAD, UNUSABLE),
             _same("utf8", BAD),
         ),
     ),
-    Fault("F16", "wrong content type", (_same("text", EXACT), Variant("swapped", BAD, NO_EVENTS))),
-    Fault(
-        "F17", "wrong Content-Length", (Variant("long", CUT, EXACT), Variant("short", BAD, _after("cut", "bad_answer")))
-    ),
-    Fault("F18", "truncated chunked body", (Variant("middle", CUT, BROKEN), _same("none", CUT))),
+    Fault("F16", "wrong content type", (Variant("text", EXACT, BAD), Variant("swapped", BAD, UNUSABLE))),
+    Fault("F17", "wrong Content-Length", (Variant("long", CUT, EXACT), Variant("short", UNUSABLE, TORN))),
+    Fault("F18", "truncated chunked body", (Variant("middle", CUT, TORN), _same("none", CUT))),
     Fault("F19", "reset before headers", (_same("", CUT),)),
     Fault("F20", "reset inside headers", (_same("", CUT),)),
-    Fault("F21", "reset after events", (Variant("", CUT, Effect("torn", "estimate", frozenset({"cut"}), 502)),)),
+    Fault("F21", "reset after events", (Variant("", CUT, TORN),)),
     Fault(
         "F22",
         "stall after events",
@@ -115,9 +114,9 @@ FAULTS = (
         "F24",
         "malformed events",
         (
-            Variant("no-blank-line", None, NO_EVENTS),
+            Variant("no-blank-line", None, UNUSABLE),
             *(Variant(v, None, EXACT) for v in ("cr", "crlf", "bom", "comments", "multi-line", "huge", "utf8-split")),
-            Variant("utf8-invalid", None, _after("bad_answer", "cut")),
+            Variant("utf8-invalid", None, TORN),
         ),
     ),
     Fault(
@@ -137,9 +136,9 @@ FAULTS = (
             *(_same(v, ESTIMATED) for v in ("missing", "zero", "negative", "negative-output")),
             *(_same(v, EXACT) for v in ("twice", "inconsistent")),
             Variant("cumulative", None, EXACT),
-            Variant("cumulative-cut", None, BROKEN),
+            Variant("cumulative-cut", None, TORN),
         ),
     ),
     Fault("F27", "duplicate tool-call indexes, unknown fields", (_same("", EXACT),)),
-    Fault("F28", "gzip bomb", (Variant("", BAD, NO_EVENTS),)),
+    Fault("F28", "gzip bomb", (Variant("", BAD, UNUSABLE),)),
 )

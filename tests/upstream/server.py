@@ -113,7 +113,10 @@ class Upstream:
 async def _read_request(reader: asyncio.StreamReader) -> _Request | None:
     """None at the end of the connection, and for what is no HTTP (a TLS greeting)."""
     try:
-        block = await reader.readuntil(b"\r\n\r\n")
+        block = await reader.readexactly(1)
+        if not block.isalpha():
+            return None
+        block += await reader.readuntil(b"\r\n\r\n")
         first, *lines = block.decode("latin-1").split("\r\n")
         method, target, _ = first.split(" ")
         headers = dict(line.lower().split(": ", 1) for line in lines if line)
