@@ -2,11 +2,11 @@
 
 import re
 from typing import Annotated
-from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from routers import units
+from routers.addresses import check_base_url
 from routers.units import UnitError
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}$"
@@ -85,20 +85,7 @@ def _probability(value: object, sign: str, example: str) -> float:
 
 
 def _base_url(value: object) -> str:
-    text = _text(value)
-    fix = "write the server's address, such as https://api.openai.com/v1"
-    try:
-        parts = urlsplit(text)
-        host, _ = parts.hostname, parts.port
-    except ValueError:
-        raise UnitError("not an address", fix) from None
-    if parts.scheme not in ("http", "https") or not host or re.search(r"[\s\x00-\x1f]", text):
-        raise UnitError("not an http or https address with a host", fix)
-    if "@" in parts.netloc:
-        raise UnitError("an address must not carry a user or a password", "give the key in `api_key: env:NAME`")
-    if parts.query or parts.fragment or "?" in text or "#" in text:
-        raise UnitError("an address must not carry a query or a fragment", "end the address at its path, such as /v1")
-    return text.rstrip("/")
+    return check_base_url(_text(value))
 
 
 def _secret_name(value: object) -> str:
