@@ -29,6 +29,8 @@ import msgspec
 from gateway.ledger.records import AttemptRecord, RequestRecord
 
 SEGMENT_BYTES = 16 << 20
+LIFE = "life-"
+"""Begins the name of the file that names a process's holds."""
 LOCK_WAIT_S = 1.0
 """How long a starting worker waits for its folder: a reconciler holds one for the moment of a rename."""
 
@@ -93,10 +95,19 @@ class Journal:
         self._unsynced_names = True
         self._broken: OSError | None = None
         self._old = segments(folder)
+        self.lives = lives(folder)
+        """Of earlier owners, whose holds of shared budgets end once `recover`'s rows are in SQL."""
+        self._life: Path | None = None
         self._current = self._new_segment(1 + max((_number(p) for p in self._old), default=0))
         if sync is not None:
             for parent in (folder.parent, folder.parent.parent):  # the folder's own name, if it is new
                 _sync_all(sync, [os.open(parent, os.O_RDONLY | os.O_DIRECTORY)])
+
+    def sign(self, life: str) -> None:
+        """Name what this process holds of shared budgets: whoever recovers its journal gives that back."""
+        self._life = self._folder / f"{LIFE}{life}"
+        self._life.touch(mode=0o600)
+        self._unsynced_names = True
 
     def opened(self, request: RequestRecord) -> None:
         """Raises OSError when the disk does not take it: the request must not be admitted then."""
@@ -179,7 +190,9 @@ class Journal:
         """Delete the segments that `recover` read."""
         for path in self._old:
             path.unlink(missing_ok=True)
-        self._old = []
+        for life in self.lives:
+            (self._folder / f"{LIFE}{life}").unlink(missing_ok=True)
+        self._old, self.lives = [], []
 
     def close(self) -> None:
         """Release the folder. Segments with nothing uncommitted are deleted, the rest stays for the next start."""
@@ -187,6 +200,8 @@ class Journal:
             os.close(segment.fd)
             if segment.uncommitted == 0 and not self._segment_of:
                 segment.path.unlink(missing_ok=True)
+        if self._life is not None and not self._segment_of:
+            self._life.unlink(missing_ok=True)
         self._segments.clear()
         if self._syncer is not None:
             self._syncer.shutdown()
@@ -231,6 +246,11 @@ class Journal:
 def segments(folder: Path) -> list[Path]:
     """The journal files of one worker, oldest first."""
     return sorted(folder.glob("journal-*.log"))
+
+
+def lives(folder: Path) -> list[str]:
+    """Who has held shared budgets from here, and has not ended in order."""
+    return sorted(path.name.removeprefix(LIFE) for path in folder.glob(f"{LIFE}*"))
 
 
 def recovered(paths: Iterable[Path]) -> list[tuple[RequestRecord, list[AttemptRecord]]]:

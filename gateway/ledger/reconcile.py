@@ -8,7 +8,7 @@ import os
 import secrets
 from pathlib import Path
 
-from gateway.ledger.journal import recovered, segments, try_lock
+from gateway.ledger.journal import LIFE, lives, recovered, segments, try_lock
 from gateway.ledger.records import AttemptRecord, RequestRecord
 
 INTERVAL_S = 10.0
@@ -22,6 +22,8 @@ class Orphan:
         self._lock_fd = lock_fd
         self._own_folder = own_folder
         self._segments = segments(folder)
+        self.lives = lives(folder)
+        """As `Journal.lives`."""
 
     def rows(self) -> list[tuple[RequestRecord, list[AttemptRecord]]]:
         """As `journal.recovered`."""
@@ -31,6 +33,8 @@ class Orphan:
         """Delete it: SQL has its rows."""
         for path in self._segments:
             path.unlink()
+        for life in self.lives:
+            (self._folder / f"{LIFE}{life}").unlink()
         if self._own_folder:
             (self._folder / "lock").unlink()
             self._folder.rmdir()

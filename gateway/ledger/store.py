@@ -22,7 +22,7 @@ from gateway.ledger.journal import Journal
 from gateway.ledger.migrations import SchemaTooNew, upgrade
 from gateway.ledger.reconcile import INTERVAL_S, adopt_orphans
 from gateway.ledger.records import AttemptRecord, RequestRecord
-from gateway.ledger.write import Writer, writer_for
+from gateway.ledger.write import Booking, Writer, writer_for
 from gateway.settings import Durability
 
 BATCH_ROWS = 256
@@ -83,13 +83,23 @@ class LedgerStore:
     """Writes closed requests; owned by the event loop, with one thread of its own from `start` to `stop`.
 
     `journals`: the folder of all workers' journals, where orphans are looked for; None: there is none but `journal`.
+    `booking`: books the rows in budgets that workers share; None: there are none.
     """
 
     def __init__(
-        self, engine: Engine, journal: Journal, *, journals: Path | None = None, durability: Durability = "process"
+        self,
+        engine: Engine,
+        journal: Journal,
+        *,
+        journals: Path | None = None,
+        durability: Durability = "process",
+        booking: Booking | None = None,
     ) -> None:
         self.engine = engine
         self.journal = journal
+        self._booking = booking
+        if booking is not None:
+            journal.sign(booking.life)
         self.full = durability == "full"
         """Whether `durable` has anything to wait for: the hot path asks this first."""
         self._writer: Writer = writer_for(engine)
@@ -109,6 +119,8 @@ class LedgerStore:
         """Bring what a crash left in the journal into SQL; returns how many requests that were. Call before `start`."""
         rows = self.journal.recover()
         self._insert_in_batches(rows)
+        if self._booking is not None:
+            self._booking.forget(self.journal.lives)
         self.journal.forget()
         return len(rows) + len(self.reconcile())
 
@@ -124,6 +136,8 @@ class LedgerStore:
             try:
                 rows = orphan.rows()
                 self._insert_in_batches(rows)
+                if self._booking is not None:
+                    self._booking.forget(orphan.lives)
             except BaseException:
                 orphan.release()
                 raise
@@ -256,7 +270,7 @@ class LedgerStore:
     def _insert_all(self, rows: Sequence[Closed]) -> None:
         """All rows; one that the database refuses for what it is does not hold up the others: it goes to the log."""
         try:
-            self._writer.insert(rows)
+            self._writer.insert(rows, self._booking)
         except self._writer.away:
             raise  # all of it again, later
         except (self._writer.refused, OverflowError, ValueError):
@@ -268,8 +282,10 @@ class LedgerStore:
 
     def _insert_fitted(self, row: Closed) -> None:
         try:
-            self._writer.insert([row], fitted=True)
+            self._writer.insert([row], self._booking, fitted=True)
         except self._writer.away:
             raise
         except (self._writer.refused, OverflowError, ValueError) as error:
+            if self._booking is not None:
+                self._booking.abandon(row[0])
             log.error("ledger.row_refused", error=str(error)[:300], row=repr(row))

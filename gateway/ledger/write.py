@@ -5,11 +5,11 @@ SQLAlchemy Core; PostgreSQL 3.7 µs with one JSON document per table, against 34
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import msgspec
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import InterfaceError, OperationalError
 
 from gateway.ledger.records import AttemptRecord, RequestRecord
@@ -27,6 +27,27 @@ _encode = msgspec.json.Encoder().encode
 _as_tuple, _as_dict = msgspec.structs.astuple, msgspec.structs.asdict
 
 
+class Booking(Protocol):
+    """Books what is inserted in budgets that workers share, in the same transaction."""
+
+    @property
+    def life(self) -> str:
+        """Names what this process holds of them; its journal carries the name."""
+        ...
+
+    def insert(self, engine: Engine, records: Sequence[RequestRecord], write: Callable[[Connection], set[str]]) -> None:
+        """Run `write`, which inserts `records` and returns the ids that are new, and book those. Commits."""
+        ...
+
+    def abandon(self, record: RequestRecord) -> None:
+        """The database refuses this row for what it is."""
+        ...
+
+    def forget(self, lives: Sequence[str]) -> None:
+        """The journals of these are in the ledger: what they held is given back."""
+        ...
+
+
 class Writer(ABC):
     """Inserts rows in one transaction and leaves alone those whose id is there: so a replay changes nothing."""
 
@@ -40,13 +61,16 @@ class Writer(ABC):
         self.refused: type[Exception] = driver.Error
         """Raised for what a row holds."""
 
-    def insert(self, rows: Rows, *, fitted: bool = False) -> None:
+    def insert(self, rows: Rows, booking: Booking | None = None, *, fitted: bool = False) -> None:
         """`fitted`: with texts cut to their columns, for a row that was refused as it is."""
         requests = [request for request, _ in rows]
         attempts = [attempt for _, tried in rows for attempt in tried]
         if fitted or _holds_nul(requests, attempts):
             requests = [_fitted(request, _REQUEST_LENGTHS) for request in requests]
             attempts = [_fitted(attempt, _ATTEMPT_LENGTHS) for attempt in attempts]
+        if booking is not None:
+            booking.insert(self.engine, requests, lambda connection: self._insert_new(connection, requests, attempts))
+            return
         connection = self.engine.raw_connection()
         try:
             cursor = connection.cursor()
@@ -57,6 +81,17 @@ class Writer(ABC):
             raise
         finally:
             connection.close()  # back to the pool, which rolls back what was not committed
+
+    def _insert_new(
+        self, connection: Connection, requests: list[RequestRecord], attempts: list[AttemptRecord]
+    ) -> set[str]:
+        cursor = connection.connection.cursor()
+        return self.execute_new(cursor, requests, attempts)
+
+    @abstractmethod
+    def execute_new(self, cursor: Any, requests: list[RequestRecord], attempts: list[AttemptRecord]) -> set[str]:
+        """As `execute`; returns the ids of the requests that were not there."""
+        ...
 
     @abstractmethod
     def execute(self, cursor: Any, requests: list[RequestRecord], attempts: list[AttemptRecord]) -> None: ...
@@ -75,6 +110,15 @@ class _SQLite(Writer):
         cursor.executemany(self._requests, map(_as_tuple, requests))
         cursor.executemany(self._attempts, map(_as_tuple, attempts))
 
+    def execute_new(self, cursor: Any, requests: list[RequestRecord], attempts: list[AttemptRecord]) -> set[str]:
+        new = set()
+        for request in requests:
+            cursor.execute(self._requests, _as_tuple(request))
+            if cursor.rowcount:
+                new.add(request.id)
+        cursor.executemany(self._attempts, map(_as_tuple, attempts))
+        return new
+
 
 class _PostgreSQL(Writer):
     def __init__(self, engine: Engine) -> None:
@@ -88,6 +132,12 @@ class _PostgreSQL(Writer):
     def execute(self, cursor: Any, requests: list[RequestRecord], attempts: list[AttemptRecord]) -> None:
         cursor.execute(self._requests, (_encode([_as_dict(request) for request in requests]).decode(),))
         cursor.execute(self._attempts, (_encode([_as_dict(attempt) for attempt in attempts]).decode(),))
+
+    def execute_new(self, cursor: Any, requests: list[RequestRecord], attempts: list[AttemptRecord]) -> set[str]:
+        document = _encode([_as_dict(request) for request in requests]).decode()
+        new = {found[0] for found in cursor.execute(f"{self._requests} RETURNING id", (document,))}
+        cursor.execute(self._attempts, (_encode([_as_dict(attempt) for attempt in attempts]).decode(),))
+        return new
 
 
 def writer_for(engine: Engine) -> Writer:
