@@ -45,6 +45,7 @@ FOLDER = Path(__file__).parent
 LOCK = 0x6C6561646C696E65
 """PostgreSQL's advisory lock of an upgrade: `leadline` in ASCII."""
 LOCK_WAIT_S = 60
+"""For another worker's upgrade, or for a table that somebody holds; a start that waits longer fails and says so."""
 
 _version_table = Table("alembic_version", MetaData(), Column("version_num", String(32), primary_key=True))
 
@@ -104,6 +105,7 @@ def _exclusive(engine: Engine) -> Iterator[Connection]:
             yield connection
     else:
         with engine.begin() as connection:
+            connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_WAIT_S}s'"))
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": LOCK})
             yield connection
 
