@@ -25,6 +25,7 @@
 Lower packages raise their own errors; `gateway` maps each of them here once, and `edge` turns these into HTTP once.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 
@@ -41,6 +42,8 @@ class LeadlineError(Exception):
         self.message = message
         self.param = param
         self.retry_after_s: float | None = None
+        self.headers: Sequence[tuple[bytes, bytes]] = ()
+        """What the answer says beside its body, e.g. the limit that was met."""
 
     @property
     def http_status(self) -> int:
@@ -123,9 +126,10 @@ class RateLimited(LeadlineError):
     code = "rate_limit_exceeded"
     should_retry = True
 
-    def __init__(self, message: str, *, retry_after_s: float) -> None:
+    def __init__(self, message: str, *, retry_after_s: float, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.headers = headers
 
 
 class BudgetExceeded(LeadlineError):

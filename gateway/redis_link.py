@@ -1,13 +1,12 @@
 """The one way to Redis: asked within 50 ms, and left alone for a while when it does not answer.
 
 Redis holds rates and cached answers, never money. Whatever is wrong with it (absent, dead, paused, loading, full, read
-only, slow) is the same to whoever asks: `RedisAway`, at once or after at most `TIMEOUT_S`, and then in its own way.
+only, slow) is the same to whoever asks: `RedisAway`, after at most `TIMEOUT_S`, and from then on at once.
 """
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import TypeVar
 
 import redis.asyncio as redis
@@ -19,10 +18,12 @@ log = structlog.get_logger(__name__)
 
 TIMEOUT_S = 0.05
 OPEN_S = 1.0
-"""How long a Redis that failed is not asked; then one call tries it for all."""
-LAG_S = 0.01
-"""A timer this late says that our own event loop is behind, not Redis."""
-GRACE_S = 0.005
+"""How long a Redis that failed is left alone before it is tried again, beside the requests."""
+CONNECT_TIMEOUT_S = 1.0
+"""Connecting takes some twenty turns of the event loop, which may be a busy one; no request waits for it."""
+LEAST_S = 0.005
+"""What a call is given that has waited long for its turn."""
+FAILURES = (redis.RedisError, OSError, TimeoutError)
 
 _T = TypeVar("_T")
 
@@ -32,93 +33,66 @@ class RedisAway(Exception):
 
 
 class RedisLink:
-    """Owned by one event loop. `up` hears of every change; `clock` is any monotonic clock in seconds."""
+    """Owned by one event loop. `tell` hears whether it is up, whenever that changes."""
 
     def __init__(
-        self,
-        url: str,
-        up: Callable[[bool], None],
-        *,
-        timeout_s: float = TIMEOUT_S,
-        clock: Callable[[], float] = time.monotonic,
+        self, url: str, tell: Callable[[bool], None], *, timeout_s: float = TIMEOUT_S, open_s: float = OPEN_S
     ) -> None:
         # One try more on a connection that has died since: after a restart of Redis, all of them have.
         again = Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))
         self.client = redis.Redis.from_url(url, retry=again)
-        self.timeout_s = timeout_s
-        self._up = up
-        self._clock = clock
-        self._open_until: float | None = None
-        self._probing = False
-
-    @property
-    def up(self) -> bool:
+        self.up = True
         """Whether it answered when it was last asked."""
-        return self._open_until is None
+        self.timeout_s = timeout_s
+        self._tell = tell
+        self._open_s = open_s
+        self._mending: asyncio.Task[None] | None = None
 
-    @property
-    def usable(self) -> bool:
-        """Whether a call would go out now: it is up, or it is time to try it again."""
-        return self._open_until is None or (not self._probing and self._clock() >= self._open_until)
+    async def check(self) -> bool:
+        """Connect, so that its state is known from the start."""
+        try:
+            await self._prove()
+        except FAILURES as error:
+            self._failed(error)
+        else:
+            self._tell(True)
+        return self.up
 
     async def call(self, ask: Callable[["redis.Redis"], Awaitable[_T]], *, waited_s: float = 0.0) -> _T:
         """The answer of `ask(client)`. Raises RedisAway within `timeout_s`, less what the caller has waited before."""
-        if not self.usable:
+        if not self.up:
             raise RedisAway("Redis is left alone for a while")
-        probe = self._probing = self._open_until is not None
         try:
-            async with _patient(max(GRACE_S, self.timeout_s - waited_s)):
-                answer = await ask(self.client)
-        except (redis.RedisError, OSError, TimeoutError) as error:
+            async with asyncio.timeout(max(LEAST_S, self.timeout_s - waited_s)):
+                return await ask(self.client)
+        except FAILURES as error:
             self._failed(error)
             raise RedisAway(type(error).__name__) from error
-        finally:
-            if probe:
-                self._probing = False
-        if probe:
-            self._open_until = None
-            self._up(True)
-            log.info("redis.back")
-        return answer
-
-    async def check(self) -> bool:
-        """Ask once, so that its state is known."""
-        try:
-            await self.call(lambda client: client.ping())
-        except RedisAway:
-            return False
-        self._up(True)
-        return True
 
     async def close(self) -> None:
+        if self._mending is not None:
+            self._mending.cancel()
+            await asyncio.gather(self._mending, return_exceptions=True)
         await self.client.aclose()
 
     def _failed(self, error: Exception) -> None:
-        if self._open_until is None:
-            log.warning("redis.away", error=f"{type(error).__name__}: {error}"[:200], retry_in_s=OPEN_S)
-        self._open_until = self._clock() + OPEN_S
-        self._up(False)
+        if self.up:
+            log.warning("redis.away", error=f"{type(error).__name__}: {error}"[:200], retry_in_s=self._open_s)
+            self.up = False
+            self._tell(False)
+            self._mending = asyncio.create_task(self._mend(), name="redis-mend")
 
+    async def _mend(self) -> None:
+        while not self.up:
+            await asyncio.sleep(self._open_s)
+            with suppress(*FAILURES):
+                await self._prove()
+                self.up = True
+                self._tell(True)
+                log.info("redis.back")
 
-@asynccontextmanager
-async def _patient(timeout_s: float) -> AsyncIterator[None]:
-    """`asyncio.timeout`, that does not blame Redis when this event loop was too busy to read its answer."""
-    loop = asyncio.get_running_loop()
-    handle: asyncio.TimerHandle | None = None
-
-    def expire(due: float, patience: int) -> None:
-        nonlocal handle
-        lag = loop.time() - due
-        if patience and lag > LAG_S:
-            again = loop.time() + lag
-            handle = loop.call_at(again, expire, again, patience - 1)
-        else:
-            bound.reschedule(loop.time() + GRACE_S)
-
-    async with asyncio.timeout(None) as bound:
-        due = loop.time() + timeout_s
-        handle = loop.call_at(due, expire, due, 3)
-        try:
-            yield
-        finally:
-            handle.cancel()
+    async def _prove(self) -> None:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            await self.client.ping()
+        async with asyncio.timeout(self.timeout_s):  # connected: as fast as requests need it?
+            await self.client.ping()

@@ -60,6 +60,7 @@ class RateLimit:
             f"Rate limit of {self.label}: faster than {self.count} {self.kind} per {self.per_s} s; "
             f"retry in {wait_s:.3f} s.",
             retry_after_s=wait_s,
+            headers=rate_headers([(self, 0, wait_s + self.per_s)]),
         )
 
 

@@ -108,7 +108,7 @@ class SharedRates:
         """Raises RateLimited. Waits for Redis 50 ms at most."""
         if not limits:
             return NO_LIMIT if self._link.up else _UNLIMITED
-        if not self._link.usable:
+        if not self._link.up:
             return SharedGrant(self, limits, tokens, request_id, self._local.take(limits, tokens), None)
         answer: asyncio.Future[list[float] | None] = asyncio.get_running_loop().create_future()
         meters = [_taken(limit, tokens) for limit in limits]
@@ -170,7 +170,7 @@ class SharedRates:
             self._ask(_Operation(_GIVE, request_id, meters, None))
 
     def _ask(self, operation: _Operation) -> None:
-        if operation.code == _GIVE and not self._link.usable:
+        if operation.code == _GIVE and not self._link.up:
             self._owed.append(operation)
             return
         self._queue.append(operation)
@@ -224,7 +224,7 @@ class SharedRates:
     async def _renew(self) -> None:
         while True:
             await asyncio.sleep(self._renew_s)
-            if self._link.usable:
+            if self._link.up:
                 for request_id, places in self._held.items():
                     self._ask(_Operation(_RENEW, request_id, places, None))
 

@@ -133,7 +133,7 @@ class AsgiReply:
             await self.send(b"data: " + body + b"\n\n")
             await self.end()
             return
-        headers = [*headers, (b"x-should-retry", b"true" if error.should_retry else b"false")]
+        headers = [*headers, *error.headers, (b"x-should-retry", b"true" if error.should_retry else b"false")]
         if error.retry_after_s is not None:
             headers.append((b"retry-after", b"%d" % max(1, round(error.retry_after_s + 0.5))))
             headers.append((b"retry-after-ms", b"%d" % (error.retry_after_s * 1000)))

@@ -209,6 +209,20 @@ async def test_answers_say_what_is_left_of_the_rates(start_gateway: StartGateway
 
 
 @anyio
+async def test_a_refusal_names_the_limit_that_was_met(start_gateway: StartGateway) -> None:
+    async with start_gateway('limits: [{key: "*", tokens: 500/h}]') as gateway:
+        assert (await gateway.chat(ask(), **{"Cache-Control": "no-store"}))[0] == 200
+        while True:
+            status, headers, body = await gateway.chat(ask(), **{"Cache-Control": "no-store"})
+            if status != 200:
+                break
+    assert (status, body["error"]["code"]) == (429, "rate_limit_exceeded")
+    assert "Rate limit of key first: faster than 500 tokens per 3600 s" in body["error"]["message"]
+    assert (headers["x-ratelimit-limit-tokens"], headers["x-ratelimit-remaining-tokens"]) == ("500", "0")
+    assert int(headers["retry-after"]) >= 1
+
+
+@anyio
 async def test_every_end_of_a_request_gives_its_place_back(start_gateway: StartGateway, upstream: FakeUpstream) -> None:
     async with start_gateway('limits: [{key: "*", concurrency: 2}]') as gateway:
         lifecycle = gateway.app.web.state.lifecycle

@@ -184,7 +184,7 @@ async def test_a_redis_that_hangs_is_left_alone(tmp_path: Path) -> None:
 
     server = await asyncio.start_server(never, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    link = RedisLink(f"redis://127.0.0.1:{port}/0", lambda up: None, clock=lambda: 0.0)
+    link = RedisLink(f"redis://127.0.0.1:{port}/0", lambda up: None, open_s=3600)
     cache = RedisCache(link)
     assert await cache.get(b"k") is None
     connections = len(met)
