@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import structlog
+from sqlalchemy.exc import IntegrityError
 
 from gateway.admission.budgets import Budgets
 from gateway.admission.idempotency import IdempotencyStore
@@ -94,8 +95,7 @@ class App:
         ledger.start()
         stack.push_async_callback(ledger.stop)
         keys = KeyStore(database, pepper)
-        if not len(keys):
-            self.first_key = make_first_key(keys, settings.home)
+        self.first_key = make_first_key(keys, settings.home)
         cache: ExactCache = MemoryCache(settings.cache_bytes)
         rates: Rates = LocalRates()
         if settings.redis_url:
@@ -181,9 +181,16 @@ class App:
         await send({"type": "lifespan.shutdown.complete"})
 
 
-def make_first_key(keys: KeyStore, home: Path) -> str:
-    """An admin key, also left in the state folder for the command line and the SDK on this machine."""
-    token = keys.create("first", role="admin")
+def make_first_key(keys: KeyStore, home: Path) -> str | None:
+    """An admin key, also left in the state folder for the command line and the SDK on this machine; None when there are
+    keys, be it since a moment ago by another host."""
+    if len(keys):
+        return None
+    try:
+        token = keys.create("first", role="admin")
+    except IntegrityError:
+        keys.reload()
+        return None
     fd = os.open(home / "key", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(fd, "w") as file:
         file.write(token)

@@ -108,11 +108,7 @@ def _prepare(settings: Settings) -> bool:
     except LedgerUnreachable as error:
         raise CannotServe(str(error)) from error
     try:
-        keys = KeyStore(database, load_pepper(settings.home))
-        if len(keys):
-            return False
-        make_first_key(keys, settings.home)
-        return True
+        return make_first_key(KeyStore(database, load_pepper(settings.home)), settings.home) is not None
     except PepperError as error:
         raise CannotServe(str(error)) from error
     finally:
