@@ -14,6 +14,7 @@ from gateway.admission.budgets import Budgets
 from gateway.admission.idempotency import IdempotencyStore
 from gateway.admission.keys import KeyStore, PepperError, load_pepper
 from gateway.admission.rates import LocalRates, Rates
+from gateway.admission.shared_budgets import SharedBudgets, connect_budgets
 from gateway.cache.exact import ExactCache, MemoryCache
 from gateway.dashboard.views import mount_dashboard
 from gateway.edge.api import build_web
@@ -21,7 +22,7 @@ from gateway.edge.asgi import Receive, Scope, Send, identified, limited
 from gateway.edge.dataplane import Endpoint, data_plane
 from gateway.engine_link import EngineConnection
 from gateway.engine_process import EngineProcess
-from gateway.ledger import report
+from gateway.ledger import budget_rows, report
 from gateway.ledger.claim import DatabaseClaimed, claim
 from gateway.ledger.journal import Journal, JournalError, to_disk
 from gateway.ledger.store import LedgerStore, LedgerUnreachable, connect
@@ -88,7 +89,15 @@ class App:
         if claimed is not None:
             stack.callback(claimed.close)
         journal = Journal(settings.journal, sync=to_disk if settings.durability == "full" else None)
-        ledger = LedgerStore(database, journal, journals=settings.journal.parent, durability=settings.durability)
+        shared = SharedBudgets(connect_budgets(settings.database_url)) if settings.shared else None
+        if shared is not None:
+            stack.push_async_callback(shared.stop)
+        else:  # alone on this database: what this process inserts is booked nowhere but in its memory
+            with database.begin() as connection:
+                budget_rows.clear(connection)
+        ledger = LedgerStore(
+            database, journal, journals=settings.journal.parent, durability=settings.durability, booking=shared
+        )
         replayed = ledger.replay()
         if replayed:
             log.warning("ledger.replayed", requests=replayed)
@@ -134,7 +143,9 @@ class App:
             await ledger.flush()
             return await asyncio.to_thread(report.spent_since, database, scope, start_ms)
 
-        budgets = Budgets(spent_since)
+        if shared is not None:
+            shared.start()
+        budgets = shared or Budgets(spent_since)
         metrics.watch_budgets(budgets.all)
         lifecycle = Lifecycle(
             world=world,

@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 import msgspec
 import structlog
 
-from gateway.admission.budgets import Account, Budgets, degrade, tightest
+from gateway.admission.budgets import Account, BudgetKeeper, degrade, tightest
 from gateway.admission.keys import KeyStore
 from gateway.admission.limits import BudgetLimits
 from gateway.admission.rates import Rates, tokens_estimate
@@ -90,7 +90,7 @@ class Lifecycle:
         world: World,
         keys: KeyStore,
         rates: Rates,
-        budgets: Budgets,
+        budgets: BudgetKeeper,
         cache: ExactCache,
         ledger: LedgerStore,
         signals: SignalReader,

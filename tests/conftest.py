@@ -101,10 +101,26 @@ def postgres_server() -> Iterator[str]:
             stderr=subprocess.DEVNULL, user=user, cwd=folder,
         )  # fmt: skip
         wait_for_port(port, server)
+        _wait_until_started(f"postgresql://leadline@127.0.0.1:{port}/postgres")
         yield f"postgresql://leadline@127.0.0.1:{port}"
         stop(server)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait_until_started(url: str, timeout_s: float = 30) -> None:
+    """It listens before it takes connections."""
+    import psycopg
+
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            psycopg.connect(url).close()
+            return
+        except psycopg.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 @pytest.fixture

@@ -94,6 +94,18 @@ class Account(Protocol):
         ...
 
 
+class BudgetKeeper(Protocol):
+    """Where the accounts of requests come from."""
+
+    async def find(self, limits: Sequence[BudgetLimit], now_ms: int, request_id: str) -> Account:
+        """What bounds one request, in the windows of `now_ms`. Raises Unavailable."""
+        ...
+
+    def all(self) -> list[Budget]:
+        """The budgets in use, as last seen."""
+        ...
+
+
 @dataclass(slots=True)
 class Hold:
     """A reservation in this process."""

@@ -225,6 +225,13 @@ def forget(connection: Connection, worker: str) -> int:
     return total
 
 
+def clear(connection: Connection) -> None:
+    """Forget all budgets: a process that books in its own memory is alone on this database, and its rows would be
+    missing here. They start from the ledger again when workers next share them."""
+    for table in (_BUDGET, _HOLD, _WORKER):
+        connection.execute(delete(table))
+
+
 def drop_empty_holds(connection: Connection, worker: str) -> None:
     """Runs come and go: their holds need not stay."""
     connection.execute(
