@@ -125,15 +125,15 @@ async def test_a_reader_sees_and_runs_nothing(start_gateway: StartGateway) -> No
 
 @anyio
 async def test_a_key_revoked_at_one_gateway_is_refused_by_the_other(
-    start_gateway: StartGateway, tmp_path: Path, postgres_url: str
+    start_gateway: StartGateway, tmp_path: Path, postgres_url: str, redis_url: str
 ) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "pepper").write_bytes(b"p" * 32)
         (tmp_path / name / "key").write_text("the first gateway makes the first key")
     async with (
-        start_gateway(home=tmp_path / "a", database_url=postgres_url) as one,
-        start_gateway(home=tmp_path / "b", database_url=postgres_url) as two,
+        start_gateway(home=tmp_path / "a", database_url=postgres_url, redis_url=redis_url) as one,
+        start_gateway(home=tmp_path / "b", database_url=postgres_url, redis_url=redis_url) as two,
     ):
         keys = one.app.web.state.lifecycle.keys
         token = keys.create("mallory")
