@@ -27,8 +27,8 @@ class Upstream:
 
     def __init__(self, truth: Path, *, seed: int = 0) -> None:
         self.url = ""
-        self.connections = 0
-        """Open ones."""
+        self.running: dict[str, Row] = {}
+        """Calls under way, by the id of their row."""
         self._truth = TruthFile(truth)
         self._seed = seed
         self._calls = 0
@@ -54,7 +54,6 @@ class Upstream:
         assert task is not None
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        self.connections += 1
         try:
             while (request := await _read_request(reader)) is not None:
                 if not await self._answer(request, reader, writer):
@@ -62,7 +61,6 @@ class Upstream:
         except (CallerGone, ConnectionError, asyncio.CancelledError):
             pass  # asyncio reports a cancelled connection handler as an error
         finally:
-            self.connections -= 1
             writer.close()
 
     async def _answer(self, request: _Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
@@ -78,6 +76,7 @@ class Upstream:
         body = json.loads(request.body)
         row = self._row(request.path, body)
         exchange = Exchange(reader, writer, self._truth, row, body, ANSWERS[request.path](body, self._seed))
+        self.running[row.id] = row
         try:
             if row.fault:
                 return await PLAYERS[row.fault](exchange, row.variant)
@@ -91,6 +90,8 @@ class Upstream:
             return False
         except Over:
             return False
+        finally:
+            del self.running[row.id]
 
     def _row(self, path: str, body: dict[str, Any]) -> Row:
         meta = body.get("metadata") or {}
