@@ -104,6 +104,7 @@ async def running(
     *,
     database_url: str | None = None,
     redis_url: str | None = None,
+    engine: Path | None = None,
     policy_folder: Path | None = None,
     http: type[GuardedProtocol] = GuardedProtocol,
 ) -> AsyncIterator[Gateway]:
@@ -112,6 +113,7 @@ async def running(
             "LEADLINE_HOME": str(home),
             **({"DATABASE_URL": database_url} if database_url else {}),
             **({"REDIS_URL": redis_url} if redis_url else {}),
+            **({"LEADLINE_ENGINE": str(engine)} if engine else {}),
         }
     )
     app = App(settings, parse(policy, prices=prices.lookup), policy_folder)
