@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -97,7 +98,7 @@ async def evil() -> AsyncIterator[Provider]:
     await server.stop()
 
 
-HONEST = {
+HONEST: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"model": "chat", "messages": [{"role": "user", "content": "x"}]},
     "/v1/completions": {"model": "chat", "prompt": "x"},
     "/v1/embeddings": {"model": "vectors", "input": "x"},
