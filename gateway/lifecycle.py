@@ -282,7 +282,7 @@ class Lifecycle:
             outcome = "ok"
         except UpstreamError as error:
             outcome = error.cause
-            attempt.error = error.message[:300]
+            attempt.error = error.kept
             raise _failed([error], attempt.provider) from error
         except Exception:
             outcome = "error"

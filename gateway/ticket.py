@@ -124,7 +124,7 @@ class Ticket:
     def fail_attempt(self, attempt: AttemptRecord, error: UpstreamError) -> None:
         """One that never gave its first byte. It costs nothing, unless the provider may have worked on it."""
         attempt.upstream_status = error.status
-        attempt.error = error.message[:300]
+        attempt.error = error.kept
         self._upstream_ns += time.perf_counter_ns() - self._running[attempt.id].started_ns
         self.end_attempt(attempt, error.cause, None if error.may_be_billed else NO_USAGE)
 

@@ -3,20 +3,41 @@
 import logging
 import re
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import structlog
 
-_SECRET = re.compile(r"(sk-[A-Za-z0-9_-]{4})[A-Za-z0-9_-]{6,}|(Bearer )\S+")
+_SECRET = re.compile(
+    r"(sk-[A-Za-z0-9_-]{4})[A-Za-z0-9_-]{6,}"
+    r"|((?i:bearer) )[^\s\"']+"
+    r"|((?i:api[_-]?key|authorization|password|secret|token)[\"']?\s*[:=]\s*[\"']?)(?i:bearer\s+)?[^\s\"',}]{6,}"
+    r"|(://[^\s/:@]*:)[^\s/@]+(?=@)"
+    r"|()[A-Za-z0-9._%+-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+"
+)
+"""Keys by their usual prefix, bearer tokens, named secrets, passwords in addresses, e-mail addresses."""
+
+
+def strike(text: str) -> str:
+    """`text` without what looks like a secret or an e-mail address; how it began stays readable."""
+    return _SECRET.sub(lambda match: f"{next((group for group in match.groups() if group), '')}…", text)
 
 
 def redact(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Strike out keys and bearer tokens in every string of a log event."""
+    """Strike out secrets in every string of a log event, however deep it lies."""
     for name, value in event.items():
-        if isinstance(value, str):
-            event[name] = _SECRET.sub(lambda match: f"{match[1] or match[2]}…", value)
+        event[name] = _struck(value)
     return event
+
+
+def _struck(value: Any) -> Any:
+    if isinstance(value, str):
+        return strike(value)
+    if isinstance(value, Mapping):
+        return {name: _struck(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_struck(inner) for inner in value]
+    return value
 
 
 def configure_logs(level: int = logging.INFO, *, worker: int | None = None) -> None:

@@ -47,6 +47,7 @@ class OpenAIUpstream:
     def __init__(self, client: HttpClient, provider: str, base_url: str, api_key: str | None) -> None:
         self._client = client
         self._provider = provider
+        self._secret = api_key
         headers = [("Content-Type", "application/json")]
         if api_key is not None:
             headers.append(("Authorization", f"Bearer {api_key}"))
@@ -57,6 +58,21 @@ class OpenAIUpstream:
         return None
 
     async def complete(self, target: Target, call: ChatCall) -> Answer:
+        try:
+            return await self._complete(target, call)
+        except UpstreamError as error:
+            raise self._discreet(error) from None
+
+    async def stream(self, target: Target, call: ChatCall) -> "OpenAIStream":
+        try:
+            return await self._stream(target, call)
+        except UpstreamError as error:
+            raise self._discreet(error) from None
+
+    def _discreet(self, error: UpstreamError) -> UpstreamError:
+        return error.hide(self._secret) if self._secret else error
+
+    async def _complete(self, target: Target, call: ChatCall) -> Answer:
         response = await self._post(target, call)
         try:
             body = await response.read(MAX_ANSWER_BYTES)
@@ -78,18 +94,19 @@ class OpenAIUpstream:
         if failure is not None:
             raise UpstreamError(
                 "bad_answer",
-                f"{self._provider} answered 200 with an error: {error_message(failure)}",
+                f"{self._provider} answered 200 with an error: {(words := error_message(failure))}",
                 status=200,
                 may_be_billed=True,
+                words=words,
             )
         return Answer(body, usage, delivered_bytes=len(body))
 
-    async def stream(self, target: Target, call: ChatCall) -> "OpenAIStream":
+    async def _stream(self, target: Target, call: ChatCall) -> "OpenAIStream":
         response = await self._post(target, call)
         kind = response.header(b"content-type")
         if kind is not None and not kind.startswith("text/event-stream"):
             raise await self._no_stream(response, kind)
-        stream = OpenAIStream(response, self._provider, call.choices)
+        stream = OpenAIStream(response, self._provider, call.choices, self._secret)
         try:
             await stream.read_first()
         except BaseException:
@@ -124,21 +141,23 @@ class OpenAIUpstream:
     async def _no_stream(self, response: HttpResponse, kind: str) -> UpstreamError:
         """The error that something other than an event stream stands for."""
         failure = error_object(await _some_of(response))
-        words = f": {str(failure.get('message'))[:300]}" if failure else ""
+        words = f"{kind[:100]}: {str(failure.get('message'))[:300]}" if failure else kind[:100]
         return UpstreamError(
             "bad_answer",
-            f"{self._provider} answered a stream with {kind[:100]}{words}",
+            f"{self._provider} answered a stream with {words}",
             status=200,
             may_be_billed=True,
+            words=words,
         )
 
 
 class OpenAIStream:
-    def __init__(self, response: HttpResponse, provider: str, choices: int) -> None:
+    def __init__(self, response: HttpResponse, provider: str, choices: int, secret: str | None = None) -> None:
         self.state = StreamState()
         self._response = response
         self._provider = provider
         self._choices = choices
+        self._secret = secret
         self._reader = SseReader()
         self._first: list[Event] = []
         self._ended = False
@@ -176,7 +195,12 @@ class OpenAIStream:
         self._ended = not chunk
         events = []
         for payload in payloads:
-            event = read_chunk(payload, self.state, self._choices)
+            try:
+                event = read_chunk(payload, self.state, self._choices)
+            except UpstreamError as error:
+                if self._secret:
+                    error.hide(self._secret)
+                raise
             if event is None:
                 self._ended = True
                 break

@@ -31,7 +31,7 @@ def refusal(provider: str, response: HttpResponse, body: bytes) -> UpstreamError
         message = f"{provider} refused the gateway's own credentials ({status})"
         return UpstreamError("auth", message, status=status, should_retry=_should_retry(response))
     if 300 <= status < 400:
-        return UpstreamError("bad_answer", f"{message} (redirects are not followed)", status=status)
+        return UpstreamError("bad_answer", f"{message} (redirects are not followed)", status=status, words=words)
     return UpstreamError(
         _cause(status, error, words),
         message,
@@ -39,6 +39,7 @@ def refusal(provider: str, response: HttpResponse, body: bytes) -> UpstreamError
         error=error if 400 <= status < 500 else None,
         retry_after_s=retry_after_s(response),
         should_retry=_should_retry(response),
+        words=words,
     )
 
 

@@ -139,9 +139,8 @@ def read_chunk(data: bytes, state: StreamState, choices: int) -> Event | None:
             "bad_answer", f"a chunk that is no chat completion chunk: {error}", may_be_billed=True
         ) from error
     if chunk.error is not None and bytes(chunk.error) != b"null":
-        raise UpstreamError(
-            "cut", "the stream carried an error: " + error_message(bytes(chunk.error)), may_be_billed=True
-        )
+        words = error_message(bytes(chunk.error))
+        raise UpstreamError("cut", "the stream carried an error: " + words, may_be_billed=True, words=words)
     for choice in chunk.choices or ():
         size = _text_bytes(choice.delta) if choice.delta is not None else 0
         if choice.text:

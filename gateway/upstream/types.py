@@ -51,6 +51,7 @@ class UpstreamError(Exception):
         retry_after_s: float | None = None,
         may_be_billed: bool = False,
         should_retry: bool | None = None,
+        words: str = "",
     ) -> None:
         super().__init__(message)
         self.cause = cause
@@ -62,6 +63,20 @@ class UpstreamError(Exception):
         """The provider may have worked on it: the attempt is billed as an estimate."""
         self.should_retry = should_retry
         """What the provider says itself (`x-should-retry`); None where it says nothing."""
+        self.words = words
+        """The provider's own words within `message`: for the caller, who may read its own prompt in them."""
+
+    @property
+    def kept(self) -> str:
+        """The message as ledger and log may keep it: a provider's words can quote a prompt or a key."""
+        return self.message.replace(self.words, "[…]")[:300] if self.words else self.message[:300]
+
+    def hide(self, secret: str) -> "UpstreamError":
+        """Itself, without a key that the provider may have quoted back."""
+        self.message, self.words = self.message.replace(secret, "[key]"), self.words.replace(secret, "[key]")
+        if self.error is not None:
+            self.error = msgspec.json.decode(msgspec.json.encode(self.error).replace(secret.encode(), b"[key]"))
+        return self
 
     @property
     def retryable(self) -> bool:

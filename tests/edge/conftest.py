@@ -14,7 +14,7 @@ from tests.gateway.conftest import Gateway, running
 POLICY = """
 version: 1
 providers:
-  fake: {{base_url: "{url}", timeout: 5s, retries: 0, api_key: env:EDGE_PROVIDER_KEY}}
+  fake: {{base_url: "{url}", timeout: 5s, retries: 0, breaker: off, api_key: env:EDGE_PROVIDER_KEY}}
 models:
   chat: {{provider: fake, model: wire-chat, context: 16000, max_output: 1000,
          price: {{input: $1/Mtok, output: $2/Mtok}}}}

@@ -33,6 +33,8 @@ class Provider:
     bodies: list[bytes] = field(default_factory=list)
     headers: list[list[tuple[str, str]]] = field(default_factory=list)
     fail_next: tuple[int, dict[str, str], str] | None = None
+    echo: int | str | None = None
+    """Answer all calls with an error that quotes the whole request: a status, or `stream`, `whole`, `text`."""
     endless: bool = False
     """Streams never end by themselves."""
     open_streams: int = 0
@@ -57,6 +59,8 @@ class Provider:
         self.headers.append(list(request.headers.items()))
         raw = await request.read()
         self.bodies.append(raw)
+        if self.echo is not None:
+            return await self._quote(request, raw, self.echo)
         if self.fail_next is not None:
             (status, headers, text), self.fail_next = self.fail_next, None
             return web.Response(status=status, headers=headers, text=text)
@@ -66,6 +70,19 @@ class Provider:
         if body.get("stream"):
             return await self._stream(request, body)
         return web.json_response(self._whole(request.path, body))
+
+    async def _quote(self, request: web.Request, raw: bytes, how: int | str) -> web.StreamResponse:
+        said = f"{request.headers.get('Authorization')} {raw.decode()} {dict(request.headers)}"
+        error = {"error": {"message": said, "type": said[:900], "param": said[:900], "code": said[:900]}}
+        if how == "stream":
+            response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+            await response.prepare(request)
+            await response.write(b'data: {"choices":[{"index":0,"delta":{"content":"half"}}]}\n\n')
+            await response.write(b"data: " + json.dumps(error).encode() + b"\n\n")
+            return response
+        if how == "text":
+            return web.Response(text=said)
+        return web.json_response(error, status=200 if how == "whole" else int(how))
 
     def _embed(self, body: dict[str, Any]) -> web.Response:
         size = body.get("dimensions", 3)
