@@ -208,7 +208,7 @@ class Connection(asyncio.Protocol):
             self._raw += data
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             if not self.complete:
                 self.fail(MalformedResponse(f"no HTTP/1.x answer: {error}", reused=self.reused))
                 return

@@ -10,7 +10,7 @@ from gateway.upstream.connection import Timeouts
 from gateway.upstream.http import HttpClient, HttpResponse, RequestHead
 from gateway.upstream.http_errors import BadResponse, ConnectError, ExchangeTimeout, FirstByteTimeout, HttpError
 from gateway.upstream.refusals import error_object, refusal
-from gateway.upstream.sse import SseReader, error_message, read_chunk, read_usage
+from gateway.upstream.sse import ABSENT, SseReader, error_message, read_chunk, read_usage
 from gateway.upstream.types import Answer, ChatCall, Event, StreamState, Target, UpstreamError
 from routers.types import Endpoint
 
@@ -28,12 +28,12 @@ _INCLUDE_USAGE = msgspec.Raw(b'{"include_usage":true}')
 
 class _Head(msgspec.Struct):
     usage: WireUsage | None = None
-    error: msgspec.Raw | None = None
+    error: msgspec.Raw = ABSENT
 
 
 class _RawHead(msgspec.Struct):
-    usage: msgspec.Raw | None = None
-    error: msgspec.Raw | None = None
+    usage: msgspec.Raw = ABSENT
+    error: msgspec.Raw = ABSENT
 
 
 _head_decoder = msgspec.json.Decoder(_Head)
@@ -228,7 +228,7 @@ def _read_head(body: bytes) -> tuple[Usage | None, bytes | None]:
     except msgspec.ValidationError:
         raw = _raw_head_decoder.decode(body)
         usage, error = read_usage(raw.usage), raw.error
-    return usage, bytes(error) if error is not None and bytes(error) != b"null" else None
+    return usage, bytes(error) if error != ABSENT else None
 
 
 async def _some_of(response: HttpResponse) -> bytes:

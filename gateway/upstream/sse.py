@@ -101,16 +101,20 @@ class _Choice(msgspec.Struct):
     finish_reason: str | None = None
 
 
+ABSENT = msgspec.Raw(b"null")
+"""(`Raw | None` is read by msgspec as None alone.)"""
+
+
 class _Chunk(msgspec.Struct):
     choices: list[_Choice] | None = None
     usage: WireUsage | None = None
-    error: msgspec.Raw | None = None
+    error: msgspec.Raw = ABSENT
 
 
 class _RawUsageChunk(msgspec.Struct):
     choices: list[_Choice] | None = None
-    usage: msgspec.Raw | None = None
-    error: msgspec.Raw | None = None
+    usage: msgspec.Raw = ABSENT
+    error: msgspec.Raw = ABSENT
 
 
 _chunk_decoder = msgspec.json.Decoder(_Chunk)
@@ -138,7 +142,7 @@ def read_chunk(data: bytes, state: StreamState, choices: int) -> Event | None:
         raise UpstreamError(
             "bad_answer", f"a chunk that is no chat completion chunk: {error}", may_be_billed=True
         ) from error
-    if chunk.error is not None and bytes(chunk.error) != b"null":
+    if chunk.error != ABSENT:
         words = error_message(bytes(chunk.error))
         raise UpstreamError("cut", "the stream carried an error: " + words, may_be_billed=True, words=words)
     for choice in chunk.choices or ():
@@ -152,9 +156,11 @@ def read_chunk(data: bytes, state: StreamState, choices: int) -> Event | None:
             state.finished_choices.add(choice.index)
             if len(state.finished_choices) >= choices:
                 state.done = True
-    if chunk.usage is not None:
-        state.usage = chunk.usage.split() if isinstance(chunk.usage, WireUsage) else read_usage(chunk.usage)
-    return Event(data, usage_only=chunk.usage is not None and not chunk.choices)
+    usage = chunk.usage
+    if usage is None or usage == ABSENT:
+        return Event(data)
+    state.usage = usage.split() if isinstance(usage, WireUsage) else read_usage(usage)
+    return Event(data, usage_only=not chunk.choices)
 
 
 def _text_bytes(delta: _Delta) -> int:
@@ -172,10 +178,10 @@ def _utf8_bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
-def read_usage(raw: msgspec.Raw | None) -> Usage | None:
+def read_usage(raw: msgspec.Raw) -> Usage | None:
     """A usage that may have any shape; one that we do not know is as good as none given."""
     try:
-        usage = _usage_decoder.decode(raw) if raw is not None else None
+        usage = _usage_decoder.decode(raw)
     except msgspec.DecodeError:
         return None
     return usage.split() if usage is not None else None

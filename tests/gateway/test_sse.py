@@ -74,3 +74,70 @@ def test_a_chunk_is_noted_in_the_streams_state() -> None:
 def test_what_is_no_chunk_ends_the_stream_as_an_error(data: bytes) -> None:
     with pytest.raises(UpstreamError):
         read_chunk(data, StreamState(), choices=1)
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize(
+    ("data", "events"),
+    [
+        (BOM + b"data: 1\n\n", [b"1"]),
+        (BOM + b"\n\ndata: 1", [b"1"]),
+        (b"data: 1\r\rdata: 2\r\r", [b"1", b"2"]),
+        (b"data: 1\r\n\r\ndata: 2\r\n\r\n", [b"1", b"2"]),
+        (b"data: 1\n\r\ndata: 2\n\r", [b"1", b"2"]),
+        (b": keep-alive\n\n: again\n\ndata: 1\n\n", [b"1"]),
+        (b"id: 7\nevent: x\nretry: 1\ndata: 1\n\n", [b"1"]),
+        (b"data\n\ndata:\n\ndata: 1\n\n", [b"1"]),
+        (b"data: [1,\ndata:2]\n\n", [b"[1,\n2]"]),
+        (b"\n\n\n\ndata: 1\n\n\n\n", [b"1"]),
+        (b"data: 1\ndata: 2", [b"1\n2"]),
+    ],
+)
+def test_events_of_every_form_wherever_they_are_cut(data: bytes, events: list[bytes]) -> None:
+    for cut in range(len(data) + 1):
+        assert read_cut(data, [cut]) == events
+    assert read_cut(data, list(range(len(data)))) == events
+
+
+def test_an_event_ended_by_cr_alone_does_not_wait_for_the_next() -> None:
+    assert SseReader().feed(b"data: 1\r\r") == [b"1"]
+
+
+def test_a_huge_event_comes_whole() -> None:
+    reader, data = SseReader(), b"x" * (8 << 20)
+    stream = b"data: " + data + b"\n\ndata: 1\n\n"
+    found = [event for at in range(0, len(stream), 1400) for event in reader.feed(stream[at : at + 1400])]
+    assert found == [data, b"1"]
+
+
+def usage_of(*chunks: bytes) -> Usage | None:
+    state = StreamState()
+    for chunk in chunks:
+        assert read_chunk(b'{"choices":[],"usage":' + chunk + b"}", state, choices=1) is not None
+    return state.usage
+
+
+def test_of_two_usages_the_last_counts() -> None:
+    assert usage_of(
+        b'{"prompt_tokens":5,"completion_tokens":1}', b'{"prompt_tokens":5,"completion_tokens":7}'
+    ) == Usage(input=5, output=7)
+    assert usage_of(b'{"prompt_tokens":5,"completion_tokens":1}', b"null") == Usage(input=5, output=1)
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [b"{}", b'{"prompt_tokens":0,"completion_tokens":0}', b'{"prompt_tokens":"many"}', b"[]", b'"?"',
+     b'{"prompt_tokens":-5,"completion_tokens":-1}'],
+)  # fmt: skip
+def test_a_usage_that_is_none_is_none_given_and_ends_no_stream(usage: bytes) -> None:
+    assert usage_of(usage) is None
+
+
+def test_a_text_completion_is_counted_too() -> None:
+    state = StreamState()
+    for text, reason in (("h\u00e9", None), ("", None), ("!", "stop")):
+        chunk = {"object": "text_completion", "choices": [{"index": 0, "text": text, "finish_reason": reason}]}
+        assert read_chunk(json.dumps(chunk).encode(), state, choices=1) is not None
+    assert (state.delivered_bytes, state.deltas, state.done) == (4, 2, True)
