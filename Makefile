@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: serve install test check fmt bench bench-gateway bench-probe demo clean
+.PHONY: serve install test check fmt bench bench-client bench-gateway bench-probe demo clean
 
 serve: install ## Run the gateway on 127.0.0.1:8080 with embedded defaults
 	$(BIN)/leadline serve --port $(PORT)
@@ -40,7 +40,11 @@ fmt: install
 demo: install ## Real GSM8K questions through a running gateway, with a proof of every nano-dollar
 	$(BIN)/python benchmarks/demo.py
 
-bench: bench-gateway bench-probe
+bench: bench-client bench-gateway bench-probe
+
+bench-client: install ## One call to an upstream: our HTTP client beside aiohttp's and pyreqwest's
+	sh scripts/ensure_services.sh nginx
+	$(BIN)/python benchmarks/bench_client.py
 
 bench-gateway: install ## Requests per second and added latency, beside nginx, a bare aiohttp proxy and LiteLLM
 	sh scripts/ensure_services.sh nginx wrk
