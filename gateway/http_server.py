@@ -63,6 +63,9 @@ class HttpServer(uvicorn.Server):
             listener.close()
         state = self.server_state
         state.default_headers = [*state.default_headers, _CLOSE]
+        for connection in state.connections:
+            if (cycle := getattr(connection, "cycle", None)) is not None:
+                cycle.default_headers = state.default_headers  # an answer that is still to begin says it too
         await self._drain()
         if state.tasks:
             log.warning("drain.cancelled", requests=len(state.tasks))

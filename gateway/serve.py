@@ -87,14 +87,13 @@ def _listen(host: str, port: int, workers: int) -> list[socket.socket]:
     evenly; where it does not (macOS), all workers take from one."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        first = socket.create_server((host, port), family=family, backlog=BACKLOG)
         if workers == 1 or not sys.platform.startswith("linux"):
-            return [first] * workers
-        address = first.getsockname()
-        first.close()  # it showed that nobody else listens there, which SO_REUSEPORT alone would not notice
-        return [
-            socket.create_server(address[:2], family=family, backlog=BACKLOG, reuse_port=True) for _ in range(workers)
-        ]
+            return [socket.create_server((host, port), family=family, backlog=BACKLOG)] * workers
+        with socket.socket(family) as alone:  # shows that nobody listens there, which SO_REUSEPORT would not notice
+            alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            alone.bind((host, port))
+            address = alone.getsockname()[:2]
+        return [socket.create_server(address, family=family, backlog=BACKLOG, reuse_port=True) for _ in range(workers)]
     except OSError as error:
         raise CannotServe(
             f"--host {host} --port {port}: cannot listen there ({error.strerror}); choose another with --port"
