@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Leadline needs Python >= 3.11; set PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt torch
-	$(PIP) install -c constraints.txt -e '.[server,local,train,dev]'
+	$(PIP) install -c constraints.txt -e '.[server,otel,local,train,dev]'
 	touch $(STAMP)
 
 test: install ## Lint, types, import contracts, all tests (real Redis, PostgreSQL, Chromium)

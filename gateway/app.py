@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 import structlog
 from sqlalchemy.exc import IntegrityError
@@ -42,6 +43,7 @@ MAX_WEB_BODY_BYTES = 1 << 20
 """Of everything but the data plane: log-in forms, explain."""
 ENGINE_GREETING_S = 2.0
 """How long a start waits for an engine that is already up."""
+OTLP_ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 KEY_POLL_S = 0.5
 """Keys made or revoked by other processes (the command line) are seen this soon."""
 
@@ -127,6 +129,13 @@ class App:
         socket_path = settings.engine or engine_socket(settings.home)
         self.engine = engine = EngineConnection(socket_path, metrics)
         world = build_world(policy, client, engine)
+        if os.environ.get(OTLP_ENDPOINT):
+            from gateway.telemetry.traces import Traces  # only where it is used: it takes 15 MB and the extra `otel`
+
+            hosts = {name: urlsplit(p.base_url).hostname or "" for name, p in policy.providers.items() if p.base_url}
+            metrics.traces = traces = Traces(hosts, metrics)
+            traces.start()
+            stack.push_async_callback(asyncio.to_thread, traces.stop)
         needs = engine_needs(policy, self.policy_folder, socket_path)
         if needs is not None:
             if settings.engine is None:

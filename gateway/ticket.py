@@ -181,7 +181,7 @@ class Ticket:
             + record.reasoning_tokens
         )
         self._ledger.close_request(record, self.attempts)
-        self._metrics.request(record)
+        self._metrics.request(record, self.attempts, self.call.headers.traceparent)
 
     def headers(self, *, final: bool) -> Headers:
         """What every answer says of itself. `final`: the cost is known (a stream learns it at its end)."""

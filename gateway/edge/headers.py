@@ -24,6 +24,7 @@ def read_headers(raw: Iterable[tuple[bytes, bytes]]) -> CallHeaders:
     retry_count = 0
     timeout_s: float | None = None
     parent_agent: str | None = None
+    traceparent: str | None = None
     authorized = False
     for name, value in raw:
         if name == b"authorization":
@@ -36,6 +37,8 @@ def read_headers(raw: Iterable[tuple[bytes, bytes]]) -> CallHeaders:
             sessions[name] = value.decode("latin-1")[:128]
         elif name == _PARENT_AGENT_HEADER:
             parent_agent = value.decode("latin-1")[:128] or None
+        elif name == b"traceparent":
+            traceparent = value.decode("latin-1")[:64]
         elif name == b"cache-control":
             no_cache = no_cache or b"no-cache" in value or b"no-store" in value
             no_store = no_store or b"no-store" in value
@@ -62,6 +65,7 @@ def read_headers(raw: Iterable[tuple[bytes, bytes]]) -> CallHeaders:
     return CallHeaders(
         token, session, tags, no_cache, no_store, scope, scope_budget, idempotency_key, retry_count, timeout_s,
         parent_agent,
+        traceparent,
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ What every request pays for (`request`, `attempt`) finds its counter by a tuple:
 would build strings and take a lock each time.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -66,6 +66,12 @@ class BudgetState(Protocol):
     def spent_nanousd(self) -> int: ...
 
 
+class TraceSink(Protocol):
+    """Who makes spans of settled requests (`telemetry/traces.py`)."""
+
+    def record(self, request: RequestRecord, attempts: Sequence[AttemptRecord], traceparent: str | None) -> None: ...
+
+
 class _Budgets(Collector):
     """Sums over the live budgets, by kind of scope (`key`, `team`, `tenant`, …), made when they are asked for."""
 
@@ -93,6 +99,7 @@ class _Budgets(Collector):
 class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.traces: TraceSink | None = None
         self.in_flight = self._gauge("leadline_requests_in_flight", "Admitted requests under way.")
         self.engine_up = self._gauge("leadline_engine_up", "1 while the engine process answers.")
         self.redis_up = self._gauge("leadline_redis_up", "1 while Redis answers; 0 also where none is used.")
@@ -125,7 +132,12 @@ class Metrics:
             "leadline_overhead_seconds", "Time added to the upstream's.", buckets=_SECONDS, registry=self.registry
         )
 
-    def request(self, record: RequestRecord) -> None:
+    def request(
+        self, record: RequestRecord, attempts: Sequence[AttemptRecord] = (), traceparent: str | None = None
+    ) -> None:
+        """A settled request: counted here, and handed on to the traces where there are any."""
+        if self.traces is not None:
+            self.traces.record(record, attempts, traceparent)
         self._requests.add(1, record.route or "-", record.model_served or "-", record.outcome, record.cache)
         self._duration.observe(record.duration_us / 1e6)
         self._overhead.observe(record.overhead_us / 1e6)

@@ -143,6 +143,8 @@ class CallHeaders:
     """The caller's own deadline (`x-leadline-timeout`), which can only shorten the policy's."""
     parent_agent: str | None = None
     """The agent that started the one that calls (`x-claude-code-parent-agent-id`)."""
+    traceparent: str | None = None
+    """The caller's span (W3C Trace Context), as it was sent; it goes into traces and nowhere else."""
 
 
 @dataclass(slots=True)
