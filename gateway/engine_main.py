@@ -11,6 +11,7 @@ from gateway.engine_needs import EngineNeeds
 from local_engine.config import EngineConfig, configure_process
 from local_engine.errors import ModelLoadError
 from local_engine.server import run_engine
+from local_engine.types import Prober
 from probes.errors import ProbeError
 
 
@@ -21,11 +22,15 @@ def main(argument: str) -> None:
     )
     configure_process(engine.threads)
     try:
-        prober = None
+        prober: Prober | None = None
         if config["probe"] is not None:
             from probes.runtime import EncoderProbe
 
             prober = EncoderProbe.load(config["probe"], config["encoder"])
+        elif config["embeds"]:
+            from probes.runtime import TextEncoder
+
+            prober = TextEncoder.load(config["encoder"])
         run_engine(engine, prober)
     except (ProbeError, ModelLoadError, ModuleNotFoundError) as error:
         sys.exit(f"engine: {error}")

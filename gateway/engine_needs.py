@@ -11,5 +11,7 @@ class EngineNeeds(TypedDict):
     """The engine's name of a model → a path or a hub id."""
     probe: str | None
     encoder: str
+    embeds: bool
+    """Vectors are asked of the encoder, with or without a probe."""
     socket_path: str
     exit_with_parent: bool

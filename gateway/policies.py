@@ -76,16 +76,24 @@ def probe_folder(policy: Policy, folder: Path) -> Path | None:
 
 
 def encoder(policy: Policy, folder: Path) -> str:
-    """The encoder that the probe reads with: `default`, a folder, or a hub id."""
-    source = policy.difficulty.encoder if policy.difficulty is not None else "default"
+    """The engine's one encoder, the probe's where there is a probe: `default`, a folder, or a hub id."""
+    embedders = _local_embedders(policy)
+    own = embedders[0] if embedders else "default"
+    source = policy.difficulty.encoder if policy.difficulty is not None else own
     return _placed(source, folder)
 
 
 def local_models(policy: Policy, folder: Path) -> dict[str, str]:
     """The models that the engine process has to load: the engine's name → a folder, a hub id or `bundled/<name>`."""
     engines = {name for name, provider in policy.providers.items() if provider.engine is not None}
-    sources = {model.upstream: model.upstream for model in policy.models.values() if model.provider in engines}
+    local = [model for model in policy.models.values() if model.provider in engines]
+    sources = {model.upstream: model.upstream for model in local if not model.embeds}
     return {name: _placed(source, folder) for name, source in sources.items()}
+
+
+def _local_embedders(policy: Policy) -> list[str]:
+    engines = {name for name, provider in policy.providers.items() if provider.engine is not None}
+    return [model.upstream for model in policy.models.values() if model.embeds and model.provider in engines]
 
 
 def engine_needs(
@@ -93,13 +101,15 @@ def engine_needs(
 ) -> EngineNeeds | None:
     """What the policy's engine process has to be told; None when the policy needs no engine."""
     models = local_models(policy, folder)
-    if not models and policy.difficulty is None:
+    embeds = bool(_local_embedders(policy))
+    if not models and policy.difficulty is None and not embeds:
         return None
     probe = probe_folder(policy, folder)
     return EngineNeeds(
         models=models,
         probe=str(probe) if probe is not None else None,
         encoder=encoder(policy, folder),
+        embeds=embeds,
         socket_path=str(socket_path),
         exit_with_parent=exit_with_parent,
     )

@@ -24,7 +24,11 @@ class World:
         self.upstreams = upstreams
         """By provider."""
         engines = {name for name, provider in policy.providers.items() if provider.engine is not None}
-        self.local_models = {t.wire_model: t.model for t in targets.values() if t.provider in engines}
+        self.local_models = {
+            t.wire_model: t.model
+            for t in targets.values()
+            if t.provider in engines and not policy.models[t.model].embeds
+        }
         """The engine's name of a model → the policy's."""
 
     def unavailable(self) -> dict[str, str]:

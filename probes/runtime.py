@@ -53,3 +53,29 @@ class EncoderProbe:
         with self._lock:
             vectors, tokens = self._encoder.embed(texts)
         return vectors.astype("<f4").tobytes(), self._encoder.dims, tokens
+
+
+class TextEncoder:
+    """An encoder without a probe, for an engine that is asked for vectors alone. Satisfies the engine's `Prober`."""
+
+    version = "none"
+    heads = ()
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._lock = threading.Lock()
+
+    @classmethod
+    def load(cls, encoder: str = "default") -> Self:
+        """Raises EncoderError."""
+        return cls(Encoder.load(encoder))
+
+    def probe(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, float]]:
+        """No head, no word."""
+        return [{} for _ in conversations]
+
+    def embed(self, texts: Sequence[str]) -> tuple[bytes, int, int]:
+        """(float32 little-endian [n, dims] bytes of unit vectors, dims, tokens read)."""
+        with self._lock:
+            vectors, tokens = self._encoder.embed(texts)
+        return vectors.astype("<f4").tobytes(), self._encoder.dims, tokens

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import msgspec
 
 from gateway.ledger.settle import Usage
+from gateway.upstream.embed import embed
 from gateway.upstream.gather import Gathered
 from gateway.upstream.types import Answer, ChatCall, Event, StreamState, Target, UpstreamError
 from local_engine.client import EngineClient
@@ -61,7 +62,15 @@ class LocalUpstream:
         return stream
 
     async def complete(self, target: Target, call: ChatCall) -> Answer:
-        """The stream, gathered: one code path, so that both are metered alike."""
+        """The stream, gathered: one code path, so that both are metered alike. Embeddings come whole."""
+        if call.endpoint == "embeddings":
+            client = self._link.client
+            if client is None:
+                raise UpstreamError("engine_gone", "the engine process is not up")
+            try:
+                return await embed(client, target, call)
+            except (EngineFailure, EngineGone) as error:
+                raise _upstream_error(error) from error
         stream = await self.stream(target, call)
         whole = Gathered(stream.completion_id, stream.created, target.model)
         try:
