@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from sqlmodel import Session, select
 from structlog.testing import capture_logs
 
 from gateway.edge.dataplane import Endpoint
+from gateway.ledger.tables import ApiKey
 from tests.edge.conftest import StartEdge, post
 from tests.gateway.conftest import Gateway
 
@@ -189,10 +191,6 @@ async def test_no_answer_shows_a_secret_twice_or_a_hash_ever(edge: Gateway) -> N
             await cast.ask("admin", "GET", path) for method, path in MATRIX if method == "GET" and "{" not in path
         ]
         assert (await cast.ask("admin", "DELETE", f"/leadline/v1/admin/keys/{key_id}"))[0] == 204
-    from sqlmodel import Session, select
-
-    from gateway.ledger.tables import ApiKey
-
     with Session(edge.app.web.state.lifecycle.ledger.engine) as session:
         hashes = list(session.exec(select(ApiKey.hash)))
     said = json.dumps(answers) + repr(lines)
@@ -256,8 +254,8 @@ async def test_minting_keys_is_rate_limited(edge: Gateway) -> None:
     assert (await cast.ask("admin", "GET", "/leadline/v1/admin/keys"))[0] == 200, "looking is not changing"
 
 
-async def test_spend_is_exact_whatever_it_is_summed_by(start_edge: StartEdge) -> None:
-    async with start_edge() as edge:
+async def test_spend_is_exact_whatever_it_is_summed_by(start_edge: StartEdge, database_url: str) -> None:
+    async with start_edge(database_url=database_url) as edge:
         cast = cast_of(edge)
         for who, run in (("user", "run1"), ("user", "run1/sub"), ("neighbour", "run1")):
             async with edge.session.post(
