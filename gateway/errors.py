@@ -35,7 +35,8 @@ class LeadlineError(Exception):
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     code: ClassVar[str] = "internal_error"
-    should_retry: ClassVar[bool] = False
+    should_retry: bool = False
+    """What `x-should-retry` tells the caller's client; an instance may know better than its class."""
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)

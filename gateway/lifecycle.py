@@ -8,10 +8,8 @@ the answer is streamed or whole, served, failed, or abandoned by its caller.
 
 import asyncio
 import os
-import random
 import time
-from collections.abc import Awaitable, Callable
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import msgspec
 import structlog
@@ -20,6 +18,7 @@ from gateway.admission.budgets import Account, BudgetKeeper, degrade, tightest
 from gateway.admission.keys import KeyStore
 from gateway.admission.limits import BudgetLimits
 from gateway.admission.rates import Rates, tokens_estimate
+from gateway.attempts import AttemptEngine, deadline_passed, stream_failed
 from gateway.cache.exact import CachedAnswer, ExactCache, cache_key, cacheable
 from gateway.errors import (
     BudgetExceeded,
@@ -30,21 +29,18 @@ from gateway.errors import (
     LeadlineError,
     Unavailable,
     UnknownModel,
-    UpstreamFailed,
-    UpstreamRateLimited,
-    UpstreamRefused,
-    UpstreamTimeout,
 )
 from gateway.ledger.records import AttemptRecord, RequestRecord
 from gateway.ledger.settle import NO_USAGE, cost_nanousd
 from gateway.ledger.store import LedgerStore
 from gateway.query import query_of
+from gateway.resume import Transcript, resumable
 from gateway.signals import SignalReader
 from gateway.telemetry.metrics import Metrics
 from gateway.ticket import Headers, Ticket
 from gateway.upstream.gather import gather, replay, usage_of
 from gateway.upstream.sse import DONE, write_event
-from gateway.upstream.types import ChatCall, Event, Target, Upstream, UpstreamError
+from gateway.upstream.types import AnswerStream, ChatCall, Event, UpstreamError
 from gateway.world import World
 from routers.decide import decide
 from routers.errors import NoCandidate
@@ -54,14 +50,9 @@ from routers.types import Decision, Query, State
 
 log = structlog.get_logger(__name__)
 
-"""For expected (not worst-case) prompt tokens, before anything has counted them."""
-BACKOFF_S = 0.2
-MAX_RETRY_AFTER_S = 5.0
-"""A provider that asks for a longer wait is left for the next fallback."""
 MAX_KEPT_BYTES = 2 << 20
 """A longer stream is not kept for the cache."""
 
-_T = TypeVar("_T")
 _encode = msgspec.json.Encoder().encode
 
 
@@ -107,7 +98,7 @@ class Lifecycle:
         self._cache = cache
         self._signals = signals
         self._pepper = pepper
-        self._random = random.Random()
+        self._attempts = AttemptEngine(metrics)
 
     async def chat(self, call: ChatCall, reply: Reply) -> None:
         """Answer one chat request. Raises LeadlineError only for what was not admitted."""
@@ -116,19 +107,18 @@ class Lifecycle:
         try:
             if not await self._recall(ticket, reply):
                 await self._route(ticket)
-                if call.stream:
-                    await self._stream(ticket, reply)
-                else:
-                    await self._complete(ticket, reply)
+                await self._run(ticket, reply)
         except asyncio.CancelledError:
             ticket.settle("cancelled", 499, "client_closed_request")
             raise
         except Exception as error:
             known = _known(error, ticket.record.id)
-            ticket.settle("refused" if isinstance(known, BudgetExceeded) else "error", known.http_status, known.code)
+            refused = isinstance(known, BudgetExceeded)
+            await self._settle(ticket, "refused" if refused else "error", known.http_status, known.code)
             await reply.fail(known, ticket.headers(final=True))
         finally:
             ticket.settle("error", 500, "internal_error")
+            self._attempts.spent(ticket)
             self.metrics.in_flight.dec()
 
     # admit ----------------------------------------------------------------------------------------------------------
@@ -169,7 +159,19 @@ class Lifecycle:
                 "The ledger cannot be written; nothing is admitted until it can.", retry_after_s=1
             ) from error
         query = query_of(call, principal.tenant)
-        return Ticket(call, query, world, account, grant, record, self.ledger, self.metrics)
+        ticket = Ticket(call, query, world, account, grant, record, self.ledger, self.metrics)
+        route = ticket.route = world.policy.route_for(query)
+        ticket.deadline_s = call.headers.timeout_s
+        if route is not None and route.deadline_ms is not None:
+            allowed = route.deadline_ms / 1000
+            ticket.deadline_s = min(allowed, ticket.deadline_s or allowed)
+        return ticket
+
+    async def _settle(self, ticket: Ticket, outcome: str, status: int, error_code: str | None = None) -> None:
+        """Close the row before its answer ends; in durability mode `full`, on disk."""
+        ticket.settle(outcome, status, error_code)
+        if self.ledger.full:
+            await self.ledger.durable()
 
     # recall ---------------------------------------------------------------------------------------------------------
 
@@ -181,7 +183,7 @@ class Lifecycle:
             return False
         if call.endpoint == "completions" and call.stream:  # what is stored is replayed in chat's chunks
             return False
-        route = policy.route_for(ticket.query)
+        route = ticket.route
         route_name = route.name if route is not None else "named"
         ticket.cache_ttl_s = ttl_ms / 1000
         ticket.cache_key = cache_key(
@@ -201,7 +203,7 @@ class Lifecycle:
         record.model_served, record.provider = answer.model, answer.provider
         dearest = ticket.world.dearest(route.targets if route is not None else (answer.model,))
         record.baseline_nanousd = cost_nanousd(dearest, usage_of(answer.body) or NO_USAGE)
-        ticket.settle("ok", 200)
+        await self._settle(ticket, "ok", 200)
         if call.stream:
             await reply.start_stream(ticket.headers(final=True))
             await reply.send(b"".join(map(write_event, events[:-1])) + _last_events(ticket, Event(events[-1], True)))
@@ -250,31 +252,98 @@ class Lifecycle:
 
     # run ------------------------------------------------------------------------------------------------------------
 
+    async def _run(self, ticket: Ticket, reply: Reply) -> None:
+        answer = self._stream if ticket.call.stream else self._complete
+        if ticket.deadline_s is None:
+            await answer(ticket, reply)
+            return
+        try:
+            async with asyncio.timeout(ticket.remaining_s()) as deadline:
+                await answer(ticket, reply)
+        except TimeoutError as error:
+            if not deadline.expired():
+                raise
+            raise deadline_passed(ticket) from error
+
     async def _complete(self, ticket: Ticket, reply: Reply) -> None:
-        answer, attempt = await self._attempt(ticket, lambda upstream, target: upstream.complete(target, ticket.call))
+        call = ticket.call
+        answer, attempt = await self._attempts.first_answer(ticket, lambda up, target: up.complete(target, call))
         ticket.end_attempt(attempt, "ok", answer.usage, delivered_bytes=answer.delivered_bytes)
-        ticket.settle("ok", 200)
+        await self._settle(ticket, "ok", 200)
         if answer.usage is not None:
             await self._remember(ticket, answer.body)
         await reply.whole(200, ticket.headers(final=True), answer.body)
 
     async def _stream(self, ticket: Ticket, reply: Reply) -> None:
-        stream, attempt = await self._attempt(ticket, lambda upstream, target: upstream.stream(target, ticket.call))
-        state = stream.state
-        kept: list[bytes] = []
-        kept_bytes = 0
-        usage_event: Event | None = None
+        call = ticket.call
+        stream, attempt = await self._attempts.first_answer(ticket, lambda up, target: up.stream(target, call))
+        relay = _Relay(ticket, reply)
+        while True:
+            try:
+                await relay.run(stream, attempt)
+                break
+            except UpstreamError as error:
+                self._attempts.failed(ticket, attempt.model, error)
+                continued = relay.continued()
+                found = await self._attempts.resume(ticket, continued) if continued is not None else None
+                if found is None:
+                    raise stream_failed(error, attempt.model) from error
+                stream, attempt = found
+        await self._settle(ticket, "ok", 200)
+        if relay.complete and stream.state.usage is not None:
+            await self._remember(ticket, gather(relay.kept))
+        await reply.send(_last_events(ticket, relay.usage_event))
+        await reply.end()
+
+
+class _Relay:
+    """Hands a stream on to the caller, and bills its attempt when it ends, however it ends."""
+
+    def __init__(self, ticket: Ticket, reply: Reply) -> None:
+        self._ticket = ticket
+        self._reply = reply
+        route = ticket.route
+        resumes = route is not None and route.on_stream_failure == "resume" and resumable(ticket.call)
+        self._transcript = Transcript() if resumes else None
+        self._keeping = ticket.cache_key is not None
+        self._kept_bytes = 0
+        self._started = False
+        self.kept: list[bytes] = []
+        self.usage_event: Event | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether `kept` is the whole answer, of one model."""
+        return self._keeping
+
+    def continued(self) -> ChatCall | None:
+        """The call for the rest of an answer that broke off; None where the route or the request allows none."""
+        if self._transcript is None:
+            return None
+        call = self._transcript.continued(self._ticket.call)
+        if call is not None:
+            self._transcript.resumed = True
+            self._keeping = False
+            self._ticket.resumed = True
+        return call
+
+    async def run(self, stream: AnswerStream, attempt: AttemptRecord) -> None:
+        ticket, reply, state, transcript = self._ticket, self._reply, stream.state, self._transcript
         outcome = "cancelled"
         try:
-            await reply.start_stream(ticket.headers(final=False))
+            if not self._started:
+                self._started = True
+                await reply.start_stream(ticket.headers(final=False))
             async for events in stream:
                 out = b""
                 for event in events:
-                    kept_bytes += len(event.data)
-                    if ticket.cache_key is not None and kept_bytes <= MAX_KEPT_BYTES:
-                        kept.append(event.data)
+                    if transcript is not None:
+                        event = transcript.renamed(event) if transcript.resumed else event
+                        transcript.note(event)
+                    if self._keeping:
+                        self._keep(event)
                     if event.usage_only:
-                        usage_event = event
+                        self.usage_event = event
                     else:
                         out += write_event(event.data)
                 if out:
@@ -283,7 +352,7 @@ class Lifecycle:
         except UpstreamError as error:
             outcome = error.cause
             attempt.error = error.kept
-            raise _failed([error], attempt.provider) from error
+            raise
         except Exception:
             outcome = "error"
             raise
@@ -295,51 +364,11 @@ class Lifecycle:
                 ticket.end_attempt(attempt, outcome, usage, delivered_bytes=state.delivered_bytes, deltas=state.deltas)
             finally:
                 await stream.close()
-        ticket.settle("ok", 200)
-        if kept_bytes <= MAX_KEPT_BYTES and state.usage is not None and ticket.cache_key is not None:
-            await self._remember(ticket, gather(kept))
-        await reply.send(_last_events(ticket, usage_event))
-        await reply.end()
 
-    async def _attempt(
-        self, ticket: Ticket, run: Callable[[Upstream, Target], Awaitable[_T]]
-    ) -> tuple[_T, AttemptRecord]:
-        """The first answer of the targets, tried in order: each with its hold taken and its dispatch journalled.
-
-        The same target again while its error is worth a retry and its provider allows one; then the fallbacks. It is
-        over when one answers, when a provider refuses the request itself, or when nothing is left.
-        """
-        decision = ticket.decision
-        assert decision is not None
-        errors: list[UpstreamError] = []
-        for model in (decision.plan.model, *decision.fallbacks):
-            target = ticket.world.targets[model]
-            for retry in range(target.retries + 1):
-                try:
-                    attempt = await ticket.begin_attempt(target)
-                except BudgetExceeded:
-                    if not errors:
-                        raise
-                    break  # a fallback that cannot be paid for is no fallback
-                try:
-                    answer = await run(ticket.world.upstreams[target.provider], target)
-                except UpstreamError as error:
-                    ticket.fail_attempt(attempt, error)
-                    errors.append(error)
-                else:
-                    ticket.first_byte(attempt)
-                    return answer, attempt
-                last = errors[-1]
-                if last.cause == "refused":
-                    raise _failed(errors, target.provider)
-                wait = last.retry_after_s
-                if wait is None:
-                    wait = BACKOFF_S * 2**retry * self._random.uniform(0.5, 1)
-                if not last.retryable or wait > MAX_RETRY_AFTER_S or retry == target.retries:
-                    break
-                await asyncio.sleep(wait)
-                ticket.paused(wait)
-        raise _failed(errors, ticket.attempts[-1].provider)
+    def _keep(self, event: Event) -> None:
+        self._kept_bytes += len(event.data)
+        self._keeping = self._kept_bytes <= MAX_KEPT_BYTES
+        self.kept.append(event.data)
 
 
 def _last_events(ticket: Ticket, usage_event: Event | None) -> bytes:
@@ -363,20 +392,6 @@ def _known(error: Exception, request_id: str) -> LeadlineError:
         return error
     log.exception("request.failed", request_id=request_id)
     return InternalError(f"The gateway failed on this request; its log has the cause under {request_id}.")
-
-
-def _failed(errors: list[UpstreamError], provider: str) -> LeadlineError:
-    """The error a caller sees when every attempt failed: the last one's kind, all of their words."""
-    last = errors[-1]
-    if last.cause in ("refused", "context_length", "content_filter"):
-        return UpstreamRefused(last.message, upstream_status=last.status or 400, error=last.error, provider=provider)
-    words = "; then ".join(dict.fromkeys(error.message for error in errors))
-    if last.cause == "engine_gone":
-        return Unavailable(f"No target could answer: {words}.", retry_after_s=2)
-    kind = UpstreamTimeout if last.cause == "timeout" else UpstreamRateLimited if last.status == 429 else UpstreamFailed
-    failed = kind(f"No target could answer: {words}.")
-    failed.retry_after_s = last.retry_after_s
-    return failed
 
 
 def _no_candidate(error: NoCandidate, model: str, policy: Policy) -> LeadlineError:

@@ -4,19 +4,20 @@ The journal hears of an attempt before it goes out, budgets hold the most it can
 closes the row exactly once. Nothing here awaits, so nothing can come in between.
 """
 
+import math
 import time
 from dataclasses import dataclass
 
 from gateway.admission.budgets import Account, Reservation, tightest
 from gateway.admission.rates import Grant
 from gateway.errors import Unavailable
-from gateway.ledger.records import AttemptRecord, RequestRecord
+from gateway.ledger.records import AttemptKind, AttemptRecord, RequestRecord
 from gateway.ledger.settle import NO_USAGE, Usage, cost_nanousd, estimated_usage, worst_case_usage
 from gateway.ledger.store import LedgerStore
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.types import ChatCall, Target, UpstreamError
 from gateway.world import World
-from routers.policy import Price
+from routers.policy import Price, Route
 from routers.types import Decision, Query
 from routers.units import format_money
 
@@ -27,6 +28,7 @@ Headers = list[tuple[bytes, bytes]]
 class _Running:
     """An attempt under way: what it holds, and since when."""
 
+    call: ChatCall
     hold: Reservation
     worst: Usage
     started_ns: int
@@ -55,9 +57,15 @@ class Ticket:
         """What repricing compares with; None where nothing was chosen."""
         self.cache_key: bytes | None = None
         self.cache_ttl_s = 0.0
+        self.resumed = False
+        """Another target went on with a stream that broke."""
         self.attempts: list[AttemptRecord] = []
         self._ledger = ledger
         self._metrics = metrics
+        self.route: Route | None = None
+        """What the policy's first matching route says of this call; None: the caller named a model."""
+        self.deadline_s: float | None = None
+        """From admission to the end of the answer; None: no bound but the attempts' own."""
         self._running: dict[str, _Running] = {}
         self._started_ns = time.perf_counter_ns()
         self._upstream_ns = 0
@@ -69,21 +77,18 @@ class Ticket:
 
     # attempts -------------------------------------------------------------------------------------------------------
 
-    async def begin_attempt(self, target: Target) -> AttemptRecord:
+    def worst_cost(self, target: Target) -> int | None:
+        """The most that one attempt at `target` can cost, in nano-dollars; None: unpriced."""
+        return cost_nanousd(target.price, _worst_usage(self.call, target))
+
+    async def begin_attempt(self, target: Target, kind: AttemptKind, call: ChatCall | None = None) -> AttemptRecord:
         """Hold the most this attempt can cost, then journal it: only then may it go out.
 
-        Raises BudgetExceeded, and Unavailable when the journal does not take it.
+        `call`: what goes out, where it is not the caller's own. Raises BudgetExceeded, and Unavailable when the
+        journal does not take it.
         """
-        record, call = self.record, self.call
-        asked = call.sampling.max_tokens
-        worst = worst_case_usage(
-            target.price,
-            body_bytes=call.body_bytes,
-            context=target.context * call.inputs,
-            max_output=min(asked, target.max_output) if asked is not None else target.max_output,
-            choices=call.choices,
-            text_only=call.text_only,
-        )
+        record, call = self.record, call or self.call
+        worst = _worst_usage(call, target)
         worst_cost = cost_nanousd(target.price, worst)
         hold = await self.account.reserve(worst_cost or 0)  # what is unpriced runs only where no budget holds
         seq = len(self.attempts)
@@ -94,6 +99,7 @@ class Ticket:
             model=target.model,
             provider=target.provider,
             started_at_ms=time.time_ns() // 1_000_000,
+            kind=kind,
         )
         attempt.bill(worst, worst_cost)  # what the journal believes until the end is known
         try:
@@ -104,28 +110,39 @@ class Ticket:
                 "The ledger cannot be written; nothing goes out until it can.", retry_after_s=1
             ) from error
         self.attempts.append(attempt)
-        self._running[attempt.id] = _Running(hold, worst, time.perf_counter_ns())
+        self._running[attempt.id] = _Running(call, hold, worst, time.perf_counter_ns())
         record.model_served, record.provider = target.model, target.provider
         record.reserved_nanousd = max(record.reserved_nanousd, worst_cost or 0)
+        if self._ledger.full:
+            try:
+                await self._ledger.durable()
+            except Unavailable:
+                self.end_attempt(attempt, "not_sent", NO_USAGE)
+                raise
         return attempt
 
     def first_byte(self, attempt: AttemptRecord) -> None:
         now_ns = time.perf_counter_ns()
         waited_ns = now_ns - self._running[attempt.id].started_ns
         attempt.first_byte_us = waited_ns // 1000
-        self._upstream_ns += waited_ns
+        self.record.model_served, self.record.provider = attempt.model, attempt.provider
         self.record.first_byte_us = (now_ns - self._started_ns) // 1000
         self.record.overhead_us = (now_ns - self._started_ns - self._upstream_ns) // 1000
 
-    def paused(self, seconds: float) -> None:
-        """A wait between two attempts is the upstream's doing, not the gateway's own time."""
-        self._upstream_ns += int(seconds * 1e9)
+    def waited(self, nanoseconds: int) -> None:
+        """Time spent on an upstream, or between two attempts, is not the gateway's own."""
+        self._upstream_ns += nanoseconds
+
+    def remaining_s(self) -> float:
+        """Until the request's deadline; infinite without one."""
+        if self.deadline_s is None:
+            return math.inf
+        return self.deadline_s - (time.perf_counter_ns() - self._started_ns) / 1e9
 
     def fail_attempt(self, attempt: AttemptRecord, error: UpstreamError) -> None:
         """One that never gave its first byte. It costs nothing, unless the provider may have worked on it."""
         attempt.upstream_status = error.status
         attempt.error = error.kept
-        self._upstream_ns += time.perf_counter_ns() - self._running[attempt.id].started_ns
         self.end_attempt(attempt, error.cause, None if error.may_be_billed else NO_USAGE)
 
     def end_attempt(
@@ -141,7 +158,7 @@ class Ticket:
             usage = running.worst
             if self.call.stream or delivered_bytes:
                 usage = estimated_usage(
-                    body_bytes=self.call.body_bytes,
+                    body_bytes=running.call.body_bytes,
                     context=target.context * self.call.inputs,
                     delivered_bytes=delivered_bytes,
                     delivered_deltas=deltas,
@@ -154,6 +171,11 @@ class Ticket:
         attempt.duration_us = (time.perf_counter_ns() - running.started_ns) // 1000
         running.hold.settle(cost or 0)
         self._metrics.attempt(attempt)
+
+    def end_if_running(self, attempt: AttemptRecord, outcome: str) -> None:
+        """Bill an attempt that was cancelled from here, unless it has ended by itself."""
+        if attempt.id in self._running:
+            self.end_attempt(attempt, outcome, None)
 
     # the end --------------------------------------------------------------------------------------------------------
 
@@ -168,8 +190,10 @@ class Ticket:
         record = self.record
         record.outcome, record.http_status, record.error_code = outcome, status, error_code
         record.total(self.attempts)
+        record.degraded = self._degraded() or record.degraded
         if self.baseline_price is not None and self.attempts:
-            record.baseline_nanousd = cost_nanousd(self.baseline_price, _usage(self.attempts[-1]))
+            served = next((attempt for attempt in self.attempts if attempt.outcome == "ok"), self.attempts[-1])
+            record.baseline_nanousd = cost_nanousd(self.baseline_price, _usage(served))
         record.duration_us = (time.perf_counter_ns() - self._started_ns) // 1000
         if record.first_byte_us is None:
             record.overhead_us = record.duration_us - self._upstream_ns // 1000
@@ -214,10 +238,17 @@ class Ticket:
                 (b"x-leadline-budget-scope", budget.label.encode()),
             ]
         headers += self.grant.headers()
-        degraded = [why for why in (self.decision and self.decision.degraded, self.grant.degraded) if why]
+        degraded = self._degraded()
         if degraded:
-            headers.append((b"x-leadline-degraded", ", ".join(degraded).encode()))
+            headers.append((b"x-leadline-degraded", degraded.encode()))
         return headers
+
+    def _degraded(self) -> str | None:
+        """Why this request got less than the policy wanted; None: it did not."""
+        decided = self.decision.degraded if self.decision is not None else ""
+        if not (decided or self.grant.degraded or self.resumed):
+            return None
+        return ", ".join(filter(None, (decided, self.grant.degraded, "resumed" if self.resumed else "")))
 
     def receipt(self) -> dict[str, object]:
         """The extension that a stream's last usage chunk carries."""
@@ -231,7 +262,21 @@ class Ticket:
             "cost_estimated": record.cost_estimated,
             "cache": record.cache,
             "attempts": len(self.attempts),
+            "resumed": self.resumed,
         }
+
+
+def _worst_usage(call: ChatCall, target: Target) -> Usage:
+    """The dearest usage that one attempt at `target` can have."""
+    asked = call.sampling.max_tokens
+    return worst_case_usage(
+        target.price,
+        body_bytes=call.body_bytes,
+        context=target.context * call.inputs,
+        max_output=min(asked, target.max_output) if asked is not None else target.max_output,
+        choices=call.choices,
+        text_only=call.text_only,
+    )
 
 
 def _usage(attempt: AttemptRecord) -> Usage:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 
 from gateway.policies import missing_secrets
+from gateway.upstream.breaker import Breaker
 from gateway.upstream.http import HttpClient
 from gateway.upstream.local import EngineLink, LocalUpstream
 from gateway.upstream.openai import OpenAIUpstream
@@ -23,6 +24,8 @@ class World:
         """By the policy's name of the model."""
         self.upstreams = upstreams
         """By provider."""
+        self.breakers = {name: Breaker(policy.providers[target.provider].breaker) for name, target in targets.items()}
+        """By the policy's name of the model."""
         engines = {name for name, provider in policy.providers.items() if provider.engine is not None}
         self.local_models = {
             t.wire_model: t.model
@@ -33,7 +36,7 @@ class World:
 
     def unavailable(self) -> dict[str, str]:
         """Models that cannot serve now, with the reason."""
-        found = {}
+        found = {name: reason for name, breaker in self.breakers.items() if (reason := breaker.reason()) is not None}
         for name in self.local_models.values():
             target = self.targets[name]
             reason = self.upstreams[target.provider].unavailable(target)

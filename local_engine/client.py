@@ -94,7 +94,12 @@ class EngineClient:
                 await writer.wait_closed()
 
     async def generate(
-        self, model: str, messages_json: bytes, sampling: SamplingParams, tools_json: bytes | None = None
+        self,
+        model: str,
+        messages_json: bytes,
+        sampling: SamplingParams,
+        tools_json: bytes | None = None,
+        prefix: str = "",
     ) -> AsyncGenerator[Delta | Finished, None]:
         """Stream an answer; the last event is Finished. Leaving early (`aclose`, a cancelled task) cancels it.
 
@@ -104,7 +109,7 @@ class EngineClient:
         with self._asking() as (id, inbox):
             over = False
             try:
-                self._send(Generate(id, model, messages_json, sampling, tools_json))
+                self._send(Generate(id, model, messages_json, sampling, tools_json, prefix))
                 while not over:
                     event = await inbox.get()
                     over = isinstance(event, Finished)

@@ -207,7 +207,9 @@ class Engine:
         if len(command.messages_json) > window * MAX_BYTES_PER_TOKEN:
             reason = f"{len(command.messages_json)} bytes of messages cannot fit the {window} tokens of {command.model}"
             return self._fail(job, "context_length_exceeded", reason)
-        prompt = prompt_tokens(model.tokenizer, messages, tools, command.sampling.effort)
+        prompt = prompt_tokens(model.tokenizer, messages, tools, "none" if command.prefix else command.sampling.effort)
+        if command.prefix:
+            prompt += model.tokenizer.encode(command.prefix, add_special_tokens=False, split_special_tokens=True)
         if len(prompt) >= window:
             reason = f"the prompt has {len(prompt)} tokens, and {command.model} has a context window of {window}"
             return self._fail(job, "context_length_exceeded", reason)

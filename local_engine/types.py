@@ -41,6 +41,8 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     """The request's `messages` array, untouched."""
     sampling: SamplingParams
     tools_json: bytes | None = None
+    prefix: str = ""
+    """Words of the answer that are there already: the model writes on from them, without thinking first."""
 
 
 class Probe(msgspec.Struct, frozen=True, tag="probe"):

@@ -77,7 +77,7 @@ class Hedge:
 
     after_ms: int
     max_extra: float
-    """At most this share of the route's requests is hedged, e.g. 0.05."""
+    """What all second attempts cost stays within this share of what the route has spent, e.g. 0.05."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import msgspec
 from gateway.ledger.settle import Usage
 from gateway.upstream.embed import embed
 from gateway.upstream.gather import Gathered
-from gateway.upstream.types import Answer, ChatCall, Event, StreamState, Target, UpstreamError
+from gateway.upstream.types import Answer, Cause, ChatCall, Event, StreamState, Target, UpstreamError
 from local_engine.client import EngineClient
 from local_engine.errors import EngineFailure, EngineGone
 from local_engine.types import Delta, Effort, Finished, SamplingParams, TokenLogprob
@@ -85,12 +85,15 @@ class LocalUpstream:
         self, client: EngineClient, target: Target, call: ChatCall
     ) -> list[AsyncIterator[Delta | Finished]]:
         asked = call.sampling
+        messages = bytes(call.fields["messages"])
+        if call.prefix:  # the engine takes it beside the conversation, not as its last message
+            messages = _encode(msgspec.json.decode(messages, type=list[msgspec.Raw])[:-1])
         seed = asked.seed if asked.seed is not None else next(self._seeds)
         tools = call.fields.get("tools")
         return [
             client.generate(
                 target.wire_model,
-                bytes(call.fields["messages"]),
+                messages,
                 SamplingParams(
                     max_tokens=asked.max_tokens,
                     temperature=asked.temperature,
@@ -102,6 +105,7 @@ class LocalUpstream:
                     effort=_EFFORTS.get(asked.reasoning_effort or "low", "low"),
                 ),
                 tools_json=bytes(tools) if tools is not None else None,
+                prefix=call.prefix,
             )
             for choice in range(call.choices)
         ]
@@ -115,7 +119,9 @@ class LocalStream:
         self.completion_id = f"chatcmpl-{time.time_ns():x}"
         self.created = int(time.time())
         self._model = target.model
-        self._timeout_s = target.timeout_s
+        self._deadline = time.monotonic() + target.timeout_s
+        self._wait_s = target.first_byte_timeout_s
+        self._idle_timeout_s = target.idle_timeout_s
         self._wants_logprobs = call.sampling.logprobs
         self._generations = generations
         self._merged: asyncio.Queue[tuple[int, Delta | Finished | BaseException]] = asyncio.Queue(maxsize=256)
@@ -154,11 +160,15 @@ class LocalStream:
 
     async def _read_group(self) -> list[Event]:
         """Waits for one event, then takes what else has arrived."""
+        wait_s = min(self._wait_s, self._deadline - time.monotonic())
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(wait_s):
                 waiting = [await self._merged.get()]
         except TimeoutError as error:
-            raise UpstreamError("timeout", f"the engine gave no token within {self._timeout_s:g} s") from error
+            if wait_s < self._wait_s:
+                raise UpstreamError("timeout", "the engine did not end its answer in time") from error
+            raise UpstreamError("timeout", f"the engine gave no token within {wait_s:g} s") from error
+        self._wait_s = self._idle_timeout_s
         while not self._merged.empty():
             waiting.append(self._merged.get_nowait())
         events: list[Event] = []
@@ -241,6 +251,7 @@ def _upstream_error(error: BaseException) -> BaseException:
             body: dict[str, object] = {
                 "message": str(error), "type": "invalid_request_error", "param": "messages", "code": error.code,
             }  # fmt: skip
-            return UpstreamError("refused", str(error), status=400, error=body)
+            cause: Cause = "context_length" if error.code == "context_length_exceeded" else "refused"
+            return UpstreamError(cause, str(error), status=400, error=body)
         return UpstreamError("status", f"the engine failed: {error}", status=500)
     return UpstreamError("engine_gone", "the engine process went away")

@@ -12,7 +12,7 @@ from routers.types import Endpoint
 
 Cause = Literal[
     "connect", "timeout", "status", "bad_answer", "cut", "auth", "refused", "engine_gone",
-    "rate_limit", "context_length", "content_filter",
+    "rate_limit", "context_length", "content_filter", "breaker_open",
 ]  # fmt: skip
 """`rate_limit`, `context_length` and `content_filter` are refusals that a policy may answer with other fallbacks."""
 
@@ -117,6 +117,8 @@ class ChatCall:
     sampling: Sampling
     headers: "CallHeaders"
     endpoint: Endpoint = "chat.completions"
+    prefix: str = ""
+    """Words of the answer that are there already: the last message holds them, and the target writes on from them."""
     inputs: int = 1
     """Texts to complete or to embed, each with a context window of its own; a conversation is one."""
     request_id: str | None = None
