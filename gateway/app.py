@@ -156,6 +156,7 @@ class App:
             shared.start()
         budgets = shared or Budgets(spent_since)
         metrics.watch_budgets(budgets.all)
+        metrics.watch_breakers(lambda: {name: breaker.state for name, breaker in world.breakers.items()})
         lifecycle = Lifecycle(
             world=world,
             keys=keys,

@@ -29,6 +29,7 @@ from gateway.errors import (
     LeadlineError,
     Unavailable,
     UnknownModel,
+    UpstreamRateLimited,
 )
 from gateway.ledger.records import AttemptRecord, RequestRecord
 from gateway.ledger.settle import NO_USAGE, cost_nanousd
@@ -45,7 +46,6 @@ from gateway.world import World
 from routers.decide import decide
 from routers.errors import NoCandidate
 from routers.explain import to_dict
-from routers.policy import Policy
 from routers.types import Decision, Query, State
 
 log = structlog.get_logger(__name__)
@@ -244,7 +244,7 @@ class Lifecycle:
         try:
             return decide(query, signals, world.policy, state, seed=0)
         except NoCandidate as error:
-            raise _no_candidate(error, query.model, world.policy) from error
+            raise _no_candidate(error, query.model, world) from error
 
     async def explain(self, query: Query, messages: bytes) -> Decision:
         """The decision that this query would get now. Nothing runs, nothing is written. Raises LeadlineError."""
@@ -394,7 +394,8 @@ def _known(error: Exception, request_id: str) -> LeadlineError:
     return InternalError(f"The gateway failed on this request; its log has the cause under {request_id}.")
 
 
-def _no_candidate(error: NoCandidate, model: str, policy: Policy) -> LeadlineError:
+def _no_candidate(error: NoCandidate, model: str, world: World) -> LeadlineError:
+    policy = world.policy
     if error.kind == "unknown_model":
         known = ", ".join((*policy.aliases, *policy.models))
         return UnknownModel(f"model: {model[:100]!r} is not in the policy; it knows {known}.", param="model")
@@ -403,7 +404,14 @@ def _no_candidate(error: NoCandidate, model: str, policy: Policy) -> LeadlineErr
     if error.kind == "budget":
         return BudgetExceeded(str(error))
     if error.kind == "unavailable":
-        return Unavailable(str(error), retry_after_s=2)
+        breakers = [world.breakers[name] for name, _ in error.reasons]
+        waits = [wait for breaker in breakers if (wait := breaker.closed_in_s()) is not None]
+        soonest = min(waits, default=2.0)
+        if breakers and all(breaker.rate_limited for breaker in breakers):
+            limited = UpstreamRateLimited(str(error))
+            limited.retry_after_s = soonest
+            return limited
+        return Unavailable(str(error), retry_after_s=soonest)
     if error.kind == "not_allowed":
         return Forbidden(str(error), param="model")
     return InvalidRequest(str(error), param="model")

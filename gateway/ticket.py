@@ -190,7 +190,9 @@ class Ticket:
         record = self.record
         record.outcome, record.http_status, record.error_code = outcome, status, error_code
         record.total(self.attempts)
-        record.degraded = self._degraded() or record.degraded
+        record.degraded = self._degraded()
+        if record.degraded is not None:
+            self._metrics.degraded(record.degraded)
         if self.baseline_price is not None and self.attempts:
             served = next((attempt for attempt in self.attempts if attempt.outcome == "ok"), self.attempts[-1])
             record.baseline_nanousd = cost_nanousd(self.baseline_price, _usage(served))

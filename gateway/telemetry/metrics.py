@@ -4,7 +4,7 @@ What every request pays for (`request`, `attempt`) finds its counter by a tuple:
 would build strings and take a lock each time.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -96,6 +96,19 @@ class _Budgets(Collector):
         yield family
 
 
+class _Breakers(Collector):
+    """The breakers' states at the moment they are asked for: an open one becomes half open by the clock alone."""
+
+    def __init__(self, live: Callable[[], Mapping[str, BreakerState]]) -> None:
+        self._live = live
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        family = GaugeMetricFamily("leadline_breaker_state", "0 closed, 1 half open, 2 open.", labels=["model"])
+        for model, state in self._live().items():
+            family.add_metric([model], BREAKER_STATES[state])
+        yield family
+
+
 class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -122,9 +135,6 @@ class Metrics:
         self._hedges = self._children("leadline_hedges", "Second calls beside a late first.", "model", "outcome")
         self._tokens = self._children("leadline_tokens", "Tokens billed.", "model", "class")
         self._cost = self._children("leadline_cost_nanousd", "Nano-dollars spent.", "model")
-        self._breaker = Gauge(
-            "leadline_breaker_state", "0 closed, 1 half open, 2 open.", ["model"], registry=self.registry
-        )
         self._duration = Histogram(
             "leadline_request_duration_seconds", "Admission to end of answer.", buckets=_SECONDS, registry=self.registry
         )
@@ -176,9 +186,6 @@ class Metrics:
         """A second call went out beside a late first one, and this became of it."""
         self._hedges.add(1, model, outcome)
 
-    def breaker(self, model: str, state: BreakerState) -> None:
-        self._breaker.labels(model).set(BREAKER_STATES[state])
-
     def slow_client(self, phase: Literal["headers", "body", "read"]) -> None:
         """A connection was cut: its headers or body did not come, or its answer was not taken."""
         self._slow_clients.add(1, phase)
@@ -186,6 +193,10 @@ class Metrics:
     def watch_budgets(self, live: Callable[[], Iterable[BudgetState]]) -> None:
         """Show what the budgets in use hold. `live` is called at each scrape. Call once."""
         self.registry.register(_Budgets(live))
+
+    def watch_breakers(self, live: Callable[[], Mapping[str, BreakerState]]) -> None:
+        """Show the state of each model's breaker. `live` is called at each scrape. Call once."""
+        self.registry.register(_Breakers(live))
 
     def exposition(self, worker: int | None = None) -> bytes:
         """Prometheus text; with `worker`, each sample says whose it is."""

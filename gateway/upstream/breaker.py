@@ -6,6 +6,7 @@ Own code, because it must know what a provider's `Retry-After` means and that a 
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Literal
 
 from routers.policy import Breaker as BreakerRule
 
@@ -14,7 +15,7 @@ MAX_REST_S = 60.0
 
 
 class Breaker:
-    """`clock` gives monotonic seconds. A `rule` of None never opens by itself; a `Retry-After` still rests it."""
+    """`clock` gives monotonic seconds. A `rule` of None never opens."""
 
     def __init__(self, rule: BreakerRule | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._rule = rule
@@ -76,6 +77,8 @@ class Breaker:
 
     def limited(self, seconds: float) -> None:
         """The provider asked to be left alone this long (a 429): later answers extend the pause, none shortens it."""
+        if self._rule is None:
+            return
         until = self._clock() + min(seconds, MAX_REST_S)
         self._probing = False
         if until > self._open_until:
@@ -87,8 +90,12 @@ class Breaker:
         self._probing = False
 
     @property
-    def state(self) -> str:
-        """`closed`, `open` or `half_open`, for metrics."""
+    def rate_limited(self) -> bool:
+        """Left alone because its provider said so."""
+        return self._limited and self.closed_in_s() is not None
+
+    @property
+    def state(self) -> Literal["closed", "half_open", "open"]:
         if self.closed_in_s() is None:
             return "half_open" if self._open_until else "closed"
         return "half_open" if self._probing else "open"

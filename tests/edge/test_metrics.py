@@ -27,7 +27,7 @@ def every_metric() -> str:
     metrics.retried("cheap", "timeout")
     metrics.fell_back("cheap", "rate_limit")
     metrics.hedged("cheap", "lost")
-    metrics.breaker("cheap", "open")
+    metrics.watch_breakers(lambda: {"cheap": "open"})
     metrics.slow_client("headers")
     return metrics.exposition().decode()
 
