@@ -46,8 +46,8 @@ bench-client: install ## One call to an upstream: our HTTP client beside aiohttp
 	sh scripts/ensure_services.sh nginx
 	$(BIN)/python benchmarks/bench_client.py
 
-bench-gateway: install ## Requests per second and added latency, beside nginx, a bare aiohttp proxy and LiteLLM
-	sh scripts/ensure_services.sh nginx wrk
+bench-gateway: install ## Speed, streams, memory, start, scaling, beside nginx, a bare aiohttp proxy and LiteLLM
+	sh scripts/ensure_services.sh nginx wrk redis-server postgresql
 	$(BIN)/python benchmarks/bench_gateway.py
 
 bench-probe: install

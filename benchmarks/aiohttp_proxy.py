@@ -9,11 +9,18 @@ from aiohttp import web
 UPSTREAM = sys.argv[2]
 
 
-async def forward(request: web.Request) -> web.Response:
+async def forward(request: web.Request) -> web.StreamResponse:
     session: aiohttp.ClientSession = request.app[SESSION]
     async with session.post(
         UPSTREAM + "/chat/completions", data=await request.read(), headers={"Content-Type": "application/json"}
     ) as response:
+        if response.content_type == "text/event-stream":
+            stream = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+            await stream.prepare(request)
+            async for part in response.content.iter_any():
+                await stream.write(part)
+            await stream.write_eof()
+            return stream
         return web.Response(body=await response.read(), status=response.status, content_type="application/json")
 
 

@@ -1,0 +1,35 @@
+"""Runs `conversation.py` on the gateway's core."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+from contenders import GATEWAY_CORE, HERE, PACED_PORT
+from measured import Measured, show
+from results_file import Row
+
+
+def measure(seconds: float, into: Measured) -> None:
+    with tempfile.TemporaryDirectory(prefix="leadline-bench-") as folder:
+        script = str(HERE / "conversation.py")
+        out = subprocess.run(
+            ["taskset", "-c", GATEWAY_CORE, sys.executable, script, str(PACED_PORT), str(min(seconds, 3))],
+            env={**os.environ, "LEADLINE_HOME": folder}, stdout=subprocess.PIPE, text=True, check=True,
+        ).stdout  # fmt: skip
+    found = json.loads(out.splitlines()[-1])
+    into.add("leadline", "conversation_bytes", found["bytes"], "bytes")
+    into.add("leadline", "conversation_blocked", found["hot_us"] / 1000, "ms")
+    into.add("leadline", "conversation_blocked_cold", found["cold_us"] / 1000, "ms")
+    into.add("leadline", "short_request_blocked", found["short_us"] / 1000, "ms")
+    print(f"  leadline: blocked for {found['hot_us'] / 1000:.3f} ms; {found['requests']} requests", flush=True)
+
+
+def tables(rows: list[Row]) -> None:
+    columns = {
+        "conversation_bytes": "bytes", "conversation_blocked": "loop blocked, ms",
+        "conversation_blocked_cold": "after a pause, ms", "short_request_blocked": "a short request, ms",
+    }  # fmt: skip
+    note = "From the whole body in memory to the request written to the upstream; 466 messages, tool calls, streamed."
+    show(rows, "An agent's conversation", columns, note)
