@@ -13,12 +13,14 @@ Nothing is tried again after the first byte except by `resume`, which the caller
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable
-from typing import Literal, TypeVar
+from collections.abc import Awaitable, Callable, Collection
+from dataclasses import dataclass, field
+from typing import Generic, Literal, TypeVar
 
 from gateway.errors import (
     BudgetExceeded,
     ContextLengthExceeded,
+    DeadlineExceeded,
     LeadlineError,
     Unavailable,
     UpstreamFailed,
@@ -29,6 +31,7 @@ from gateway.errors import (
 from gateway.ledger.records import AttemptKind, AttemptRecord
 from gateway.telemetry.metrics import Metrics
 from gateway.ticket import Ticket
+from gateway.upstream.breaker import Breaker
 from gateway.upstream.hedge import HedgeBudget
 from gateway.upstream.retry import RetryBudget, wait_before_retry
 from gateway.upstream.types import Answer, AnswerStream, Cause, ChatCall, Target, Upstream, UpstreamError
@@ -63,6 +66,8 @@ class AttemptEngine:
         tried: list[str] = []
         model: str | None = decision.plan.model
         while model is not None:
+            if errors:
+                self._metrics.fell_back(tried[-1], errors[-1].cause)
             tried.append(model)
             found = await self._on_target(ticket, model, run, errors)
             if found is not None:
@@ -74,8 +79,9 @@ class AttemptEngine:
             reserve = decision.on_cause.get(failure)
             if reserve is None:
                 reserve = decision.fallbacks if failure in ("error", "rate_limit") else ()
+            tried += [a.model for a in ticket.attempts if a.kind == "hedge"]  # a hedge has asked it already
             model = next((name for name in reserve if name not in tried), None)
-        raise failed(errors, ticket)
+        raise failed(errors, ticket, tried)
 
     async def _on_target(
         self, ticket: Ticket, model: str, run: Run[_T], errors: list[UpstreamError]
@@ -87,119 +93,150 @@ class AttemptEngine:
         budget = self._retries.get(target.provider)
         if budget is None:
             budget = self._retries[target.provider] = RetryBudget()
-        budget.deposit()
         # A client that tries again by itself multiplies our own retries: one of the two is enough.
         retries = target.retries if ticket.call.headers.retry_count == 0 else 0
         kind: AttemptKind = "first" if not errors else "fallback"
-        if errors:
-            self._metrics.fell_back(ticket.attempts[-1].model if ticket.attempts else model, errors[-1].cause)
         for retry in range(retries + 1):
-            if not breaker.acquire():
-                errors.append(_breaker_open(target, breaker.reason(), breaker.closed_in_s()))
+            permit = breaker.acquire()
+            if permit is None:
+                if retry == 0:  # else the failure before says more
+                    errors.append(_left_alone(target, breaker))
                 return None
             try:
                 attempt = await ticket.begin_attempt(target, kind)
             except BaseException as error:
-                breaker.abandoned()
+                breaker.abandoned(permit)
                 if isinstance(error, BudgetExceeded) and errors:
                     return None  # a fallback that cannot be paid for is no fallback
                 raise
+            if retry == 0:
+                budget.deposit()
             hedge = ticket.route.hedge if ticket.route is not None and kind == "first" else None
+            began_ns = time.perf_counter_ns()
             try:
                 if hedge is not None:
-                    return await self._race(ticket, hedge, target, attempt, run)
-                return await self._run(ticket, target, attempt, run), attempt
+                    answer, attempt = await self._race(ticket, hedge, target, attempt, permit, run, errors)
+                else:
+                    answer = await self._run(ticket, target, attempt, permit, run)
             except UpstreamError as error:
+                ticket.waited(time.perf_counter_ns() - began_ns)
                 errors.append(error)
+            except BaseException:
+                ticket.waited(time.perf_counter_ns() - began_ns)
+                raise
+            else:
+                ticket.waited(time.perf_counter_ns() - began_ns)
+                ticket.first_byte(attempt)
+                return answer, attempt
             wait = wait_before_retry(errors[-1], retry, self._random)
-            if wait is None or retry == retries or ticket.remaining_s() < wait or not budget.withdraw():
+            if wait is None or retry == retries or ticket.remaining_s() < wait:
                 break
-            await asyncio.sleep(wait)
-            ticket.waited(int(wait * 1e9))
+            if (breaker.closed_in_s() or 0) > wait or not budget.withdraw():
+                break
+            began_ns = time.perf_counter_ns()
+            try:
+                await asyncio.sleep(wait)
+            finally:
+                ticket.waited(time.perf_counter_ns() - began_ns)
             kind = "retry"
             self._metrics.retried(model, errors[-1].cause)
         return None
 
-    async def _run(self, ticket: Ticket, target: Target, attempt: AttemptRecord, run: Run[_T]) -> _T:
+    async def _run(self, ticket: Ticket, target: Target, attempt: AttemptRecord, permit: int, run: Run[_T]) -> _T:
         """One attempt up to its first byte, booked with its breaker and, if it fails, in the ledger."""
         breaker = ticket.world.breakers[target.model]
-        began_ns = time.perf_counter_ns()
         try:
             answer = await run(ticket.world.upstreams[target.provider], target)
         except UpstreamError as error:
-            ticket.waited(time.perf_counter_ns() - began_ns)
             ticket.fail_attempt(attempt, error)
-            self.failed(ticket, target.model, error)
+            self.failed(ticket, target.model, error, permit)
             raise
         except BaseException:
-            breaker.abandoned()
+            breaker.abandoned(permit)
             raise
-        ticket.waited(time.perf_counter_ns() - began_ns)
-        breaker.succeeded()
-        ticket.first_byte(attempt)
+        if isinstance(answer, Answer):
+            breaker.succeeded()
+        else:
+            breaker.answered()
         return answer
 
-    def failed(self, ticket: Ticket, model: str, error: UpstreamError) -> None:
+    def succeeded(self, ticket: Ticket, model: str) -> None:
+        """A stream has come to its end."""
+        ticket.world.breakers[model].succeeded()
+
+    def failed(self, ticket: Ticket, model: str, error: UpstreamError, permit: int = 0) -> None:
         """What an attempt's failure says of its target, before its first byte or after."""
         breaker = ticket.world.breakers[model]
         if error.cause in _HEALTHY:
             breaker.succeeded()
         elif error.cause == "rate_limit" and error.retry_after_s is not None:
-            breaker.limited(error.retry_after_s)
+            breaker.limited(error.retry_after_s, permit)
         else:
-            breaker.failed()
+            breaker.failed(permit, limited=error.cause == "rate_limit")
 
     # hedging --------------------------------------------------------------------------------------------------------
 
     async def _race(
-        self, ticket: Ticket, hedge: Hedge, target: Target, attempt: AttemptRecord, run: Run[_T]
+        self,
+        ticket: Ticket,
+        hedge: Hedge,
+        target: Target,
+        attempt: AttemptRecord,
+        permit: int,
+        run: Run[_T],
+        errors: list[UpstreamError],
     ) -> tuple[_T, AttemptRecord]:
         """The attempt, and a second one beside it when its first byte is late: the first of them to answer.
 
-        The loser is cancelled at once and billed as an estimate. Raises the last error when both fail.
+        The loser is cancelled at once and billed as an estimate. When both fail, raises the first one's error; the
+        second's is appended to `errors`.
         """
-        assert ticket.route is not None
-        budget = self._hedges.get(ticket.route.name)
-        if budget is None:
-            budget = self._hedges[ticket.route.name] = HedgeBudget(hedge.max_extra)
-        running = {asyncio.create_task(self._run(ticket, target, attempt, run)): attempt}
+        budget = self._hedge_budget(ticket)
+        first: _Runner[_T] = _Runner(attempt)
+        first.task = asyncio.create_task(self._run(ticket, target, attempt, permit, run))
+        second: _Runner[_T] | None = None
+        winner: _Runner[_T] | None = None
+        problem: UpstreamError | None = None
         held = 0
-        second: AttemptRecord | None = None
-        error: UpstreamError | None = None
-        winner: AttemptRecord | None = None
         try:
-            done, _ = await asyncio.wait(running, timeout=hedge.after_ms / 1000)
+            running = [first]
+            done, _ = await asyncio.wait((first.task,), timeout=hedge.after_ms / 1000)
             if not done:
                 other = self._hedge_target(ticket, target)
-                held = ticket.worst_cost(other) or 0
-                if budget.reserve(held):
-                    second = await self._begin_hedge(ticket, other)
-                    if second is not None:
-                        running[asyncio.create_task(self._run(ticket, other, second, run))] = second
-                    else:
-                        budget.settle(held, 0)
+                worst = self._worst_loss(ticket, target, other)
+                if worst is not None and budget.reserve(worst):
+                    held, second = worst, _Runner()
+                    second.task = asyncio.create_task(self._second(ticket, other, run, second))
+                    running.append(second)
             while running:
-                done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    ended = running.pop(task)
+                await asyncio.wait([runner.task for runner in running], return_when=asyncio.FIRST_COMPLETED)
+                for runner in [runner for runner in running if runner.task.done()]:
+                    running.remove(runner)
                     try:
-                        answer = task.result()
-                    except UpstreamError as problem:
-                        error = problem
+                        answer = runner.task.result()
+                    except UpstreamError as error:
+                        if runner is first:
+                            problem = error
+                        else:
+                            errors.append(error)
                         continue
-                    winner = ended
-                    return answer, ended
-            assert error is not None
-            raise error
+                    if answer is not None and runner.attempt is not None:
+                        winner = runner
+                        return answer, runner.attempt
+            assert problem is not None
+            raise problem
         finally:
-            await self._end_losers(ticket, running, "hedge_lost" if winner is not None else "cancelled")
-            if second is not None:
-                loser = attempt if winner is second else second
-                budget.settle(held, loser.cost_nanousd or 0)
-                outcome: Literal["won", "lost", "failed"] = "failed"
-                if winner is not None:
-                    outcome = "won" if winner is second else "lost"
-                self._metrics.hedged(second.model, outcome)
+            try:
+                await self._end(ticket, [r for r in (first, second) if r is not None and r is not winner], winner)
+            finally:
+                if second is not None:
+                    lost = attempt if winner is second else second.attempt
+                    budget.settle(held, (lost.cost_nanousd or 0) if lost is not None else 0)
+                    if second.attempt is not None:
+                        outcome: Literal["won", "lost", "failed"] = "failed"
+                        if winner is not None:
+                            outcome = "won" if winner is second else "lost"
+                        self._metrics.hedged(second.attempt.model, outcome)
 
     def _hedge_target(self, ticket: Ticket, target: Target) -> Target:
         """The first fallback whose breaker is closed, else the same target once more."""
@@ -210,38 +247,65 @@ class AttemptEngine:
                 return world.targets[name]
         return target
 
-    async def _begin_hedge(self, ticket: Ticket, target: Target) -> AttemptRecord | None:
+    def _worst_loss(self, ticket: Ticket, target: Target, other: Target) -> int | None:
+        """The most that the loser can cost, whichever it is. None: no bound is known, as one of them has no price."""
+        costs = ticket.worst_cost(target), ticket.worst_cost(other)
+        return None if costs[0] is None or costs[1] is None else max(costs[0], costs[1])
+
+    async def _second(self, ticket: Ticket, target: Target, run: Run[_T], runner: "_Runner[_T]") -> _T | None:
+        """The hedge, in its own task: the first attempt does not wait for its money. None: it did not go out."""
         breaker = ticket.world.breakers[target.model]
-        if not breaker.acquire():
+        permit = breaker.acquire()
+        if permit is None:
             return None
         try:
-            return await ticket.begin_attempt(target, "hedge")
+            attempt = runner.attempt = await ticket.begin_attempt(target, "hedge")
         except BaseException as error:
-            breaker.abandoned()
-            if isinstance(error, BudgetExceeded):
+            breaker.abandoned(permit)
+            if isinstance(error, LeadlineError):
                 return None
             raise
+        return await self._run(ticket, target, attempt, permit, run)
 
-    async def _end_losers(self, ticket: Ticket, running: dict["asyncio.Task[_T]", AttemptRecord], outcome: str) -> None:
-        for task in running:
+    async def _end(self, ticket: Ticket, losers: list["_Runner[_T]"], winner: "_Runner[_T] | None") -> None:
+        """Cancel them, wait until they have let go of what they hold, and bill them: whatever comes meanwhile."""
+        pending = {runner.task for runner in losers}
+        for task in pending:
             task.cancel()
-        for task, attempt in running.items():
-            await asyncio.wait((task,))
-            if task.cancelled() or task.exception() is not None:
-                ticket.end_if_running(attempt, outcome)
+        interrupted: asyncio.CancelledError | None = None
+        while pending:
+            try:
+                _, pending = await asyncio.wait(pending)
+            except asyncio.CancelledError as error:
+                interrupted = error
+        for runner in losers:
+            outcome = "hedge_lost" if winner is not None else ticket.interruption()
+            answer = None if runner.task.cancelled() or runner.task.exception() else runner.task.result()
+            if runner.attempt is None:
                 continue
-            late = task.result()
-            if isinstance(late, Answer):
-                ticket.end_attempt(attempt, outcome, late.usage, delivered_bytes=late.delivered_bytes)
-            else:
-                ticket.end_attempt(attempt, outcome, late.state.usage if late.state.done else None)
-                await late.close()
+            if isinstance(answer, Answer):
+                ticket.end_attempt(runner.attempt, outcome, answer.usage, delivered_bytes=answer.delivered_bytes)
+                continue
+            ticket.end_if_running(runner.attempt, outcome)
+            if answer is not None:
+                await answer.close()
+        if interrupted is not None:
+            raise interrupted
+
+    def _hedge_budget(self, ticket: Ticket) -> HedgeBudget:
+        """Of the ticket's route, which has a hedge."""
+        assert ticket.route is not None
+        assert ticket.route.hedge is not None
+        budget = self._hedges.get(ticket.route.name)
+        if budget is None:
+            budget = self._hedges[ticket.route.name] = HedgeBudget(ticket.route.hedge.max_extra)
+        return budget
 
     def spent(self, ticket: Ticket) -> None:
         """A request has been settled: what it cost lets its route's hedges cost more."""
         if ticket.route is not None and ticket.route.hedge is not None:
-            budget = self._hedges.setdefault(ticket.route.name, HedgeBudget(ticket.route.hedge.max_extra))
-            budget.spent(sum(a.cost_nanousd or 0 for a in ticket.attempts if a.outcome != "hedge_lost"))
+            costs = [a.cost_nanousd or 0 for a in ticket.attempts if a.outcome != "hedge_lost"]
+            self._hedge_budget(ticket).spent(sum(costs))
 
     # resuming -------------------------------------------------------------------------------------------------------
 
@@ -256,53 +320,70 @@ class AttemptEngine:
         for model in ticket.decision.resume:
             if model in asked or model in away:
                 continue
-            target = ticket.world.targets[model]
-            if not ticket.world.breakers[model].acquire():
+            target, breaker = ticket.world.targets[model], ticket.world.breakers[model]
+            permit = breaker.acquire()
+            if permit is None:
                 continue
             try:
                 attempt = await ticket.begin_attempt(target, "resume", call)
-            except BudgetExceeded:
-                ticket.world.breakers[model].abandoned()
-                continue
+            except BaseException as error:
+                breaker.abandoned(permit)
+                if isinstance(error, LeadlineError):
+                    continue
+                raise
             try:
-                return await self._run(ticket, target, attempt, lambda u, t: u.stream(t, call)), attempt
+                stream = await self._run(ticket, target, attempt, permit, lambda up, target: up.stream(target, call))
             except UpstreamError:
                 continue
+            ticket.first_byte(attempt)
+            return stream, attempt
         return None
 
 
-def _breaker_open(target: Target, reason: str | None, wait_s: float | None) -> UpstreamError:
-    return UpstreamError("breaker_open", f"{target.model} is left alone ({reason})", retry_after_s=wait_s)
+@dataclass(slots=True)
+class _Runner(Generic[_T]):
+    """One of the two in a race."""
+
+    attempt: AttemptRecord | None = None
+    """None: it has not gone out, or not yet."""
+    task: "asyncio.Task[_T | None]" = field(init=False)
 
 
-def failed(errors: list[UpstreamError], ticket: Ticket) -> LeadlineError:
+def _left_alone(target: Target, breaker: Breaker) -> UpstreamError:
+    cause: Cause = "rate_limit" if breaker.rate_limited else "breaker_open"
+    wait_s = breaker.closed_in_s()
+    return UpstreamError(cause, f"{target.model} is left alone ({breaker.reason()})", retry_after_s=wait_s)
+
+
+def failed(errors: list[UpstreamError], ticket: Ticket, tried: Collection[str]) -> LeadlineError:
     """The error a caller sees when every attempt failed: the last one's kind, all of their words.
 
-    Whoever has tried several times already tells the caller's client not to multiply that.
+    A 429 stays one where nothing else could have answered. Whoever has tried several times already, and what no retry
+    mends, tells the caller's client not to multiply that.
     """
     last = errors[-1]
-    provider = ticket.attempts[-1].provider if ticket.attempts else ""
     if last.cause in ("refused", "content_filter"):
+        provider = ticket.attempts[-1].provider if ticket.attempts else ""
         return UpstreamRefused(last.message, upstream_status=last.status or 400, error=last.error, provider=provider)
     words = "; then ".join(dict.fromkeys(error.message for error in errors))
     if last.cause == "context_length":
         return ContextLengthExceeded(f"No target takes a prompt of this length: {words}.", param="messages")
+    waits = [ticket.world.breakers[model].closed_in_s() for model in tried]
+    soonest = None if None in waits else min(wait for wait in waits if wait is not None)
     if last.cause in ("engine_gone", "breaker_open"):
         limited = [e for e in errors if e.cause == "rate_limit"]
         if not limited:
-            return Unavailable(f"No target could answer: {words}.", retry_after_s=last.retry_after_s or 2)
+            return Unavailable(f"No target could answer: {words}.", retry_after_s=soonest or last.retry_after_s or 2)
         last = limited[-1]
-    kind = (
-        UpstreamTimeout
-        if last.cause == "timeout"
-        else UpstreamRateLimited
-        if last.cause == "rate_limit"
-        else UpstreamFailed
-    )
+    kind = _KINDS.get(last.cause, UpstreamFailed)
     error = kind(f"No target could answer: {words}.")
-    error.retry_after_s = last.retry_after_s
-    error.should_retry = last.cause == "rate_limit" or len(ticket.attempts) <= 1
+    one = len(set(tried)) == 1
+    error.retry_after_s = last.retry_after_s if one and last.retry_after_s is not None else soonest
+    error.should_retry = last.retryable and (last.cause == "rate_limit" or len(ticket.attempts) <= 1)
     return error
+
+
+_KINDS: dict[Cause, type[UpstreamFailed]] = {"timeout": UpstreamTimeout, "rate_limit": UpstreamRateLimited}
 
 
 def stream_failed(error: UpstreamError, model: str) -> LeadlineError:
@@ -312,10 +393,9 @@ def stream_failed(error: UpstreamError, model: str) -> LeadlineError:
 
 
 def deadline_passed(ticket: Ticket) -> LeadlineError:
+    """Call it when all attempts have ended: it says what they cost."""
     spent = format_money(sum(a.cost_nanousd or 0 for a in ticket.attempts))
-    error = UpstreamTimeout(
+    return DeadlineExceeded(
         f"The request's deadline of {ticket.deadline_s:g} s has passed after {len(ticket.attempts)} attempt(s), "
         f"which cost {spent}; allow more with the route's `deadline` or `x-leadline-timeout`."
     )
-    error.should_retry = False
-    return error

@@ -18,6 +18,7 @@
     ├── UpstreamRefused             4xx  the provider refused the request itself: its own words, passed on
     ├── UpstreamFailed              502  the provider failed, and so did what stood behind it
     │   ├── UpstreamTimeout         504  … by not answering in time
+    │   │   └── DeadlineExceeded    504  … before the request's own deadline: allow more
     │   └── UpstreamRateLimited     429  … by limiting the gateway: wait `retry_after_s`
     ├── Unavailable                 503  nothing can serve this now: wait
     └── InternalError               500  our fault
@@ -171,6 +172,11 @@ class UpstreamFailed(LeadlineError):
 class UpstreamTimeout(UpstreamFailed):
     status = 504
     code = "upstream_timeout"
+
+
+class DeadlineExceeded(UpstreamTimeout):
+    code = "deadline_exceeded"
+    should_retry = False
 
 
 class UpstreamRateLimited(UpstreamFailed):

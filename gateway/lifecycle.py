@@ -9,7 +9,8 @@ the answer is streamed or whole, served, failed, or abandoned by its caller.
 import asyncio
 import os
 import time
-from typing import Protocol
+from collections.abc import Coroutine
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import structlog
@@ -41,7 +42,7 @@ from gateway.telemetry.metrics import Metrics
 from gateway.ticket import Headers, Ticket
 from gateway.upstream.gather import gather, replay, usage_of
 from gateway.upstream.sse import DONE, write_event
-from gateway.upstream.types import AnswerStream, ChatCall, Event, UpstreamError
+from gateway.upstream.types import Answer, AnswerStream, ChatCall, Event, UpstreamError
 from gateway.world import World
 from routers.decide import decide
 from routers.errors import NoCandidate
@@ -53,6 +54,7 @@ log = structlog.get_logger(__name__)
 MAX_KEPT_BYTES = 2 << 20
 """A longer stream is not kept for the cache."""
 
+_T = TypeVar("_T")
 _encode = msgspec.json.Encoder().encode
 
 
@@ -253,35 +255,46 @@ class Lifecycle:
     # run ------------------------------------------------------------------------------------------------------------
 
     async def _run(self, ticket: Ticket, reply: Reply) -> None:
-        answer = self._stream if ticket.call.stream else self._complete
+        """Once the row is settled as a success, no deadline turns the answer into an error."""
+        if ticket.call.stream:
+            relay = _Relay(ticket, reply)
+            await self._within_deadline(ticket, self._stream(ticket, relay))
+            await self._settle(ticket, "ok", 200)
+            if relay.complete:
+                await self._remember(ticket, gather(relay.kept))
+            await reply.send(_last_events(ticket, relay.usage_event))
+            await reply.end()
+        else:
+            answer = await self._within_deadline(ticket, self._complete(ticket))
+            await self._settle(ticket, "ok", 200)
+            if answer.usage is not None:
+                await self._remember(ticket, answer.body)
+            await reply.whole(200, ticket.headers(final=True), answer.body)
+
+    async def _within_deadline(self, ticket: Ticket, work: Coroutine[Any, Any, _T]) -> _T:
         if ticket.deadline_s is None:
-            await answer(ticket, reply)
-            return
+            return await work
         try:
             async with asyncio.timeout(ticket.remaining_s()) as deadline:
-                await answer(ticket, reply)
+                return await work
         except TimeoutError as error:
             if not deadline.expired():
                 raise
+            ticket.end_running("deadline")
             raise deadline_passed(ticket) from error
 
-    async def _complete(self, ticket: Ticket, reply: Reply) -> None:
+    async def _complete(self, ticket: Ticket) -> Answer:
         call = ticket.call
         answer, attempt = await self._attempts.first_answer(ticket, lambda up, target: up.complete(target, call))
         ticket.end_attempt(attempt, "ok", answer.usage, delivered_bytes=answer.delivered_bytes)
-        await self._settle(ticket, "ok", 200)
-        if answer.usage is not None:
-            await self._remember(ticket, answer.body)
-        await reply.whole(200, ticket.headers(final=True), answer.body)
+        return answer
 
-    async def _stream(self, ticket: Ticket, reply: Reply) -> None:
+    async def _stream(self, ticket: Ticket, relay: "_Relay") -> None:
         call = ticket.call
         stream, attempt = await self._attempts.first_answer(ticket, lambda up, target: up.stream(target, call))
-        relay = _Relay(ticket, reply)
         while True:
             try:
                 await relay.run(stream, attempt)
-                break
             except UpstreamError as error:
                 self._attempts.failed(ticket, attempt.model, error)
                 continued = relay.continued()
@@ -289,11 +302,10 @@ class Lifecycle:
                 if found is None:
                     raise stream_failed(error, attempt.model) from error
                 stream, attempt = found
-        await self._settle(ticket, "ok", 200)
-        if relay.complete and stream.state.usage is not None:
-            await self._remember(ticket, gather(relay.kept))
-        await reply.send(_last_events(ticket, relay.usage_event))
-        await reply.end()
+                relay.resumes()
+            else:
+                self._attempts.succeeded(ticket, attempt.model)
+                return
 
 
 class _Relay:
@@ -308,28 +320,28 @@ class _Relay:
         self._keeping = ticket.cache_key is not None
         self._kept_bytes = 0
         self._started = False
+        self._metered = False
         self.kept: list[bytes] = []
         self.usage_event: Event | None = None
 
     @property
     def complete(self) -> bool:
-        """Whether `kept` is the whole answer, of one model."""
-        return self._keeping
+        """Whether `kept` is the whole answer, of one model, with its usage."""
+        return self._keeping and self._metered
 
     def continued(self) -> ChatCall | None:
         """The call for the rest of an answer that broke off; None where the route or the request allows none."""
-        if self._transcript is None:
-            return None
-        call = self._transcript.continued(self._ticket.call)
-        if call is not None:
-            self._transcript.resumed = True
-            self._keeping = False
-            self._ticket.resumed = True
-        return call
+        return self._transcript.continued(self._ticket.call) if self._transcript is not None else None
+
+    def resumes(self) -> None:
+        """Another target goes on with it."""
+        assert self._transcript is not None
+        self._transcript.resumed = self._ticket.resumed = True
+        self._keeping = False
 
     async def run(self, stream: AnswerStream, attempt: AttemptRecord) -> None:
         ticket, reply, state, transcript = self._ticket, self._reply, stream.state, self._transcript
-        outcome = "cancelled"
+        outcome = ""
         try:
             if not self._started:
                 self._started = True
@@ -349,6 +361,7 @@ class _Relay:
                 if out:
                     await reply.send(out)
             outcome = "ok"
+            self._metered = state.usage is not None
         except UpstreamError as error:
             outcome = error.cause
             attempt.error = error.kept
@@ -361,6 +374,7 @@ class _Relay:
             # before the end of the stream is not the whole count.
             try:
                 usage = state.usage if state.done else None
+                outcome = outcome or ticket.interruption()
                 ticket.end_attempt(attempt, outcome, usage, delivered_bytes=state.delivered_bytes, deltas=state.deltas)
             finally:
                 await stream.close()
@@ -378,6 +392,8 @@ def _last_events(ticket: Ticket, usage_event: Event | None) -> bytes:
         fields = msgspec.json.decode(usage_event.data, type=dict[str, msgspec.Raw])
         fields["leadline"] = msgspec.Raw(_encode(ticket.receipt()))
         out = write_event(_encode(fields))
+    if ticket.resumed:
+        out += b": leadline-resumed\n\n"
     cost = ticket.record.cost_nanousd
     return out + b": leadline-cost-nanousd " + (b"unpriced" if cost is None else b"%d" % cost) + b"\n\n" + DONE
 

@@ -13,6 +13,7 @@ from gateway.upstream.types import ChatCall, Event
 
 MAX_KEPT_BYTES = 1 << 20
 """A longer answer is not continued."""
+_CAPS = ("max_tokens", "max_completion_tokens")
 _encode = msgspec.json.Encoder().encode
 
 
@@ -51,6 +52,7 @@ class Transcript:
     def __init__(self) -> None:
         self._texts: list[str] = []
         self._bytes = 0
+        self._deltas = 0
         self._id: str | None = None
         self._created: int | None = None
         self.resumed = False
@@ -62,23 +64,40 @@ class Transcript:
             return
         self._id, self._created = self._id or chunk.id, self._created or chunk.created
         for choice in chunk.choices:
-            if choice.delta is not None and choice.delta.content:
-                self._texts.append(choice.delta.content)
+            delta = choice.delta
+            if delta is None:
+                continue
+            if delta.content or delta.reasoning_content or delta.reasoning:
+                self._deltas += 1
+            if delta.content:
+                self._texts.append(delta.content)
                 self._bytes += len(event.data)
 
     def continued(self, call: ChatCall) -> ChatCall | None:
         """The call that asks for the rest; None when there is nothing that could be continued."""
         if not self._texts or self._bytes > MAX_KEPT_BYTES:
             return None
-        messages: list[Any] = msgspec.json.decode(call.fields["messages"], type=list[msgspec.Raw])
+        given = call.fields["messages"]
+        messages: list[Any] = msgspec.json.decode(given, type=list[msgspec.Raw])
         text = "".join(self._texts)
         messages.append(msgspec.Raw(_encode({"role": "assistant", "content": text, "prefix": True})))
-        encoded = _encode(messages)
-        fields = {**call.fields, "messages": msgspec.Raw(encoded)}
-        return replace(call, fields=fields, body_bytes=call.body_bytes + len(encoded), prefix=text)
+        encoded = msgspec.Raw(_encode(messages))
+        fields = {**call.fields, "messages": encoded}
+        sampling = call.sampling
+        if sampling.max_tokens is not None:
+            # What has been said counts; a delta is at least one token.
+            left = max(1, sampling.max_tokens - self._deltas)
+            sampling = msgspec.structs.replace(sampling, max_tokens=left)
+            fields.update({name: msgspec.Raw(b"%d" % left) for name in _CAPS if name in fields})
+        more = len(bytes(encoded)) - len(bytes(given))
+        return replace(call, fields=fields, body_bytes=call.body_bytes + max(0, more), prefix=text, sampling=sampling)
 
     def renamed(self, event: Event) -> Event:
-        """A chunk of the continuing stream, under the id of the one that broke."""
+        """A chunk of the continuing stream, under the id of the one that broke. Its role has been told already."""
         fields = msgspec.json.decode(event.data, type=dict[str, Any])
-        fields["id"], fields["created"] = self._id, self._created
+        if self._id is not None:
+            fields["id"], fields["created"] = self._id, self._created
+        for choice in fields.get("choices") or ():
+            if isinstance(choice.get("delta"), dict):
+                choice["delta"].pop("role", None)
         return Event(_encode(fields), event.usage_only)

@@ -1,7 +1,7 @@
 """One admitted request: what is known of it, what it holds, what it has cost so far.
 
 The journal hears of an attempt before it goes out, budgets hold the most it can cost while it runs, and `settle`
-closes the row exactly once. Nothing here awaits, so nothing can come in between.
+closes the row exactly once. Only `begin_attempt` awaits: nothing can come in between an end and its bill.
 """
 
 import math
@@ -116,18 +116,19 @@ class Ticket:
         if self._ledger.full:
             try:
                 await self._ledger.durable()
-            except Unavailable:
+            except BaseException:
                 self.end_attempt(attempt, "not_sent", NO_USAGE)
                 raise
         return attempt
 
     def first_byte(self, attempt: AttemptRecord) -> None:
-        now_ns = time.perf_counter_ns()
-        waited_ns = now_ns - self._running[attempt.id].started_ns
-        attempt.first_byte_us = waited_ns // 1000
-        self.record.model_served, self.record.provider = attempt.model, attempt.provider
-        self.record.first_byte_us = (now_ns - self._started_ns) // 1000
-        self.record.overhead_us = (now_ns - self._started_ns - self._upstream_ns) // 1000
+        """This attempt answers. What comes before the request's first byte, and of no upstream, is our overhead."""
+        record, now_ns = self.record, time.perf_counter_ns()
+        attempt.first_byte_us = (now_ns - self._running[attempt.id].started_ns) // 1000
+        record.model_served, record.provider = attempt.model, attempt.provider
+        if record.first_byte_us is None:  # a stream that is resumed has had its own
+            record.first_byte_us = (now_ns - self._started_ns) // 1000
+            record.overhead_us = (now_ns - self._started_ns - self._upstream_ns) // 1000
 
     def waited(self, nanoseconds: int) -> None:
         """Time spent on an upstream, or between two attempts, is not the gateway's own."""
@@ -172,6 +173,15 @@ class Ticket:
         running.hold.settle(cost or 0)
         self._metrics.attempt(attempt)
 
+    def interruption(self) -> str:
+        """Why an attempt was cancelled: `deadline`, the request's own, or `cancelled`, as its caller left."""
+        return "deadline" if self.remaining_s() <= 0 else "cancelled"
+
+    def end_running(self, outcome: str) -> None:
+        """Bill whatever is still under way."""
+        for attempt in self.attempts:
+            self.end_if_running(attempt, outcome)
+
     def end_if_running(self, attempt: AttemptRecord, outcome: str) -> None:
         """Bill an attempt that was cancelled from here, unless it has ended by itself."""
         if attempt.id in self._running:
@@ -184,9 +194,8 @@ class Ticket:
         if self._settled:
             return
         self._settled = True
-        for attempt in self.attempts:
-            if attempt.id in self._running:  # its caller left, or something of ours broke
-                self.end_attempt(attempt, "cancelled" if outcome == "cancelled" else "error", None)
+        if self._running:  # its caller left, or something of ours broke
+            self.end_running("cancelled" if outcome == "cancelled" else "error")
         record = self.record
         record.outcome, record.http_status, record.error_code = outcome, status, error_code
         record.total(self.attempts)

@@ -15,15 +15,23 @@ MAX_REST_S = 60.0
 
 
 class Breaker:
-    """`clock` gives monotonic seconds. A `rule` of None never opens."""
+    """`clock` gives monotonic seconds. A `rule` of None never opens.
+
+    `acquire` gives a permit, and each permit comes back once: in `answered`, `failed`, `limited` or `abandoned`. After
+    `answered` comes `succeeded` or, where the answer breaks off, `failed`. Of attempts that were under way when the
+    breaker opened, failures say nothing new.
+    """
 
     def __init__(self, rule: BreakerRule | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._rule = rule
         self._clock = clock
         self._failures: deque[float] = deque(maxlen=rule.failures if rule is not None else 1)
         self._open_until = 0.0
-        self._probing = False
+        """0: closed."""
         self._limited = False
+        self._probe: int | None = None
+        """The permit of the attempt that tries the target out; None: none does."""
+        self._probes = 0
 
     def closed_in_s(self) -> float | None:
         """Seconds until the target may be tried again; None when it may be tried now."""
@@ -35,67 +43,75 @@ class Breaker:
         if self._limited:  # a rate limit ends by itself: nothing needs to be tried out
             self._limited, self._open_until = False, 0.0
             return None
-        return 0.05 if self._probing else None
+        return 0.05 if self._probe is not None else None
 
     def reason(self) -> str | None:
         """Why the target is left alone now; None when it is not."""
         wait = self.closed_in_s()
         if wait is None:
             return None
-        if self._probing and self._clock() >= self._open_until:
+        if self._probe is not None:
             return "breaker half open: one request is trying it"
         return f"{'rate limited' if self._limited else 'breaker open'} for another {wait:.1f} s"
 
-    def acquire(self) -> bool:
-        """Whether an attempt may go out. Each granted one ends in `succeeded`, `failed` or `abandoned`."""
+    def acquire(self) -> int | None:
+        """A permit for one attempt; None when the target is left alone."""
         if not self._open_until:
-            return True
+            return 0
         if self.closed_in_s() is not None:
-            return False
+            return None
         if self._open_until:
-            self._probing = True
-        return True
+            self._probes += 1
+            self._probe = self._probes
+            return self._probe
+        return 0
+
+    def answered(self) -> None:
+        """A first byte came: the target is there again. Earlier failures count on until an answer is whole."""
+        if self._open_until and not self._limited:
+            self._open_until, self._probe = 0.0, None
 
     def succeeded(self) -> None:
-        if self._failures or self._open_until:
-            self._failures.clear()
-            self._probing = False
-            if not self._limited:
-                self._open_until = 0.0
+        """An answer is whole."""
+        self.answered()
+        self._failures.clear()
 
-    def failed(self) -> None:
-        """One more failure; opens when the rule's count is reached within its window, and again after a failed try."""
+    def failed(self, permit: int = 0, *, limited: bool = False) -> None:
+        """One more failure; opens when the rule's count is reached within its window, and again after a failed try.
+
+        `limited`: a rate limit that names no time. It counts like any other, and what it opens closes by itself.
+        """
         rule = self._rule
-        if rule is None:
+        if rule is None or (self._open_until and permit != self._probe):
             return
         now = self._clock()
         self._failures.append(now)
         full = len(self._failures) == rule.failures and now - self._failures[0] <= rule.window_ms / 1000
-        if self._probing or full:
-            self._probing = self._limited = False
-            self._open_until = now + rule.open_ms / 1000
+        if full or self._probe is not None:
+            self._open_until, self._limited, self._probe = now + rule.open_ms / 1000, limited, None
 
-    def limited(self, seconds: float) -> None:
+    def limited(self, seconds: float, permit: int = 0) -> None:
         """The provider asked to be left alone this long (a 429): later answers extend the pause, none shortens it."""
         if self._rule is None:
             return
+        if permit == self._probe:
+            self._probe = None
         until = self._clock() + min(seconds, MAX_REST_S)
-        self._probing = False
-        if until > self._open_until:
-            self._open_until = until
-            self._limited = True
+        if until > self._open_until and self._probe is None:
+            self._open_until, self._limited = until, True
 
-    def abandoned(self) -> None:
+    def abandoned(self, permit: int) -> None:
         """The attempt ended without telling anything about the target: its caller left."""
-        self._probing = False
+        if permit == self._probe:
+            self._probe = None
 
     @property
     def rate_limited(self) -> bool:
         """Left alone because its provider said so."""
-        return self._limited and self.closed_in_s() is not None
+        return self.closed_in_s() is not None and self._limited
 
     @property
     def state(self) -> Literal["closed", "half_open", "open"]:
         if self.closed_in_s() is None:
             return "half_open" if self._open_until else "closed"
-        return "half_open" if self._probing else "open"
+        return "half_open" if self._probe is not None else "open"
