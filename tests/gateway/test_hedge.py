@@ -31,8 +31,8 @@ models:
   free: {{provider: fake, model: cheap, context: 16000, max_output: 1000, price: free}}
   unknown: {{provider: fake, model: cheap, context: 16000, max_output: 1000, price: unpriced}}
 routes:
-  - {{name: hedged, when: {{model: hedged}}, use: [dear], on_failure: [cheap], hedge: {{after: {after}, max_extra: 100%}},
-     cache: off}}
+  - {{name: hedged, when: {{model: hedged}}, use: [dear], on_failure: [cheap], cache: off,
+     hedge: {{after: {after}, max_extra: 100%}}}}
   - {{name: unknown, when: {{model: gamble}}, use: [free], on_failure: [unknown], cache: off,
      hedge: {{after: {after}, max_extra: 100%}}}}
   - {{name: free, when: {{model: gratis}}, use: [free], cache: off, hedge: {{after: {after}, max_extra: 1%}}}}
