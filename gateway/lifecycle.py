@@ -8,6 +8,7 @@ the answer is streamed or whole, served, failed, or abandoned by its caller.
 
 import asyncio
 import os
+import random
 import time
 from collections.abc import Coroutine
 from typing import Any, Protocol, TypeVar
@@ -398,9 +399,13 @@ def _last_events(ticket: Ticket, usage_event: Event | None) -> bytes:
     return out + b": leadline-cost-nanousd " + (b"unpriced" if cost is None else b"%d" % cost) + b"\n\n" + DONE
 
 
+_ids = random.Random(os.urandom(32))
+os.register_at_fork(after_in_child=lambda: _ids.seed(os.urandom(32)))
+
+
 def new_ledger_id(now_ms: int) -> str:
-    """Sorts by time."""
-    return f"req_{now_ms:011x}{os.urandom(8).hex()}"
+    """Sorts by time. Unique, not secret: whose request it is decides who may see it."""
+    return f"req_{now_ms:011x}{_ids.getrandbits(64):016x}"
 
 
 def _known(error: Exception, request_id: str) -> LeadlineError:

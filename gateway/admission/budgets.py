@@ -11,6 +11,7 @@ import datetime as dt
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 from weakref import WeakValueDictionary
 
@@ -27,10 +28,13 @@ SpentSince = Callable[[str, int], Awaitable[int]]
 
 def window_start_ms(window: Window, now_ms: int) -> int:
     """Start of the calendar window (UTC; weeks start on Monday) that contains `now_ms`."""
-    if window == "total":
-        return 0
-    now = dt.datetime.fromtimestamp(now_ms / 1000, dt.UTC)
-    start = now.replace(minute=0, second=0, microsecond=0)
+    return 0 if window == "total" else _window_start_ms(window, now_ms // 3_600_000)
+
+
+@lru_cache(maxsize=64)
+def _window_start_ms(window: Window, hour: int) -> int:
+    """`hour` since the epoch: every window begins with one."""
+    start = dt.datetime.fromtimestamp(hour * 3600, dt.UTC)
     if window != "hour":
         start = start.replace(hour=0)
     if window == "week":

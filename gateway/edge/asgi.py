@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from gateway.edge.exchange import exchange_of
 from gateway.errors import BodyTooLarge, InvalidRequest, LeadlineError
 from gateway.ticket import Headers
 
@@ -18,6 +19,11 @@ Send = Callable[[Message], Awaitable[None]]
 BODY_TIMEOUT_S = 30.0
 """How long a caller may take to send its body."""
 JSON = (b"content-type", b"application/json")
+_STREAM = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
 _encode = msgspec.json.Encoder().encode
 
 
@@ -27,6 +33,12 @@ class ClientGone(Exception):
 
 async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
     """Raises BodyTooLarge as soon as the size is known, InvalidRequest for a body that does not arrive, ClientGone."""
+    exchange = exchange_of(receive)
+    body = exchange.take_body() if exchange is not None else None
+    if body is not None:
+        if len(body) > max_bytes:
+            raise _too_large(max_bytes)
+        return body
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit() and int(value) > max_bytes:
             raise _too_large(max_bytes)
@@ -90,41 +102,42 @@ class AsgiReply:
 
     def __init__(self, send: Send) -> None:
         self._send = send
+        self.exchange = exchange_of(send)
         self._streaming = False
         self.complete = False
         """The whole answer has been handed to the server."""
 
     async def whole(self, status: int, headers: Headers, body: bytes) -> None:
-        await self._send(
-            {
-                "type": "http.response.start",
-                "status": status,
-                "headers": [JSON, (b"content-length", b"%d" % len(body)), *headers],
-            }
-        )
+        headers = [JSON, (b"content-length", b"%d" % len(body)), *headers]
+        exchange = self.exchange
+        if exchange is not None and exchange.direct:
+            self.complete = True
+            await exchange.respond(status, headers, body)
+            return
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
         self.complete = True
         await self._send({"type": "http.response.body", "body": body})
 
     async def start_stream(self, headers: Headers) -> None:
         self._streaming = True
-        await self._send(
-            {
-                "type": "http.response.start",
-                "status": 200,
-                "headers": [
-                    (b"content-type", b"text/event-stream; charset=utf-8"),
-                    (b"cache-control", b"no-cache"),
-                    (b"x-accel-buffering", b"no"),
-                    *headers,
-                ],
-            }
-        )
+        headers = [*_STREAM, *headers]
+        if self.exchange is not None and self.exchange.direct:
+            await self.exchange.begin_stream(headers)
+            return
+        self.exchange = None  # it has to tell that it closes: all of the answer goes by `send`
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def send(self, data: bytes) -> None:
+        if self.exchange is not None:
+            await self.exchange.write_chunk(data)
+            return
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end(self) -> None:
         self.complete = True
+        if self.exchange is not None:
+            await self.exchange.end_stream()
+            return
         await self._send({"type": "http.response.body", "body": b""})
 
     async def fail(self, error: LeadlineError, headers: Headers) -> None:
@@ -145,6 +158,28 @@ async def until_gone(receive: Receive, reply: AsgiReply, work: Coroutine[Any, An
     here = asyncio.current_task()
     assert here is not None
     gone = False
+    exchange = exchange_of(receive)
+    if exchange is not None:
+
+        def leave() -> None:
+            nonlocal gone
+            if not reply.complete:
+                gone = True
+                here.cancel()
+
+        if exchange.disconnected:
+            work.close()
+            raise ClientGone
+        exchange.on_disconnect = leave
+        try:
+            await work
+        except asyncio.CancelledError:
+            if not gone:
+                raise
+            here.uncancel()
+        finally:
+            exchange.on_disconnect = None
+        return
 
     async def watch() -> None:
         nonlocal gone

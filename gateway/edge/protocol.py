@@ -7,10 +7,14 @@ assignments and for no timer of its own.
 
 import asyncio
 import re
+import urllib.parse
 from typing import Any, ClassVar, Literal
 
+import httptools
 import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from gateway.edge.exchange import Exchange
 
 _UPGRADE = re.compile(rb"\r\nupgrade([ \t]*:)", re.IGNORECASE)
 Phase = Literal["idle", "headers", "body"]
@@ -51,6 +55,9 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
         super().connection_lost(exc)
+        exchange = self.cycle
+        if isinstance(exchange, Exchange) and exchange.disconnected and exchange.on_disconnect is not None:
+            exchange.on_disconnect()
 
     # what comes in --------------------------------------------------------------------------------------------------
 
@@ -83,7 +90,38 @@ class GuardedProtocol(HttpToolsProtocol):
             if name == b"transfer-encoding" and value.lower() != b"chunked":
                 raise ValueError("a transfer encoding that is not undone here")
         self._enter("body")
-        super().on_headers_complete()
+        self._begin_exchange()
+
+    def _begin_exchange(self) -> None:
+        """As uvicorn's `on_headers_complete`, with an exchange of ours."""
+        parser, scope = self.parser, self.scope
+        http_version = parser.get_http_version()
+        scope["method"] = parser.get_method().decode("ascii")
+        scope["http_version"] = http_version
+        url = httptools.parse_url(self.url)
+        path = url.path.decode("ascii")
+        scope["path"] = urllib.parse.unquote(path) if "%" in path else path
+        scope["raw_path"] = url.path
+        scope["query_string"] = url.query or b""
+        before = self.cycle
+        self.cycle = exchange = Exchange(
+            scope=scope,
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=self.access_log,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=self.expect_100_continue,
+            keep_alive=http_version == "1.1" and parser.should_keep_alive(),
+            on_response=self.on_response_complete,
+        )
+        if before is None or before.response_complete:
+            self._start_asgi_task(exchange, self.app)
+        else:  # pipelined: its turn comes when the answer before it is complete
+            self.flow.pause_reading()
+            self.pipeline.appendleft((exchange, self.app))
 
     def on_message_complete(self) -> None:
         self._phase = "idle"

@@ -1,19 +1,21 @@
 """A local journal before the SQL ledger: what a caller was told survives the death of any process.
 
 Every admitted request writes `Opened` before anything else happens, `Dispatched` before each upstream call, and
-`Closed` with the final rows before its answer ends. A record is one `write(2)` (about 2 µs, no fsync): it is in the
-kernel when the call returns, so kill -9 loses nothing; power loss may (that is durability mode `process`). In mode
-`full`, `synced` waits for the disk. The SQL ledger is fed from memory in batches, and a segment of the journal is
-deleted once all it holds is in SQL. After a crash, `recovered` gives back what SQL may lack; SQL inserts ignore ids
-that they already have, so replay is idempotent.
+`Closed` with the final rows before its answer ends. A record is copied into a shared mapping of a file that has its
+disk blocks already (where a `write(2)` took 6 µs): the pages are the kernel's, so kill -9 loses nothing; power loss may
+(that is durability mode `process`). In mode `full`, `synced` waits for the disk. The SQL ledger is fed from memory in
+batches, and a segment of the journal is deleted once all it holds is in SQL. After a crash, `recovered` gives back what
+SQL may lack; SQL inserts ignore ids that they already have, so replay is idempotent.
 
 Each worker has a journal of its own, in a folder that it keeps locked; `reconcile` takes over those of the dead.
 
-Frame: length (4 bytes, big endian), CRC-32 of the payload (4 bytes), msgpack payload. A torn last frame ends a segment.
+Frame: length (4 bytes, big endian), CRC-32 of the payload (4 bytes), msgpack payload. A torn last frame, or the zeros
+after the last one, end a segment.
 """
 
 import asyncio
 import fcntl
+import mmap
 import os
 import stat
 import struct
@@ -28,11 +30,14 @@ import msgspec
 
 from gateway.ledger.records import AttemptRecord, RequestRecord
 
-SEGMENT_BYTES = 16 << 20
+SEGMENT_BYTES = 4 << 20
 LIFE = "life-"
 """Begins the name of the file that names a process's holds."""
 LOCK_WAIT_S = 1.0
 """How long a starting worker waits for its folder: a reconciler holds one for the moment of a rename."""
+
+
+_HEAD = struct.Struct(">II")
 
 
 class JournalError(RuntimeError):
@@ -57,6 +62,7 @@ class _Segment(msgspec.Struct):
     number: int
     path: Path
     fd: int
+    data: mmap.mmap
     size: int = 0
     uncommitted: int = 0
     """Requests opened in this segment that SQL does not have yet."""
@@ -71,7 +77,7 @@ def to_disk(fd: int) -> None:
 
 
 class Journal:
-    """Owned by the event loop's thread; no method blocks for longer than one write to the page cache.
+    """Owned by the event loop's thread; no method blocks for longer than a new segment takes (0.1 ms each 4 MiB).
 
     `sync`: how `synced` makes a file descriptor's data survive power loss; None (mode `process`): it does not.
     Raises JournalError when another process holds the folder.
@@ -111,11 +117,8 @@ class Journal:
 
     def opened(self, request: RequestRecord) -> None:
         """Raises OSError when the disk does not take it: the request must not be admitted then."""
-        if self._current.size >= self._segment_bytes:
-            self._current = self._new_segment(self._current.number + 1)
-            self._drop_committed()
-        segment = self._current
         self._write(Opened(request))
+        segment = self._current
         segment.uncommitted += 1
         self._segment_of[request.id] = segment
 
@@ -197,6 +200,7 @@ class Journal:
     def close(self) -> None:
         """Release the folder. Segments with nothing uncommitted are deleted, the rest stays for the next start."""
         for segment in self._segments:
+            segment.data.close()
             os.close(segment.fd)
             if segment.uncommitted == 0 and not self._segment_of:
                 segment.path.unlink(missing_ok=True)
@@ -216,21 +220,29 @@ class Journal:
         if self._broken is not None:
             raise self._broken
         payload = self._encoder.encode(entry)
-        frame = struct.pack(">II", len(payload), zlib.crc32(payload)) + payload
+        frame = _HEAD.pack(len(payload), zlib.crc32(payload)) + payload
         segment = self._current
-        written = os.write(segment.fd, frame)
-        if written != len(frame):
-            try:
-                os.ftruncate(segment.fd, segment.size)
-            except OSError:  # what comes after a torn record is not read: it must go elsewhere
-                self._current = self._new_segment(segment.number + 1)
-            raise OSError(28, "the disk took only a part of a journal record", str(segment.path))
-        segment.size += written
+        end = segment.size + len(frame)
+        if end > len(segment.data):
+            segment = self._current = self._new_segment(segment.number + 1, len(frame))
+            end = len(frame)
+            self._drop_committed()
+        segment.data[segment.size : end] = frame
+        segment.size = end
 
-    def _new_segment(self, number: int) -> _Segment:
+    def _new_segment(self, number: int, at_least: int = 0) -> _Segment:
+        """Its blocks are taken now: a full disk is an OSError here, never a fault in the middle of a record."""
         path = self._folder / f"journal-{number:08d}.log"
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        segment = _Segment(number, path, fd)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        size = max(self._segment_bytes, at_least)
+        try:
+            os.posix_fallocate(fd, 0, size)
+            data = mmap.mmap(fd, size)
+        except BaseException:
+            os.close(fd)
+            path.unlink()
+            raise
+        segment = _Segment(number, path, fd, data)
         self._segments.append(segment)
         self._unsynced_names = True
         return segment
@@ -239,6 +251,7 @@ class Journal:
         # Oldest first: a later segment may hold the `Closed` of a request opened in an earlier one.
         while self._segments[0] is not self._current and self._segments[0].uncommitted == 0:
             segment = self._segments.popleft()
+            segment.data.close()
             os.close(segment.fd)
             segment.path.unlink(missing_ok=True)
 

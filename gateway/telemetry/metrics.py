@@ -1,15 +1,19 @@
 """Prometheus metrics of one worker. No label carries an id, a key or a prompt.
 
-What every request pays for (`request`, `attempt`) finds its counter by a tuple: prometheus-client's own `labels`
-would build strings and take a lock each time.
+What every request pays for (`request`, `attempt`) is counted in plain numbers, by one thread, and becomes metrics when
+it is asked for: prometheus-client's own counters take a lock and several calls each time (measured: 8 µs of a request,
+1.5 µs so).
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Literal, Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from gateway.ledger.records import AttemptRecord, RequestRecord
 
@@ -19,20 +23,40 @@ BREAKER_STATES: dict[BreakerState, int] = {"closed": 0, "half_open": 1, "open": 
 _CLASSES = ("input", "cached_input", "cache_write", "output", "reasoning")
 
 
-class _Children:
-    """The children of one counter, by their label values."""
+class _Counters(Collector):
+    """One counter per combination of label values. Written by the event loop's thread alone."""
 
-    __slots__ = ("_counter", "_known")
-
-    def __init__(self, counter: Counter) -> None:
-        self._counter = counter
-        self._known: dict[tuple[str, ...], Counter] = {}
+    def __init__(self, name: str, words: str, labels: tuple[str, ...]) -> None:
+        self._name, self._words, self._labels = name, words, labels
+        self._counts: dict[tuple[str, ...], int] = {}
 
     def add(self, amount: int, *labels: str) -> None:
-        child = self._known.get(labels)
-        if child is None:
-            child = self._known[labels] = self._counter.labels(*labels)
-        child.inc(amount)
+        counts = self._counts
+        counts[labels] = counts.get(labels, 0) + amount
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        family = CounterMetricFamily(self._name, self._words, labels=self._labels)
+        for labels, count in tuple(self._counts.items()):
+            family.add_metric(labels, count)
+        yield family
+
+
+class _Seconds(Collector):
+    """A histogram of durations. Written by the event loop's thread alone."""
+
+    def __init__(self, name: str, words: str) -> None:
+        self._name, self._words = name, words
+        self._counts = [0] * (len(_SECONDS) + 1)
+        self._sum = 0.0
+
+    def observe(self, seconds: float) -> None:
+        self._counts[bisect_left(_SECONDS, seconds)] += 1
+        self._sum += seconds
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        bounds = [*map(floatToGoString, _SECONDS), "+Inf"]
+        buckets = list(zip(bounds, accumulate(self._counts), strict=True))
+        yield HistogramMetricFamily(self._name, self._words, buckets=buckets, sum_value=self._sum)
 
 
 class _Labelled(Collector):
@@ -135,12 +159,10 @@ class Metrics:
         self._hedges = self._children("leadline_hedges", "Second calls beside a late first.", "model", "outcome")
         self._tokens = self._children("leadline_tokens", "Tokens billed.", "model", "class")
         self._cost = self._children("leadline_cost_nanousd", "Nano-dollars spent.", "model")
-        self._duration = Histogram(
-            "leadline_request_duration_seconds", "Admission to end of answer.", buckets=_SECONDS, registry=self.registry
-        )
-        self._overhead = Histogram(
-            "leadline_overhead_seconds", "Time added to the upstream's.", buckets=_SECONDS, registry=self.registry
-        )
+        self._duration = _Seconds("leadline_request_duration_seconds", "Admission to end of answer.")
+        self._overhead = _Seconds("leadline_overhead_seconds", "Time added to the upstream's.")
+        self.registry.register(self._duration)
+        self.registry.register(self._overhead)
 
     def request(
         self, record: RequestRecord, attempts: Sequence[AttemptRecord] = (), traceparent: str | None = None
@@ -208,5 +230,7 @@ class Metrics:
     def _counter(self, name: str, words: str) -> Counter:
         return Counter(name, words, registry=self.registry)
 
-    def _children(self, name: str, words: str, *labels: str) -> _Children:
-        return _Children(Counter(name, words, labels, registry=self.registry))
+    def _children(self, name: str, words: str, *labels: str) -> _Counters:
+        counters = _Counters(name, words, labels)
+        self.registry.register(counters)
+        return counters

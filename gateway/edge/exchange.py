@@ -1,0 +1,83 @@
+"""One request and its answer on a connection of ours: uvicorn's cycle, with a short way out for the data plane.
+
+ASGI hands every header to the server as a pair, which uvicorn searches twice, and every hang-up to whoever waits in a
+task of its own. For answers that we have built ourselves, and for callers that may leave, both have a direct way here
+(measured: 0.04 ms of 0.2 ms per request). Any other ASGI server still gets the same answers by `send`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
+
+Headers = Sequence[tuple[bytes, bytes]]
+
+
+class Exchange(RequestResponseCycle):
+    on_disconnect: Callable[[], None] | None = None
+    """Called once when the caller hangs up before its answer is complete."""
+
+    @property
+    def direct(self) -> bool:
+        """Whether an answer may go past `send`: on a connection that stays, with no headers of the server's own."""
+        return self.keep_alive and not self.default_headers
+
+    def take_body(self) -> bytes | None:
+        """The request's body, if all of it has come; None: `receive` it."""
+        if self.more_body or self.disconnected:
+            return None
+        body, self.body = bytes(self.body), bytearray()
+        self.flow.resume_reading()  # or a hang-up would not be heard
+        return body
+
+    async def respond(self, status: int, headers: Headers, body: bytes) -> None:
+        """A whole answer; `headers` have its content-length."""
+        if self.flow.write_paused:
+            await self.flow.drain()
+        if not self.disconnected:
+            self._begin()
+            self.transport.write(STATUS_LINE[status] + _head(headers) + body)
+            self._end()
+
+    async def begin_stream(self, headers: Headers) -> None:
+        """The head of an answer that comes in chunks."""
+        if not self.disconnected:
+            self._begin()
+            self.chunked_encoding = True
+            self.transport.write(STATUS_LINE[200] + _head([*headers, (b"transfer-encoding", b"chunked")]))
+
+    async def write_chunk(self, data: bytes) -> None:
+        if self.flow.write_paused:
+            await self.flow.drain()
+        if not self.disconnected:
+            self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    async def end_stream(self) -> None:
+        if not self.disconnected:
+            self.transport.write(b"0\r\n\r\n")
+            self._end()
+
+    def _begin(self) -> None:
+        self.response_started = True
+        self.waiting_for_100_continue = False
+
+    def _end(self) -> None:
+        self.response_complete = True
+        self.message_event.set()
+        if not self.keep_alive:  # the server has begun to drain since the head went out
+            self.transport.close()
+        self.on_response()
+
+
+def exchange_of(send: Any) -> Exchange | None:
+    """The exchange behind an ASGI `send`; None on another server, and behind middleware."""
+    owner = getattr(send, "__self__", None)
+    return owner if isinstance(owner, Exchange) else None
+
+
+def _head(headers: Headers) -> bytes:
+    """Raises ValueError for a header that would write others: a line break or a NUL in it."""
+    lines = b"\r\n".join([b"%b: %b" % header for header in headers])
+    if lines.count(b"\r") != len(headers) - 1 or lines.count(b"\n") != len(headers) - 1 or b"\0" in lines:
+        raise ValueError("a header holds a line break or a NUL")
+    return lines + b"\r\n\r\n"
