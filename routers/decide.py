@@ -106,6 +106,8 @@ def decide(query: Query, signals: Signals, policy: Policy, state: State, seed: i
     """What will run and why: a pure function of its arguments. Raises NoCandidate where nothing can run."""
     route = policy.route_for(query)
     targets = _targets(query, policy, route)
+    if route is None:
+        return _named(policy.models[targets[0]], query, signals, policy, state, seed)
     options = [_Option(policy.models[name], index, query, signals, state) for index, name in enumerate(targets)]
     by_name = {option.model.name: option for option in options}
     reserve = _reserve(route, by_name, policy, query, signals, state)
@@ -117,7 +119,7 @@ def decide(query: Query, signals: Signals, policy: Policy, state: State, seed: i
     if usable:
         cheaper = state.degrade_reason if state.degrade == "cheaper" and query.model not in policy.models else None
         chosen, rule, guessed = _choose(route, usable, query, cheaper)
-        if route is not None and len(targets) < len(route.targets):
+        if len(targets) < len(route.targets):
             rule += f" (only {query.model}, which the caller named)"
         if cheaper is not None:
             degraded = "budget"
@@ -143,7 +145,7 @@ def decide(query: Query, signals: Signals, policy: Policy, state: State, seed: i
     running = {chosen.model.name, *fallbacks}.union(*on_cause.values())
     return Decision(
         plan=Single(chosen.model.name),
-        route="named" if route is None else route.name,
+        route=route.name,
         rule=rule,
         candidates=tuple([_candidate(option, signals, running) for option in considered]),
         fallbacks=fallbacks,
@@ -156,14 +158,31 @@ def decide(query: Query, signals: Signals, policy: Policy, state: State, seed: i
     )
 
 
+def _named(model: Model, query: Query, signals: Signals, policy: Policy, state: State, seed: int) -> Decision:
+    """The one model that the caller named, where no route speaks of it: nothing is compared, nothing is in reserve."""
+    option = _Option(model, 0, query, signals, state)
+    if option.obstacle is not None:
+        raise NoCandidate(option.obstacle, "no model can run this", ((model.name, option.reason),))
+    return Decision(
+        plan=Single(model.name),
+        route="named",
+        rule=f"the caller named {model.name}",
+        candidates=(_candidate(option, signals, {model.name}),),
+        fallbacks=(),
+        policy_version=policy.version_hash,
+        probe_version=_probe_version(signals),
+        seed=seed,
+    )
+
+
 def _reserve(
-    route: Route | None, by_name: dict[str, _Option], policy: Policy, query: Query, signals: Signals, state: State
+    route: Route, by_name: dict[str, _Option], policy: Policy, query: Query, signals: Signals, state: State
 ) -> dict[FailureCause, list[_Option]]:
     """What to turn to, by cause: those with a list of their own, and those that do not share the engine's default.
 
     Adds the options that are not candidates to `by_name`.
     """
-    if route is None or not (route.on_failure or route.on_cause):
+    if not (route.on_failure or route.on_cause):
         return {}
     lists: dict[FailureCause, tuple[str, ...]] = {
         "error": route.on_failure,
@@ -202,14 +221,14 @@ def _longer(names: tuple[str, ...], chosen: _Option, by_name: dict[str, _Option]
 
 
 def _resume(
-    route: Route | None,
+    route: Route,
     fallbacks: tuple[str, ...],
     options: Sequence[_Option],
     chosen: _Option,
     by_name: dict[str, _Option],
 ) -> tuple[str, ...]:
     """Who may go on with a broken stream: fallbacks, the other candidates, and last the chosen model once more."""
-    if route is None or route.on_stream_failure != "resume":
+    if route.on_stream_failure != "resume":
         return ()
     others = [option.model.name for option in options if option.obstacle is None and option is not chosen]
     names = dict.fromkeys((*fallbacks, *others, chosen.model.name))
@@ -234,7 +253,7 @@ def _targets(query: Query, policy: Policy, route: Route | None) -> tuple[str, ..
 
 
 def _choose(
-    route: Route | None, usable: Sequence[_Option], query: Query, cheaper: str | None = None
+    route: Route, usable: Sequence[_Option], query: Query, cheaper: str | None = None
 ) -> tuple[_Option, str, bool]:
     """(the choice, the sentence that made it, whether it wanted a p_success that nobody knows).
 
@@ -242,8 +261,6 @@ def _choose(
     """
     if cheaper is not None:
         return min(usable, key=_by_cost), f"cheapest, as {cheaper}", False
-    if route is None:
-        return usable[0], f"the caller named {query.model}", False
     if route.use:
         return usable[0], route.rule, False
     bounds = route.constraints
@@ -302,7 +319,7 @@ def _violation(route: Route, option: _Option, usable: Sequence[_Option]) -> str:
     return ""
 
 
-def _missed(route: Route | None, options: Sequence[_Option], chosen: _Option, query: Query) -> str:
+def _missed(route: Route, options: Sequence[_Option], chosen: _Option, query: Query) -> str:
     """The passing obstacle without which the choice would have been another one; empty: none."""
     for kind in ("budget", "unavailable"):
         wished = [option for option in options if option.obstacle in (None, kind)]
@@ -315,12 +332,10 @@ def _missed(route: Route | None, options: Sequence[_Option], chosen: _Option, qu
     return ""
 
 
-def _why_not(
-    route: Route | None, option: _Option, chosen: _Option, usable: Sequence[_Option], cheaper: str | None
-) -> str:
+def _why_not(route: Route, option: _Option, chosen: _Option, usable: Sequence[_Option], cheaper: str | None) -> str:
     if cheaper is not None:
         return _dearer(option, chosen)
-    if route is None or route.use:
+    if route.use:
         return f"listed after {chosen.model.name}"
     return _violation(route, option, usable) or _comparison(route, option, chosen)
 

@@ -86,6 +86,13 @@ class RequestRecord(msgspec.Struct, array_like=True):
     def total(self, attempts: list[AttemptRecord]) -> None:
         """Sum the attempts into the request: the request's cost is exactly what its attempts cost."""
         self.attempts = len(attempts)
+        if len(attempts) == 1:
+            only = attempts[0]
+            self.input_tokens, self.cached_input_tokens = only.input_tokens, only.cached_input_tokens
+            self.cache_write_tokens, self.output_tokens = only.cache_write_tokens, only.output_tokens
+            self.reasoning_tokens = only.reasoning_tokens
+            self.cost_nanousd, self.cost_estimated = only.cost_nanousd, only.cost_estimated
+            return
         self.input_tokens = sum(a.input_tokens for a in attempts)
         self.cached_input_tokens = sum(a.cached_input_tokens for a in attempts)
         self.cache_write_tokens = sum(a.cache_write_tokens for a in attempts)
