@@ -113,6 +113,11 @@ class Exchange(asyncio.Protocol):
         if at < 0:
             return
         head = self._got[:at].lower()
+        if not head.startswith(b"post "):  # LiteLLM looks at what else there is
+            self._got = b""
+            assert self._transport is not None
+            self._transport.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+            return
         length = head.partition(b"content-length:")[2].partition(b"\r\n")[0]
         if len(self._got) < at + 4 + int(length):
             return

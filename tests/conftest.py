@@ -11,10 +11,33 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--soak", type=float, default=0.0, metavar="MINUTES",
+        help="long sizes, whole at 30 and in proportion to it, and no time limits (`make soak`)",
+    )  # fmt: skip
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--soak"):
+        for item in items:
+            item.add_marker(pytest.mark.timeout(0), append=False)
+
+
+Size = Callable[[int, int], int]
+
+
+@pytest.fixture(scope="session")
+def size(request: pytest.FixtureRequest) -> Size:
+    """Of (the usual, the long) the one this run was asked for: never less than the usual."""
+    share = request.config.getoption("--soak") / 30
+    return lambda usual, long: max(usual, round(long * share))
 
 
 @pytest.fixture

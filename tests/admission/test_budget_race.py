@@ -15,10 +15,11 @@ from sqlalchemy import Engine, text
 from gateway.ledger import budget_rows
 from gateway.ledger.store import connect
 from gateway.settings import Settings
+from tests.conftest import Size
 
 WORKERS = 8
 CALLS = 64
-BUDGETS = 20
+BUDGETS, SOAK_BUDGETS = 20, 200
 AMOUNT = 1_000
 
 
@@ -118,9 +119,11 @@ def books(engine: Engine) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.timeout(300)
-def test_eight_workers_never_overspend_nor_refuse_what_fits(engine: Engine, start_workers: StartWorkers) -> None:
+def test_eight_workers_never_overspend_nor_refuse_what_fits(
+    engine: Engine, start_workers: StartWorkers, size: Size
+) -> None:
     workers = start_workers(WORKERS, 30.0)
-    for number in range(BUDGETS):
+    for number in range(size(BUDGETS, SOAK_BUDGETS)):
         key, seeded, unbounded = f"k{number}", number * 17 % 60, number % 3
         before = seeded + unbounded * WORKERS
         fits = 1 + number * 29 % 400

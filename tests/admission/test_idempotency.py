@@ -21,13 +21,14 @@ from gateway.errors import Conflict, IdempotencyMismatch, OutcomeUnknown
 from gateway.ledger.store import connect
 from gateway.ledger.tables import RequestRow
 from gateway.settings import Settings
-from tests.conftest import free_port
+from tests.conftest import Size, free_port
 from tests.gateway.conftest import POLICY, Gateway, StartGateway, ask, until
 from tests.gateway.fake_upstream import FakeUpstream, cut_stream, status
 
 pytestmark = pytest.mark.anyio
 
 PEPPER = b"p" * 32
+KEYS, SOAK_KEYS = 60, 1000
 
 
 @pytest.fixture
@@ -137,8 +138,9 @@ async def test_a_living_workers_claim_keeps_its_lease(open_store: Callable[..., 
 
 
 async def test_sixty_keys_times_sixteen_repetitions_run_sixty_times(
-    start_gateway: StartGateway, upstream: FakeUpstream
+    start_gateway: StartGateway, upstream: FakeUpstream, size: Size
 ) -> None:
+    keys = size(KEYS, SOAK_KEYS)
     async with start_gateway() as gateway:
 
         async def insist(key: int) -> tuple[str, str]:
@@ -152,14 +154,14 @@ async def test_sixty_keys_times_sixteen_repetitions_run_sixty_times(
                 assert headers["x-should-retry"] == "true"
                 await asyncio.sleep(0.05)
 
-        answers = await asyncio.gather(*(insist(key) for key in range(60) for _ in range(16)))
-        per_key = [set(answers[key * 16 : key * 16 + 16]) for key in range(60)]
+        answers = await asyncio.gather(*(insist(key) for key in range(keys) for _ in range(16)))
+        per_key = [set(answers[key * 16 : key * 16 + 16]) for key in range(keys)]
         assert all(len(answer) == 1 for answer in per_key), "the same answer and the same receipt each time"
         rows = await gateway.rows()
-        assert len(upstream.truth) == 60
+        assert len(upstream.truth) == keys
         assert Counter(row["id"] for row in rows) == Counter(answer.pop()[0] for answer in per_key)
         assert sum(row["cost_nanousd"] for row in rows) == sum(bill.nanousd for bill in upstream.truth)
-        assert {row["idempotency_key"] for row in rows} == {f"key {key}" for key in range(60)}
+        assert {row["idempotency_key"] for row in rows} == {f"key {key}" for key in range(keys)}
         code, headers, answer = await gateway.chat(ask("another question"), **{"Idempotency-Key": "key 1"})
         assert (code, answer["error"]["code"], headers["x-should-retry"]) == (400, "idempotency_mismatch", "false")
 

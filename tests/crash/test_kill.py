@@ -27,11 +27,11 @@ from aiohttp import web
 from gateway.ledger import report
 from gateway.ledger.journal import Journal
 from gateway.ledger.store import LedgerStore, connect
-from tests.conftest import free_port
+from tests.conftest import Size, free_port
 from tests.gateway.conftest import ask, until
 from tests.gateway.fake_upstream import FakeUpstream
 
-KILLS = 2
+KILLS, SOAK_KILLS = 2, 50
 RELEASED = Path(__file__).parents[1] / "ledger" / "released"
 POLICY = """
 version: 1
@@ -270,11 +270,11 @@ async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("point", POINTS, ids=lambda point: point.__name__)
-async def test_kill_9_at(point: Callable[[Scene], Awaitable[Left]], scene: Scene, request: Any) -> None:
+async def test_kill_9_at(point: Callable[[Scene], Awaitable[Left]], scene: Scene, request: Any, size: Size) -> None:
     if point is cache_write:
         scene.redis_url = request.getfixturevalue("redis_url")
     least = most = 0
-    for _ in range(KILLS):
+    for _ in range(size(KILLS, SOAK_KILLS)):
         await scene.start()
         for stream in (False, True, False):
             await scene.call(stream=stream)
@@ -305,11 +305,11 @@ def check(scene: Scene, rows: dict[str, dict[str, Any]], least: int, most: int) 
 
 
 @pytest.mark.anyio
-async def test_kill_9_at_migration(scene: Scene) -> None:
+async def test_kill_9_at_migration(scene: Scene, size: Size) -> None:
     """The upgrade of a released database waits for its lock; what is left is the old schema, and then the new one."""
     with contextlib.closing(scene.database()) as old:
         old.executescript((RELEASED / "0001.sqlite.sql").read_text())
-        for _ in range(KILLS):
+        for _ in range(size(KILLS, SOAK_KILLS)):
             old.execute("BEGIN IMMEDIATE")
             process = scene.spawn()
             await until(partial(_has_open, process.pid, scene.home / "ledger.db"))

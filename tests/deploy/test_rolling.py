@@ -14,7 +14,7 @@ import aiohttp
 import psycopg
 import pytest
 
-from tests.conftest import free_port
+from tests.conftest import Size, free_port
 from tests.deploy.conftest import PATIENCE_S, POLICY, ROOT, Deployment, deployed, environment
 from tests.gateway.fake_upstream import FakeUpstream
 
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.timeout(240)]
 RATE_PER_S = 100
 STREAM_EVERY = 10
 """One request in so many is a stream of about two seconds."""
-RESTARTS = 3
+RESTARTS, SOAK_RESTARTS = 3, 50
 
 
 class Load:
@@ -75,13 +75,13 @@ class Load:
 
 
 async def test_rolling_restarts_and_a_drain_drop_nothing(
-    tmp_path: Path, two_workers: dict[str, str], upstream: FakeUpstream, session: aiohttp.ClientSession
+    tmp_path: Path, two_workers: dict[str, str], upstream: FakeUpstream, session: aiohttp.ClientSession, size: Size
 ) -> None:
     upstream.pace_s = 0.17  # between the words of a stream
     async with deployed(tmp_path / "h", POLICY.format(url=upstream.url), "--workers", "2", **two_workers) as running:
         first = {worker.pid for worker in running.workers()}
         load = Load(running, session, RATE_PER_S)
-        for _ in range(RESTARTS):
+        for _ in range(size(RESTARTS, SOAK_RESTARTS)):
             before = {worker.pid for worker in running.workers()}
             await running.roll()
             after = {worker.pid for worker in running.workers()}

@@ -2,18 +2,26 @@
 
 import asyncio
 import contextlib
+import gc
 import json
+import time
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 
 from gateway.edge.protocol import GuardedProtocol
+from tests.conftest import Size
 from tests.edge.conftest import StartEdge, post
 from tests.edge.provider import Provider
 from tests.edge.raw import responses_of
 from tests.gateway.conftest import Gateway, until
 
 pytestmark = pytest.mark.anyio
+
+
+SOAK_S = 600
+MAX_GROWTH_BYTES = 100 << 20
 
 
 class Hasty(GuardedProtocol):
@@ -27,8 +35,8 @@ async def connect(gateway: Gateway) -> tuple[asyncio.StreamReader, asyncio.Strea
     return await asyncio.open_connection(address.hostname, address.port)
 
 
-async def drip(gateway: Gateway, start: bytes, endless: bytes) -> list[int]:
-    """One byte every 50 ms until the server has enough of it; the statuses it answered with."""
+async def drip(gateway: Gateway, start: bytes, endless: bytes, pause_s: float = 0.05) -> list[int]:
+    """One byte at a time until the server has enough of it; the statuses it answered with."""
     reader, writer = await connect(gateway)
     hearing = asyncio.create_task(reader.read())
     writer.write(start)
@@ -36,7 +44,7 @@ async def drip(gateway: Gateway, start: bytes, endless: bytes) -> list[int]:
         with contextlib.suppress(ConnectionError):
             writer.write(endless)
             await writer.drain()
-        await asyncio.wait((hearing,), timeout=0.05)
+        await asyncio.wait((hearing,), timeout=pause_s)
     writer.close()
     return [] if hearing.exception() else [response.status for response in responses_of(hearing.result())]
 
@@ -50,23 +58,50 @@ async def slow_clients(gateway: Gateway) -> dict[str, float]:
 
 async def test_50_that_drip_are_closed_while_others_are_served(start_edge: StartEdge) -> None:
     async with start_edge(http=Hasty) as edge:
-        key = edge.key.encode()
-        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer " + key + b"\r\n"
-        headers = [drip(edge, b"POST /v1/chat/completions HTTP/1.1\r\nx-a: ", b"a") for _ in range(20)]
-        bodies = [drip(edge, head + b"content-length: 100000\r\n\r\n{", b" ") for _ in range(20)]
-        elsewhere = [drip(edge, b"POST /leadline/v1/explain HTTP/1.1\r\nhost: x\r\nauthorization: Bearer " + key +
-                          b"\r\ncontent-type: application/json\r\ncontent-length: 5000\r\n\r\n{", b" ")
-                     for _ in range(10)]  # fmt: skip
-        slow = asyncio.gather(*headers, *bodies, *elsewhere)
-        for number in range(20):
-            body = {"model": "chat", "messages": [{"role": "user", "content": f"healthy {number}"}]}
-            assert (await post(edge, "/v1/chat/completions", body))[0] == 200
-        async with asyncio.timeout(60):
-            statuses = await slow
-        assert set(map(tuple, statuses)) <= {(408,), ()}, "told so, unless the client was in the middle of a byte"
+        await wave(edge, 10, pause_s=0.05)
         counted = await slow_clients(edge)
         assert (counted["headers"], counted["body"]) == (20, 30)
         assert all(row["outcome"] == "ok" for row in await edge.rows())
+
+
+async def test_wave_after_wave_of_dripping_clients_leaves_nothing_behind(start_edge: StartEdge, size: Size) -> None:
+    seconds = size(0, SOAK_S)
+    count, pause_s, http = (100, 1.0, GuardedProtocol) if seconds else (4, 0.05, Hasty)
+    async with start_edge(http=http) as edge:
+        await wave(edge, count, pause_s)
+        gc.collect()
+        process = psutil.Process()
+        rss, open_fds, tasks = process.memory_info().rss, process.num_fds(), len(asyncio.all_tasks())
+        ends = time.monotonic() + seconds
+        waves = 1
+        while waves < 2 or time.monotonic() < ends:
+            await wave(edge, count, pause_s)
+            waves += 1
+        counted = await slow_clients(edge)
+        assert (counted["headers"], counted["body"]) == (2 * count * waves, 3 * count * waves)
+        await until(lambda: process.num_fds() <= open_fds and len(asyncio.all_tasks()) <= tasks, 10)
+        assert process.memory_info().rss - rss < MAX_GROWTH_BYTES
+
+
+async def wave(edge: Gateway, count: int, pause_s: float) -> None:
+    """Five times `count` drip, headers and bodies, on the data plane and beside it; others are served meanwhile."""
+    key = edge.key.encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer " + key + b"\r\n"
+    body = head + b"content-length: 100000\r\n\r\n{"
+    web = (
+        b"POST /leadline/v1/explain HTTP/1.1\r\nhost: x\r\nauthorization: Bearer " + key
+        + b"\r\ncontent-type: application/json\r\ncontent-length: 5000\r\n\r\n{"
+    )  # fmt: skip
+    headers = [drip(edge, b"POST /v1/chat/completions HTTP/1.1\r\nx-a: ", b"a", pause_s) for _ in range(2 * count)]
+    bodies = [drip(edge, body, b" ", pause_s) for _ in range(2 * count)]
+    elsewhere = [drip(edge, web, b" ", pause_s) for _ in range(count)]
+    slow = asyncio.gather(*headers, *bodies, *elsewhere)
+    for number in range(20):
+        asked = {"model": "chat", "messages": [{"role": "user", "content": f"healthy {number}"}]}
+        assert (await post(edge, "/v1/chat/completions", asked))[0] == 200
+    async with asyncio.timeout(60):
+        statuses = await slow
+    assert set(map(tuple, statuses)) <= {(408,), ()}, "told so, unless the client was in the middle of a byte"
 
 
 async def test_a_connection_that_says_nothing_is_closed(start_edge: StartEdge) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import pytest
 
+from tests.conftest import Size
 from tests.faults.books import Call, join, tokens_of
 from tests.faults.transcript import Transcript
 from tests.gateway.conftest import Gateway, running, until
@@ -55,6 +56,7 @@ limits: [{{key: "*", budget: $1000/month}}]
 """
 UNREACHED = ("F01", "F02", "F03", "F04")
 AT_A_TIME = 32
+SOAK_ROUNDS = 10
 MAX_GROWTH_KIB = 512 << 10
 """Of peak resident memory, over a run with eight gzip bombs of a gigabyte each."""
 
@@ -249,14 +251,22 @@ def open_sockets() -> int:
 
 
 @pytest.mark.timeout(600)
-async def test_every_fault_leaves_books_that_agree(tmp_path: Path) -> None:
+async def test_every_fault_leaves_books_that_agree(tmp_path: Path, size: Size) -> None:
+    for number in range(size(1, SOAK_ROUNDS)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        await run_matrix(folder)
+
+
+async def run_matrix(folder: Path) -> None:
+    """All cases on a gateway and an upstream of their own."""
     tasks_before, sockets_before = asyncio.all_tasks(), open_sockets()
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    all_cases, truth = list(cases()), tmp_path / "truth"
+    all_cases, truth = list(cases()), folder / "truth"
     with nothing_unhandled(), closed_port() as closed, full_backlog() as full, upstream_process(truth) as upstream:
         tls = upstream.url.replace("http", "https")
         policy = POLICY.format(url=upstream.url, tls=tls, closed=closed, full=full)
-        async with bait_host() as (bait, came), running(policy, tmp_path / "home") as gateway:
+        async with bait_host() as (bait, came), running(policy, folder / "home") as gateway:
             tasks_idle = len(asyncio.all_tasks())
             gate = asyncio.Semaphore(AT_A_TIME)
 

@@ -1,6 +1,7 @@
 """T2: healthy traffic of every kind, and not one row or nano-dollar between the upstream's books and ours."""
 
 import random
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from sqlalchemy import Engine
 
 from gateway.ledger import report
 from gateway.ledger.store import connect
+from tests.conftest import Size
 from tests.faults.books import Call, join, tokens_of
 from tests.faults.load import Told, chat_request, drive
 from tests.faults.serving import serving
@@ -33,6 +35,9 @@ models:
                    tiers: [{{above: 40, input: $2.50/Mtok, cached_input: $0.625/Mtok, output: $15/Mtok}}]}}}}
 limits: [{{key: "*", budget: $10000/month}}]
 """
+CALLS = 20_000
+SOAK_RUNS = 10
+"""With --soak 30; a million calls, 50 runs, with --soak 150."""
 MODELS = ("cheap", "dear", "tiered")
 TOOL = {"type": "function", "function": {"name": "sound", "parameters": {"type": "object"}}}
 WORDS = ["how", "deep", "is", "the", "water", "under", "the", "keel", "at", "low", "tide", "here"]
@@ -105,11 +110,14 @@ def check_one(answer: Told, call: Call) -> None:
 
 
 @pytest.mark.timeout(900)
-async def test_twenty_thousand_calls_leave_no_nano_dollar_unexplained(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'ledger.db'}"
-    told, truth, engine = await run(20_000, tmp_path, url, seed=1)
-    check(told, truth, engine)
-    engine.dispose()
+async def test_twenty_thousand_calls_leave_no_nano_dollar_unexplained(tmp_path: Path, size: Size) -> None:
+    for seed in range(1, 1 + size(1, SOAK_RUNS)):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        told, truth, engine = await run(CALLS, folder, f"sqlite:///{folder / 'ledger.db'}", seed)
+        check(told, truth, engine)
+        engine.dispose()
+        shutil.rmtree(folder)
 
 
 @pytest.mark.timeout(600)
