@@ -94,7 +94,8 @@ def decode_body(body: bytes, decoder: msgspec.json.Decoder[_Request]) -> tuple[d
 
 def read_chat(body: bytes, headers: CallHeaders) -> ChatCall:
     """Raises InvalidRequest, naming the field, what is wrong with it and what would be right."""
-    if body.count(b'"role"') > MAX_MESSAGES:  # known before anything is built of them
+    # Known before anything is built of them; fewer bytes cannot hold so many.
+    if len(body) > 8 * MAX_MESSAGES and body.count(b'"role"') > MAX_MESSAGES:
         raise InvalidRequest(f"messages: more than {MAX_MESSAGES} of them; send fewer.", param="messages")
     fields, request = decode_body(body, _request_decoder)
     choices = 1 if request.n is None else request.n
@@ -112,7 +113,7 @@ def read_chat(body: bytes, headers: CallHeaders) -> ChatCall:
         choices=choices,
         has_tools=bool(request.tools or request.functions),
         has_format=request.response_format is not None and request.response_format.type != "text",
-        text_only=all(_is_text(message) for message in request.messages),
+        text_only=_is_text([m.content for m in request.messages if type(m.content) is list]),
         sampling=Sampling(
             max_tokens=max_tokens,
             temperature=1.0 if request.temperature is None else request.temperature,
@@ -127,8 +128,8 @@ def read_chat(body: bytes, headers: CallHeaders) -> ChatCall:
     )
 
 
-def _is_text(message: _Message) -> bool:
-    return not isinstance(message.content, list) or all(part.type in _TEXT_PARTS for part in message.content)
+def _is_text(contents: list[list[_Part]]) -> bool:
+    return all(part.type in _TEXT_PARTS for parts in contents for part in parts)
 
 
 def _check(request: _ChatRequest, choices: int) -> None:
