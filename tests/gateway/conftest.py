@@ -106,11 +106,13 @@ async def running(
     redis_url: str | None = None,
     engine: Path | None = None,
     policy_folder: Path | None = None,
+    durability: str = "process",
     http: type[GuardedProtocol] = GuardedProtocol,
 ) -> AsyncIterator[Gateway]:
     settings = Settings.from_env(
         {
             "LEADLINE_HOME": str(home),
+            "LEADLINE_DURABILITY": durability,
             **({"DATABASE_URL": database_url} if database_url else {}),
             **({"REDIS_URL": redis_url} if redis_url else {}),
             **({"LEADLINE_ENGINE": str(engine)} if engine else {}),
