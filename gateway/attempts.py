@@ -13,7 +13,7 @@ Nothing is tried again after the first byte except by `resume`, which the caller
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
@@ -79,8 +79,8 @@ class AttemptEngine:
             reserve = decision.on_cause.get(failure)
             if reserve is None:
                 reserve = decision.fallbacks if failure in ("error", "rate_limit") else ()
-            tried += [a.model for a in ticket.attempts if a.kind == "hedge"]  # a hedge has asked it already
-            model = next((name for name in reserve if name not in tried), None)
+            hedged = [attempt.model for attempt in ticket.attempts if attempt.kind == "hedge"]
+            model = next((name for name in reserve if name not in tried and name not in hedged), None)
         raise failed(errors, ticket, tried)
 
     async def _on_target(
@@ -171,6 +171,8 @@ class AttemptEngine:
             breaker.succeeded()
         elif error.cause == "rate_limit" and error.retry_after_s is not None:
             breaker.limited(error.retry_after_s, permit)
+        elif error.cause == "engine_gone":  # its link says when it is back, sooner than any rule
+            breaker.abandoned(permit)
         else:
             breaker.failed(permit, limited=error.cause == "rate_limit")
 
@@ -228,6 +230,10 @@ class AttemptEngine:
         finally:
             try:
                 await self._end(ticket, [r for r in (first, second) if r is not None and r is not winner], winner)
+            except BaseException:
+                if winner is not None:  # nobody is left to take its answer
+                    await _let_go(winner.task.result())
+                raise
             finally:
                 if second is not None:
                     lost = attempt if winner is second else second.attempt
@@ -287,8 +293,7 @@ class AttemptEngine:
                 ticket.end_attempt(runner.attempt, outcome, answer.usage, delivered_bytes=answer.delivered_bytes)
                 continue
             ticket.end_if_running(runner.attempt, outcome)
-            if answer is not None:
-                await answer.close()
+            await _let_go(answer)
         if interrupted is not None:
             raise interrupted
 
@@ -349,13 +354,18 @@ class _Runner(Generic[_T]):
     task: "asyncio.Task[_T | None]" = field(init=False)
 
 
+async def _let_go(answer: Answer | AnswerStream | None) -> None:
+    if answer is not None and not isinstance(answer, Answer):
+        await answer.close()
+
+
 def _left_alone(target: Target, breaker: Breaker) -> UpstreamError:
     cause: Cause = "rate_limit" if breaker.rate_limited else "breaker_open"
     wait_s = breaker.closed_in_s()
     return UpstreamError(cause, f"{target.model} is left alone ({breaker.reason()})", retry_after_s=wait_s)
 
 
-def failed(errors: list[UpstreamError], ticket: Ticket, tried: Collection[str]) -> LeadlineError:
+def failed(errors: list[UpstreamError], ticket: Ticket, tried: list[str]) -> LeadlineError:
     """The error a caller sees when every attempt failed: the last one's kind, all of their words.
 
     A 429 stays one where nothing else could have answered. Whoever has tried several times already, and what no retry
@@ -363,7 +373,7 @@ def failed(errors: list[UpstreamError], ticket: Ticket, tried: Collection[str]) 
     """
     last = errors[-1]
     if last.cause in ("refused", "content_filter"):
-        provider = ticket.attempts[-1].provider if ticket.attempts else ""
+        provider = ticket.world.targets[tried[-1]].provider
         return UpstreamRefused(last.message, upstream_status=last.status or 400, error=last.error, provider=provider)
     words = "; then ".join(dict.fromkeys(error.message for error in errors))
     if last.cause == "context_length":

@@ -174,6 +174,23 @@ async def test_a_dead_engine_is_replaced_while_the_fallback_serves(home: Gateway
     assert (status, body["choices"][0]["message"]["content"]) == (200, "The answer is 5.")
 
 
+async def test_an_engine_that_is_back_serves_at_once_however_many_calls_it_lost(home: Gateway) -> None:
+    engine = home.app.engine
+    assert engine is not None
+    assert engine.pid is not None
+
+    async def lost() -> bytes:
+        return (await home.stream(ask("What is 9 + 8 - 7 + 6 - 5 + 4?", n=8)))[2]
+
+    calls = [asyncio.create_task(lost()) for _ in range(8)]
+    breaker = home.app.web.state.lifecycle.world.breakers["local"]
+    await asyncio.sleep(0.1)
+    os.kill(engine.pid, signal.SIGKILL)
+    ends = await asyncio.gather(*calls)
+    assert sum(b'"error"' in raw for raw in ends) > 5, "more than a breaker takes"
+    assert breaker.state == "closed"
+
+
 async def test_an_engine_killed_in_the_middle_of_a_stream_ends_it_with_an_error(home: Gateway) -> None:
     engine = home.app.engine
     assert engine is not None

@@ -1,5 +1,6 @@
 """When the same target is asked again: whose word counts, how long the wait is, and what all retries add up to."""
 
+import asyncio
 import random
 from typing import Any
 
@@ -18,7 +19,7 @@ from gateway.upstream.retry import (
 )
 from gateway.upstream.types import UpstreamError
 from tests.gateway import fake_upstream as fake
-from tests.gateway.conftest import Gateway, ask
+from tests.gateway.conftest import Gateway, ask, until
 from tests.gateway.fake_upstream import FakeUpstream
 
 anyio = pytest.mark.anyio
@@ -121,3 +122,20 @@ async def test_a_retry_of_a_request_has_its_own_row_and_bill(gateway: Gateway, u
     assert row["cost_nanousd"] == first["cost_nanousd"] + second["cost_nanousd"]
     assert second["cost_nanousd"] == upstream.truth[-1].nanousd
     assert 0 <= row["overhead_us"] < row["duration_us"]
+
+
+@anyio
+async def test_a_caller_who_leaves_while_a_retry_waits_ends_it(gateway: Gateway, upstream: FakeUpstream) -> None:
+    upstream.faults = [fake.status(503, {"retry-after-ms": "4900"})]
+    calling = asyncio.create_task(gateway.chat(ask()))
+    await until(lambda: upstream.bodies)
+    await asyncio.sleep(0.1)
+    calling.cancel()
+    rows = await gateway.rows()
+    while not rows:
+        await asyncio.sleep(0.02)
+        rows = await gateway.rows()
+    (row,) = rows
+    assert (row["outcome"], row["cost_nanousd"]) == ("cancelled", 0)
+    assert [a["outcome"] for a in row["attempt_rows"]] == ["status"]
+    assert len(upstream.bodies) == 1
