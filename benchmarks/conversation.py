@@ -2,28 +2,30 @@
 
     LEADLINE_HOME=… python benchmarks/conversation.py UPSTREAM_PORT SECONDS
 
-Prints one line of JSON. The real application (edge, admission, cache key, decision, journal, client) runs in this
-process; only uvicorn's parser is left out: the body arrives in three pieces that are already there. Every step of the
-request's task is timed. The upstream waits 20 ms before its first event, so that what runs before then is what comes
-before the upstream has the request. Hot: eight requests in a row, as under load. Cold: one, after a while of nothing.
+Prints one line of JSON. The real server runs in this process: protocol, edge, admission, cache key, decision, journal,
+upstream client. Every step of a request's application is timed (uvicorn's parser and the sockets' reads are not in it).
+The upstream waits 20 ms before its first event, so that what runs before then is what comes before the upstream has
+the request. Hot: eight requests in a row, as under load. Cold: one, after a while of nothing.
 """
 
 import asyncio
 import json
 import random
+import socket
 import statistics
 import sys
 import time
-from collections.abc import Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import uvloop
 from contenders import POLICY
 
 from gateway.app import App
-from gateway.edge.asgi import Message, Scope
-from gateway.http_server import settle_memory
+from gateway.edge.asgi import Receive, Scope, Send
+from gateway.http_server import HttpServer, settle_memory
 from gateway.settings import Settings
 from routers.load import parse
 
@@ -81,28 +83,27 @@ def encoded(body: dict[str, Any]) -> bytes:
     return json.dumps(body, separators=(",", ":")).encode()
 
 
-class Timed(Coroutine[Any, Any, None]):
-    """A coroutine whose steps are timed: when each began, and how long it held the loop."""
+class Timed:
+    """An awaitable whose steps are timed: when each began, and how long it held the loop."""
 
     def __init__(self, inner: Coroutine[Any, Any, None]) -> None:
         self._inner = inner
         self._steps: list[tuple[int, int]] = []
 
-    def send(self, value: Any) -> Any:
-        began = time.perf_counter_ns()
-        try:
-            return self._inner.send(value)
-        finally:
-            self._steps.append((began, time.perf_counter_ns() - began))
-
-    def throw(self, *error: Any) -> Any:
-        return self._inner.throw(*error)
-
-    def close(self) -> None:
-        self._inner.close()
-
     def __await__(self) -> Generator[Any, Any, None]:
-        yield from self._inner.__await__()
+        resume: Callable[[], Any] = partial(self._inner.send, None)
+        while True:
+            began = time.perf_counter_ns()
+            try:
+                waits_for = resume()
+            except StopIteration:
+                return
+            finally:
+                self._steps.append((began, time.perf_counter_ns() - began))
+            try:
+                resume = partial(self._inner.send, (yield waits_for))
+            except BaseException as error:
+                resume = partial(self._inner.throw, error)
 
     def blocked_us(self) -> float:
         """All of its steps before the upstream's answer."""
@@ -110,46 +111,60 @@ class Timed(Coroutine[Any, Any, None]):
         return sum(took for at, took in self._steps if at - began < BEFORE_ANSWER_NS) / 1000
 
 
-async def ask(app: App, key: str, body: bytes) -> float:
-    """One request to its end, as the server would hand it over; returns how long it blocked, in µs.
+class TimedApp:
+    """The application, each of whose requests is timed; the server cannot tell."""
 
-    Raises RuntimeError for an answer without its end.
-    """
-    pieces = [body[at : at + 65536] for at in range(0, len(body), 65536)]
-    answer: list[bytes] = []
-    ended = asyncio.Event()
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self.calls: list[Timed] = []
 
-    async def receive() -> Message:
-        if pieces:
-            return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
-        await ended.wait()
-        return {"type": "http.disconnect"}
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        call = Timed(self._app(scope, receive, send))
+        self.calls.append(call)
+        await call
 
-    async def send(message: Message) -> None:
-        answer.append(message.get("body", b""))
+    def slow_client(self, phase: Literal["headers", "body", "read"]) -> None:
+        self._app.slow_client(phase)
 
-    scope: Scope = {
-        "type": "http", "method": "POST", "path": "/v1/chat/completions", "http_version": "1.1",
-        "headers": [
-            (b"host", b"gateway"), (b"authorization", f"Bearer {key}".encode()),
-            (b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)),
-        ],
-    }  # fmt: skip
-    timed = Timed(app(scope, receive, send))
-    await asyncio.create_task(timed)
-    ended.set()
-    if not b"".join(answer).endswith(b"data: [DONE]\n\n"):
-        raise RuntimeError(f"no stream to its end: {b''.join(answer)[-300:]!r}")
-    return timed.blocked_us()
+    def take_us(self) -> list[float]:
+        """How long each call since the last time held the loop before its answer, in µs."""
+        calls, self.calls = self.calls, []
+        return [call.blocked_us() for call in calls]
+
+
+async def ask(port: int, key: str, body: bytes) -> None:
+    """One stream to its end. Raises RuntimeError for one without it."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: gateway\r\nAuthorization: Bearer {key}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        + body
+    )
+    answer = b""
+    while not answer.endswith(b"\r\n0\r\n\r\n") and (part := await reader.read(1 << 16)):
+        answer += part
+    writer.close()
+    if b"data: [DONE]\n\n" not in answer:
+        raise RuntimeError(f"no stream to its end: {answer[-300:]!r}")
 
 
 async def main(upstream: int, seconds: float) -> None:
     settings = Settings.from_env()
     settings.prepare_home()
     app = App(settings, parse(POLICY.format(upstream=upstream, signals="", rule="")), Path.cwd())
-    await app.start()
-    key = app.first_key or (settings.home / "key").read_text()
+    timed = TimedApp(app)
+    server, listener = HttpServer(timed, 0.0), socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    serving = asyncio.create_task(server.serve_on(listener))
+    while not server.started:
+        if serving.done():
+            raise RuntimeError("the gateway did not start")
+        await asyncio.sleep(0.01)
     settle_memory()
+    key = app.first_key or (settings.home / "key").read_text()
     long, short = conversation(), {**conversation(), "messages": [{"role": "user", "content": ""}] * 2, "tools": []}
     serial = 0
 
@@ -163,10 +178,13 @@ async def main(upstream: int, seconds: float) -> None:
     found: dict[str, list[float]] = {"cold_us": [], "hot_us": [], "short_us": []}
     ends = time.monotonic() + seconds
     while time.monotonic() < ends:
-        found["cold_us"].append(await ask(app, key, fresh(long)))
+        await ask(port, key, fresh(long))
+        found["cold_us"] += timed.take_us()
         for name, body in (("hot_us", long), ("short_us", short)):
-            found[name] += await asyncio.gather(*[ask(app, key, data) for data in [fresh(body) for _ in range(ROW)]])
-    await app.stop()
+            await asyncio.gather(*[ask(port, key, data) for data in [fresh(body) for _ in range(ROW)]])
+            found[name] += timed.take_us()
+    server.should_exit = True
+    await serving
     medians = {name: statistics.median(values[len(values) // 10 :]) for name, values in found.items()}
     print(json.dumps({"bytes": len(fresh(long)), "requests": serial, **medians}))
 

@@ -86,17 +86,24 @@ def measure(
         try:
             runs = [call(PORT, 1, str(min(rate, 50)), seed, running.key)]
             alone = call(PORT, min(seconds, 3), "one", seed + 1, running.key)
-            upstream.lateness()
-            before = cpu_s(running.process.pid)
-            paced = call(PORT, seconds, str(rate), seed + 2, running.key)
-            used_s = cpu_s(running.process.pid) - before
-            late = upstream.lateness()
-            runs += [alone, paced]
+            for tries_left in (2, 1, 0):
+                upstream.lateness()
+                before = cpu_s(running.process.pid)
+                paced = call(PORT, seconds, str(rate), seed + 10 + tries_left, running.key)
+                used_s = cpu_s(running.process.pid) - before
+                late = upstream.lateness()
+                runs.append(paced)
+                wrong = pace_lost(paced, late, rate)
+                if not wrong:
+                    break
+                print(f"  {name}: {wrong}; {tries_left} more tries", flush=True)
+            else:
+                raise PaceLost(wrong)
+            runs.append(alone)
         finally:
             running.stop()
         if running.home is not None:
             check_ledger(running.home, sum(run["streams"] for run in runs))
-    check_pace(paced, late, rate)
     cpu_ms = used_s * 1000 / paced["streams"]
     into.add(name, "cpu_per_stream", cpu_ms, "ms")
     into.add(name, "streams_per_s", 1000 / cpu_ms, "1/s")
@@ -109,8 +116,8 @@ def measure(
     print(f"  {name}: {cpu_ms:.2f} ms CPU per stream, {1000 / cpu_ms:,.0f} streams/s per core", flush=True)
 
 
-def check_pace(paced: dict[str, Any], late: dict[str, float], rate: float) -> None:
-    """Raises PaceLost unless the load, the upstream and the gateway kept the pace of the streams."""
+def pace_lost(paced: dict[str, Any], late: dict[str, float], rate: float) -> str:
+    """Why the load, the upstream or the gateway did not keep the pace of the streams; empty: they did."""
     wrong = []
     if paced["started_per_s"] < 0.97 * rate:
         wrong.append(f"{paced['started_per_s']:.0f} of {rate:g} streams/s were started")
@@ -120,8 +127,7 @@ def check_pace(paced: dict[str, Any], late: dict[str, float], rate: float) -> No
         wrong.append(f"the upstream's events were {late['late_p99_ms']:.1f} ms late (p99)")
     if not 0.9 * STREAM_MS < paced["lasted_p50_ms"] < 1.1 * STREAM_MS:
         wrong.append(f"a stream of {STREAM_MS} ms took {paced['lasted_p50_ms']:.0f} ms (p50)")
-    if wrong:
-        raise PaceLost("; ".join(wrong))
+    return "; ".join(wrong)
 
 
 def check_ledger(home: Path, streams: int) -> None:
