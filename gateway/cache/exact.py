@@ -1,11 +1,11 @@
 """The exact response cache: the same request of the same tenant gets the same complete answer, for its ttl.
 
-The key is an HMAC, under the server's pepper, of the tenant, the policy version, the route and every byte of
+The key is a BLAKE2b hash, keyed by the server's pepper, of the tenant, the policy version, the route and every byte of
 the body except `stream` and `stream_options` (a stored answer can be replayed either way). Only complete answers are
 stored. A request that asks for chance (`temperature` above 0 in so many words) is not cached at all: see `cacheable`.
 """
 
-import hmac
+import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -50,7 +50,7 @@ def cache_key(
     for name in sorted(fields.keys() - NOT_IN_KEY):
         value = fields[name]
         parts.append(b"%d:%b=%d:%b" % (len(name), name.encode(), len(memoryview(value)), bytes(value)))
-    return hmac.digest(pepper, b"".join(parts), "sha256")
+    return hashlib.blake2b(b"".join(parts), digest_size=32, key=pepper).digest()
 
 
 class ExactCache(Protocol):
