@@ -1,4 +1,4 @@
-"""Everything the attempt engine does, at once and at random: retries, hedges, fallbacks, resumptions, deadlines, leavers.
+"""All that the attempt engine does, at once and at random: retries, hedges, fallbacks, resumptions, deadlines, leavers.
 
 Whatever comes of a request, nothing of it is left: no hold, no probe, no task, no upstream call; and the books agree.
 """
