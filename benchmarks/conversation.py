@@ -20,13 +20,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import uvloop
 from contenders import POLICY
 
 from gateway.app import App
 from gateway.edge.asgi import Receive, Scope, Send
+from gateway.edge.wire import read_chat
 from gateway.http_server import HttpServer, settle_memory
 from gateway.settings import Settings
+from gateway.upstream.types import CallHeaders
 from routers.load import parse
 
 MESSAGES = 466
@@ -77,6 +80,13 @@ def conversation() -> dict[str, Any]:
         size = room * (place + 1) // len(results) - room * place // len(results)
         message["content"] = (text(size // 2))[:size]
     return body
+
+
+def read_us(body: bytes) -> float:
+    """What is done with every byte of it in Python's sight: decoded, checked, and written anew for the upstream."""
+    began = time.perf_counter_ns()
+    msgspec.json.encode(read_chat(body, CallHeaders("")).fields)
+    return (time.perf_counter_ns() - began) / 1000
 
 
 def encoded(body: dict[str, Any]) -> bytes:
@@ -175,11 +185,12 @@ async def main(upstream: int, seconds: float) -> None:
         numbered = {**second, "content": f"{serial:06d}{second['content'][6:]}"}  # nothing is answered from the cache
         return encoded({**body, "messages": [first, numbered, *rest]})
 
-    found: dict[str, list[float]] = {"cold_us": [], "hot_us": [], "short_us": []}
+    found: dict[str, list[float]] = {"cold_us": [], "hot_us": [], "short_us": [], "read_us": []}
     ends = time.monotonic() + seconds
     while time.monotonic() < ends:
         await ask(port, key, fresh(long))
         found["cold_us"] += timed.take_us()
+        found["read_us"].append(read_us(encoded(long)))
         for name, body in (("hot_us", long), ("short_us", short)):
             await asyncio.gather(*[ask(port, key, data) for data in [fresh(body) for _ in range(ROW)]])
             found[name] += timed.take_us()

@@ -20,6 +20,7 @@ def measure(seconds: float, into: Measured) -> None:
         ).stdout  # fmt: skip
     found = json.loads(out.splitlines()[-1])
     into.add("leadline", "conversation_bytes", found["bytes"], "bytes")
+    into.add("leadline", "conversation_read", found["read_us"] / 1000, "ms")
     into.add("leadline", "conversation_blocked", found["hot_us"] / 1000, "ms")
     into.add("leadline", "conversation_blocked_cold", found["cold_us"] / 1000, "ms")
     into.add("leadline", "short_request_blocked", found["short_us"] / 1000, "ms")
@@ -28,8 +29,12 @@ def measure(seconds: float, into: Measured) -> None:
 
 def tables(rows: list[Row]) -> None:
     columns = {
-        "conversation_bytes": "bytes", "conversation_blocked": "loop blocked, ms",
+        "conversation_bytes": "bytes", "conversation_read": "read, checked, written anew, ms",
+        "conversation_blocked": "all steps, ms",
         "conversation_blocked_cold": "after a pause, ms", "short_request_blocked": "a short request, ms",
     }  # fmt: skip
-    note = "From the whole body in memory to the request written to the upstream; 466 messages, tool calls, streamed."
+    note = (
+        "All steps: from the whole body in memory to the request handed to the socket, cache key and kernel included; "
+        "466 messages, tool calls, streamed."
+    )
     show(rows, "An agent's conversation", columns, note)
