@@ -170,7 +170,7 @@ async def until_gone(receive: Receive, reply: AsgiReply, work: Coroutine[Any, An
         if exchange.disconnected:
             work.close()
             raise ClientGone
-        exchange.on_disconnect = leave
+        exchange.listen(leave)
         try:
             await work
         except asyncio.CancelledError:

@@ -15,19 +15,34 @@ Headers = Sequence[tuple[bytes, bytes]]
 
 class Exchange(RequestResponseCycle):
     on_disconnect: Callable[[], None] | None = None
-    """Called once when the caller hangs up before its answer is complete."""
 
     @property
     def direct(self) -> bool:
-        """Whether an answer may go past `send`: on a connection that stays, with no headers of the server's own."""
-        return self.keep_alive and not self.default_headers
+        """Whether an answer may go past `send`: one with a body, on a connection that stays, with no headers of the
+        server's own."""
+        return self.keep_alive and not self.default_headers and self.scope["method"] != "HEAD"
+
+    def listen(self, on_disconnect: Callable[[], None]) -> None:
+        """Have `on_disconnect` called, once, when the caller hangs up before its answer is complete.
+
+        For a request whose body has been read: a body that came faster than it was taken has paused the reading, and
+        a hang-up would not be heard.
+        """
+        self.on_disconnect = on_disconnect
+        self.flow.resume_reading()
+
+    def hang_up(self) -> None:
+        """The connection is gone: tell whoever works on the answer."""
+        self.disconnected = True
+        self.message_event.set()
+        if self.on_disconnect is not None:
+            self.on_disconnect()
 
     def take_body(self) -> bytes | None:
         """The request's body, if all of it has come; None: `receive` it."""
         if self.more_body or self.disconnected:
             return None
         body, self.body = bytes(self.body), bytearray()
-        self.flow.resume_reading()  # or a hang-up would not be heard
         return body
 
     async def respond(self, status: int, headers: Headers, body: bytes) -> None:

@@ -46,6 +46,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._unsent = 0
         self._timer: asyncio.TimerHandle | None = None
         self._too_large = False
+        self._ahead: RequestResponseCycle | None = None
+        """Being answered while `cycle`, pipelined, waits; None: `cycle` is the one being answered."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -55,9 +57,10 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
         super().connection_lost(exc)
-        exchange = self.cycle
-        if isinstance(exchange, Exchange) and exchange.disconnected and exchange.on_disconnect is not None:
-            exchange.on_disconnect()
+        self.pipeline.clear()
+        for exchange in (self._ahead, self.cycle):
+            if isinstance(exchange, Exchange) and not exchange.response_complete:
+                exchange.hang_up()
 
     # what comes in --------------------------------------------------------------------------------------------------
 
@@ -121,6 +124,8 @@ class GuardedProtocol(HttpToolsProtocol):
             self._start_asgi_task(exchange, self.app)
         else:  # pipelined: its turn comes when the answer before it is complete
             self.flow.pause_reading()
+            if not self.pipeline:
+                self._ahead = before
             self.pipeline.appendleft((exchange, self.app))
 
     def on_message_complete(self) -> None:
@@ -128,8 +133,11 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
+        if self._ahead is not None:
+            self._ahead = self.pipeline[-1][0] if len(self.pipeline) > 1 else None
         super().on_response_complete()
-        if self._phase == "body":  # answered before its end: a client that is still sending must get to hear it
+        if self._phase == "body" and self.cycle.response_complete:
+            # answered before its end: a client that is still sending must get to hear it
             self.loop.call_later(self.DISCARD_S, self._stop_discarding, self.cycle)
 
     def _stop_discarding(self, answered: RequestResponseCycle) -> None:
@@ -161,7 +169,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _refuse(self, status: int, message: str) -> None:
         """The last that this connection hears. An answer under way is not written into."""
-        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+        answering = self._ahead or self.cycle
+        if answering is None or answering.response_complete or not answering.response_started:
             error = {"message": message, "type": "invalid_request_error", "param": None, "code": "invalid_request"}
             body = msgspec.json.encode({"error": error})
             self.transport.write(

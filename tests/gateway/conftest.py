@@ -120,8 +120,9 @@ async def running(
     )
     app = App(settings, parse(policy, prices=prices.lookup), policy_folder)
     config = uvicorn.Config(
-        app, port=0, http=http, ws="none", lifespan="on", log_level="error", access_log=False, proxy_headers=False
-    )
+        app, port=0, http=http, ws="none", lifespan="on", log_level="error", access_log=False, proxy_headers=False,
+        server_header=False, date_header=False,  # as `HttpServer`: else no answer takes the short way out
+    )  # fmt: skip
     server = uvicorn.Server(config)
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     serving = asyncio.create_task(server.serve())
