@@ -155,13 +155,19 @@ class Journal:
 
     def _start_sync(self) -> None:
         assert self._sync is not None
-        self._syncing = True
         goal = (self._current.number, self._current.size)
-        # Descriptors of the thread's own: the loop may drop a segment meanwhile.
-        fds = [os.dup(segment.fd) for segment in self._segments if segment.number >= self._synced[0]]
-        if self._unsynced_names:
-            fds.append(os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY))
-            self._unsynced_names = False
+        fds: list[int] = []
+        try:  # descriptors of the thread's own: the loop may drop a segment meanwhile
+            fds.extend(os.dup(segment.fd) for segment in self._segments if segment.number >= self._synced[0])
+            if self._unsynced_names:
+                fds.append(os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY))
+        except OSError as error:  # the process has no descriptors left: nothing was asked of the disk
+            for fd in fds:
+                os.close(fd)
+            self._fail_barriers(error)
+            return
+        self._syncing = True
+        self._unsynced_names = False
         done = asyncio.get_running_loop().run_in_executor(self._syncer, _sync_all, self._sync, fds)
         done.add_done_callback(lambda future: self._on_synced(goal, future.exception()))
 
@@ -169,21 +175,26 @@ class Journal:
         self._syncing = False
         if error is not None:
             self._broken = OSError(5, f"the disk does not keep the journal ({error})", str(self._folder))
-        else:
-            self._synced = goal
+            self._fail_barriers(self._broken)
+            return
+        self._synced = goal
         waiting = []
         for wanted, barrier in self._barriers:
             if barrier.done():
                 continue  # its request was cancelled
-            if self._broken is not None:
-                barrier.set_exception(self._broken)
-            elif wanted <= goal:
+            if wanted <= goal:
                 barrier.set_result(None)
             else:
                 waiting.append((wanted, barrier))
         self._barriers = waiting
         if waiting:
             self._start_sync()
+
+    def _fail_barriers(self, error: OSError) -> None:
+        waiting, self._barriers = self._barriers, []
+        for _, barrier in waiting:
+            if not barrier.done():
+                barrier.set_exception(error)
 
     def recover(self) -> list[tuple[RequestRecord, list[AttemptRecord]]]:
         """Everything that earlier owners of this folder left behind; call `forget` once it is in SQL."""

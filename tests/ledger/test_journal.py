@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import resource
 import time
 from pathlib import Path
 
@@ -167,6 +168,23 @@ async def test_a_disk_that_fails_a_sync_is_never_believed_again(tmp_path: Path, 
         await store.durable()
     store.journal.close()
     engine.dispose()
+
+
+@anyio
+async def test_a_process_without_descriptors_refuses_and_recovers(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal" / "0", sync=Disk().sync)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    journal.opened(a_request(1))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            await asyncio.wait_for(journal.synced(), 30)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    await asyncio.wait_for(journal.synced(), 30)
+    journal.close()
 
 
 @anyio
