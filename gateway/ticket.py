@@ -71,10 +71,6 @@ class Ticket:
         self._upstream_ns = 0
         self._settled = False
 
-    def budget_remaining(self) -> int | None:
-        budget = tightest(self.account.budgets)
-        return budget.remaining_nanousd if budget is not None else None
-
     # attempts -------------------------------------------------------------------------------------------------------
 
     def worst_cost(self, target: Target) -> int | None:

@@ -1,6 +1,7 @@
 """OpenTelemetry: what a real OTLP receiver decodes of a request, and what happens while there is none."""
 
 import gzip
+import itertools
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -12,8 +13,9 @@ from aiohttp import web
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from tests.edge.conftest import StartEdge, post
+from tests.edge.conftest import PROVIDER_KEY, StartEdge, post
 from tests.edge.provider import Provider
+from tests.edge.test_canaries import CANARY, EMAIL, FAULTS, POSITIONS, send
 
 CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -95,6 +97,21 @@ async def test_a_request_is_one_span_with_its_attempts_below(
     points = receiver.metrics["gen_ai.client.operation.duration"].histogram.data_points
     assert sum(point.count for point in points) == 4
     assert not any("traceparent" in {name.lower() for name, _ in headers} for headers in provider.headers)
+
+
+@pytest.mark.anyio
+async def test_nothing_confidential_is_traced(start_edge: StartEdge, provider: Provider, receiver: Receiver) -> None:
+    async with start_edge() as edge:
+        for fault, make in itertools.product(FAULTS, POSITIONS.values()):
+            provider.echo = fault
+            for canary in (CANARY, EMAIL):
+                await send(edge, make(canary), stream=canary is EMAIL)
+        own_secret = edge.key.split("-")[3]
+    assert len(receiver.spans) > 400
+    told = f"{receiver.spans} {receiver.metrics}"
+    assert "gen_ai.request.model" in told
+    for secret in (CANARY, PROVIDER_KEY, own_secret):
+        assert secret not in told
 
 
 @pytest.mark.anyio
