@@ -98,5 +98,5 @@ def tables(rows: list[Row], direct: dict[str, int]) -> None:
         "rss_idle": "MB idle", "rss_loaded": "MB after load", "requests_per_s_c256": "requests/s, c=256",
         "errors_c256": "errors, c=256", "lost_rows_c256": "rows lost, c=256",
     }  # fmt: skip
-    note = "After load: Leadline's holds the answers of every prompt in its cache (up to LEADLINE_CACHE_MIB, 8)."
+    note = "After load: Leadline's holds the answers of every prompt in its cache (up to LEADLINE_CACHE_MIB, 4)."
     show(rows, "Resident memory of the serving process", memory, note)

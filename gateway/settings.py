@@ -49,7 +49,7 @@ class Settings:
             database_url=_database_url(env.get("DATABASE_URL"), home),
             redis_url=_redis_url(env.get("REDIS_URL")),
             max_body_bytes=_mebibytes(env, "LEADLINE_MAX_BODY_MIB", 16),
-            cache_bytes=_mebibytes(env, "LEADLINE_CACHE_MIB", 8),
+            cache_bytes=_mebibytes(env, "LEADLINE_CACHE_MIB", 4),
             engine=Path(env["LEADLINE_ENGINE"]).absolute() if env.get("LEADLINE_ENGINE") else None,
             durability=_durability(env.get("LEADLINE_DURABILITY", "process")),
         )
