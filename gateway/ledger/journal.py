@@ -30,7 +30,7 @@ import msgspec
 
 from gateway.ledger.records import AttemptRecord, RequestRecord
 
-SEGMENT_BYTES = 4 << 20
+SEGMENT_BYTES = 1 << 20
 LIFE = "life-"
 """Begins the name of the file that names a process's holds."""
 LOCK_WAIT_S = 1.0
@@ -77,7 +77,7 @@ def to_disk(fd: int) -> None:
 
 
 class Journal:
-    """Owned by the event loop's thread; no method blocks for longer than a new segment takes (0.1 ms each 4 MiB).
+    """Owned by the event loop's thread; no method blocks for longer than a new segment takes (0.1 ms each MiB).
 
     `sync`: how `synced` makes a file descriptor's data survive power loss; None (mode `process`): it does not.
     Raises JournalError when another process holds the folder.
