@@ -27,6 +27,12 @@ CHUNKED = b"POST /v1/chat/completions HTTP/1.1\r\nhost: g\r\ntransfer-encoding: 
 NEVER = {"words": "1", "pace_ms": "600000"}
 
 
+@pytest.fixture(params=[False, True], ids=["asyncio", "uvloop"])
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
+    """uvloop is what `leadline serve` runs on; its transports pause, close and hear hang-ups in their own way."""
+    return "asyncio", {"use_uvloop": request.param}
+
+
 class Impatient(GuardedProtocol):
     DISCARD_S = 0.05
 
