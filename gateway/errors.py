@@ -11,7 +11,8 @@
     ├── UnknownModel                404  no such model or alias in the policy
     ├── NotFound                    404  no such object or path
     ├── MethodNotAllowed            405  this path takes another method
-    ├── Conflict                    409  the same Idempotency-Key is under way: wait
+    ├── Conflict                    409  it does not go with how things are: change it, or them
+    │   ├── RequestUnderWay         409  the same Idempotency-Key is under way: wait
     │   └── OutcomeUnknown          409  … or its answer is lost: look at its receipt
     ├── RateLimited                 429  too fast: wait `retry_after_s`
     ├── BudgetExceeded              429  no money left: raise the budget or wait for its window
@@ -26,7 +27,7 @@
 Lower packages raise their own errors; `gateway` maps each of them here once, and `edge` turns these into HTTP once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 
@@ -85,6 +86,10 @@ class Unauthenticated(LeadlineError):
     type = "invalid_request_error"
     code = "invalid_api_key"
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.headers = ((b"www-authenticate", b"Bearer"),)
+
 
 class Forbidden(LeadlineError):
     status = 403
@@ -109,17 +114,24 @@ class MethodNotAllowed(LeadlineError):
     type = "invalid_request_error"
     code = "method_not_allowed"
 
+    def __init__(self, message: str, *, allowed: Iterable[str]) -> None:
+        super().__init__(message)
+        self.headers = ((b"allow", ", ".join(sorted(allowed)).encode()),)
+
 
 class Conflict(LeadlineError):
     status = 409
     type = "invalid_request_error"
+    code = "conflict"
+
+
+class RequestUnderWay(Conflict):
     code = "idempotency_conflict"
     should_retry = True
 
 
 class OutcomeUnknown(Conflict):
     code = "idempotency_unknown"
-    should_retry = False
 
 
 class RateLimited(LeadlineError):

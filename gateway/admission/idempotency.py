@@ -19,7 +19,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 from sqlmodel import col
 
-from gateway.errors import Conflict, IdempotencyMismatch, OutcomeUnknown, Unavailable
+from gateway.errors import IdempotencyMismatch, OutcomeUnknown, RequestUnderWay, Unavailable
 from gateway.ledger.tables import IdempotencyRow, RequestRow
 
 log = structlog.get_logger(__name__)
@@ -82,7 +82,7 @@ class IdempotencyStore:
     ) -> Claim | Replay:
         """A claim for the first request with this key, its result for every later one.
 
-        Raises Conflict while the first is under way, IdempotencyMismatch for another request under the same key,
+        Raises RequestUnderWay while the first is under way, IdempotencyMismatch for another request under the same key,
         OutcomeUnknown when the first one's result is lost, Unavailable without the database.
         """
         digest = hmac.new(self._pepper, b"idempotency\n%d:" % len(path) + path.encode(), hashlib.sha256)
@@ -203,8 +203,8 @@ def _replay(request_id: str, status: int, content_type: str, body: bytes | None)
     return Replay(request_id, status, content_type, bytes(body))
 
 
-def _under_way(request_id: str) -> Conflict:
-    conflict = Conflict(f"idempotency-key: its first request ({request_id}) is still under way; retry shortly.")
+def _under_way(request_id: str) -> RequestUnderWay:
+    conflict = RequestUnderWay(f"idempotency-key: its first request ({request_id}) is still under way; retry shortly.")
     conflict.retry_after_s = UNDER_WAY_RETRY_S
     return conflict
 

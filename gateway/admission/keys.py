@@ -30,11 +30,17 @@ Role = Literal["admin", "user", "reader"]
 PREFIX = "sk-ll-"
 PEPPER_BYTES = 32
 RELOAD_PAUSE_S = 0.2
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$"
+"""Of the names of keys, teams and tenants."""
+_NAME = re.compile(NAME_PATTERN)
 
 
 class KeyNameError(ValueError):
     """A key's name, tenant or team cannot be used; the message says why."""
+
+
+class KeyNameTaken(KeyNameError):
+    """A key of that name works."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +179,7 @@ class KeyStore:
             if value is not None and not _NAME.fullmatch(value):
                 raise KeyNameError(f"{field} {value!r}: use 1 to 64 letters, digits, '.', '_', '@' or '-'")
         if any(principal.key_name == name for _, principal in self._keys.values()):
-            raise KeyNameError(f"name {name!r}: a key of that name exists; choose another or revoke it first")
+            raise KeyNameTaken(f"name {name!r}: a key of that name exists; choose another or revoke it first")
         public_id, secret = secrets.token_hex(6), secrets.token_urlsafe(24).replace("-", "x")
         row = ApiKey(
             id=public_id,

@@ -23,6 +23,8 @@ MAX_PATH = 200
 MAX_SEGMENTS = 8
 MAX_REMEMBERED = 20_000
 _SEGMENT = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+RUN_PATTERN = rf"^{_SEGMENT.pattern}(/{_SEGMENT.pattern}){{0,{MAX_SEGMENTS - 1}}}$"
+"""`valid_run`, but for MAX_PATH, as a regular expression."""
 
 
 @dataclass(frozen=True, slots=True)

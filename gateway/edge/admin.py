@@ -11,11 +11,13 @@ from typing import Annotated, Any
 
 import structlog
 from fastapi import APIRouter, Depends, Query, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
-from gateway.admission.keys import KeyNameError, Principal, Role
+from gateway.admission.keys import NAME_PATTERN, KeyNameError, KeyNameTaken, Principal, Role
+from gateway.edge import answers
 from gateway.edge.budgets import budgets_of, shown
 from gateway.edge.caller import Caller, TheLifecycle
+from gateway.edge.openapi import refusals
 from gateway.errors import Conflict, Forbidden, InvalidRequest, NotFound, RateLimited, Unavailable
 from gateway.ledger import prices
 from gateway.ledger.spend import By, spend_by
@@ -30,7 +32,7 @@ CHANGES_PER_S = 60.0
 MAX_ROWS = 1000
 _MAX_ADMINS = 10_000
 
-router = APIRouter(prefix="/leadline/v1/admin", tags=["admin"])
+router = APIRouter(prefix="/leadline/v1/admin", tags=["admin"], responses=refusals(403))
 
 
 async def administrator(principal: Caller) -> Principal:
@@ -73,14 +75,22 @@ async def changer(request: Request, principal: Admin) -> Principal:
 Changer = Annotated[Principal, Depends(changer)]
 
 
+KeyName = Annotated[str, WithJsonSchema({"type": "string", "pattern": NAME_PATTERN})]
+BudgetText = Annotated[
+    str,
+    WithJsonSchema({"type": "string", "pattern": r"^\$[0-9]{1,9}(\.[0-9]{1,9})?/(hour|day|week|month|total)$"}),
+]
+"""Both are checked where they are used, in words that name the fix."""
+
+
 class NewKey(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    name: str
-    tenant: str = "default"
-    team: str | None = None
+    name: KeyName
+    tenant: KeyName = "default"
+    team: KeyName | None = None
     role: Role = "user"
-    budget: str | None = Field(default=None, examples=["$5/month"])
+    budget: BudgetText | None = Field(default=None, examples=["$5/month"])
 
 
 class KeyEdit(BaseModel):
@@ -88,18 +98,18 @@ class KeyEdit(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    team: str | None = None
+    team: KeyName | None = None
     role: Role | None = None
-    budget: str | None = Field(default=None, examples=["$5/month"])
+    budget: BudgetText | None = Field(default=None, examples=["$5/month"])
 
 
-@router.get("/keys")
+@router.get("/keys", response_model=answers.KeyList)
 async def list_keys(admin: Admin, lifecycle: TheLifecycle) -> dict[str, Any]:
     """Every key that works, without its secret."""
     return {"data": [_key(principal) for principal in sorted(lifecycle.keys.all(), key=lambda p: p.key_name)]}
 
 
-@router.post("/keys", status_code=201)
+@router.post("/keys", status_code=201, response_model=answers.CreatedKey, responses=refusals(409, 413, 415, 429))
 async def create_key(body: NewKey, admin: Changer, lifecycle: TheLifecycle) -> dict[str, Any]:
     """Make a key. `key` in the answer is the only time that it is shown."""
     budget = _budget(body.budget)
@@ -113,6 +123,8 @@ async def create_key(body: NewKey, admin: Changer, lifecycle: TheLifecycle) -> d
             budget_nanousd=budget.nanousd if budget is not None else None,
             budget_window=budget.window if budget is not None else "month",
         )
+    except KeyNameTaken as error:
+        raise Conflict(f"{error}.", param="name") from error
     except KeyNameError as error:
         raise InvalidRequest(f"{error}.") from error
     made = lifecycle.keys.authenticate(token)
@@ -120,7 +132,7 @@ async def create_key(body: NewKey, admin: Changer, lifecycle: TheLifecycle) -> d
     return {**_key(made), "key": token}
 
 
-@router.patch("/keys/{key_id}")
+@router.patch("/keys/{key_id}", response_model=answers.Key, responses=refusals(404, 409, 413, 415, 429))
 async def edit_key(key_id: str, body: KeyEdit, admin: Changer, lifecycle: TheLifecycle) -> dict[str, Any]:
     """Give a key another role, team or budget. Requests under way keep what they were admitted with."""
     before = _found(lifecycle.keys.find(key_id), key_id)
@@ -146,7 +158,7 @@ async def edit_key(key_id: str, body: KeyEdit, admin: Changer, lifecycle: TheLif
     return after
 
 
-@router.delete("/keys/{key_id}", status_code=204)
+@router.delete("/keys/{key_id}", status_code=204, responses=refusals(404, 409, 429))
 async def revoke_key(key_id: str, admin: Changer, lifecycle: TheLifecycle) -> Response:
     """End a key for good; every worker refuses it within a second."""
     if key_id == admin.key_id:
@@ -157,7 +169,7 @@ async def revoke_key(key_id: str, admin: Changer, lifecycle: TheLifecycle) -> Re
     return Response(status_code=204)
 
 
-@router.get("/budgets")
+@router.get("/budgets", response_model=answers.BudgetPage, responses=refusals(503))
 async def list_budgets(
     admin: Admin, lifecycle: TheLifecycle, after: str = "", limit: Annotated[int, Query(ge=1, le=MAX_ROWS)] = 200
 ) -> dict[str, Any]:
@@ -174,19 +186,17 @@ async def list_budgets(
     }
 
 
-@router.get("/spend")
+@router.get("/spend", response_model=answers.SpendBy, response_model_exclude_unset=True)
 async def spend(
     admin: Admin,
     lifecycle: TheLifecycle,
     by: By = "tenant",
     since_ms: Annotated[int, Query(ge=0, lt=1 << 53)] = 0,
     until_ms: Annotated[int | None, Query(ge=0, lt=1 << 53)] = None,
-    tenant: str | None = None,
+    tenant: Annotated[str | None, Query(pattern=NAME_PATTERN)] = None,
     limit: Annotated[int, Query(ge=1, le=MAX_ROWS)] = 200,
 ) -> dict[str, Any]:
     """Sums of the ledger, dearest first: integers of nano-dollars and tokens, exact."""
-    if tenant is not None and not tenant.isprintable():
-        raise InvalidRequest("tenant: has characters that no tenant has.", param="tenant")
     await lifecycle.ledger.flush()
     until = until_ms if until_ms is not None else time.time_ns() // 1_000_000 + 1
     rows = await asyncio.to_thread(
@@ -195,7 +205,7 @@ async def spend(
     return {"by": by, "since_ms": since_ms, "until_ms": until, "data": rows}
 
 
-@router.get("/prices")
+@router.get("/prices", response_model=answers.Prices, responses=refusals(503))
 async def list_prices(admin: Admin, lifecycle: TheLifecycle) -> dict[str, Any]:
     """What the policy's models cost now, and the price list behind it: nano-dollars per million tokens."""
     try:
@@ -212,7 +222,7 @@ async def list_prices(admin: Admin, lifecycle: TheLifecycle) -> dict[str, Any]:
     }
 
 
-@router.get("/policy")
+@router.get("/policy", response_model=answers.PolicyInForce)
 async def policy(admin: Admin, lifecycle: TheLifecycle) -> dict[str, Any]:
     """The version in force, and what is in it."""
     loaded = lifecycle.world.policy

@@ -2,22 +2,29 @@
 
 import asyncio
 import time
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, RedirectResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute, Route
 
 from gateway import __version__
 from gateway.admission.keys import Principal
+from gateway.admission.limits import MAX_PATH, RUN_PATTERN
+from gateway.edge import answers
 from gateway.edge.admin import ChangeRate
 from gateway.edge.admin import router as admin_router
+from gateway.edge.asgi import error_headers
 from gateway.edge.budgets import budgets_of, shown
 from gateway.edge.caller import Caller, TheLifecycle
+from gateway.edge.openapi import completed, refusals
 from gateway.edge.wire import read_chat
 from gateway.errors import InvalidRequest, LeadlineError, MethodNotAllowed, NotFound
 from gateway.ledger import report
@@ -40,13 +47,18 @@ async def root() -> Response:
     return RedirectResponse("/dashboard")
 
 
-@router.get("/health/liveness", tags=["health"])
+@router.get("/health/liveness", tags=["health"], response_model=answers.Liveness)
 async def liveness() -> dict[str, str]:
     """The process runs its event loop. Asks nobody else."""
     return {"status": "alive", "version": __version__}
 
 
-@router.get("/health/readiness", tags=["health"])
+@router.get(
+    "/health/readiness",
+    tags=["health"],
+    response_model=answers.Readiness,
+    responses={503: {"model": answers.Readiness, "description": "No model can serve, or nothing can be recorded."}},
+)
 async def readiness(lifecycle: TheLifecycle) -> Response:
     """200 while at least one model of the policy can serve; what is not available is named."""
     world = lifecycle.world
@@ -60,7 +72,7 @@ async def readiness(lifecycle: TheLifecycle) -> Response:
     return JSONResponse(body, status_code=200 if ready else 503)
 
 
-@router.get("/metrics", tags=["health"])
+@router.get("/metrics", tags=["health"], response_class=PlainTextResponse)
 async def metrics(request: Request, lifecycle: TheLifecycle) -> Response:
     """This worker's, or with several those of all, each sample labelled with its worker."""
     peers: Peers | None = getattr(request.app.state, "peers", None)
@@ -68,7 +80,7 @@ async def metrics(request: Request, lifecycle: TheLifecycle) -> Response:
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-@router.get("/v1/models", tags=["openai"])
+@router.get("/v1/models", tags=["openai"], response_model=answers.ModelList, responses=refusals())
 async def models(principal: Caller, lifecycle: TheLifecycle) -> dict[str, Any]:
     """The policy's models and aliases, in OpenAI's shape."""
     policy = lifecycle.world.policy
@@ -80,7 +92,7 @@ async def models(principal: Caller, lifecycle: TheLifecycle) -> dict[str, Any]:
     }
 
 
-@router.get("/v1/models/{name:path}", tags=["openai"])
+@router.get("/v1/models/{name:path}", tags=["openai"], response_model=answers.ModelEntry, responses=refusals(404))
 async def model(name: str, principal: Caller, lifecycle: TheLifecycle) -> dict[str, Any]:
     for entry in (await models(principal, lifecycle))["data"]:
         if entry["id"] == name:
@@ -88,7 +100,13 @@ async def model(name: str, principal: Caller, lifecycle: TheLifecycle) -> dict[s
     raise NotFound(f"model: {name[:100]!r} is not in the policy.", param="model")
 
 
-@router.get("/leadline/v1/requests/{request_id}", tags=["receipts"])
+@router.get(
+    "/leadline/v1/requests/{request_id}",
+    tags=["receipts"],
+    operation_id="receipt",
+    response_model=answers.Receipt,
+    responses=refusals(404),
+)
 async def receipt(request: Request, request_id: str, principal: Caller, lifecycle: TheLifecycle) -> dict[str, Any]:
     """One request's receipt: its row, its attempts, its decision. Only the caller's own tenant's (admins: any)."""
     if not request_id.isprintable():
@@ -108,15 +126,16 @@ async def receipt(request: Request, request_id: str, principal: Caller, lifecycl
     return {**row, "decision": msgspec.json.decode(decision) if decision else None, "attempt_rows": attempts}
 
 
-@router.get("/leadline/v1/spend", tags=["receipts"])
+@router.get("/leadline/v1/spend", tags=["receipts"], response_model=answers.Spend, responses=refusals())
 async def spend(
-    principal: Caller, lifecycle: TheLifecycle, hours: float = 720, scope: str | None = None
+    principal: Caller,
+    lifecycle: TheLifecycle,
+    hours: Annotated[float, Query(ge=0, le=MAX_HOURS, allow_inf_nan=False)] = 720,
+    scope: Annotated[str | None, Query(max_length=MAX_PATH, pattern=RUN_PATTERN)] = None,
 ) -> dict[str, Any]:
     """Totals of the caller's tenant (admins: of all) over the last `hours`; with `scope`, of that scope of its key."""
-    if scope is not None and not scope.isprintable():
-        raise InvalidRequest("scope: has characters that no scope has.", param="scope")
     await lifecycle.ledger.flush()
-    since_ms = int(max(0.0, time.time() - min(max(0.0, hours), MAX_HOURS) * 3600) * 1000)
+    since_ms = int(max(0.0, time.time() - hours * 3600) * 1000)
     engine, tenant = lifecycle.ledger.engine, _scope(principal)
     of_scope = (principal.key_id, scope) if scope is not None else None
     totals = await asyncio.to_thread(report.summary, engine, since_ms=since_ms, tenant=tenant, scope=of_scope)
@@ -124,7 +143,7 @@ async def spend(
     return {"since_ms": since_ms, "tenant": tenant, "scope": scope, **totals, "by_model": models}
 
 
-@router.get("/leadline/v1/budgets", tags=["receipts"])
+@router.get("/leadline/v1/budgets", tags=["receipts"], response_model=answers.BudgetList, responses=refusals(503))
 async def budgets(principal: Caller, lifecycle: TheLifecycle) -> dict[str, Any]:
     """What bounds the caller's own key: its own, its team's and its tenant's budgets, as they stand now."""
     return {"data": [shown(budget) for budget in await budgets_of(lifecycle, [principal])]}
@@ -133,7 +152,7 @@ async def budgets(principal: Caller, lifecycle: TheLifecycle) -> dict[str, Any]:
 class ExplainRequest(BaseModel):
     """A chat completion as it would be sent, and the tags that its header would name."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
 
     model: str = "auto"
     messages: list[dict[str, Any]] = Field(min_length=1)
@@ -141,7 +160,12 @@ class ExplainRequest(BaseModel):
     tags: list[str] = []
 
 
-@router.post("/leadline/v1/explain", tags=["receipts"])
+@router.post(
+    "/leadline/v1/explain",
+    tags=["receipts"],
+    response_model=answers.Explanation,
+    responses=refusals(403, 404, 413, 415, 503),
+)
 async def explain(body: ExplainRequest, request: Request, principal: Caller, lifecycle: TheLifecycle) -> dict[str, Any]:
     """What would be decided for this request now, and why, and the most it could cost; nothing runs and nothing is
     spent on a model."""
@@ -164,7 +188,9 @@ def _scope(principal: Principal) -> str | None:
 
 async def _error(request: Request, error: Exception) -> Response:
     assert isinstance(error, LeadlineError)
-    return JSONResponse(error.body(), status_code=error.http_status)
+    response = JSONResponse(error.body(), status_code=error.http_status)
+    response.raw_headers += error_headers(error)
+    return response
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -173,12 +199,26 @@ async def _http_error(request: Request, error: Exception) -> Response:
     if isinstance(error.__cause__, LeadlineError):  # raised while the body was read
         return await _error(request, error.__cause__)
     where = f"{request.method} {request.url.path[:200]}"
-    known: LeadlineError = InvalidRequest(f"{where}: {error.detail}.")
     if error.status_code == 404:
-        known = NotFound(f"{where}: no such path; /openapi.json lists them.")
+        known: LeadlineError = NotFound(f"{where}: no such path; /openapi.json lists them.")
     elif error.status_code == 405:
-        known = MethodNotAllowed(f"{where}: this path takes another method; /openapi.json lists them.")
-    return JSONResponse(known.body(), status_code=error.status_code, headers=error.headers)
+        allowed = methods_of(request.app.routes, request.url.path)
+        known = MethodNotAllowed(f"{where}: this path takes {' or '.join(sorted(allowed))} alone.", allowed=allowed)
+    else:
+        known = InvalidRequest(f"{where}: {error.detail}.")
+    return await _error(request, known)
+
+
+def methods_of(routes: Iterable[BaseRoute], path: str) -> set[str]:
+    """The methods that some route takes at `path`."""
+    found: set[str] = set()
+    for route in routes:
+        inner = getattr(route, "original_router", None)  # FastAPI keeps the routers that it includes
+        if inner is not None:
+            found |= methods_of(inner.routes, path)
+        elif isinstance(route, Route | APIRoute) and route.path_regex.match(path):
+            found |= route.methods or set()
+    return found
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
@@ -188,8 +228,17 @@ async def _invalid(request: Request, error: Exception) -> Response:
     return await _error(request, InvalidRequest(f"{path}: {first['msg']}.", param=path or None))
 
 
+class Web(FastAPI):
+    """Describes the data plane too, which it does not serve."""
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            self.openapi_schema = completed(super().openapi())
+        return self.openapi_schema
+
+
 def build_web() -> FastAPI:
-    web = FastAPI(title="Leadline", version=__version__, docs_url=None, redoc_url=None)
+    web = Web(title="Leadline", version=__version__, docs_url=None, redoc_url=None)
     web.include_router(router)
     web.include_router(admin_router)
     web.state.change_rate = ChangeRate()

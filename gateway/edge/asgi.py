@@ -91,6 +91,15 @@ def identified(send: Send) -> Send:
     return send_identified
 
 
+def error_headers(error: LeadlineError) -> Headers:
+    """What an error's answer says beside its body."""
+    headers = [*error.headers, (b"x-should-retry", b"true" if error.should_retry else b"false")]
+    if error.retry_after_s is not None:
+        headers.append((b"retry-after", b"%d" % max(1, round(error.retry_after_s + 0.5))))
+        headers.append((b"retry-after-ms", b"%d" % (error.retry_after_s * 1000)))
+    return headers
+
+
 def _too_large(max_bytes: int) -> BodyTooLarge:
     return BodyTooLarge(
         f"The body is larger than {max_bytes >> 20} MiB. Send less, or raise LEADLINE_MAX_BODY_MIB on the gateway."
@@ -146,11 +155,7 @@ class AsgiReply:
             await self.send(b"data: " + body + b"\n\n")
             await self.end()
             return
-        headers = [*headers, *error.headers, (b"x-should-retry", b"true" if error.should_retry else b"false")]
-        if error.retry_after_s is not None:
-            headers.append((b"retry-after", b"%d" % max(1, round(error.retry_after_s + 0.5))))
-            headers.append((b"retry-after-ms", b"%d" % (error.retry_after_s * 1000)))
-        await self.whole(error.http_status, headers, body)
+        await self.whole(error.http_status, [*headers, *error_headers(error)], body)
 
 
 async def until_gone(receive: Receive, reply: AsgiReply, work: Coroutine[Any, Any, None]) -> None:

@@ -2,7 +2,8 @@
 
 from typing import Annotated
 
-from fastapi import Depends, Request
+from fastapi import Depends, Request, Security
+from fastapi.security import HTTPBearer
 
 from gateway.admission.keys import Principal
 from gateway.edge.headers import read_headers
@@ -14,7 +15,11 @@ def lifecycle_of(request: Request) -> Lifecycle:
     return lifecycle
 
 
-async def caller(request: Request) -> Principal:
+BEARER = HTTPBearer(auto_error=False, description="A key of this gateway: `sk-ll-…`.")
+"""For /openapi.json alone: the header is read by `read_headers`."""
+
+
+async def caller(request: Request, _: Annotated[object, Security(BEARER)]) -> Principal:
     """The key's owner. Raises Unauthenticated."""
     return await lifecycle_of(request).keys.recognise(read_headers(request.scope["headers"]).token)
 

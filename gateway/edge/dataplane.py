@@ -30,7 +30,7 @@ class Endpoint:
         reply = AsgiReply(send)
         try:
             if scope["method"] != "POST":
-                raise MethodNotAllowed(f"{scope['method']} {scope['path']}: send a POST.")
+                raise MethodNotAllowed(f"{scope['method']} {scope['path']}: send a POST.", allowed=["POST"])
             headers = read_headers(scope["headers"])
             principal = await self._lifecycle.keys.recognise(headers.token)  # before a byte of the body is kept
             body = await read_body(scope, receive, self._max_body_bytes)

@@ -11,6 +11,9 @@ from gateway.upstream.types import CallHeaders
 _SESSION_HEADERS = (b"x-session-id", b"x-claude-code-session-id", b"session-id", b"thread-id")
 _PARENT_AGENT_HEADER = b"x-claude-code-parent-agent-id"
 
+SECONDS_PATTERN = r"^([1-9][0-9]{0,5}(\.[0-9]{1,6})?|0\.[0-9]{0,5}[1-9][0-9]{0,5})$"
+_SECONDS = re.compile(SECONDS_PATTERN)
+
 
 def read_headers(raw: Iterable[tuple[bytes, bytes]]) -> CallHeaders:
     """What the headers say of a call. Raises InvalidRequest, naming the header that cannot be used."""
@@ -96,6 +99,6 @@ def _idempotency_key(text: str) -> str:
 
 
 def _seconds(text: str) -> float:
-    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) or float(text) == 0:
+    if not _SECONDS.fullmatch(text):
         raise InvalidRequest(f"x-leadline-timeout: {text[:40]!r} is not a number of seconds such as 30 or 2.5.")
     return float(text)

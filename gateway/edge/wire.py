@@ -13,7 +13,8 @@ import msgspec
 from gateway.errors import InvalidRequest
 from gateway.upstream.types import CallHeaders, ChatCall, Sampling
 
-_MAX_CHOICES = 128
+MAX_CHOICES = 128
+MAX_STOPS = 16
 
 
 class _Part(msgspec.Struct):
@@ -33,6 +34,10 @@ class _ResponseFormat(msgspec.Struct):
     type: str
 
 
+class _Object(msgspec.Struct):
+    """Any object, whatever is in it."""
+
+
 class _ChatRequest(msgspec.Struct):
     model: str
     messages: list[_Message]
@@ -47,8 +52,8 @@ class _ChatRequest(msgspec.Struct):
     stop: str | list[str] | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = None
-    tools: list[msgspec.Raw] | None = None
-    functions: list[msgspec.Raw] | None = None
+    tools: list[_Object] | None = None
+    functions: list[_Object] | None = None
     response_format: _ResponseFormat | None = None
     reasoning_effort: str | None = None
     service_tier: str | None = None
@@ -169,8 +174,8 @@ def check_model(model: str) -> None:
 
 
 def check_choices(name: str, choices: int) -> None:
-    if not 1 <= choices <= _MAX_CHOICES:
-        raise InvalidRequest(f"{name}: {brief(choices)} is not between 1 and {_MAX_CHOICES}.", param=name)
+    if not 1 <= choices <= MAX_CHOICES:
+        raise InvalidRequest(f"{name}: {brief(choices)} is not between 1 and {MAX_CHOICES}.", param=name)
 
 
 def check_tokens(name: str, cap: int | None) -> None:
@@ -191,8 +196,8 @@ def stops(stop: str | list[str] | None) -> tuple[str, ...]:
     if stop is None:
         return ()
     found = (stop,) if isinstance(stop, str) else tuple(stop)
-    if any(not s for s in found) or len(found) > 16:
-        raise InvalidRequest("stop: send 1 to 16 strings, none of them empty.", param="stop")
+    if any(not s for s in found) or len(found) > MAX_STOPS:
+        raise InvalidRequest(f"stop: send 1 to {MAX_STOPS} strings, none of them empty.", param="stop")
     return found
 
 
