@@ -4,11 +4,12 @@ VENV   ?= .venv
 PORT   ?= 8080
 SOAK_TESTS ?= tests/faults/test_fault_matrix.py tests/faults/test_ledger_oracle.py tests/admission/test_budget_race.py \
 	tests/admission/test_idempotency.py tests/crash/test_kill.py tests/edge/test_slow_clients.py tests/deploy/test_rolling.py
+JUDGES ?= .bench/judges
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: serve install test check fmt bench bench-client bench-gateway bench-probe demo soak clean
+.PHONY: serve install test check fmt judges bench bench-client bench-gateway bench-probe demo soak clean
 
 serve: install ## Run the gateway on 127.0.0.1:8080 with embedded defaults
 	$(BIN)/leadline serve --port $(PORT)
@@ -44,6 +45,14 @@ soak: install ## Mixed traffic for MINUTES, then the long sizes of tests, in pro
 	sh scripts/ensure_services.sh
 	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
 	$(BIN)/python -m pytest --soak $(MINUTES) $(SOAK_TESTS)
+
+judges: install $(JUDGES)/.installed ## Other people's suites: schemathesis on our OpenAPI document, langchain-tests
+	$(BIN)/python -m tests.judges $(JUDGES)
+
+$(JUDGES)/.installed: tests/judges/requirements.txt
+	test -x $(JUDGES)/bin/python || $(PYTHON) -m venv $(JUDGES)
+	$(JUDGES)/bin/python -m pip --disable-pip-version-check -q install -r tests/judges/requirements.txt
+	touch $@
 
 demo: install ## Real GSM8K questions through a running gateway, with a proof of every nano-dollar
 	$(BIN)/python benchmarks/demo.py

@@ -39,6 +39,8 @@ MAX_HOURS = 1e6
 OTHER_WORKERS_TRIES = 5
 """How many of the ledger's batches a receipt may wait for, when another worker may have it."""
 
+FIRST_MODEL = {"operationId": "model", "parameters": {"name": "$response.body#/data/0/id"}}
+
 router = APIRouter()
 
 
@@ -80,7 +82,12 @@ async def metrics(request: Request, lifecycle: TheLifecycle) -> Response:
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-@router.get("/v1/models", tags=["openai"], response_model=answers.ModelList, responses=refusals())
+@router.get(
+    "/v1/models",
+    tags=["openai"],
+    response_model=answers.ModelList,
+    responses={**refusals(), 200: {"links": {"model": FIRST_MODEL}}},
+)
 async def models(principal: Caller, lifecycle: TheLifecycle) -> dict[str, Any]:
     """The policy's models and aliases, in OpenAI's shape."""
     policy = lifecycle.world.policy
@@ -92,7 +99,13 @@ async def models(principal: Caller, lifecycle: TheLifecycle) -> dict[str, Any]:
     }
 
 
-@router.get("/v1/models/{name:path}", tags=["openai"], response_model=answers.ModelEntry, responses=refusals(404))
+@router.get(
+    "/v1/models/{name:path}",
+    tags=["openai"],
+    operation_id="model",
+    response_model=answers.ModelEntry,
+    responses=refusals(404),
+)
 async def model(name: str, principal: Caller, lifecycle: TheLifecycle) -> dict[str, Any]:
     for entry in (await models(principal, lifecycle))["data"]:
         if entry["id"] == name:

@@ -26,6 +26,12 @@ _HEADERS: Mapping[int, Document] = {
     401: {"WWW-Authenticate": {"required": True, "schema": {"type": "string", "const": "Bearer"}}},
 }
 _RECEIPT = {"operationId": "receipt", "parameters": {"request_id": "$response.header.x-request-id"}}
+_EVENT = {
+    "description": "One event; its data is a chunk in JSON, at the end `[DONE]`, or an error.",
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string"}},
+}
 _ERROR_REF = {"$ref": "#/components/schemas/ErrorAnswer"}
 _ERROR = {"content": {"application/json": {"schema": _ERROR_REF}}}
 
@@ -51,8 +57,13 @@ def completed(document: Document) -> Document:
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
     schemas |= COMPONENTS
-    explain = schemas["ExplainRequest"]["properties"]
-    explain["messages"] = COMPONENTS["ChatRequest"]["properties"]["messages"]
+    chat, explain = COMPONENTS["ChatRequest"], schemas["ExplainRequest"]
+    schemas["ExplainRequest"] = {  # it is read as a chat, which may leave out its model
+        **chat,
+        "description": explain["description"],
+        "required": ["messages"],
+        "properties": {**chat["properties"], "tags": explain["properties"]["tags"]},
+    }
     document["paths"] = {path: {"post": _operation(path)} for path in DATA_PLANE} | document["paths"]
     return document
 
@@ -70,7 +81,7 @@ def _operation(path: str) -> Document:
     }
     content: Document = {"application/json": {"schema": {"$ref": f"#/components/schemas/{endpoint.response}"}}}
     if endpoint.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": _EVENT}
     return {
         "tags": ["openai"],
         "summary": endpoint.summary,

@@ -17,7 +17,7 @@ def test_every_promise_names_tests_that_exist() -> None:
         file = ""
         for name in named:
             path, _, function = name.partition("::")
-            if path == "make demo":
+            if path in ("make demo", "make judges"):
                 continue
             file = path or file
             found = [p for p in (ROOT / file, ROOT / "tests" / "gateway" / file) if file and p.exists()]

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from tests.upstream.oracle import Tokens, prompt_tokens
+from tests.upstream.oracle import Tokens, prompt_tokens, texts
+from tests.upstream.scripted import Script, function_of, script
 
 WORDS = (
     "lead",
@@ -80,9 +81,13 @@ class ChatAnswer:
         use_tool = bool(body.get("tools")) and body.get("tool_choice") != "none"
         self._model = body["model"]
         self._hidden = meta.get("hidden") == "1"
-        self._tool = body["tools"][0]["function"]["name"] if use_tool else None
+        said = script(body)
+        self._tool = said.tool if said else function_of(body["tools"][0]).get("name", "tool") if use_tool else None
         self.include_usage = bool((body.get("stream_options") or {}).get("include_usage"))
-        self.choices = [_choice(rng, thought, words, limit, use_tool) for _ in range(body.get("n") or 1)]
+        self.choices = [
+            _scripted(said, limit) if said else _choice(rng, thought, words, limit, use_tool)
+            for _ in range(body.get("n") or 1)
+        ]
         self.tokens = Tokens(
             prompt - cached - written,
             cached,
@@ -155,6 +160,14 @@ def _choice(rng: random.Random, thought: int, words: int, limit: int, use_tool: 
     return Choice(reasoning, said, [], "length" if cut else "stop")
 
 
+def _scripted(said: Script, limit: int) -> Choice:
+    words = said.text.split(" ")
+    reason = "length" if len(words) > limit else "stop"
+    if said.tool is None:
+        return Choice([], words[:limit], [], reason)
+    return Choice([], [], _spaced(words)[:limit], "length" if len(words) > limit else "tool_calls")
+
+
 def _spaced(words: list[str]) -> list[str]:
     return [word if at == 0 else " " + word for at, word in enumerate(words)]
 
@@ -171,8 +184,7 @@ class TextAnswer:
         rng = random.Random(f"{seed} {body['model']} {body.get('prompt')}")
         words = int(meta["words"]) if "words" in meta else rng.randint(3, 16)
         words = min(words, body.get("max_tokens") or 16)
-        prompts = body.get("prompt") or ""
-        count = (1 if isinstance(prompts, str) else len(prompts)) * (body.get("n") or 1)
+        count = len(texts(body)) * (body.get("n") or 1)
         self._model = body["model"]
         self.include_usage = bool((body.get("stream_options") or {}).get("include_usage"))
         self._texts = [_spaced([rng.choice(WORDS) for _ in range(words)]) for _ in range(count)]
@@ -205,8 +217,7 @@ class EmbeddingAnswer:
     include_usage = False
 
     def __init__(self, body: dict[str, Any], seed: int) -> None:
-        given = body.get("input", "")
-        self._texts = [given] if isinstance(given, str) else given
+        self._texts = texts(body)
         self._body, self._seed = body, seed
         self.tokens = Tokens(input=prompt_tokens(body))
 
@@ -226,7 +237,7 @@ class EmbeddingAnswer:
     def chunk(self, **fields: Any) -> bytes:
         return event(fields)
 
-    def _vector(self, text: str) -> list[float] | str:
+    def _vector(self, text: Any) -> list[float] | str:
         rng = random.Random(f"{self._seed} {text}")
         vector = [round(rng.uniform(-1, 1), 6) for _ in range(self._body.get("dimensions") or 8)]
         if self._body.get("encoding_format") != "base64":

@@ -95,11 +95,16 @@ def prompt_tokens(body: dict[str, Any]) -> int:
     if "messages" in body:
         words = sum(len(_text(message.get("content")).split()) + WORDS_PER_MESSAGE for message in body["messages"])
         return words + WORDS_PER_TOOL * len(body.get("tools") or ())
+    return sum(max(1, len(text.split())) if isinstance(text, str) else len(text) for text in texts(body))
+
+
+def texts(body: dict[str, Any]) -> list[Any]:
+    """The texts of a prompt or an input, each a string or a list of token ids."""
     given = body["prompt"] if "prompt" in body else body.get("input", "")
-    return sum(max(1, len(text.split())) for text in ([given] if isinstance(given, str) else given))
+    return given if isinstance(given, list) and isinstance(given[0], str | list) else [given]
 
 
 def _text(content: Any) -> str:
     if isinstance(content, list):
-        return " ".join(part.get("text", "") for part in content)
+        return " ".join(str(part.get("text", "")) for part in content)
     return content or ""

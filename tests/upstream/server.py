@@ -74,8 +74,15 @@ class Upstream:
             writer.write(head(404, {"Content-Length": "2"}) + b"{}")
             return True
         body = json.loads(request.body)
+        try:
+            answer = ANSWERS[request.path](body, self._seed)
+        except (AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
+            said = json.dumps({"error": {"message": f"not understood: {error!r}", "type": "invalid_request_error"}})
+            writer.write(head(400, {"Content-Length": str(len(said)), "Content-Type": "application/json"}))
+            writer.write(said.encode())
+            return True
         row = self._row(request.path, body)
-        exchange = Exchange(reader, writer, self._truth, row, body, ANSWERS[request.path](body, self._seed))
+        exchange = Exchange(reader, writer, self._truth, row, body, answer)
         self.running[row.id] = row
         try:
             if row.fault:
