@@ -162,19 +162,16 @@ class SharedBudgets:
             scopes = {scope for record in inserted for scope in budget_rows.scopes_of(record)}
             scopes |= {scope for account in accounts for scope, _ in account.keys}
             scopes |= self._doubtful_scopes()
-            rows = budget_rows.read(connection, scopes, lock=True)
+            held = {scope for account in accounts if account.request_id in new for scope, _ in account.keys}
+            rows, holds = budget_rows.lock(connection, scopes, self.life, held)
             self._resolve_doubt(connection)
             budget_rows.book(rows, inserted)
-            releasing = [account for account in accounts if account.request_id in new and account.held_nanousd]
-            if releasing:
-                held_scopes = {scope for account in releasing for scope, _ in account.keys}
-                holds = budget_rows.read_holds(connection, self.life, held_scopes)
-                for account in releasing:
+            for account in accounts:
+                if account.request_id in new and account.held_nanousd:
                     for key in account.keys:
                         budget_rows.release(rows[key], holds[key], account.held_nanousd)
-                budget_rows.write_holds(connection, list(holds.values()))
-            budget_rows.write(connection, list(rows.values()))
-            transaction.commit()
+            with budget_rows.last_words(connection, list(rows.values()), list(holds.values())):
+                transaction.commit()
             for account in accounts:  # one that was not new was booked by a commit that went unanswered
                 self._close(account)
 
@@ -272,12 +269,11 @@ class SharedBudgets:
     def _change(self, claims: list[Claim], scopes: set[str]) -> dict[Key, Row]:
         """One transaction, which does nothing where a budget has to be started first."""
         with self._engine.connect() as connection, connection.begin() as transaction:
-            rows = budget_rows.read(connection, scopes | self._doubtful_scopes(), lock=True)
+            held = {scope for claim in claims if claim.amount for scope, _ in claim.account.keys}
+            rows, holds = budget_rows.lock(connection, scopes | self._doubtful_scopes(), self.life, held)
             self._resolve_doubt(connection)
             if _late(rows, claims):
                 return rows
-            holding = {scope for claim in claims if claim.amount for scope, _ in claim.account.keys}
-            holds = budget_rows.read_holds(connection, self.life, holding) if holding else {}
             self._batch += 1
             changed: set[Key] = set()
             applied: list[Claim] = []
@@ -295,10 +291,10 @@ class SharedBudgets:
                             budget_rows.release(rows[key], hold, -claim.amount)
                         changed.add(key)
                     applied.append(claim)
-            budget_rows.write(connection, [rows[key] for key in sorted(changed)])
-            budget_rows.write_holds(connection, [hold for hold in holds.values() if hold.batch == self._batch])
             self._doubt = _Doubt(self._batch, applied) if applied else None
-            transaction.commit()
+            written = [hold for hold in holds.values() if hold.batch == self._batch]
+            with budget_rows.last_words(connection, [rows[key] for key in sorted(changed)], written):
+                transaction.commit()
             self._doubt = None
             for claim in applied:
                 claim.granted = True

@@ -12,10 +12,12 @@ Beside the ledger's sum, `spent_nanousd` holds what dead workers may have spent 
 their journals have said what it was.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import msgspec
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
@@ -60,6 +62,29 @@ _SELECT_HOLDS = (
     .where(_HOLD.c.worker == bindparam("of_worker"), _HOLD.c.scope.in_(bindparam("scopes", expanding=True)))
     .order_by(_HOLD.c.scope, _HOLD.c.window)
 )
+# The same for PostgreSQL, one statement for any number of rows, so that they can go out together without waiting.
+_PG_LOCK_BUDGETS = """
+SELECT scope, "window", started_ms, spent_nanousd, reserved_nanousd, given_nanousd
+FROM budget WHERE scope = ANY(%s) ORDER BY scope, "window" FOR UPDATE
+"""
+_PG_SELECT_HOLDS = """
+SELECT worker, scope, "window", amount_nanousd, reclaimed_nanousd, reclaimed_in_ms, batch
+FROM worker_hold WHERE worker = %s AND scope = ANY(%s)
+"""
+_PG_UPDATE_BUDGETS = """
+UPDATE budget SET spent_nanousd = now.spent_nanousd, reserved_nanousd = now.reserved_nanousd,
+    given_nanousd = now.given_nanousd
+FROM json_populate_recordset(NULL::budget, %s::json) AS now
+WHERE budget.scope = now.scope AND budget."window" = now."window"
+"""
+_PG_WRITE_HOLDS = """
+INSERT INTO worker_hold (worker, scope, "window", amount_nanousd, reclaimed_nanousd, reclaimed_in_ms, batch)
+SELECT worker, scope, "window", amount_nanousd, reclaimed_nanousd, reclaimed_in_ms, batch
+FROM json_populate_recordset(NULL::worker_hold, %s::json)
+ON CONFLICT (worker, scope, "window") DO UPDATE SET amount_nanousd = excluded.amount_nanousd,
+    reclaimed_nanousd = excluded.reclaimed_nanousd, reclaimed_in_ms = excluded.reclaimed_in_ms, batch = excluded.batch
+"""
+_encode = msgspec.json.Encoder().encode
 
 
 @dataclass(slots=True)
@@ -125,6 +150,47 @@ def write(connection: Connection, rows: Sequence[Row]) -> None:
                 for row in rows
             ],
         )
+
+
+def lock(
+    connection: Connection, scopes: Iterable[str], worker: str, held: Iterable[str]
+) -> tuple[dict[Key, Row], dict[Key, HoldRow]]:
+    """The rows of `scopes`, which nobody else changes until this transaction ends, and the worker's holds on `held`.
+
+    In one round trip: others wait for these rows, and each answer of the database has to wait for the event loop's
+    thread to let go of the interpreter. `held` are some of `scopes`.
+    """
+    wanted, holding = sorted(set(scopes)), sorted(set(held))
+    if connection.dialect.name != "postgresql":
+        rows = read(connection, wanted, lock=True)
+        return rows, read_holds(connection, worker, holding) if holding else {}
+    if not wanted:
+        return {}, {}
+    driver: Any = connection.connection.driver_connection
+    locked, of_worker = driver.cursor(), driver.cursor()
+    with driver.pipeline():
+        locked.execute(_PG_LOCK_BUDGETS, (wanted,))
+        if holding:
+            of_worker.execute(_PG_SELECT_HOLDS, (worker, holding))
+    rows = {(row[0], row[1]): Row(*row) for row in locked}
+    return rows, {(row[1], row[2]): HoldRow(*row) for row in of_worker} if holding else {}
+
+
+@contextlib.contextmanager
+def last_words(connection: Connection, rows: Sequence[Row], holds: Sequence[HoldRow]) -> Iterator[None]:
+    """Write rows and holds that `lock` has returned, as they are now. The body commits: all of it is one round trip."""
+    if connection.dialect.name != "postgresql":
+        write(connection, rows)
+        write_holds(connection, holds)
+        yield
+        return
+    driver: Any = connection.connection.driver_connection
+    with driver.pipeline():
+        if rows:
+            driver.execute(_PG_UPDATE_BUDGETS, (_encode(rows).decode(),))
+        if holds:
+            driver.execute(_PG_WRITE_HOLDS, (_encode(holds).decode(),))
+        yield
 
 
 def enter_ledger(connection: Connection) -> None:
