@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 import structlog
 
-from gateway.admission.budgets import Account, BudgetKeeper, degrade, tightest
+from gateway.admission.budgets import Account, Budget, BudgetKeeper, degrade, refusal, tightest
 from gateway.admission.keys import KeyStore
 from gateway.admission.limits import BudgetLimits
 from gateway.admission.rates import Rates, tokens_estimate
@@ -247,7 +247,7 @@ class Lifecycle:
         try:
             return decide(query, signals, world.policy, state, seed=0)
         except NoCandidate as error:
-            raise _no_candidate(error, query.model, world) from error
+            raise _no_candidate(error, query.model, world, budget) from error
 
     async def explain(self, query: Query, messages: bytes) -> Decision:
         """The decision that this query would get now. Nothing runs, nothing is written. Raises LeadlineError."""
@@ -415,7 +415,7 @@ def _known(error: Exception, request_id: str) -> LeadlineError:
     return InternalError(f"The gateway failed on this request; its log has the cause under {request_id}.")
 
 
-def _no_candidate(error: NoCandidate, model: str, world: World) -> LeadlineError:
+def _no_candidate(error: NoCandidate, model: str, world: World, budget: Budget | None) -> LeadlineError:
     policy = world.policy
     if error.kind == "unknown_model":
         known = ", ".join((*policy.aliases, *policy.models))
@@ -423,7 +423,7 @@ def _no_candidate(error: NoCandidate, model: str, world: World) -> LeadlineError
     if error.kind == "context_length":
         return ContextLengthExceeded(str(error), param="messages")
     if error.kind == "budget":
-        return BudgetExceeded(str(error))
+        return BudgetExceeded(str(error) if budget is None else refusal(budget, str(error)))
     if error.kind == "unavailable":
         breakers = [world.breakers[name] for name, _ in error.reasons]
         waits = [wait for breaker in breakers if (wait := breaker.closed_in_s()) is not None]

@@ -157,6 +157,14 @@ def exceeded(budget: Budget, amount_nanousd: int) -> BudgetExceeded:
     )
 
 
+def refusal(budget: Budget, why: str) -> str:
+    """What a caller is told whose request no model can run within `budget`, the tightest of its budgets."""
+    return (
+        f"Budget of {budget.label or budget.scope} ({format_money(budget.limit_nanousd)}/{budget.window}): {why}. "
+        "Lower max_tokens, choose a cheaper model, or raise the budget."
+    )
+
+
 def tightest(budgets: Sequence[Budget]) -> Budget | None:
     """The budget with the least left; None without budgets."""
     return min(budgets, key=_remaining) if budgets else None

@@ -156,6 +156,8 @@ async def test_a_spent_budget_leaves_the_free_model_open(start_gateway: StartGat
     async with start_gateway('limits: [{key: "*", budget: $0.000001/day}]') as gateway:
         status, _, body = await gateway.chat(ask())
         assert (status, body["error"]["type"]) == (429, "budget_exceeded")
+        assert body["error"]["message"].startswith("Budget of key:first ($0.000001/day): no model can run this; ")
+        assert "Lower max_tokens, choose a cheaper model, or raise the budget." in body["error"]["message"]
         status, headers, _ = await gateway.chat(ask(model="free"))
         assert (status, headers["x-leadline-cost-nanousd"]) == (200, "0")
 
