@@ -137,7 +137,7 @@ class SharedBudgets:
             async with asyncio.timeout(WAIT_S):
                 return await claim.done
         except TimeoutError as error:
-            raise _away("no answer in time") from error
+            raise _away() from error
         finally:
             claim.cancelled = not claim.answered
 
@@ -239,7 +239,7 @@ class SharedBudgets:
         except Exception as error:
             reason = str(error).partition("\n")[0][:200]
             log.error("budgets.database_failed", error=reason, waiting=len(claims))
-            failed = _away(reason)
+            failed = _away()
             self._engine.dispose()
             doubtful = self._doubt.claims if self._doubt is not None else []
             self._queue.extendleft(c for c in claims if not c.checked and c not in doubtful)  # corrections are not lost
@@ -430,9 +430,10 @@ def _show(budget: Budget, row: Row) -> None:
     budget.reserved_nanousd, budget.given_nanousd = row.reserved_nanousd, row.given_nanousd
 
 
-def _away(reason: str) -> Unavailable:
+def _away() -> Unavailable:
+    """Says nothing of the database's address: that is for the log."""
     return Unavailable(
-        f"The database that holds the budgets cannot be asked ({reason}); no call that costs money is admitted "
-        "without it. Retry shortly.",
+        "The database that holds the budgets cannot be asked; no call that costs money is admitted without it. "
+        "Retry shortly.",
         retry_after_s=1,
     )

@@ -336,7 +336,7 @@ async def test_a_commit_that_was_not_answered_holds_once_or_not_at_all(
         for number, lost_before in enumerate((False, True)):
             account = await worker.budgets.find([KEY], NOON, f"r{number}")
             commits = _break_one_commit(worker.budgets._engine, before=lost_before)
-            with pytest.raises(Unavailable, match="budgets cannot be asked"):
+            with pytest.raises(Unavailable, match="budgets cannot be asked; no call"):  # no word of where it is
                 await account.reserve(50)
             assert commits == [lost_before]
             other = await worker.budgets.find([KEY], NOON, f"s{number}")
