@@ -1,6 +1,7 @@
 """The data plane speaks ASGI directly: no framework object is built per request (docs/decisions.md has the numbers)."""
 
 import asyncio
+import math
 import os
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from typing import Any
@@ -95,8 +96,8 @@ def error_headers(error: LeadlineError) -> Headers:
     """What an error's answer says beside its body."""
     headers = [*error.headers, (b"x-should-retry", b"true" if error.should_retry else b"false")]
     if error.retry_after_s is not None:
-        headers.append((b"retry-after", b"%d" % max(1, round(error.retry_after_s + 0.5))))
-        headers.append((b"retry-after-ms", b"%d" % (error.retry_after_s * 1000)))
+        headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s))))
+        headers.append((b"retry-after-ms", b"%d" % math.ceil(error.retry_after_s * 1000)))
     return headers
 
 

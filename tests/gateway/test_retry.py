@@ -8,6 +8,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
+from gateway.edge.asgi import error_headers
+from gateway.errors import Unavailable
 from gateway.upstream.retry import (
     BACKOFF_S,
     MAX_RETRY_AFTER_S,
@@ -23,6 +25,14 @@ from tests.gateway.conftest import Gateway, ask, until
 from tests.gateway.fake_upstream import FakeUpstream
 
 anyio = pytest.mark.anyio
+
+
+@given(st.floats(0, 1e6))
+def test_a_caller_that_waits_as_told_is_not_early(wait_s: float) -> None:
+    error = Unavailable("busy", retry_after_s=wait_s)
+    told = dict(error_headers(error))
+    assert wait_s <= int(told[b"retry-after"]) <= max(1, wait_s + 1)
+    assert wait_s * 1000 <= int(told[b"retry-after-ms"]) <= wait_s * 1000 + 1
 
 
 @given(st.lists(st.one_of(st.just("request"), st.just("retry"), st.floats(0, 100)), max_size=400))
