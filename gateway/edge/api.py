@@ -238,7 +238,10 @@ async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     path = ".".join(str(part) for part in first["loc"][1:])
-    return await _error(request, InvalidRequest(f"{path}: {first['msg']}.", param=path or None))
+    if not path:
+        words = f"body: {first['msg']}; send a JSON object with Content-Type: application/json."
+        return await _error(request, InvalidRequest(words))
+    return await _error(request, InvalidRequest(f"{path}: {first['msg']}.", param=path))
 
 
 class Web(FastAPI):

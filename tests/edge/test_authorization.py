@@ -226,6 +226,16 @@ async def test_a_key_is_made_of_known_fields_alone(edge: Gateway, body: dict[str
     assert len(edge.app.web.state.lifecycle.keys) == 1
 
 
+async def test_a_body_that_is_not_sent_as_json_is_told_so(edge: Gateway) -> None:
+    headers = edge.headers(**{"Content-Type": "text/plain"})
+    path = f"{edge.url}/leadline/v1/admin/keys"
+    async with edge.session.post(path, data=b'{"name": "made"}', headers=headers) as answer:
+        error = (await answer.json())["error"]
+    assert answer.status == 400
+    assert error["message"].startswith("body: ")
+    assert "Content-Type: application/json" in error["message"]
+
+
 async def test_an_admin_cannot_lock_itself_out(edge: Gateway) -> None:
     cast = cast_of(edge)
     own = f"/leadline/v1/admin/keys/{cast.key_id('admin')}"
