@@ -219,9 +219,9 @@ def _with_keys(use: "Callable[[KeyStore, Engine], Any]") -> Any:
 
     try:
         settings = Settings.from_env()
+        settings.prepare_home()
     except SettingsError as error:
         _stop(str(error))
-    settings.prepare_home()
     try:
         engine = connect(settings.database_url, settings.durability)
     except LedgerUnreachable as error:

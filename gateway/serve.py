@@ -38,9 +38,9 @@ def serve(host: str, port: int, policy: Path | None, workers: int, drain_s: floa
         settings = Settings.from_env()
         if workers > 1:
             settings.require_shared(f"--workers {workers}")
+        settings.prepare_home()
     except SettingsError as error:
         raise CannotServe(str(error)) from error
-    settings.prepare_home()
     lock = _hold(settings.home)
     listeners = _listen(host, port, workers)
     if workers == 1:

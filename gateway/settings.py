@@ -74,8 +74,15 @@ class Settings:
             raise SettingsError(f"{who}: workers that share limits need both servers; {'; '.join(missing)}")
 
     def prepare_home(self) -> None:
-        """Create the state folder, readable by its owner alone."""
-        self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        """Create the state folder, readable by its owner alone. Raises SettingsError."""
+        try:
+            self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise SettingsError(
+                f"LEADLINE_HOME: {self.home} cannot be made ({error.strerror}); name a folder that can be written to"
+            ) from error
+        if not os.access(self.home, os.W_OK | os.X_OK):
+            raise SettingsError(f"LEADLINE_HOME: {self.home} cannot be written to; name a folder that can")
 
 
 def engine_socket(home: Path) -> Path:

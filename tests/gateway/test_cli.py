@@ -125,6 +125,14 @@ def test_a_wrong_setting_is_named(tmp_path: Path, name: str, value: str) -> None
     assert done.stderr.startswith(name)
 
 
+@pytest.mark.parametrize("command", [("serve", "--port", "0"), ("keys", "list")])
+def test_a_state_folder_that_cannot_be_made_is_named(tmp_path: Path, command: tuple[str, ...]) -> None:
+    (tmp_path / "file").touch()
+    done = leadline(*command, home=tmp_path / "file" / "home")
+    assert done.returncode != 0
+    assert done.stderr.startswith(f"LEADLINE_HOME: {tmp_path}/file/home cannot be made (Not a directory)")
+
+
 def test_a_database_that_does_not_answer_is_named_without_its_password(tmp_path: Path) -> None:
     url = "postgresql://me:canary@127.0.0.1:9/db"
     for command in (("serve", "--port", "0"), ("keys", "list")):
