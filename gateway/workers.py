@@ -139,6 +139,7 @@ class Workers:
     def _told_to_stop(self, number: signal.Signals) -> None:
         if self._stopping.is_set():
             _signal_all(self._alive, number)
+        log.info("drain.begins", signal=number.name, workers=len(self._alive))
         self._stop_signal = number
         self._stopping.set()
 

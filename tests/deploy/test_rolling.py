@@ -94,6 +94,7 @@ async def test_rolling_restarts_and_a_drain_drop_nothing(
         assert await asyncio.to_thread(running.process.wait, PATIENCE_S) == 0
         assert load.dropped == []
         assert {event["replaced"] for event in running.events("restart.ends")} == {2}
+        assert [event["signal"] for event in running.events("drain.begins")] == ["SIGTERM"]
         assert not running.events("worker.died")
         assert not running.events("drain.cancelled")
     assert len(load.ids) == load.sent
