@@ -95,6 +95,7 @@ def test_the_numbers_on_screen_are_those_of_api_export_and_ledger(visit: Visit, 
 
 def test_a_request_opens_to_its_decision(visit: Visit, running: Running) -> None:
     wanted = row(age_s=1)
+    wanted[0].team, wanted[0].degraded = "research", "redis"
     running.record(wanted)
     page, _ = visit()
     page.locator(f"tr[data-request={wanted[0].id}] a").click()
@@ -107,7 +108,11 @@ def test_a_request_opens_to_its_decision(visit: Visit, running: Running) -> None
     assert page.get_by_text("cheapest with p_success >= 0.9").first.is_visible()
     assert page.get_by_text("test-probe-1").is_visible()
     assert page.locator("#attempts tbody tr").count() == 1
+    assert page.locator("#attempts tbody tr td").first.inner_text() == "first"
     assert page.locator("#tokens tbody tr").inner_text().split() == ["1", "120", "30", "0", "58", "0"]
+    facts = page.locator(".facts").inner_text()
+    assert re.search(r"Team\s+research\s", facts)
+    assert re.search(r"Degraded\s+redis\s", facts)
 
 
 def test_a_request_is_on_screen_as_soon_as_it_ended(visit: Visit, running: Running) -> None:
