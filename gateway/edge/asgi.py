@@ -165,37 +165,26 @@ async def until_gone(receive: Receive, reply: AsgiReply, work: Coroutine[Any, An
     assert here is not None
     gone = False
     exchange = exchange_of(receive)
-    if exchange is not None:
+    watching: asyncio.Task[None] | None = None
 
-        def leave() -> None:
-            nonlocal gone
-            if not reply.complete:
-                gone = True
-                here.cancel()
-
-        if exchange.disconnected:
-            work.close()
-            raise ClientGone
-        exchange.listen(leave)
-        try:
-            await work
-        except asyncio.CancelledError:
-            if not gone:
-                raise
-            here.uncancel()
-        finally:
-            exchange.on_disconnect = None
-        return
-
-    async def watch() -> None:
+    def leave() -> None:
         nonlocal gone
-        while (await receive())["type"] != "http.disconnect":
-            pass
         if not reply.complete:
             gone = True
             here.cancel()
 
-    watching = asyncio.create_task(watch())
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        leave()
+
+    if exchange is None:
+        watching = asyncio.create_task(watch())
+    elif exchange.disconnected:
+        work.close()
+        raise ClientGone
+    else:
+        exchange.listen(leave)
     try:
         await work
     except asyncio.CancelledError:
@@ -203,4 +192,7 @@ async def until_gone(receive: Receive, reply: AsgiReply, work: Coroutine[Any, An
             raise
         here.uncancel()
     finally:
-        watching.cancel()
+        if watching is not None:
+            watching.cancel()
+        elif exchange is not None:
+            exchange.on_disconnect = None

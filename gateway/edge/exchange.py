@@ -64,7 +64,7 @@ class Exchange(RequestResponseCycle):
     async def write_chunk(self, data: bytes) -> None:
         if self.flow.write_paused:
             await self.flow.drain()
-        if not self.disconnected:
+        if data and not self.disconnected:  # an empty chunk would be the end
             self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     async def end_stream(self) -> None:
@@ -84,9 +84,9 @@ class Exchange(RequestResponseCycle):
         self.on_response()
 
 
-def exchange_of(send: Any) -> Exchange | None:
-    """The exchange behind an ASGI `send`; None on another server, and behind middleware."""
-    owner = getattr(send, "__self__", None)
+def exchange_of(channel: Any) -> Exchange | None:
+    """The exchange behind an ASGI `send` or `receive`; None on another server, and behind middleware."""
+    owner = getattr(channel, "__self__", None)
     return owner if isinstance(owner, Exchange) else None
 
 
