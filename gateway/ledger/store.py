@@ -6,6 +6,7 @@ writes awaits `flush` first.
 
 import asyncio
 import contextlib
+import sqlite3
 import threading
 import time
 from collections import deque
@@ -29,6 +30,8 @@ BATCH_ROWS = 256
 BATCH_WAIT_S = 0.05
 RETRY_WAIT_S = 0.5
 FLUSH_TIMEOUT_S = 2.0
+SQLITE_BUSY_S = 5.0
+"""How long a statement waits for another connection's lock."""
 MAX_PENDING = 100_000
 """Closed requests that may wait for SQL in memory; past that, nothing new is admitted."""
 
@@ -67,10 +70,24 @@ def _sqlite_full(connection: Any, _record: Any) -> None:
 
 def _sqlite_pragmas(connection: Any, synchronous: str) -> None:
     cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute(f"PRAGMA busy_timeout={SQLITE_BUSY_S * 1000:.0f}")
+    _enter_wal(cursor)
     cursor.execute(f"PRAGMA synchronous={synchronous}")
-    cursor.execute("PRAGMA busy_timeout=5000")
     cursor.close()
+
+
+def _enter_wal(cursor: sqlite3.Cursor) -> None:
+    """Switch a new file to WAL; SQLite's busy timeout does not cover two connections that do so at once."""
+    until = time.monotonic() + SQLITE_BUSY_S
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+            time.sleep(0.01)
+        else:
+            return
 
 
 def _postgresql_commits(connection: Any, _record: Any) -> None:

@@ -140,6 +140,17 @@ def test_workers_that_start_together_upgrade_once(url: str, release: str | None)
     engine.dispose()
 
 
+def test_sqlite_takes_many_starts_on_a_new_file(tmp_path: Path) -> None:
+    """Two connections that switch a file to WAL at once get SQLITE_BUSY at once, whatever their busy timeout is."""
+
+    def start(url: str) -> None:
+        connect(url).dispose()
+
+    with ThreadPoolExecutor(6) as pool:
+        for number in range(100):
+            list(pool.map(start, [f"sqlite:///{tmp_path / f'{number}.db'}"] * 6))
+
+
 def test_a_database_of_a_later_version_is_refused(url: str) -> None:
     engine = connect(url)
     with engine.begin() as connection:
