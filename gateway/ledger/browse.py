@@ -1,12 +1,13 @@
 """The ledger as the dashboard leafs through it: a slice of the requests, summed into cells or listed newest first."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from sqlalchemy import ColumnElement, Engine, case, func, select, tuple_
+from sqlalchemy import ColumnElement, Engine, case, func, literal, select, tuple_, union_all
 from sqlmodel import col
 
+from gateway.ledger.elsewhere import moves
 from gateway.ledger.tables import RequestRow
 
 Row = dict[str, Any]
@@ -40,7 +41,8 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """Sums of the requests of one span of time that one model served (None: none came to serve)."""
+    """Sums of the requests of one span of time that one model served (None: none came to serve), and what was spent on
+    the model in that span, whoever served then."""
 
     start_ms: int
     model: str | None
@@ -60,7 +62,10 @@ class Cell:
 
 
 def cells(engine: Engine, of: Slice, *, span_ms: int) -> list[Cell]:
-    """The slice cut by time and model. One query, so that all that is summed from it agrees with itself."""
+    """The slice cut by time and model. One query, so that all that is summed from it agrees with itself.
+
+    A request is counted where it was served; the money and tokens of its other attempts stand at their own models.
+    """
     row = RequestRow
     start = (col(row.created_at_ms) // span_ms).label("start")
 
@@ -70,30 +75,40 @@ def cells(engine: Engine, of: Slice, *, span_ms: int) -> list[Cell]:
     def total(*columns: Any) -> ColumnElement[int]:
         return func.coalesce(sum((func.sum(column) for column in columns[1:]), func.sum(columns[0])), 0)
 
-    query = (
+    served = (
         select(
             start,
-            col(row.model_served),
-            func.count(),
-            total(col(row.cost_nanousd)),
-            total(col(row.baseline_nanousd) - col(row.cost_nanousd)),
-            count(col(row.cost_nanousd).is_(None)),
-            count(col(row.cost_estimated).is_(True)),
-            count(col(row.cache) == "hit"),
-            count(col(row.cache) == "miss"),
-            count(col(row.outcome) == "cancelled"),
-            count(col(row.outcome).not_in(("ok", "cancelled"))),
-            total(col(row.input_tokens), col(row.cached_input_tokens), col(row.cache_write_tokens)),
-            total(col(row.output_tokens), col(row.reasoning_tokens)),
+            col(row.model_served).label("model"),
+            total(col(row.cost_nanousd)).label("cost_nanousd"),
+            total(col(row.input_tokens), col(row.cached_input_tokens), col(row.cache_write_tokens)).label(
+                "input_tokens"
+            ),
+            total(col(row.output_tokens), col(row.reasoning_tokens)).label("output_tokens"),
+            func.count().label("requests"),
+            total(col(row.baseline_nanousd) - col(row.cost_nanousd)).label("savings_nanousd"),
+            count(col(row.cost_nanousd).is_(None)).label("unpriced"),
+            count(col(row.cost_estimated).is_(True)).label("estimated"),
+            count(col(row.cache) == "hit").label("cache_hits"),
+            count(col(row.cache) == "miss").label("cache_misses"),
+            count(col(row.outcome) == "cancelled").label("cancelled"),
+            count(col(row.outcome).not_in(("ok", "cancelled"))).label("failed"),
         )
         .where(*of.conditions())
         .group_by(start, col(row.model_served))
-        .order_by(start, col(row.model_served))
+    )
+    sums = [field.name for field in fields(Cell)[2:]]
+    nothing = [literal(0)] * (len(sums) - 3)
+    tried = [select(*moved.subquery().c, *nothing) for moved in moves(of.conditions(), start)]
+    parts = union_all(served, *tried).subquery().c
+    query = (
+        select(parts.start, parts.model, *(func.sum(parts[name]) for name in sums))
+        .group_by(parts.start, parts.model)
+        .order_by(parts.start, parts.model)
     )
     with engine.connect() as connection:
         return [
-            Cell(int(at) * span_ms, model, *(int(value) for value in sums))
-            for at, model, *sums in connection.execute(query)
+            Cell(int(at) * span_ms, model, *(int(value) for value in found))
+            for at, model, *found in connection.execute(query)
         ]
 
 

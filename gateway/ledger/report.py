@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Engine, Select, and_, case, func, or_, select
+from sqlalchemy import ColumnElement, Connection, Engine, and_, case, func, literal, or_, select, union_all
 from sqlmodel import col
 
+from gateway.ledger.elsewhere import moves
 from gateway.ledger.tables import AttemptRow, RequestRow
 
 
@@ -66,7 +67,7 @@ def summary(
     ).where(col(row.created_at_ms) >= since_ms)
     if tenant is not None:
         query = query.where(col(row.tenant) == tenant)
-    query = _of_scope(query, scope)
+    query = query.where(*_of_scope(scope))
     with engine.connect() as connection:
         return {name: int(value) for name, value in connection.execute(query).mappings().one().items()}
 
@@ -74,42 +75,38 @@ def summary(
 def by_model(
     engine: Engine, *, since_ms: int, tenant: str | None = None, scope: tuple[str, str] | None = None
 ) -> list[dict[str, Any]]:
-    """Requests, cost and cache hits per model served (None: none was), most requests first; they sum to `summary`."""
+    """Requests and cache hits per model that served (None: none did), and what was spent on each; most requests first.
+
+    A model that was tried and did not serve has its money, and no request. The rows sum to `summary`.
+    """
     row = RequestRow
-    query = (
+    conditions = [col(row.created_at_ms) >= since_ms]
+    if tenant is not None:
+        conditions.append(col(row.tenant) == tenant)
+    conditions += _of_scope(scope)
+    served = (
         select(
             col(row.model_served).label("model"),
+            func.coalesce(func.sum(col(row.cost_nanousd)), 0).label("cost"),
             func.count().label("requests"),
-            func.coalesce(func.sum(col(row.cost_nanousd)), 0).label("cost_nanousd"),
-            func.coalesce(func.sum(case((col(row.cache) == "hit", 1), else_=0)), 0).label("cache_hits"),
+            func.sum(case((col(row.cache) == "hit", 1), else_=0)).label("cache_hits"),
         )
-        .where(col(row.created_at_ms) >= since_ms)
+        .where(*conditions)
         .group_by(col(row.model_served))
-        .order_by(func.count().desc(), col(row.model_served))
     )
-    if tenant is not None:
-        query = query.where(col(row.tenant) == tenant)
-    query = _of_scope(query, scope)
+    tried = [select(*list(m.subquery().c)[:2], literal(0), literal(0)) for m in moves(conditions)]
+    parts = union_all(served, *tried).subquery().c
+    requests = func.sum(parts.requests)
+    query = (
+        select(parts.model, requests, func.sum(parts.cost), func.sum(parts.cache_hits))
+        .group_by(parts.model)
+        .order_by(requests.desc(), parts.model)
+    )
     with engine.connect() as connection:
         return [
-            {"model": r["model"], "requests": int(r["requests"]), "cost_nanousd": int(r["cost_nanousd"]),
-             "cache_hits": int(r["cache_hits"])}
-            for r in connection.execute(query).mappings()
-        ]  # fmt: skip
-
-
-def last_requests(
-    engine: Engine, *, limit: int, tenant: str | None = None, before_ms: int | None = None
-) -> list[dict[str, Any]]:
-    """The newest rows first, decisions left out."""
-    columns = [c for c in RequestRow.__table__.columns if c.name != "decision"]  # type: ignore[attr-defined]
-    query = select(*columns).order_by(col(RequestRow.created_at_ms).desc(), col(RequestRow.id).desc()).limit(limit)
-    if tenant is not None:
-        query = query.where(col(RequestRow.tenant) == tenant)
-    if before_ms is not None:
-        query = query.where(col(RequestRow.created_at_ms) < before_ms)
-    with engine.connect() as connection:
-        return [dict(r) for r in connection.execute(query).mappings()]
+            {"model": model, "requests": int(count), "cost_nanousd": int(cost), "cache_hits": int(hits)}
+            for model, count, cost, hits in connection.execute(query)
+        ]
 
 
 def request(
@@ -131,8 +128,8 @@ def request(
         return dict(found), [dict(attempt) for attempt in attempts]
 
 
-def _of_scope(query: Select[Any], scope: tuple[str, str] | None) -> Select[Any]:
+def _of_scope(scope: tuple[str, str] | None) -> list[ColumnElement[bool]]:
     if scope is None:
-        return query
+        return []
     key_id, name = scope
-    return query.where(col(RequestRow.key_id) == key_id, _in_run(name))
+    return [col(RequestRow.key_id) == key_id, _in_run(name)]

@@ -2,9 +2,10 @@
 
 from typing import Any, Literal
 
-from sqlalchemy import Engine, case, func, select
+from sqlalchemy import Engine, case, func, literal, select, union_all
 from sqlmodel import col
 
+from gateway.ledger.elsewhere import moves
 from gateway.ledger.tables import RequestRow
 
 By = Literal["key", "team", "tenant", "model", "run"]
@@ -22,31 +23,40 @@ def spend_by(
 ) -> list[dict[str, Any]]:
     """Sums per group from `since_ms` up to, and without, `until_ms`; dearest first. A run is named with its key.
 
+    By model, a request counts where it was served, and each attempt's money and tokens where it was made.
+
     `cost_nanousd` sums what is known; `unpriced` counts the requests whose cost is not.
     """
     row = RequestRow
     groups = [col(row.key_id), col(row.scope)] if by == "run" else [col(_COLUMNS[by])]
-    cost = func.coalesce(func.sum(col(row.cost_nanousd)), 0)
-    query = (
+    conditions = [col(row.created_at_ms) >= since_ms, col(row.created_at_ms) < until_ms]
+    if tenant is not None:
+        conditions.append(col(row.tenant) == tenant)
+    if by == "run":
+        conditions.append(col(row.scope).is_not(None))
+    read = col(row.input_tokens) + col(row.cached_input_tokens) + col(row.cache_write_tokens)
+    sums = (
         select(
             *groups,
+            func.coalesce(func.sum(col(row.cost_nanousd)), 0).label("cost_nanousd"),
+            func.sum(read).label("input_tokens"),
+            func.sum(col(row.output_tokens) + col(row.reasoning_tokens)).label("output_tokens"),
             func.count().label("requests"),
-            cost.label("cost_nanousd"),
-            func.coalesce(func.sum(case((col(row.cost_nanousd).is_(None), 1), else_=0)), 0).label("unpriced"),
-            func.coalesce(
-                func.sum(col(row.input_tokens) + col(row.cached_input_tokens) + col(row.cache_write_tokens)), 0
-            ).label("input_tokens"),
-            func.coalesce(func.sum(col(row.output_tokens) + col(row.reasoning_tokens)), 0).label("output_tokens"),
+            func.sum(case((col(row.cost_nanousd).is_(None), 1), else_=0)).label("unpriced"),
         )
-        .where(col(row.created_at_ms) >= since_ms, col(row.created_at_ms) < until_ms)
+        .where(*conditions)
         .group_by(*groups)
-        .order_by(cost.desc(), *groups)
+    )
+    tried = [select(*m.subquery().c, literal(0), literal(0)) for m in moves(conditions)] if by == "model" else []
+    parts = union_all(sums, *tried).subquery().c
+    names = list(parts)[: len(groups)]
+    cost = func.sum(parts.cost_nanousd)
+    query = (
+        select(*names, *(func.sum(parts[name]) for name in _SUMS))
+        .group_by(*names)
+        .order_by(cost.desc(), *names)
         .limit(limit)
     )
-    if tenant is not None:
-        query = query.where(col(row.tenant) == tenant)
-    if by == "run":
-        query = query.where(col(row.scope).is_not(None))
     with engine.connect() as connection:
         rows = connection.execute(query).all()
     return [

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-from sqlalchemy import Engine, create_engine, event
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import Engine, create_engine, event, select
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from gateway.errors import Unavailable
 from gateway.ledger.journal import Journal
@@ -30,6 +30,7 @@ BATCH_ROWS = 256
 BATCH_WAIT_S = 0.05
 RETRY_WAIT_S = 0.5
 FLUSH_TIMEOUT_S = 2.0
+REACH_TIMEOUT_S = 1.0
 SQLITE_BUSY_S = 5.0
 """How long a statement waits for another connection's lock."""
 MAX_PENDING = 100_000
@@ -131,6 +132,7 @@ class LedgerStore:
         self._enqueued = 0
         self._committed = 0
         self._barriers: list[tuple[int, asyncio.Future[None]]] = []
+        self._reaching: asyncio.Task[bool] | None = None
 
     def replay(self) -> int:
         """Bring what a crash left in the journal into SQL; returns how many requests that were. Call before `start`."""
@@ -201,6 +203,25 @@ class LedgerStore:
     def accepts(self) -> bool:
         """False while SQL is so far behind that admitting more would not be bounded."""
         return len(self._pending) < MAX_PENDING
+
+    async def reachable(self, timeout_s: float = REACH_TIMEOUT_S) -> bool:
+        """Whether the database answers now. One question at a time, however many ask."""
+        if self._reaching is None or self._reaching.done():
+            self._reaching = asyncio.create_task(asyncio.to_thread(self._answers), name="ledger-reach")
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.shield(self._reaching)
+        except TimeoutError:
+            return False
+
+    def _answers(self) -> bool:
+        try:
+            with self.engine.connect() as connection:
+                connection.execute(select(1))
+        except SQLAlchemyError as error:
+            log.warning("ledger.unreachable", error=str(error)[:300])
+            return False
+        return True
 
     def close_request(self, request: RequestRecord, attempts: list[AttemptRecord]) -> None:
         """The final rows of one request: durable in the journal on return, in SQL soon after."""

@@ -24,7 +24,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from gateway.ledger import report
+from gateway.ledger import browse, report
 from gateway.ledger.journal import Journal
 from gateway.ledger.store import LedgerStore, connect
 from tests.conftest import Size, free_port
@@ -335,7 +335,7 @@ def reconciled(home: Path) -> dict[str, dict[str, Any]]:
     with engine.connect() as connection:
         assert connection.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
     rows = {}
-    for row in report.last_requests(engine, limit=10_000):
+    for row in browse.page(engine, browse.Slice(), limit=10_000):
         found = report.request(engine, row["id"])
         assert found is not None
         rows[row["id"]] = {**found[0], "attempt_rows": found[1]}

@@ -14,7 +14,7 @@ import uvicorn
 
 from gateway.app import App
 from gateway.edge.protocol import GuardedProtocol
-from gateway.ledger import prices, report
+from gateway.ledger import browse, prices, report
 from gateway.settings import Settings
 from routers.load import parse
 from tests.gateway.fake_upstream import FakeUpstream
@@ -81,7 +81,7 @@ class Gateway:
         lifecycle = self.app.web.state.lifecycle
         await lifecycle.ledger.flush()
         engine = lifecycle.ledger.engine
-        rows = await asyncio.to_thread(report.last_requests, engine, limit=10_000)
+        rows = await asyncio.to_thread(browse.page, engine, browse.Slice(), limit=10_000)
         for row in rows:
             found = await asyncio.to_thread(report.request, engine, row["id"])
             assert found is not None

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlmodel import SQLModel
 
-from gateway.ledger import report
+from gateway.ledger import browse, report
 from gateway.ledger.journal import Journal, JournalError
 from gateway.ledger.records import AttemptRecord, RequestRecord
 from gateway.ledger.settle import Usage, WireUsage, cost_nanousd, worst_case_usage
@@ -274,7 +274,7 @@ async def test_replaying_twice_changes_nothing(tmp_path: Path, database_url: str
         assert store.replay() == 1
         store.journal.close()
         assert report.summary(engine, since_ms=0)["cost_nanousd"] == 9
-        assert len(report.last_requests(engine, limit=10)) == 1
+        assert len(browse.page(engine, browse.Slice(), limit=10)) == 1
     engine.dispose()
 
 
@@ -318,7 +318,7 @@ async def test_kill_9_loses_no_row_that_a_caller_was_told_of(upstream: FakeUpstr
     again.terminate()
     await asyncio.to_thread(again.wait)
     engine = connect(f"sqlite:///{home / 'ledger.db'}")
-    rows = report.last_requests(engine, limit=100)
+    rows = browse.page(engine, browse.Slice(), limit=100)
     engine.dispose()
     assert Counter(row["outcome"] for row in rows) == {"ok": 20, "interrupted": 3}
     assert set(told) == {row["id"] for row in rows if row["outcome"] == "ok"}

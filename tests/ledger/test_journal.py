@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from gateway.errors import Unavailable
-from gateway.ledger import reconcile, report
+from gateway.ledger import browse, reconcile, report
 from gateway.ledger.journal import Closed, Dispatched, Journal, JournalError, Opened, recovered, segments
 from gateway.ledger.reconcile import adopt_orphans
 from gateway.ledger.store import LedgerStore, connect
@@ -245,7 +245,7 @@ async def test_a_worker_adopts_the_journals_of_the_dead_and_of_nobody_else(tmp_p
     engine = connect(database_url)
     store = LedgerStore(engine, Journal(root / "0"), journals=root)
     assert store.replay() == 6
-    rows = {row["id"]: (row["outcome"], row["cost_nanousd"]) for row in report.last_requests(engine, limit=100)}
+    rows = {row["id"]: (row["outcome"], row["cost_nanousd"]) for row in browse.page(engine, browse.Slice(), limit=100)}
     assert rows == {
         "req_2": ("ok", 3), "req_3": ("interrupted", 10), "req_4": ("ok", 3), "req_5": ("interrupted", 10),
         "req_6": ("ok", 3), "req_7": ("interrupted", 10),
@@ -254,7 +254,7 @@ async def test_a_worker_adopts_the_journals_of_the_dead_and_of_nobody_else(tmp_p
     assert sorted(path.name for path in root.iterdir()) == ["0", "1", "lock"]
     crash(alive)
     assert [request.id for request in store.reconcile()] == ["req_8", "req_9"]
-    assert len(report.last_requests(engine, limit=100)) == 8
+    assert len(browse.page(engine, browse.Slice(), limit=100)) == 8
     store.journal.close()
     engine.dispose()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine
 
-from gateway.ledger import report
+from gateway.ledger import browse, report
 from gateway.ledger.journal import Journal
 from gateway.ledger.records import AttemptRecord, RequestRecord
 from gateway.ledger.settle import Usage
@@ -70,7 +70,7 @@ async def test_a_text_that_is_too_long_or_holds_nul_costs_no_row(tmp_path: Path,
         store.journal.opened(request)
         store.close_request(request, [])
     await store.flush(timeout_s=20)
-    rows = {row["id"]: row for row in report.last_requests(engine, limit=10)}
+    rows = {row["id"]: row for row in browse.page(engine, browse.Slice(), limit=10)}
     assert rows["req_0"]["model_requested"].startswith("m" * 256)
     assert rows["req_0"]["tenant"].startswith("m" * 64)
     assert rows["req_1"]["tenant"] == "nul \N{REPLACEMENT CHARACTER}"
