@@ -118,6 +118,7 @@ class App:
             link = RedisLink(settings.redis_url, metrics.redis_up.set)
             stack.push_async_callback(link.close)
             await link.check()
+            self.web.state.redis = link
             cache = RedisCache(link)
             if settings.shared:
                 rates = SharedRates(link)

@@ -374,7 +374,10 @@ def failed(errors: list[UpstreamError], ticket: Ticket, tried: list[str]) -> Lea
     last = errors[-1]
     if last.cause in ("refused", "content_filter"):
         provider = ticket.world.targets[tried[-1]].provider
-        return UpstreamRefused(last.message, upstream_status=last.status or 400, error=last.error, provider=provider)
+        before = "; then ".join(dict.fromkeys(error.message for error in errors[:-1]))
+        return UpstreamRefused(
+            last.message, upstream_status=last.status or 400, error=last.error, provider=provider, before=before
+        )
     words = "; then ".join(dict.fromkeys(error.message for error in errors))
     if last.cause == "context_length":
         return ContextLengthExceeded(f"No target takes a prompt of this length: {words}.", param="messages")

@@ -153,13 +153,19 @@ class BudgetExceeded(LeadlineError):
 
 
 class UpstreamRefused(LeadlineError):
-    """The provider says that the request itself is wrong. Its status and its own error object are passed on."""
+    """The provider says that the request itself is wrong. Its status and its own error object are passed on.
+
+    `before`: how the attempts before this one failed; empty: there were none.
+    """
 
     type = "invalid_request_error"
     code = "upstream_refused"
 
-    def __init__(self, message: str, *, upstream_status: int, error: dict[str, object] | None, provider: str) -> None:
-        super().__init__(message)
+    def __init__(
+        self, message: str, *, upstream_status: int, error: dict[str, object] | None, provider: str, before: str = ""
+    ) -> None:
+        super().__init__(f"{message} Before that: {before}." if before else message)
+        self.before = before
         self.upstream_status = upstream_status
         self.error = error
         self.provider = provider
@@ -171,7 +177,8 @@ class UpstreamRefused(LeadlineError):
     def body(self) -> dict[str, object]:
         if self.error is None:
             return super().body()
-        return {"error": {**self.error, "provider": self.provider}}
+        before = {"before": self.before} if self.before else {}
+        return {"error": {**self.error, "provider": self.provider, **before}}
 
 
 class UpstreamFailed(LeadlineError):

@@ -240,7 +240,10 @@ def _targets(query: Query, policy: Policy, route: Route | None) -> tuple[str, ..
     name = query.model
     if route is None:
         if name not in policy.models:
-            raise NoCandidate("unknown_model", f"`{name}` is neither a model nor an alias of the policy")
+            known = ", ".join((*policy.aliases, *policy.models))
+            raise NoCandidate(
+                "unknown_model", f"`{name}` is neither a model nor an alias of the policy; it knows {known}"
+            )
         if name in policy.guarded:
             raise NoCandidate("not_allowed", f"no route that takes `{name}` takes this request")
         return (name,)

@@ -45,6 +45,8 @@ class Readiness(Answer):
     status: Literal["ready", "not_ready"]
     unavailable: dict[str, str]
     """Model → why it cannot serve."""
+    degraded: dict[str, str]
+    """What the gateway does without for now (`database`, `redis`) → what that means; it serves all the same."""
     policy: str
 
 

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, FastAPI, Query, Request, Response
@@ -34,6 +34,9 @@ from gateway.telemetry.peers import Peers
 from gateway.upstream.types import CallHeaders
 from routers.explain import to_dict, to_lines
 
+if TYPE_CHECKING:
+    from gateway.redis_link import RedisLink
+
 MAX_HOURS = 1e6
 """Older than any ledger."""
 OTHER_WORKERS_TRIES = 5
@@ -61,14 +64,25 @@ async def liveness() -> dict[str, str]:
     response_model=answers.Readiness,
     responses={503: {"model": answers.Readiness, "description": "No model can serve, or nothing can be recorded."}},
 )
-async def readiness(lifecycle: TheLifecycle) -> Response:
-    """200 while at least one model of the policy can serve; what is not available is named."""
+async def readiness(request: Request, lifecycle: TheLifecycle) -> Response:
+    """200 while at least one model of the policy can serve; what is not available, and what is done without, is named.
+
+    A database or a Redis that is away leaves the gateway ready: see docs/operations.md for what waits meanwhile.
+    """
     world = lifecycle.world
+    degraded = {}
+    if not await lifecycle.ledger.reachable():
+        waiting = lifecycle.ledger.statistics()["pending"]
+        degraded["database"] = f"does not answer; the journal keeps the rows for it ({waiting} now)"
+    redis: RedisLink | None = getattr(request.app.state, "redis", None)
+    if redis is not None and not redis.up:
+        degraded["redis"] = "does not answer; each worker holds the rates by itself, and answers are not cached"
     unavailable = world.unavailable()
     ready = len(unavailable) < len(world.targets) and lifecycle.ledger.accepts
     body = {
         "status": "ready" if ready else "not_ready",
         "unavailable": unavailable,
+        "degraded": degraded,
         "policy": world.policy.version_hash,
     }
     return JSONResponse(body, status_code=200 if ready else 503)
@@ -157,9 +171,14 @@ async def spend(
 
 
 @router.get("/leadline/v1/budgets", tags=["receipts"], response_model=answers.BudgetList, responses=refusals(503))
-async def budgets(principal: Caller, lifecycle: TheLifecycle) -> dict[str, Any]:
-    """What bounds the caller's own key: its own, its team's and its tenant's budgets, as they stand now."""
-    return {"data": [shown(budget) for budget in await budgets_of(lifecycle, [principal])]}
+async def budgets(
+    principal: Caller,
+    lifecycle: TheLifecycle,
+    scope: Annotated[str | None, Query(max_length=MAX_PATH, pattern=RUN_PATTERN)] = None,
+) -> dict[str, Any]:
+    """What bounds the caller's own key: its own, its team's and its tenant's budgets, and with `scope` that run's."""
+    found = await budgets_of(lifecycle, [principal], scope)
+    return {"data": [shown(budget) for budget in found]}
 
 
 class ExplainRequest(BaseModel):

@@ -15,12 +15,15 @@ from routers.units import Window
 _LENGTH_MS: dict[Window, int] = {"hour": 3_600_000, "day": 86_400_000, "week": 7 * 86_400_000}
 
 
-async def budgets_of(lifecycle: Lifecycle, principals: Iterable[Principal]) -> list[Budget]:
-    """The budgets that bound these keys, each once, loaded from the ledger where they were not in use."""
+async def budgets_of(lifecycle: Lifecycle, principals: Iterable[Principal], run: str | None = None) -> list[Budget]:
+    """The budgets that bound these keys, each once, loaded from the ledger where they were not in use.
+
+    With `run`, those of that run and of the runs above it, too.
+    """
     limits, now_ms = BudgetLimits(), time.time_ns() // 1_000_000
     found: dict[tuple[str, Window], Budget] = {}
     for principal in principals:
-        bounds = limits.budgets(lifecycle.world.policy, principal, CallHeaders(token=""))
+        bounds = limits.budgets(lifecycle.world.policy, principal, CallHeaders(token="", scope=run))
         account = await lifecycle.budgets.find(bounds, now_ms, "")
         found |= {(budget.scope, budget.window): budget for budget in account.budgets}
     return list(found.values())

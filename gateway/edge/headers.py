@@ -1,4 +1,5 @@
-"""From a request's headers to what we read of them. All others are ignored, and none is ever forwarded."""
+"""From a request's headers to what we read of them. None is ever forwarded, and all others are ignored, but for those
+that begin with `x-leadline-`: a slip in one that should bound something must not pass for a bound."""
 
 import re
 from collections.abc import Iterable
@@ -62,6 +63,11 @@ def read_headers(raw: Iterable[tuple[bytes, bytes]]) -> CallHeaders:
                 scope_budget = _dollars(text)
             elif name == b"x-leadline-timeout":
                 timeout_s = _seconds(text)
+            else:
+                raise InvalidRequest(
+                    f"{name.decode('latin-1')[:80]}: is no header that Leadline reads; those are x-leadline-scope, "
+                    "x-leadline-scope-budget, x-leadline-tags and x-leadline-timeout."
+                )
     if scope_budget is not None and scope is None:
         raise InvalidRequest("x-leadline-scope-budget: needs x-leadline-scope, the name of the scope it limits.")
     session = next((sessions[name] for name in _SESSION_HEADERS if name in sessions), None)

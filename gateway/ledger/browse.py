@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sqlalchemy import ColumnElement, Engine, case, func, literal, select, tuple_, union_all
+from sqlalchemy import ColumnElement, Engine, Select, case, func, literal, select, tuple_, union_all
 from sqlmodel import col
 
 from gateway.ledger.elsewhere import moves
@@ -75,7 +75,7 @@ def cells(engine: Engine, of: Slice, *, span_ms: int) -> list[Cell]:
     def total(*columns: Any) -> ColumnElement[int]:
         return func.coalesce(sum((func.sum(column) for column in columns[1:]), func.sum(columns[0])), 0)
 
-    served = (
+    served: Select[*tuple[Any, ...]] = (
         select(
             start,
             col(row.model_served).label("model"),

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Engine, and_, case, func, literal, or_, select, union_all
+from sqlalchemy import ColumnElement, Connection, Engine, Select, and_, case, func, literal, or_, select, union_all
 from sqlmodel import col
 
 from gateway.ledger.elsewhere import moves
@@ -84,7 +84,7 @@ def by_model(
     if tenant is not None:
         conditions.append(col(row.tenant) == tenant)
     conditions += _of_scope(scope)
-    served = (
+    served: Select[*tuple[Any, ...]] = (
         select(
             col(row.model_served).label("model"),
             func.coalesce(func.sum(col(row.cost_nanousd)), 0).label("cost"),

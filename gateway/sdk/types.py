@@ -62,6 +62,8 @@ class Decision(_Said):
 class Attempt(_Said):
     """One upstream call. Token classes do not overlap."""
 
+    kind: str
+    """Why it was made: `first`, `retry`, `fallback`, `hedge` or `resume`."""
     model: str
     provider: str
     outcome: str
@@ -86,6 +88,11 @@ class Receipt(_Said):
     model_requested: str
     provider: str | None
     route: str
+    team: str | None
+    scope: str | None
+    """The agent run."""
+    degraded: str | None
+    """What was given up for a budget's or the signals' sake; None: nothing."""
     outcome: str
     http_status: int
     error_code: str | None

@@ -14,6 +14,7 @@ DEFAULT_BASE_URL = "http://127.0.0.1:8080/v1"
 SCOPE = "x-leadline-scope"
 SCOPE_BUDGET = "x-leadline-scope-budget"
 TAGS = "x-leadline-tags"
+_SCOPE = r"[A-Za-z0-9._:-]{1,64}(/[A-Za-z0-9._:-]{1,64}){0,7}"
 ALL_HOURS = 1_000_000
 """Longer than any ledger: a scope's budget has no window."""
 
@@ -81,8 +82,11 @@ def scope_headers(limit: Money, name: str | None) -> dict[str, str]:
     if not dollars.is_finite() or dollars < 0 or dollars.scaleb(9) % 1:
         raise ValueError(f"budget {limit!r}: must be dollars, not negative, to the nano-dollar at the finest")
     name = f"scope-{uuid.uuid4().hex}" if name is None else name
-    if not re.fullmatch(r"[A-Za-z0-9._:-]{1,64}", name):
-        raise ValueError(f"scope {name!r}: use 1 to 64 letters, digits, '.', '_', ':' or '-'")
+    if not re.fullmatch(_SCOPE, name) or len(name) > 200:
+        raise ValueError(
+            f"scope {name!r}: use up to 8 names of 1 to 64 letters, digits, '.', '_', ':' or '-', with '/' between "
+            "them, 200 characters in all"
+        )
     return {SCOPE: name, SCOPE_BUDGET: f"{dollars:f}"}
 
 

@@ -201,6 +201,8 @@ async def test_a_redis_that_is_absent_at_start_is_found_later(
         assert {degraded for status, degraded in answers if status == 200} == {"redis"}
         async with gateway.session.get(f"{gateway.url}/metrics") as response:
             assert "leadline_redis_up 0.0" in await response.text()
+        async with gateway.session.get(f"{gateway.url}/health/readiness") as response:
+            assert list((await response.json())["degraded"]) == ["redis"]
         await bad_redis.up()
         await healed(gateway)
         async with gateway.session.get(f"{gateway.url}/metrics") as response:

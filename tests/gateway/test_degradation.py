@@ -63,3 +63,36 @@ async def test_while_sql_is_away_calls_go_to_the_journal_until_it_is_full(
         assert len(rows) == len(upstream.bodies) == 5
         assert (await gateway.chat(ask("again")))[0] == 200
     locker.dispose()
+
+
+async def test_readiness_says_what_the_gateway_does_without(
+    upstream: FakeUpstream, tmp_path: Path, postgres_url: str
+) -> None:
+    server, name = postgres_url.rsplit("/", 1)
+    admin = create_engine(f"{server}/postgres", isolation_level="AUTOCOMMIT")
+    policy = POLICY.format(url=upstream.url, limits="")
+    async with running(policy, tmp_path / "home", database_url=postgres_url) as gateway:
+
+        async def readiness() -> tuple[int, str, dict[str, str]]:
+            async with gateway.session.get(f"{gateway.url}/health/readiness") as response:
+                told = await response.json()
+                return response.status, told["status"], told["degraded"]
+
+        assert await readiness() == (200, "ready", {})
+        with admin.connect() as connection:
+            connection.exec_driver_sql(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+            connection.exec_driver_sql(
+                f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
+            )
+            try:
+                assert (await gateway.chat(ask()))[0] == 200
+                status, word, degraded = await readiness()
+                assert (status, word) == (200, "ready")
+                assert degraded == {"database": "does not answer; the journal keeps the rows for it (1 now)"}
+            finally:
+                connection.exec_driver_sql(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+        async with asyncio.timeout(60):
+            while (await readiness())[2]:
+                await asyncio.sleep(0.2)
+        assert len(await gateway.rows()) == 1
+    admin.dispose()

@@ -117,6 +117,14 @@ async def test_a_request_that_is_wrong_goes_nowhere_else(gateway: Gateway, upstr
     assert breakers(gateway)["main"].state == "closed"
 
 
+async def test_a_refusal_after_other_failures_says_those_too(gateway: Gateway, upstream: FakeUpstream) -> None:
+    upstream.faults = [fake.status(429, {"retry-after": "9"}), fake.status(422)]
+    status, _, body = await gateway.chat(ask(model="by-cause"))
+    assert (status, body["error"]["code"]) == (422, "f422"), "the provider's own error"
+    assert body["error"]["provider"] == "two"
+    assert "429" in body["error"]["before"]
+
+
 async def test_each_target_is_asked_once_along_the_chain_of_causes(gateway: Gateway, upstream: FakeUpstream) -> None:
     upstream.faults = [fake.status(429, {"retry-after": "9"}), fake.status(500), fake.status(500)]
     status, headers, body = await gateway.chat(ask(model="by-cause"))

@@ -2,6 +2,7 @@
 
 from decimal import Decimal
 
+import httpx2
 import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
@@ -124,6 +125,20 @@ def test_clients_of_one_scope_share_its_budget(client: Leadline) -> None:
         one.chat.completions.create(model="large", messages=HELLO, max_tokens=10)
         assert one.spent() == other.spent() == Decimal(COST_NANOUSD["large"]).scaleb(-9)
         assert one.with_options(max_retries=0).scope == "shared"
+
+
+def test_a_run_and_its_budgets_are_shown(client: Leadline) -> None:
+    with client.budget("0.5", name="night/fetch") as scoped:
+        answer = scoped.chat.completions.create(model="large", messages=HELLO, max_tokens=10)
+        receipt = client.receipt(answer)
+        assert (receipt.scope, receipt.team, receipt.degraded) == ("night/fetch", None, None)
+        assert [attempt.kind for attempt in receipt.attempts] == ["first"]
+    root = str(client.base_url).removesuffix("/v1/")
+    budgets = httpx2.get(
+        f"{root}/leadline/v1/budgets?scope=night/fetch", headers={"authorization": f"Bearer {client.api_key}"}
+    ).json()["data"]
+    (run,) = [budget for budget in budgets if budget["label"] == "run:night/fetch"]
+    assert (run["limit_nanousd"], run["spent_nanousd"]) == (500_000_000, receipt.cost_nanousd)
 
 
 @pytest.mark.anyio

@@ -7,6 +7,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionChunk
 
+from gateway.admission.limits import valid_run
 from gateway.sdk import Leadline
 from gateway.sdk.types import usd
 from gateway.sdk.wire import request_id_of, scope_headers, tag_headers
@@ -63,6 +64,21 @@ def test_a_budget_that_is_no_amount_is_refused(limit: float | str) -> None:
 
 def test_a_scope_without_a_name_is_a_new_one() -> None:
     assert scope_headers(1, None)["x-leadline-scope"] != scope_headers(1, None)["x-leadline-scope"]
+
+
+@pytest.mark.parametrize("name", ["run42/research/fetch", "/".join("a" * 24 for _ in range(8))])
+def test_a_scope_may_be_a_path(name: str) -> None:
+    assert scope_headers(1, name)["x-leadline-scope"] == name
+    assert valid_run(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "/", "a/", "a b", "a//b", "a/b/c/d/e/f/g/h/i", "/".join("a" * 64 for _ in range(4))]
+)
+def test_a_scope_that_the_gateway_would_refuse_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="scope"):
+        scope_headers(1, name)
+    assert not valid_run(name)
 
 
 def test_tags_add_up_and_cannot_smuggle_others() -> None:

@@ -74,6 +74,11 @@ class Upstream:
             writer.write(head(404, {"Content-Length": "2"}) + b"{}")
             return True
         body = json.loads(request.body)
+        if body.get("model") not in PRICES:
+            said = json.dumps({"error": {"message": f"no model {body.get('model')!r}; there are {', '.join(PRICES)}"}})
+            writer.write(head(404, {"Content-Length": str(len(said)), "Content-Type": "application/json"}))
+            writer.write(said.encode())
+            return True
         try:
             answer = ANSWERS[request.path](body, self._seed)
         except (AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
