@@ -1,0 +1,303 @@
+"""Keys and values on CPU: every sequence is one contiguous row, because gathering pages costs several times the
+attention itself there.
+
+Rows of one capacity live side by side in a pool, without holes, so that decode rows are attended to in one call per
+pool and layer, padded to the longest of them. Capacities double, which bounds both the padding and the unused part.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from local_engine.kv import KVFull, KVShape, Span, check_range, check_spans
+
+SMALLEST_ROW: Final = 256
+"""Tokens. Smaller rows would save little memory and split the decode rows of short chats over more calls."""
+BATCHED_SPAN: Final = 16
+"""Most tokens of a span that is attended to together with its neighbours: decode and verify, not prefill."""
+
+
+class _Pool:
+    """Rows of one capacity: a tensor [2 (key, value), rows, kv_heads, capacity, head_dim] per layer."""
+
+    def __init__(self, shape: KVShape, capacity: int) -> None:
+        self.capacity = capacity
+        self.rows = 0  # allocated; the first len(members) are in use
+        self.members: list[_Row] = []
+        self._size = (shape.kv_heads, capacity, shape.head_dim)
+        self.layers = [torch.empty(2, 0, *self._size, dtype=shape.dtype) for _ in range(shape.layers)]
+
+    def resize(self, rows: int) -> None:
+        """One layer after the other, so that no more than one layer is ever held twice."""
+        kept = min(rows, len(self.members))
+        for index, old in enumerate(self.layers):
+            # Zeros, never whatever the memory held: a masked key may be anything but NaN.
+            new = torch.zeros(2, rows, *self._size, dtype=old.dtype)
+            new[:, :kept] = old[:, :kept]
+            self.layers[index] = new
+        self.rows = rows
+
+    def copy(self, source: "_Row", target: int, length: int) -> None:
+        """Copy the first `length` tokens of `source`, a row of any pool, to row `target` of this one."""
+        for mine, theirs in zip(self.layers, source.pool.layers, strict=True):
+            mine[:, target, :, :length] = theirs[:, source.index, :, :length]
+
+    def remove(self, row: "_Row") -> None:
+        """The last row moves into the hole."""
+        last = self.members.pop()
+        if last is not row:
+            self.copy(last, row.index, last.length)
+            last.index = row.index
+            self.members[last.index] = last
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    pool: _Pool
+    index: int
+    length: int
+
+
+class RowsKV:
+    """KVCache of contiguous rows. Capacities are rounded up to SMALLEST_ROW times a power of two, at most the context.
+
+    `bytes_limit` bounds what is allocated, spare rows included. While a pool is resized, one layer of it comes on top;
+    while a row grows, its tokens do.
+    """
+
+    def __init__(self, shape: KVShape, bytes_limit: int) -> None:
+        self.shape = shape
+        self.bytes_limit = bytes_limit
+        self.token_bytes = shape.token_bytes
+        self._pools: dict[int, _Pool] = {}
+        self._rows: dict[int, _Row] = {}
+        self._slots = count()
+
+    @property
+    def bytes_used(self) -> int:
+        return self.token_bytes * sum(len(pool.members) * pool.capacity for pool in self._pools.values())
+
+    @property
+    def bytes_allocated(self) -> int:
+        return self.token_bytes * sum(pool.rows * pool.capacity for pool in self._pools.values())
+
+    def open(self, capacity: int) -> int:
+        rounded = self._rounded(capacity)
+        self._check_budget(rounded)
+        slot = next(self._slots)
+        self._rows[slot] = self._new_row(rounded)
+        return slot
+
+    def reserve(self, slot: int, length: int) -> None:
+        row = self._rows[slot]
+        if length <= row.pool.capacity:
+            return
+        capacity = self._rounded(length)
+        self._check_budget(capacity - row.pool.capacity)
+        # Out and in again, so that the old row's memory counts for the new one.
+        held = self.export(slot, 0, row.length)
+        row.pool.remove(row)
+        self._rows[slot] = self._new_row(capacity)
+        self.load(slot, 0, held)
+
+    def length(self, slot: int) -> int:
+        return self._rows[slot].length
+
+    def truncate(self, slot: int, length: int) -> None:
+        check_range(self._rows[slot].length, 0, length)
+        self._rows[slot].length = length
+
+    def commit(self, slot: int, length: int) -> None:
+        self._rows[slot].length = length
+
+    def fork(self, slot: int, length: int) -> int:
+        check_range(self._rows[slot].length, 0, length)
+        forked = self.open(length)
+        row = self._rows[forked]
+        row.pool.copy(self._rows[slot], row.index, length)
+        row.length = length
+        return forked
+
+    def close(self, slot: int) -> None:
+        row = self._rows.pop(slot)
+        row.pool.remove(row)
+
+    def export(self, slot: int, start: int, stop: int) -> Tensor:
+        row = self._rows[slot]
+        check_range(row.length, start, stop)
+        return torch.stack([layer[:, row.index, :, start:stop] for layer in row.pool.layers])
+
+    def load(self, slot: int, start: int, data: Tensor) -> None:
+        if start != self._rows[slot].length:
+            raise ValueError(f"slot {slot} holds {self._rows[slot].length} tokens; data for {start} does not follow")
+        stop = start + data.shape[3]
+        self.reserve(slot, stop)
+        row = self._rows[slot]
+        for layer, part in zip(row.pool.layers, data, strict=True):
+            layer[:, row.index, :, start:stop] = part
+        row.length = stop
+
+    def plan(self, spans: Sequence[Span]) -> "RowsPlan":
+        check_spans(self, spans)
+        rows = [self._rows[span.slot] for span in spans]
+        for span, row in zip(spans, rows, strict=True):
+            if span.start + span.count > row.pool.capacity:
+                raise ValueError(f"slot {span.slot} has no room for {span.start + span.count} tokens; reserve it first")
+        return RowsPlan(self.shape, spans, rows)
+
+    def _rounded(self, capacity: int) -> int:
+        if capacity > self.shape.context:
+            raise ValueError(f"{capacity} tokens are asked for; the model's context is {self.shape.context}")
+        rounded = SMALLEST_ROW
+        while rounded < capacity:
+            rounded *= 2
+        return min(rounded, self.shape.context)
+
+    def _check_budget(self, tokens: int) -> None:
+        free = self.bytes_limit - self.bytes_used
+        if tokens * self.token_bytes > free:
+            raise KVFull(
+                f"{tokens} tokens more need {tokens * self.token_bytes} bytes; {free} of the {self.bytes_limit} bytes"
+                " for keys and values are free"
+            )
+
+    def _new_row(self, capacity: int) -> _Row:
+        pool = self._pools.get(capacity) or self._pools.setdefault(capacity, _Pool(self.shape, capacity))
+        if len(pool.members) == pool.rows:
+            self._grow(pool)
+        row = _Row(pool, len(pool.members), 0)
+        pool.members.append(row)
+        return row
+
+    def _grow(self, pool: _Pool) -> None:
+        """By half of its rows; when the budget is short, by one row after the other pools gave up their spare ones."""
+        free = (self.bytes_limit - self.bytes_allocated) // (pool.capacity * self.token_bytes)
+        if free < 1:
+            for other in self._pools.values():
+                if other.rows > len(other.members):
+                    other.resize(len(other.members))
+            free = 1
+        pool.resize(pool.rows + min(free, 1 + pool.rows // 2))
+
+
+class _Group:
+    """Neighbouring rows of one pool that compute the same number of tokens in a step: one call per layer."""
+
+    def __init__(self, shape: KVShape, members: Sequence[tuple[Span, _Row]], offset: int) -> None:
+        spans = [span for span, _ in members]
+        self.pool = members[0][1].pool
+        self.first = members[0][1].index
+        self.last = self.first + len(members)
+        self.count = spans[0].count
+        self.begin = offset
+        self.end = offset + len(members) * self.count
+        self.starts = [span.start for span in spans]
+        self.longest = max(self.starts) + self.count
+        self._shape = shape
+        self._heads_per_kv = shape.query_heads // shape.kv_heads
+        self._folded = self.count <= BATCHED_SPAN and not (shape.dtype == torch.bfloat16 and _has_amx())
+        self._targets = self._target_indexes() if len(members) > 1 else None
+        self._masks: dict[int | None, Tensor | None] = {}
+
+    def store(self, layer: Tensor, key: Tensor, value: Tensor) -> None:
+        if self._targets is None:
+            start = self.starts[0]
+            layer[0, self.first, :, start : self.longest] = key.transpose(0, 1)
+            layer[1, self.first, :, start : self.longest] = value.transpose(0, 1)
+            return
+        dim = self._shape.head_dim
+        layer[0].view(-1, dim).index_copy_(0, self._targets, key.reshape(-1, dim))
+        layer[1].view(-1, dim).index_copy_(0, self._targets, value.reshape(-1, dim))
+
+    def attend(self, layer: Tensor, query: Tensor, scale: float, window: int | None) -> Tensor:
+        """query and result [rows * count, query_heads, head_dim]."""
+        keys, values = layer[:, self.first : self.last, :, : self.longest]
+        mask = self._mask(window)
+        rows, shape = self.last - self.first, self._shape
+        if self._folded:
+            # The query heads that share a key head become rows of one small matrix product.
+            folded = query.view(rows, self.count, shape.kv_heads, self._heads_per_kv, shape.head_dim).transpose(1, 2)
+            folded = folded.reshape(rows, shape.kv_heads, -1, shape.head_dim)
+            out = scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
+            out = out.view(rows, shape.kv_heads, self.count, self._heads_per_kv, shape.head_dim).transpose(1, 2)
+            return out.reshape(-1, shape.query_heads, shape.head_dim)
+        heads_first = query.view(rows, self.count, shape.query_heads, shape.head_dim).transpose(1, 2)
+        causal = mask is None and self.count > 1
+        out = scaled_dot_product_attention(
+            heads_first, keys, values, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=self._heads_per_kv > 1
+        )
+        return out.transpose(1, 2).reshape(-1, shape.query_heads, shape.head_dim)
+
+    def _target_indexes(self) -> Tensor:
+        """Where each packed (token, kv head) goes in a layer's keys seen as [rows * kv_heads * capacity, head_dim]."""
+        rows = torch.arange(self.first, self.last).view(-1, 1, 1)
+        tokens = torch.tensor(self.starts).view(-1, 1, 1) + torch.arange(self.count).view(1, -1, 1)
+        heads = torch.arange(self._shape.kv_heads).view(1, 1, -1)
+        return ((rows * self._shape.kv_heads + heads) * self.pool.capacity + tokens).flatten()
+
+    def _mask(self, window: int | None) -> Tensor | None:
+        if window not in self._masks:
+            self._masks[window] = self._build_mask(window)
+        return self._masks[window]
+
+    def _build_mask(self, window: int | None) -> Tensor | None:
+        """What is added to the scores: [rows, 1, count (times heads when folded), longest], None if nothing is hidden.
+
+        Causal from the lower right: SDPA's own `is_causal` counts from the upper left, so it is right only for a
+        span that starts at 0.
+        """
+        if window is not None and window >= self.longest:
+            return self._mask(None)
+        if window is None and not self._folded and self.longest == self.count:
+            return None
+        if window is None and self.count == 1 and min(self.starts) == max(self.starts):
+            return None
+        place = torch.tensor(self.starts).view(-1, 1, 1) + torch.arange(self.count).view(1, -1, 1)
+        seen = torch.arange(self.longest).view(1, 1, -1)
+        hidden = seen > place if window is None else (seen > place) | (seen <= place - window)
+        mask = torch.zeros(hidden.shape, dtype=self._shape.dtype).masked_fill_(hidden, -torch.inf)
+        return (mask.repeat_interleave(self._heads_per_kv, 1) if self._folded and self.count > 1 else mask).unsqueeze(1)
+
+
+class RowsPlan:
+    """StepPlan over rows."""
+
+    def __init__(self, shape: KVShape, spans: Sequence[Span], rows: Sequence[_Row]) -> None:
+        places = sorted(
+            range(len(spans)), key=lambda index: (spans[index].count, rows[index].pool.capacity, rows[index].index)
+        )
+        self.order: Sequence[int] = places
+        self._groups: list[_Group] = []
+        run: list[tuple[Span, _Row]] = []
+        offset = 0
+        for index in places:
+            span, row = spans[index], rows[index]
+            if run and not _joins(run[-1], (span, row)):
+                self._groups.append(_Group(shape, run, offset))
+                offset = self._groups[-1].end
+                run = []
+            run.append((span, row))
+        self._groups.append(_Group(shape, run, offset))
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        parts = []
+        for group in self._groups:
+            tokens, held = slice(group.begin, group.end), group.pool.layers[layer]
+            group.store(held, key[tokens], value[tokens])
+            parts.append(group.attend(held, query[tokens], scale, window))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _joins(left: tuple[Span, _Row], right: tuple[Span, _Row]) -> bool:
+    (before, row), (after, next_row) = left, right
+    return before.count == after.count <= BATCHED_SPAN and row.pool is next_row.pool and row.index + 1 == next_row.index
+
+
+def _has_amx() -> bool:
+    """With matrix tiles, torch's grouped-query bf16 kernel beats folding the heads; without, it is 5 times slower."""
+    return bool(torch.cpu._is_amx_tile_supported())

@@ -1,0 +1,205 @@
+"""One packed forward pass for everything a step computes: decode rows, prompt chunks, drafts to verify, forced text.
+
+Hidden states are numbered as transformers numbers them: 0 is the embeddings, k the output of the k-th decoder layer;
+the last one, too, is taken before the final norm.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from local_engine import attention
+from local_engine.errors import ModelLoadError
+from local_engine.kv import KVCache, KVShape, Span, StepPlan
+from local_engine.kv_rows import RowsKV
+from local_engine.model import LocalModel
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens of one slot that a step computes, at positions `start` and on."""
+
+    slot: int
+    start: int
+    tokens: Sequence[int]
+    logits: int = 0
+    """For how many of its last tokens logits are wanted."""
+    taps: Sequence[int] = ()
+    """Indexes within `tokens` whose hidden states are wanted."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepOutput:
+    logits: Tensor
+    """float32 [sum of segment.logits, vocabulary], in segment order."""
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    """Tapped layer -> [tapped tokens, width], in segment order."""
+    state: Tensor | None = None
+    """[tokens, width] in segment order, when the step stopped before the last layer: what resumes it there."""
+
+
+def new_kv(model: LocalModel, bytes_limit: int) -> KVCache:
+    """The KV cache for the device that the model is on."""
+    return RowsKV(KVShape.of(model), bytes_limit)
+
+
+class Runner:
+    """Drives the decoder layers of one model over one KV cache; one thread only.
+
+    The network belongs to the runner from then on: its own forward raises outside a step.
+    """
+
+    def __init__(self, model: LocalModel, kv: KVCache) -> None:
+        self.kv = kv
+        network = model.network
+        network.set_attn_implementation(attention.NAME)
+        self._head = network.lm_head
+        self._body = network.model
+        self._device = model.device
+        self._rotary = _RotaryTable(self._body.rotary_emb, kv.shape)
+        self.layers = len(self._body.layers)
+
+    @torch.no_grad()
+    def run(
+        self,
+        segments: Sequence[Segment],
+        *,
+        tap_layers: Sequence[int] = (),
+        layers: tuple[int, int] | None = None,
+        state: Tensor | None = None,
+    ) -> StepOutput:
+        """Compute one step over `segments`, at most one per slot, and keep its keys and values.
+
+        `layers=(a, b)` runs decoder layers a+1 to b only; a > 0 resumes, from the `state` that the step which stopped
+        at a gave for the same tokens, and logits with b below the last layer are those of an exit there. A slot's
+        length grows when layer 1 runs: tokens stopped early have to be resumed or truncated before later ones run in
+        the layers above. Raises KVFull before anything is computed, ValueError for what cannot be run.
+        """
+        first, last = layers or (0, self.layers)
+        self._check(segments, tap_layers, first, last, state)
+        for segment in segments:
+            self.kv.reserve(segment.slot, segment.start + len(segment.tokens))
+        plan = self.kv.plan([Span(segment.slot, segment.start, len(segment.tokens)) for segment in segments])
+        packing = _Packing(segments, plan, self._device)
+        hidden = self._body.embed_tokens(packing.tokens) if state is None else packing.packed(state)
+        tapped: dict[int, Tensor] = {}
+        wanted = set(tap_layers)
+        with attention.step(plan):
+            rotary = self._rotary.at(packing.positions, packing.furthest)
+            for layer in range(first, last):
+                if layer in wanted:
+                    tapped[layer] = hidden[packing.tap_rows]
+                hidden = self._layer(layer, hidden, rotary)
+        if last in wanted:
+            tapped[last] = hidden[packing.tap_rows]
+        if first == 0:
+            for segment in segments:
+                self.kv.commit(segment.slot, segment.start + len(segment.tokens))
+        return StepOutput(
+            logits=self._logits(hidden[packing.logit_rows]),
+            hidden=tapped,
+            state=packing.unpacked(hidden) if last < self.layers else None,
+        )
+
+    def _layer(self, layer: int, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        out: Tensor = self._body.layers[layer](hidden.unsqueeze(0), position_embeddings=rotary, use_cache=False)
+        return out[0]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self._head(self._body.norm(hidden))
+        return logits.float()
+
+    def _check(
+        self, segments: Sequence[Segment], tap_layers: Sequence[int], first: int, last: int, state: Tensor | None
+    ) -> None:
+        if not segments:
+            raise ValueError("a step needs at least one segment")
+        if not 0 <= first <= last <= self.layers:
+            raise ValueError(f"layers ({first}, {last}) must lie, in order, between 0 and {self.layers}")
+        if (state is not None) != (first > 0):
+            raise ValueError(f"layers ({first}, {last}): a state is needed to resume, and only then")
+        for tap in tap_layers:
+            if not first <= tap <= last:
+                raise ValueError(f"layer {tap} is tapped; this step has hidden states {first} to {last}")
+        for segment in segments:
+            held, stop = self.kv.length(segment.slot), segment.start + len(segment.tokens)
+            if segment.start != held if first == 0 else stop > held:
+                raise ValueError(
+                    f"slot {segment.slot} holds {held} tokens; a segment over {segment.start} to {stop} must"
+                    f" {'start there' if first == 0 else 'be among them to be resumed'}"
+                )
+            if segment.logits > len(segment.tokens):
+                raise ValueError(f"{segment.logits} logits are wanted of {len(segment.tokens)} tokens")
+
+
+class _Packing:
+    """Where the segments' tokens are in the packed step, whose order is the plan's."""
+
+    def __init__(self, segments: Sequence[Segment], plan: StepPlan, device: torch.device) -> None:
+        offsets = [0] * len(segments)
+        tokens: list[int] = []
+        positions: list[int] = []
+        for index in plan.order:
+            segment = segments[index]
+            offsets[index] = len(tokens)
+            tokens.extend(segment.tokens)
+            positions.extend(range(segment.start, segment.start + len(segment.tokens)))
+        logit_rows: list[int] = []
+        tap_rows: list[int] = []
+        for offset, segment in zip(offsets, segments, strict=True):
+            end = offset + len(segment.tokens)
+            logit_rows.extend(range(end - segment.logits, end))
+            tap_rows.extend(offset + tap for tap in segment.taps)
+        self.furthest = max(positions)
+        self.tokens = torch.tensor(tokens, device=device)
+        self.positions = torch.tensor(positions, device=device)
+        self.logit_rows = torch.tensor(logit_rows, dtype=torch.int64, device=device)
+        self.tap_rows = torch.tensor(tap_rows, dtype=torch.int64, device=device)
+        self._segments = segments
+        self._offsets = offsets
+
+    def unpacked(self, hidden: Tensor) -> Tensor:
+        """From packed order to segment order."""
+        return hidden[self._rows()]
+
+    def packed(self, state: Tensor) -> Tensor:
+        """From segment order to packed order."""
+        rows = self._rows()
+        if state.shape[0] != len(rows):
+            raise ValueError(f"the state has {state.shape[0]} rows; the segments have {len(rows)} tokens")
+        return torch.empty_like(state).index_copy_(0, rows, state)
+
+    def _rows(self) -> Tensor:
+        pairs = zip(self._offsets, self._segments, strict=True)
+        rows = [row for offset, segment in pairs for row in range(offset, offset + len(segment.tokens))]
+        return torch.tensor(rows, device=self.tokens.device)
+
+
+class _RotaryTable:
+    """Rotary cosines and sines of every position up to the furthest one met, from the model's own module."""
+
+    def __init__(self, module: Any, shape: KVShape) -> None:
+        if module.rope_type in ("dynamic", "longrope"):
+            raise ModelLoadError(
+                f"rope_type {module.rope_type!r} is not supported: its angles depend on how long a sequence will get;"
+                " use a checkpoint with a fixed one (default, linear, llama3, yarn)"
+            )
+        self._module = module
+        self._like = torch.empty(0, dtype=shape.dtype, device=shape.device)
+        self._context = shape.context
+        self._cos = self._sin = self._like
+        self._grow(256)
+
+    def at(self, positions: Tensor, furthest: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [1, tokens, head_dim]; `furthest` is the greatest of the positions."""
+        if furthest >= self._cos.shape[0]:
+            self._grow(2 * furthest)
+        return self._cos[positions].unsqueeze(0), self._sin[positions].unsqueeze(0)
+
+    def _grow(self, length: int) -> None:
+        places = torch.arange(min(length, self._context), device=self._like.device)
+        cos, sin = self._module(self._like, places.unsqueeze(0))
+        self._cos, self._sin = cos[0], sin[0]

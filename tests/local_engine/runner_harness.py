@@ -1,0 +1,81 @@
+"""What tests of the runner share: small random networks, and transformers' word for what they must give."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from local_engine.kv import KVCache
+from local_engine.model import LocalModel
+from local_engine.runner import Runner, Segment
+from tests.local_engine.engine_harness import ARCHITECTURES
+
+FAMILIES = sorted(ARCHITECTURES)
+LAYERS = 3
+WIDTH = 48
+CONTEXT = 256
+BUDGET = 64 << 20
+TOLERANCE = 1e-5
+"""Between logits of up to 3; transformers itself differs by 2e-6 between one pass and token by token."""
+
+
+def tiny_network(family: str) -> Any:
+    """The same random weights at every call; Mistral sees 24 tokens back, and one of Qwen3's layers too."""
+    config_class, network_class = ARCHITECTURES[family]
+    windows = {
+        "mistral": {"sliding_window": 24},
+        "qwen3": {"sliding_window": 24, "use_sliding_window": True, "max_window_layers": 2, "head_dim": 16},
+    }
+    config = config_class(
+        vocab_size=512,
+        hidden_size=WIDTH,
+        intermediate_size=96,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.1,
+        bos_token_id=None,
+        eos_token_id=None,
+        **windows.get(family, {}),
+    )
+    torch.manual_seed(5)
+    return network_class(config).eval()
+
+
+def tiny_model(family: str, like: LocalModel) -> LocalModel:
+    return dataclasses.replace(like, network=tiny_network(family))
+
+
+def text(length: int, seed: int = 0) -> list[int]:
+    tokens: list[int] = torch.randint(512, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return tokens
+
+
+def close(left: Tensor, right: Tensor) -> bool:
+    return left.shape == right.shape and float((left - right).abs().max()) <= TOLERANCE
+
+
+@dataclasses.dataclass
+class Pair:
+    """A runner, and transformers' own network with the same weights."""
+
+    runner: Runner
+    kv: KVCache
+    reference: Any
+
+    def read(self, tokens: list[int]) -> int:
+        """A new slot that holds `tokens`."""
+        slot = self.kv.open(len(tokens))
+        self.runner.run([Segment(slot, 0, tokens)])
+        return slot
+
+    def next_logits(self, slot: int, tokens: list[int]) -> Tensor:
+        """Append the last of `tokens` to a slot that holds the others."""
+        return self.runner.run([Segment(slot, len(tokens) - 1, tokens[-1:], logits=1)]).logits[0]
+
+    @torch.no_grad()
+    def expected(self, tokens: list[int], last: int = 1) -> Tensor:
+        logits: Tensor = self.reference(torch.tensor([tokens])).logits[0, -last:]
+        return logits
