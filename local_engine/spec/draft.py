@@ -1,0 +1,66 @@
+"""The words of speculation: what a proposer sees of a sequence, and what it hands to verification."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from local_engine.sampler import Sampler
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Tokens that may come next in one sequence, the next one first; often right, never trusted."""
+
+    tokens: list[int]
+    grades: list[int]
+    """For each token the class of evidence it rests on. How often tokens of a class are right is learned as they are
+    verified, so a grade has no meaning beyond its proposer."""
+    distributions: torch.Tensor | None = None
+    """[tokens, vocabulary]: the distribution each token was drawn from; None where it was certain (a point mass)."""
+
+    def cut(self, length: int) -> "Draft":
+        """The first `length` tokens.
+
+        Where tokens were drawn from distributions, `length` must not depend on the drawn tokens it leaves out: dropping
+        a token for what it is and drawing another would favour the tokens that are never dropped.
+        """
+        if length >= len(self.tokens):
+            return self
+        distributions = None if self.distributions is None else self.distributions[:length]
+        return Draft(self.tokens[:length], self.grades[:length], distributions)
+
+
+NOTHING = Draft([], [])
+
+
+@dataclass(slots=True, eq=False)
+class Context:
+    """One running sequence as proposers see it. Compared by identity: proposers keep what they know of it by it."""
+
+    tokens: Sequence[int]
+    """Prompt and answer so far; the engine's own list, which grows. It holds no token that was not accepted."""
+    sampler: Sampler
+    salt: bytes = b""
+    """The tenant. What one tenant's sequences teach is never proposed to another's: speed would tell of it."""
+
+
+class Proposer(Protocol):
+    """A source of drafts. On the engine's thread alone."""
+
+    @property
+    def name(self) -> str: ...
+
+    def propose(self, contexts: Sequence[Context], most: int) -> list[Draft]:
+        """A draft of at most `most` tokens for each context, in order; an empty one where nothing is known."""
+        ...
+
+    def observe(self, context: Context, start: int, drafted: Sequence[int], predictions: Sequence[int]) -> None:
+        """Learn from a step: `predictions[i]` is what the model holds most likely after `context.tokens[:start]` and
+        the first i of the drafted tokens, right or wrong ones."""
+        ...
+
+    def forget(self, context: Context) -> None:
+        """The sequence ended, or was cut back: drop what is kept for it."""
+        ...
