@@ -199,7 +199,7 @@ class Engine:
         model = self._models.get(command.model)
         if model is None:
             return self._fail(job, "model_not_found", f"no local model {command.model!r}; there are {self._names()}")
-        problem = sampling_problem(command.sampling)
+        problem = sampling_problem(command.sampling, model.network.config.vocab_size)
         if problem is not None:
             return self._fail(job, "invalid_request", problem)
         messages, tools = parse_messages(command.messages_json), parse_tools(command.tools_json)

@@ -1,5 +1,7 @@
 """One running generation: its prompt, its KV cache, its sampler and the text on its way out."""
 
+from array import array
+
 import torch
 
 from local_engine.detok import Piece, TextStream
@@ -18,11 +20,12 @@ class Sequence:
         self._prompt = prompt
         self._params = params
         self._max_tokens = min(params.max_tokens or room, room)
-        self._sampler = Sampler(params, model.device)
+        self._ends = model.end_tokens.union(params.stop_token_ids)
+        self._sampler = Sampler(params, model.device, prompt_tokens=len(prompt), end_tokens=model.end_tokens)
         self._text = TextStream(model, params.stop, thinking=model.think_token in prompt[-2:])
         self._cache = model.new_cache()
         self._read = 0  # prompt tokens in the cache
-        self._last = -1
+        self._history = array("i", prompt)
         self._output_tokens = 0
         self._reasoning_tokens = 0
         self._untold_tokens = 0
@@ -43,7 +46,7 @@ class Sequence:
             logits = self._model.forward(chunk, self._cache)
             self._read += len(chunk)
             return [] if self.in_prefill else self._accept(logits)
-        return self._accept(self._model.forward([self._last], self._cache))
+        return self._accept(self._model.forward([self._history[-1]], self._cache))
 
     def end(self, reason: FinishReason) -> list[Delta | Finished]:
         """The closing events: what was held back, then the counts."""
@@ -51,18 +54,19 @@ class Sequence:
         return [*self._told(self._text.finish(), last=True), finished]
 
     def _accept(self, logits: torch.Tensor) -> list[Delta | Finished]:
-        choice = self._sampler.pick(logits)
-        self._last = choice.token
+        choice = self._sampler.pick(logits, self._history)
+        self._history.append(choice.token)
         was_thinking = self._text.thinking
-        piece = self._text.push(choice.token)
+        ended = choice.token in self._ends
+        piece = Piece() if ended else self._text.push(choice.token)
         self._output_tokens += 1
         self._untold_tokens += 1
         if was_thinking or self._text.thinking:  # both markers count as thinking
             self._reasoning_tokens += 1
-        elif self._params.logprobs and choice.token not in self._model.special_tokens:
+        elif self._params.logprobs and not ended and choice.token not in self._model.special_tokens:
             self._untold_logprobs.append(self._logprob(choice))
         events: list[Delta | Finished] = [*self._told(piece)]
-        if choice.token in self._model.end_tokens or self._text.stopped:
+        if ended or self._text.stopped:
             return events + self.end("stop")
         if self._output_tokens >= self._max_tokens:
             return events + self.end("length")

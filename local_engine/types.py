@@ -24,11 +24,28 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
 
     max_tokens: int | None = None
     """Most tokens to generate, reasoning included; None: up to the model's context."""
+    min_tokens: int = 0
+    """The model cannot end its turn before this many."""
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    """Only the most probable ones; 0 and -1 mean all."""
+    min_p: float = 0.0
+    """Only tokens at least this probable, as a share of the most probable one."""
+    presence_penalty: float = 0.0
+    """Off the logit of every token already written."""
+    frequency_penalty: float = 0.0
+    """Off the logit of every token, as often as it was written."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits, multiplies negative ones, of every token of prompt and output."""
+    logit_bias: dict[int, float] = {}
+    """Added to the logits of these tokens."""
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the turn, beside the model's own."""
     logprobs: bool = False
+    """Natural logarithms before temperature, penalties and constraints."""
     top_logprobs: int = 0
     effort: Effort = "low"
     """How long to think, for models trained with effort modes; others ignore it."""

@@ -1,21 +1,15 @@
-"""Prompts in, text out: templates, whole characters, stop strings, sampling."""
+"""Prompts in, text out: templates, whole characters, stop strings."""
 
 import json
-import math
 
 import pytest
-import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from local_engine.chat import InvalidRequest, parse_messages, parse_tools, prompt_tokens
 from local_engine.detok import Detokenizer, StopStrings, TextStream
 from local_engine.model import LocalModel
-from local_engine.sampler import Sampler, sampling_problem
-from local_engine.types import SamplingParams
 from tests.local_engine.engine_harness import user
-
-CPU = torch.device("cpu")
 
 
 @settings(max_examples=200, deadline=None)
@@ -138,41 +132,3 @@ def test_tool_arguments_reach_the_template_as_objects() -> None:
     assert parse_tools(b"[]") is None
     with pytest.raises(InvalidRequest, match="tools is not"):
         parse_tools(b"7")
-
-
-@pytest.mark.parametrize(
-    ("params", "name"),
-    [
-        (SamplingParams(max_tokens=0), "max_tokens"),
-        (SamplingParams(temperature=-1), "temperature"),
-        (SamplingParams(temperature=math.nan), "temperature"),
-        (SamplingParams(top_p=0), "top_p"),
-        (SamplingParams(top_logprobs=21), "top_logprobs"),
-        (SamplingParams(stop=("",)), "stop"),
-    ],
-)
-def test_bad_sampling_parameters_are_named(params: SamplingParams, name: str) -> None:
-    assert name in (sampling_problem(params) or "")
-    assert sampling_problem(SamplingParams()) is None
-
-
-def test_logprobs_are_a_distribution() -> None:
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
-    choice = Sampler(SamplingParams(temperature=0, logprobs=True, top_logprobs=20), CPU).pick(logits)
-    assert choice.top[0] == (choice.token, choice.logprob)
-    assert choice.token == 0
-    assert sum(math.exp(logprob) for _, logprob in choice.top) == pytest.approx(1)
-
-
-def test_top_p_keeps_the_nucleus_only() -> None:
-    logits = torch.log(torch.tensor([0.1, 0.5, 0.3, 0.1]))
-    drawn = {Sampler(SamplingParams(top_p=0.6, seed=seed), CPU).pick(logits).token for seed in range(60)}
-    assert drawn == {1, 2}
-    assert Sampler(SamplingParams(top_p=1e-9, seed=1), CPU).pick(logits).token == 1
-
-
-def test_temperature_follows_the_distribution() -> None:
-    sampler = Sampler(SamplingParams(seed=3), CPU)
-    logits = torch.log(torch.tensor([0.7, 0.3]))
-    share = sum(sampler.pick(logits).token == 0 for _ in range(2000)) / 2000
-    assert share == pytest.approx(0.7, abs=0.05)
