@@ -1,0 +1,441 @@
+"""The prefix store: KV of token prefixes that were computed before, in blocks of a fixed number of tokens.
+
+A tree per tenant. The children of a block are found by the very bytes of their tokens, so a match is exact by
+construction: no hash decides it. Each block also has a digest chained over (salt, model, adapter, dtype and layout,
+parent, tokens), computed once from its parent's; it is the block's name in events and in the slower tiers.
+
+    root(tenant) ─ "You are a help" ─ "ful assistant." ┬ " What is 2+2?"          held: open matches and pins
+                                                       └ " Where is Rome"         LRU: [deepest, oldest … root, newest]
+
+A sequence copies matched blocks into its own KV at admission and copies new ones out after its prompt is read and when
+it ends: eviction never touches a running sequence. Whoever is used last is evicted last, and children before parents:
+a path is put at the young end deepest block first, and what is held is held with all its ancestors, so the old end of
+the list is always a leaf.
+
+Owned by the engine's thread. Everything is O(blocks of the prefix); one eviction is O(1).
+"""
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Protocol, Self
+
+import torch
+
+from local_engine.prefix_events import MEMORY, BlockRemoved, BlockStored, KVEvent
+from local_engine.prefix_identity import ADDRESS_BYTES, KVIdentity, child_digest, token_bytes
+
+Export = Callable[[int, int], torch.Tensor]
+"""(start, stop) → the KV of these tokens, [layers, 2, kv_heads, stop - start, head_dim]."""
+Taps = Callable[[int, int], torch.Tensor | None]
+"""(start, stop) → hidden states of these tokens, [tap_layers, stop - start, width]; None where they were not kept."""
+
+_TOKEN_BYTES: Final = 4
+_OVERHEAD_BYTES: Final = 1024
+"""What one block costs beside its tensors, in Python and torch objects: measured."""
+_COPY_BLOCKS: Final = 32
+"""Blocks moved by one copy: bounds the memory on the way."""
+
+
+class KVSink(Protocol):
+    """Where a match is loaded to; every `KVCache` is one."""
+
+    def load(self, slot: int, start: int, data: torch.Tensor) -> None: ...
+
+
+class Node:
+    """What blocks may continue: a root or a block."""
+
+    __slots__ = ("children", "digest")
+
+    def __init__(self, digest: bytes) -> None:
+        self.digest = digest
+        self.children: dict[bytes, Block] = {}
+
+
+class Root(Node):
+    """Where one tenant's blocks begin."""
+
+    __slots__ = ("salt",)
+
+    def __init__(self, salt: bytes, digest: bytes) -> None:
+        super().__init__(digest)
+        self.salt = salt
+
+
+class Block(Node):
+    """Immutable KV of `block_tokens` tokens after `parent`."""
+
+    __slots__ = ("data", "held", "parent", "pins", "taps", "tokens")
+
+    def __init__(self, parent: Node, tokens: bytes, data: torch.Tensor, taps: torch.Tensor | None) -> None:
+        super().__init__(child_digest(parent.digest, tokens))
+        self.parent = parent
+        self.tokens = tokens
+        self.data = data
+        self.taps = taps
+        self.held = 0
+        """Open matches and pins through it; it cannot be evicted before this is 0."""
+        self.pins = 0
+
+    @property
+    def name(self) -> bytes:
+        return self.digest[:ADDRESS_BYTES]
+
+
+class Match:
+    """The longest stored prefix of some tokens, safe from eviction until `close`."""
+
+    def __init__(self, store: "PrefixStore", path: list[Block]) -> None:
+        self._store = store
+        self.blocks = path
+        self.tokens = len(path) * store.block_tokens
+        """How many tokens are matched: whole blocks."""
+
+    def load(self, kv: KVSink, slot: int) -> None:
+        """Copy the matched KV to the start of the empty `slot`."""
+        step = self._store.block_tokens
+        for first in range(0, len(self.blocks), _COPY_BLOCKS):
+            part = [block.data for block in self.blocks[first : first + _COPY_BLOCKS]]
+            kv.load(slot, first * step, torch.cat(part, dim=3))
+
+    def tap_sum(self) -> torch.Tensor | None:
+        """Hidden states summed over the matched tokens, float32 [tap_layers, width]; None if a block has none.
+
+        Their mean over a whole prompt is (this + the sum over the tokens computed after the match) / prompt length.
+        """
+        total: torch.Tensor | None = None
+        for block in self.blocks:
+            if block.taps is None:
+                return None
+            total = block.taps.clone() if total is None else total.add_(block.taps)
+        return total
+
+    def close(self) -> None:
+        """Let go of the blocks; more than once is the same as once."""
+        path, self.blocks, self.tokens = self.blocks, [], 0
+        self._store._release(path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixStats:
+    """Tokens are counted since the start; a sequence that is looked up again after preemption counts again."""
+
+    asked_tokens: int
+    hit_tokens: int
+    stored_tokens: int
+    evicted_tokens: int
+    refused_tokens: int
+    """Not stored because everything in memory was held."""
+    blocks: int
+    held_blocks: int
+    pinned_blocks: int
+    bytes_used: int
+    bytes_limit: int
+
+
+class PrefixStore:
+    """Stored prefixes of one model, within `bytes_limit` bytes of memory. See the module for its rules."""
+
+    def __init__(
+        self,
+        identity: KVIdentity,
+        *,
+        bytes_limit: int,
+        block_tokens: int = 16,
+        on_event: Callable[[KVEvent], None] | None = None,
+    ) -> None:
+        if bytes_limit < 0 or block_tokens < 1:
+            raise ValueError(
+                f"bytes_limit must be at least 0 and block_tokens at least 1, not {bytes_limit} and {block_tokens}"
+            )
+        self.identity = identity
+        self.block_tokens = block_tokens
+        self.bytes_limit = bytes_limit
+        self._on_event = on_event
+        self._roots: dict[bytes, Root] = {}
+        self._free: OrderedDict[Block, None] = OrderedDict()
+        """Blocks that nobody holds, the next to be evicted first."""
+        self._pins: dict[tuple[bytes, bytes], list[Block]] = {}
+        self._blocks = self._bytes = self._pinned_blocks = 0
+        self._asked = self._hit = self._stored = self._evicted = self._refused = 0
+        self._bare_block_bytes = identity.layout.kv_bytes(block_tokens) + block_tokens * _TOKEN_BYTES + _OVERHEAD_BYTES
+
+    def lookup(self, salt: bytes, tokens: Sequence[int], *, taps: bool = False) -> Match:
+        """The longest stored prefix of `tokens`, but for the last of them, which is always left to compute.
+
+        With `taps`, only of blocks whose hidden states were kept. Close the match once it is loaded.
+        """
+        path = self._walk(salt, token_bytes(tokens), self._matchable(tokens))
+        if taps:
+            bare = next((i for i, block in enumerate(path) if block.taps is None), len(path))
+            del path[bare:]
+        self._hold(path)
+        self._asked += len(tokens)
+        self._hit += len(path) * self.block_tokens
+        return Match(self, path)
+
+    def peek(self, salt: bytes, tokens: Sequence[int]) -> int:
+        """How many tokens `lookup` would match now. Neither counted nor a use."""
+        return len(self._walk(salt, token_bytes(tokens), self._matchable(tokens))) * self.block_tokens
+
+    def commit(self, salt: bytes, tokens: Sequence[int], export: Export, taps: Taps | None = None) -> int:
+        """Store the full blocks of `tokens` that are not there yet; how many tokens that were.
+
+        All of `tokens` must have been computed and accepted: no drafts. `export` is called for what is missing,
+        `taps` also for blocks that were stored without. Where memory is short, older blocks go first; where all of it
+        is held, the rest of `tokens` is not stored. Raises ValueError if `export` gives another shape or type than the
+        store's identity states.
+        """
+        data = token_bytes(tokens)
+        count = len(tokens) // self.block_tokens
+        if count == 0:
+            return 0
+        path = self._walk(salt, data, count)
+        self._hold(path)  # what is continued here must not be evicted to make room for the continuation
+        known = len(path)
+        try:
+            if taps is not None:
+                self._add_taps(path, taps)
+            for start in range(known, count, _COPY_BLOCKS):
+                wanted = min(_COPY_BLOCKS, count - start)
+                fits = self._make_room(wanted, taps is not None)
+                if fits:
+                    self._store_blocks(salt, path, data, start, start + fits, export, taps)
+                if fits < wanted:
+                    self._refused += (count - start - fits) * self.block_tokens
+                    break
+        finally:
+            self._release(path)
+        return (len(path) - known) * self.block_tokens
+
+    def pin(self, salt: bytes, tokens: Sequence[int]) -> int:
+        """Keep the stored full blocks of `tokens` from eviction until `unpin`; how many tokens are pinned by it.
+
+        Pins may hold half of the store: of a prefix that is longer than what is left of it, the beginning is pinned.
+        Pinning the same tokens again takes in what was stored since.
+        """
+        data = token_bytes(tokens)
+        self.unpin(salt, tokens)
+        path = self._walk(salt, data, len(tokens) // self.block_tokens)
+        room = self.bytes_limit // 2
+        pinned = []
+        for block in path:
+            if block.pins == 0:
+                if (self._pinned_blocks + 1) * self._bare_block_bytes > room:
+                    break
+                self._pinned_blocks += 1
+            block.pins += 1
+            pinned.append(block)
+        if pinned:
+            self._hold(pinned)
+            self._pins[salt, data] = pinned
+        return len(pinned) * self.block_tokens
+
+    def unpin(self, salt: bytes, tokens: Sequence[int]) -> bool:
+        """Undo `pin` of the same tokens; whether there was one."""
+        pinned = self._pins.pop((salt, token_bytes(tokens)), [])
+        for block in pinned:
+            block.pins -= 1
+            self._pinned_blocks -= block.pins == 0
+        self._release(pinned)
+        return bool(pinned)
+
+    def evict(self, salt: bytes, tokens: Sequence[int] = ()) -> int:
+        """Forget what continues `tokens`, and of `tokens` what nothing else continues; how many tokens that were.
+
+        Without `tokens`: all that the tenant has. What is held or pinned stays, with what it continues.
+        """
+        count = len(tokens) // self.block_tokens
+        path = self._walk(salt, token_bytes(tokens), count)
+        if len(path) < count:
+            return 0
+        top = path[-1] if path else self._roots.get(salt)
+        doomed = [*_below(top), *reversed(path)] if top is not None else []
+        before = self._evicted
+        for block in doomed:
+            if block.held == 0 and not block.children:
+                del self._free[block]
+                self._remove(block)
+        return self._evicted - before
+
+    def stats(self) -> PrefixStats:
+        return PrefixStats(
+            asked_tokens=self._asked,
+            hit_tokens=self._hit,
+            stored_tokens=self._stored,
+            evicted_tokens=self._evicted,
+            refused_tokens=self._refused,
+            blocks=self._blocks,
+            held_blocks=self._blocks - len(self._free),
+            pinned_blocks=self._pinned_blocks,
+            bytes_used=self._bytes,
+            bytes_limit=self.bytes_limit,
+        )
+
+    def problems(self) -> list[str]:
+        """What is wrong with the store's books: nothing, unless there is a bug in it."""
+        found = []
+        blocks = [block for root in self._roots.values() for block in _below(root)]
+        if len(blocks) != self._blocks or sum(map(self._size, blocks)) != self._bytes:
+            found.append(f"counted {self._blocks} blocks of {self._bytes} bytes, but there are {len(blocks)}")
+        if self._bytes > self.bytes_limit:
+            found.append(f"{self._bytes} bytes are used of {self.bytes_limit}")
+        if {block for block in blocks if block.held == 0} != set(self._free):
+            found.append("the blocks that nobody holds are not those that can be evicted")
+        order = {block: place for place, block in enumerate(self._free)}
+        found.extend(
+            f"block {block.name.hex()} would be evicted before one that continues it"
+            for block in self._free
+            if any(order.get(child, self._blocks) > order[block] for child in block.children.values())
+        )
+        if sum(block.pins > 0 for block in blocks) != self._pinned_blocks:
+            found.append(f"{self._pinned_blocks} blocks are counted as pinned")
+        if any(not root.children for root in self._roots.values()):
+            found.append("a tenant without blocks is remembered")
+        return found
+
+    def _matchable(self, tokens: Sequence[int]) -> int:
+        """Blocks that a match may have: the last token is computed, for its logits and its hidden state."""
+        return max(0, len(tokens) - 1) // self.block_tokens
+
+    def _walk(self, salt: bytes, data: bytes, count: int) -> list[Block]:
+        """The first blocks, at most `count`, of the tokens `data` that are stored."""
+        path: list[Block] = []
+        node: Node | None = self._roots.get(salt)
+        if node is None:
+            return path
+        size = self.block_tokens * _TOKEN_BYTES
+        for start in range(0, count * size, size):
+            block = node.children.get(data[start : start + size])
+            if block is None:
+                break
+            path.append(block)
+            node = block
+        return path
+
+    def _hold(self, path: list[Block]) -> None:
+        for block in path:
+            if block.held == 0:
+                del self._free[block]
+            block.held += 1
+
+    def _release(self, path: list[Block]) -> None:
+        """Undo `_hold`; what nobody holds any more is now the youngest, parents younger than children."""
+        for block in reversed(path):
+            block.held -= 1
+            if block.held == 0:
+                self._free[block] = None
+
+    def _make_room(self, count: int, taps: bool) -> int:
+        """Evict until `count` more blocks fit, or all that can be; how many fit then."""
+        size = self._bare_block_bytes + (self.identity.layout.tap_bytes if taps else 0)
+        while self._free and self._bytes + count * size > self.bytes_limit:
+            self._remove(self._free.popitem(last=False)[0])
+        return min(count, (self.bytes_limit - self._bytes) // size)
+
+    def _store_blocks(
+        self, salt: bytes, path: list[Block], data: bytes, start: int, stop: int, export: Export, taps: Taps | None
+    ) -> None:
+        """Add the blocks `start` to `stop` of the tokens `data`, held, at the end of `path`."""
+        tokens = self.block_tokens
+        layout = self.identity.layout
+        kv = export(start * tokens, stop * tokens)
+        if kv.shape != layout.shape((stop - start) * tokens) or kv.dtype != layout.dtype:
+            raise ValueError(
+                f"export gave {kv.dtype} {tuple(kv.shape)}; this store keeps {layout.dtype} "
+                f"{layout.shape((stop - start) * tokens)}: give it the KV of its own model"
+            )
+        sums = self._tap_sums(taps, start, stop) if taps is not None else None
+        parent: Node = path[-1] if path else self._root(salt)
+        size = tokens * _TOKEN_BYTES
+        for i in range(start, stop):
+            first = (i - start) * tokens
+            part = kv[:, :, :, first : first + tokens].clone(memory_format=torch.contiguous_format)
+            node = path[-1] if path else parent
+            path.append(self._add(node, data[i * size : (i + 1) * size], part, sums[i - start] if sums else None))
+        self._stored += (stop - start) * tokens
+        if self._on_event is not None:
+            self._on_event(self._stored_event(parent, path[start:]))
+
+    def _add(self, parent: Node, tokens: bytes, data: torch.Tensor, taps: torch.Tensor | None) -> Block:
+        """A new block, held once."""
+        block = parent.children[tokens] = Block(parent, tokens, data, taps)
+        block.held = 1
+        self._blocks += 1
+        self._bytes += self._size(block)
+        return block
+
+    def _tap_sums(self, taps: Taps, start: int, stop: int) -> list[torch.Tensor] | None:
+        """Per block its hidden states summed over its tokens, float32 [tap_layers, width]."""
+        rows = taps(start * self.block_tokens, stop * self.block_tokens)
+        if rows is None:
+            return None
+        layout = self.identity.layout
+        shape = (len(layout.tap_layers), (stop - start) * self.block_tokens, layout.width)
+        if rows.shape != shape:
+            raise ValueError(f"taps gave {tuple(rows.shape)}; this store keeps layers {layout.tap_layers}, so {shape}")
+        sums = rows.reshape(len(layout.tap_layers), stop - start, self.block_tokens, layout.width).sum(
+            2, dtype=torch.float32
+        )
+        return [part.clone() for part in sums.unbind(1)]  # of its own memory each, as each is evicted by itself
+
+    def _add_taps(self, path: list[Block], taps: Taps) -> None:
+        for i, block in enumerate(path):
+            if block.taps is None and self._bytes + self.identity.layout.tap_bytes <= self.bytes_limit:
+                sums = self._tap_sums(taps, i, i + 1)
+                if sums is not None:
+                    block.taps = sums[0]
+                    self._bytes += self.identity.layout.tap_bytes
+
+    def _root(self, salt: bytes) -> Root:
+        root = self._roots.get(salt)
+        if root is None:
+            root = self._roots[salt] = Root(salt, self.identity.root(salt, self.block_tokens))
+        return root
+
+    def _remove(self, block: Block) -> None:
+        """A leaf that is not in the list any more."""
+        parent = block.parent
+        del parent.children[block.tokens]
+        self._blocks -= 1
+        self._bytes -= self._size(block)
+        self._evicted += self.block_tokens
+        if isinstance(parent, Root) and not parent.children:
+            del self._roots[parent.salt]
+        if self._on_event is not None:
+            self._on_event(BlockRemoved([block.name], MEMORY))
+
+    def _size(self, block: Block) -> int:
+        return self._bare_block_bytes + (0 if block.taps is None else self.identity.layout.tap_bytes)
+
+    def _stored_event(self, parent: Node, added: list[Block]) -> BlockStored:
+        return BlockStored(
+            [block.name for block in added],
+            parent.name if isinstance(parent, Block) else None,
+            array("I", b"".join(block.tokens for block in added)).tolist(),
+            self.block_tokens,
+            medium=MEMORY,
+            lora_name=self.identity.adapter or None,
+        )
+
+
+def _below(node: Node) -> Iterator[Block]:
+    """All blocks that continue `node`, children before parents; no recursion: a chain may be thousands deep."""
+    order: list[Block] = []
+    stack = list(node.children.values())
+    while stack:
+        block = stack.pop()
+        order.append(block)
+        stack.extend(block.children.values())
+    return reversed(order)

@@ -1,0 +1,106 @@
+"""What KV belongs to: which weights computed it, how it lies in memory, and whose it is.
+
+Every block's address is a chain of blake2b digests that starts here, so KV of another tenant, model, adapter, dtype or
+shape has another address, in every tier and after every restart.
+"""
+
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, Final
+
+import torch
+
+ADDRESS_BYTES: Final = 16
+"""Blocks are named by the first 128 bits of their digest; tiers that read names back compare all 256."""
+_DIGEST_BYTES: Final = 32
+_FORMAT: Final = b"leadline-kv-1"
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """Shape and type of the tensors that a store takes and gives: [layers, 2 (K, V), kv_heads, tokens, head_dim]."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    tap_layers: tuple[int, ...] = ()
+    """Layers whose hidden states may be kept with a block, numbered as the runner does."""
+    width: int = 0
+    """Of a hidden state; needed where `tap_layers` are."""
+
+    def shape(self, tokens: int) -> tuple[int, ...]:
+        return (self.layers, 2, self.kv_heads, tokens, self.head_dim)
+
+    def kv_bytes(self, tokens: int) -> int:
+        return self.layers * 2 * self.kv_heads * tokens * self.head_dim * self.dtype.itemsize
+
+    @property
+    def tap_bytes(self) -> int:
+        """Of one block's taps: a float32 sum over its tokens per tapped layer."""
+        return len(self.tap_layers) * self.width * 4
+
+
+@dataclass(frozen=True, slots=True)
+class KVIdentity:
+    """Everything but the tokens that decides the values in a block."""
+
+    model: str
+    weights: str
+    """`weights_fingerprint` of the network; any constant will do for a store without slow tiers."""
+    layout: KVLayout
+    adapter: str = ""
+
+    def root(self, salt: bytes, block_tokens: int) -> bytes:
+        """The digest that the chains of the tenant `salt` start from."""
+        layout = self.layout
+        shape = f"{layout.shape(block_tokens)} {layout.dtype} {layout.tap_layers} {layout.width}"
+        return _digest_of(
+            (_FORMAT, salt, self.model.encode(), self.weights.encode(), self.adapter.encode(), shape.encode())
+        )
+
+
+def layout_of(network: Any, tap_layers: Sequence[int] = ()) -> KVLayout:
+    """The layout of KV that this Hugging Face network computes."""
+    config = network.config
+    heads = config.num_attention_heads
+    return KVLayout(
+        layers=config.num_hidden_layers,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        dtype=network.dtype,
+        tap_layers=tuple(tap_layers),
+        width=config.hidden_size if tap_layers else 0,
+    )
+
+
+def child_digest(parent: bytes, tokens: bytes) -> bytes:
+    """The digest of the block with these `token_bytes` after the one (or the root) with the digest `parent`."""
+    return blake2b(parent + tokens, digest_size=_DIGEST_BYTES).digest()
+
+
+def token_bytes(tokens: Sequence[int]) -> bytes:
+    """Four bytes per token, in the machine's order; free of conversion for an `array('I')`."""
+    return (tokens if isinstance(tokens, array) and tokens.typecode == "I" else array("I", tokens)).tobytes()
+
+
+def weights_fingerprint(network: Any) -> str:
+    """A digest of every weight and of the configuration: KV of a fine-tuned copy is another model's.
+
+    Reads all weights once, at about 1 GB/s: worth it only where KV outlives the process.
+    """
+    digest = blake2b(network.config.to_json_string().encode(), digest_size=_DIGEST_BYTES)
+    for name, weight in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype};".encode())
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _digest_of(fields: Iterable[bytes]) -> bytes:
+    """Of length-prefixed fields, so that no two lists of fields read the same."""
+    digest = blake2b(digest_size=_DIGEST_BYTES)
+    for field in fields:
+        digest.update(len(field).to_bytes(8, "little") + field)
+    return digest.digest()

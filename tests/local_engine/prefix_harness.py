@@ -1,0 +1,94 @@
+"""KV that can be told apart: the values at each token depend on the tenant and on all tokens up to it."""
+
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import torch
+
+from local_engine.prefix import Export, PrefixStore, Taps
+from local_engine.prefix_events import KVEvent
+from local_engine.prefix_identity import KVIdentity, KVLayout
+
+LAYOUT = KVLayout(layers=2, kv_heads=1, head_dim=2, dtype=torch.float32, tap_layers=(1, 2), width=3)
+IDENTITY = KVIdentity(model="m", weights="w", layout=LAYOUT)
+BLOCK = 4
+BLOCK_BYTES = LAYOUT.kv_bytes(BLOCK) + BLOCK * 4 + 1024
+
+
+def new_store(
+    blocks: int = 100, *, events: list[KVEvent] | None = None, identity: KVIdentity = IDENTITY
+) -> PrefixStore:
+    """Room for `blocks` blocks without taps."""
+    return PrefixStore(
+        identity,
+        bytes_limit=blocks * BLOCK_BYTES,
+        block_tokens=BLOCK,
+        on_event=events.append if events is not None else None,
+    )
+
+
+def _rows(kind: bytes, salt: bytes, tokens: Sequence[int], size: int) -> torch.Tensor:
+    digest = blake2b(kind + salt)
+    rows = []
+    for token in tokens:
+        digest.update(token.to_bytes(4, "little"))
+        rows.append(int.from_bytes(digest.digest()[:3], "little"))
+    return torch.tensor(rows, dtype=torch.float32).reshape(-1, 1) + torch.arange(size)
+
+
+def kv_of(salt: bytes, tokens: Sequence[int], layout: KVLayout = LAYOUT) -> torch.Tensor:
+    """What computing `tokens` for the tenant gives: [layers, 2, kv_heads, tokens, head_dim]."""
+    width = layout.layers * 2 * layout.kv_heads * layout.head_dim
+    rows = _rows(b"kv", salt, tokens, width).to(layout.dtype)
+    return rows.reshape(len(tokens), layout.layers, 2, layout.kv_heads, layout.head_dim).permute(1, 2, 3, 0, 4)
+
+
+def taps_of(salt: bytes, tokens: Sequence[int]) -> torch.Tensor:
+    """[tap_layers, tokens, width]"""
+    rows = _rows(b"taps", salt, tokens, len(LAYOUT.tap_layers) * LAYOUT.width)
+    return rows.reshape(len(tokens), len(LAYOUT.tap_layers), LAYOUT.width).permute(1, 0, 2)
+
+
+class Computed:
+    """A finished prefill of `tokens`; remembers what it was asked to copy out."""
+
+    def __init__(self, salt: bytes, tokens: Sequence[int]) -> None:
+        self._kv = kv_of(salt, tokens)
+        self._taps = taps_of(salt, tokens)
+        self.exported: list[tuple[int, int]] = []
+
+    def export(self, start: int, stop: int) -> torch.Tensor:
+        self.exported.append((start, stop))
+        return self._kv[:, :, :, start:stop]
+
+    def taps(self, start: int, stop: int) -> torch.Tensor | None:
+        return self._taps[:, start:stop]
+
+
+def commit(store: PrefixStore, salt: bytes, tokens: Sequence[int], *, taps: bool = False) -> list[tuple[int, int]]:
+    """Store what computing `tokens` gives; what was copied out for it."""
+    computed = Computed(salt, tokens)
+    export: Export = computed.export
+    rows: Taps | None = computed.taps if taps else None
+    store.commit(salt, tokens, export, rows)
+    return computed.exported
+
+
+class Row:
+    """One sequence's KV, contiguous, as a row of a `KVCache`."""
+
+    def __init__(self) -> None:
+        self.data = kv_of(b"", [])
+
+    def load(self, slot: int, start: int, data: torch.Tensor) -> None:
+        assert start == self.data.shape[3], "KV is written at the end"
+        self.data = torch.cat([self.data, data], dim=3)
+
+
+def matched(store: PrefixStore, salt: bytes, tokens: Sequence[int]) -> int:
+    """Tokens that are matched; what is loaded for them must be what computing them gives."""
+    with store.lookup(salt, tokens) as match:
+        row = Row()
+        match.load(row, 0)
+        assert torch.equal(row.data, kv_of(salt, tokens[: match.tokens]))
+        return match.tokens
