@@ -3,6 +3,7 @@
 import msgspec
 
 from gateway.ledger.settle import Usage, WireUsage
+from gateway.upstream.tool_calls import ToolCallOrder, ToolCallPiece, renumbered
 from gateway.upstream.types import Event, StreamState, UpstreamError
 
 MAX_EVENT_BYTES = 16 << 20
@@ -81,7 +82,7 @@ class _Function(msgspec.Struct):
     arguments: str | None = None
 
 
-class _ToolCall(msgspec.Struct):
+class _ToolCall(ToolCallPiece):
     function: _Function | None = None
 
 
@@ -145,8 +146,14 @@ def read_chunk(data: bytes, state: StreamState, choices: int) -> Event | None:
     if chunk.error != ABSENT:
         words = error_message(bytes(chunk.error))
         raise UpstreamError("cut", "the stream carried an error: " + words, may_be_billed=True, words=words)
-    for choice in chunk.choices or ():
+    moved: list[tuple[int, list[int]]] = []
+    for place, choice in enumerate(chunk.choices or ()):
         size = _text_bytes(choice.delta) if choice.delta is not None else 0
+        if choice.delta is not None and choice.delta.tool_calls:
+            order = state.tool_calls.setdefault(choice.index, ToolCallOrder())
+            indexes = [order.place(call) for call in choice.delta.tool_calls]
+            if indexes != [call.index for call in choice.delta.tool_calls]:
+                moved.append((place, indexes))
         if choice.text:
             size += _utf8_bytes(choice.text)
         if size:
@@ -156,6 +163,8 @@ def read_chunk(data: bytes, state: StreamState, choices: int) -> Event | None:
             state.finished_choices.add(choice.index)
             if len(state.finished_choices) >= choices:
                 state.done = True
+    if moved:
+        data = renumbered(data, moved)
     usage = chunk.usage
     if usage is None or usage == ABSENT:
         return Event(data)

@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from gateway.ledger.settle import Usage
+from gateway.upstream.tool_calls import ToolCallOrder
 from routers.policy import Price
 from routers.types import Endpoint
 
@@ -168,6 +169,8 @@ class StreamState:
     """UTF-8 bytes of generated text (content, reasoning, tool arguments)."""
     deltas: int = 0
     finished_choices: set[int] = field(default_factory=set)
+    tool_calls: dict[int, ToolCallOrder] = field(default_factory=dict)
+    """By choice."""
     done: bool = False
     """The terminator came, or a finish reason for every choice: nothing is missing."""
 

@@ -88,6 +88,16 @@ async def test_who_is_not_served_from_the_cache(
 
 
 @anyio
+async def test_a_caller_can_replace_an_answer_that_was_kept(gateway: Gateway, upstream: FakeUpstream) -> None:
+    _, _, first = await gateway.chat(ask())
+    upstream.words = 5
+    _, _, anew = await gateway.chat(ask(), **{"Cache-Control": "no-cache"})
+    _, headers, kept = await gateway.chat(ask())
+    assert headers["x-leadline-cache"] == "hit"
+    assert kept["choices"] == anew["choices"] != first["choices"]
+
+
+@anyio
 @pytest.mark.parametrize("fault", [fake.status(500), fake.invalid_json, fake.cut_stream], ids=["500", "json", "cut"])
 async def test_only_complete_answers_are_kept(gateway: Gateway, upstream: FakeUpstream, fault: fake.Fault) -> None:
     upstream.faults = [fault, fault]
