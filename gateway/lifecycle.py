@@ -161,6 +161,7 @@ class Lifecycle:
             raise Unavailable(
                 "The ledger cannot be written; nothing is admitted until it can.", retry_after_s=1
             ) from error
+        call.tenant = principal.tenant
         query = query_of(call, principal.tenant)
         ticket = Ticket(call, query, world, account, grant, record, self.ledger, self.metrics)
         route = ticket.route = world.policy.route_for(query)

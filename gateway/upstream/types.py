@@ -100,7 +100,7 @@ class Sampling(msgspec.Struct, frozen=True):
     reasoning_effort: str | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ChatCall:
     """One chat request as it came in: the fields untouched, the few that we read decoded."""
 
@@ -122,6 +122,8 @@ class ChatCall:
     """Words of the answer that are there already: the last message holds them, and the target writes on from them."""
     inputs: int = 1
     """Texts to complete or to embed, each with a context window of its own; a conversation is one."""
+    tenant: str = ""
+    """Whose it is: set at admission, and by nobody after. Engines keep the prefixes of tenants apart by it."""
     request_id: str | None = None
     """Given at the edge where it must be known before admission."""
 
