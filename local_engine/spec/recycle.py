@@ -15,6 +15,8 @@ from local_engine.spec.draft import Context, Draft
 ORDERS = (8, 4, 2, 1)
 """Context lengths in tokens, the most telling first."""
 _SURE = 3  # confirmations beyond this are not counted
+UNKNOWN = len(ORDERS) * _SURE
+"""The grade of a token repeated for want of anything known: drafts are as long as asked for, hopeless or not."""
 
 
 class RecycleTable:
@@ -87,8 +89,8 @@ class RecycleProposer:
         recent = list(context.tokens[-ORDERS[0] :])
         tokens: list[int] = []
         grades: list[int] = []
-        while len(tokens) < most and (found := self._table.favourite(salt, recent)) is not None:
-            token, grade = found
+        while len(tokens) < most:
+            token, grade = self._table.favourite(salt, recent) or (recent[-1], UNKNOWN)
             tokens.append(token)
             grades.append(grade)
             recent.append(token)

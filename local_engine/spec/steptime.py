@@ -6,43 +6,78 @@ from collections.abc import Mapping
 from itertools import pairwise
 
 _KNOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
-_RATE = 0.1  # of a surprise, how much moves its own knots; what all steps share moves them all, half as fast
+_RATE = 0.1  # of a surprise, how much moves its own knots; half of that moves all others
 _CLIP = math.log(2)  # no single step counts for more than twice or half of what was expected: machines hiccup
+_FRESH_STEPS = 200  # a knot that was last seen longer ago is worth another look
 _ROWS_FOR_FREE = 16.0  # where nothing was measured: rows that cost as much as starting a step
 
 
 class StepTime:
-    """Seconds of a step by the number of its rows (tokens of all sequences together).
+    """Seconds of a step by its rows (tokens of all sequences together) and by how many sequences they belong to.
 
-    A curve through knots, straight between them. What is measured moves the knots next to it, and the whole curve with
-    them: a machine that is slow today is slow at every size. Steps grow with context too; the curve follows.
+    A curve over rows for each doubling of the number of sequences: thirty-two rows of one sequence read one context,
+    those of thirty-two sequences read as many. What is measured moves the knots next to it, and the whole curve with
+    them: a machine that is slow today is slow at every size.
     """
 
-    def __init__(self, measured: Mapping[int, float] | None = None) -> None:
-        """`measured`: seconds by rows, from a calibration at start. Without it the first steps set the scale."""
-        self._log = [math.log(1e-3 * (1 + rows / _ROWS_FOR_FREE)) for rows in _KNOTS]
-        self._known = bool(measured)
-        if measured:
-            self._log = [math.log(_interpolate(sorted(measured.items()), rows)) for rows in _KNOTS]
+    def __init__(self, measured: Mapping[tuple[int, int], float] | None = None) -> None:
+        """`measured`: seconds by (rows, sequences), from a calibration. Without it the first steps set the scale."""
+        self._curves: dict[int, _Curve] = {}
+        by_bucket: dict[int, dict[int, float]] = {}
+        for (rows, sequences), seconds in (measured or {}).items():
+            by_bucket.setdefault(sequences.bit_length(), {})[rows] = seconds
+        for bucket, points in by_bucket.items():
+            self._curves[bucket] = _Curve([math.log(_interpolate(sorted(points.items()), rows)) for rows in _KNOTS])
+
+    def __call__(self, rows: int, sequences: int = 1) -> float:
+        return self._curve(sequences)(rows)
+
+    def observe(self, rows: int, seconds: float, sequences: int = 1) -> None:
+        """A step over so many rows took so long."""
+        self._curve(sequences).observe(rows, seconds)
+
+    def fresh(self, rows: int, sequences: int = 1) -> bool:
+        """Whether steps of about so many rows were timed lately."""
+        return self._curve(sequences).fresh(rows)
+
+    def _curve(self, sequences: int) -> "_Curve":
+        bucket = sequences.bit_length()
+        if bucket not in self._curves:
+            nearest = min(self._curves, key=lambda known: abs(known - bucket), default=None)
+            self._curves[bucket] = _Curve(None if nearest is None else self._curves[nearest].logs)
+        return self._curves[bucket]
+
+
+class _Curve:
+    def __init__(self, logs: list[float] | None) -> None:
+        self._known = logs is not None
+        self.logs = list(logs or (math.log(1e-3 * (1 + rows / _ROWS_FOR_FREE)) for rows in _KNOTS))
+        """Natural logarithm of the seconds at each knot."""
+        self._steps = 0
+        self._seen = [-_FRESH_STEPS] * len(_KNOTS)
 
     def __call__(self, rows: int) -> float:
         at, share = _between(rows)
         if at + 1 == len(_KNOTS):
-            return math.exp(self._log[at]) * rows / _KNOTS[at]
-        return (1 - share) * math.exp(self._log[at]) + share * math.exp(self._log[at + 1])
+            return math.exp(self.logs[at]) * rows / _KNOTS[at]
+        return (1 - share) * math.exp(self.logs[at]) + share * math.exp(self.logs[at + 1])
 
     def observe(self, rows: int, seconds: float) -> None:
-        """A step over so many rows took so long."""
         surprise = math.log(max(seconds, 1e-9) / self(rows))
+        at, share = _between(rows)
+        self._steps += 1
+        self._seen[at] = self._steps
         if not self._known:
             self._known = True
-            self._log = [log + surprise for log in self._log]
+            self.logs = [log + surprise for log in self.logs]
             return
         surprise = max(-_CLIP, min(_CLIP, surprise)) * _RATE
-        at, share = _between(rows)
-        for knot in range(len(self._log)):
+        for knot in range(len(self.logs)):
             near = (1 - share) * (knot == at) + share * (knot == at + 1)
-            self._log[knot] += surprise * max(near, 0.5)
+            self.logs[knot] += surprise * max(near, 0.5)
+
+    def fresh(self, rows: int) -> bool:
+        return self._steps - self._seen[_between(rows)[0]] < _FRESH_STEPS
 
 
 def _between(rows: int) -> tuple[int, float]:

@@ -9,7 +9,7 @@ import torch
 from local_engine.sampler import Sampler
 from local_engine.spec.acceptance import Acceptance
 from local_engine.spec.draft import Context, Draft
-from local_engine.spec.goodput import Goodput
+from local_engine.spec.goodput import Goodput, expected
 from local_engine.spec.steptime import StepTime
 from local_engine.types import SamplingParams
 
@@ -23,8 +23,8 @@ MACHINES: dict[str, Callable[[int], float]] = {
 }
 
 
-def measured(machine: Callable[[int], float]) -> Mapping[int, float]:
-    return {rows: machine(rows) for rows in ROWS}
+def measured(machine: Callable[[int], float]) -> Mapping[tuple[int, int], float]:
+    return {(rows, sequences): machine(rows) for rows in ROWS for sequences in (1, 2, 4, 8, 16, 32)}
 
 
 def best_goodput(machine: Callable[[int], float], sequences: int, rate: float, most: int) -> float:
@@ -43,15 +43,12 @@ def simulate(
     seconds, tokens = 0.0, 0
     chances = [[believed ** (at + 1) for at in range(8)] for _ in range(sequences)]
     for _ in range(steps):
-        lengths = [0] * sequences if goodput.paused(sequences) else goodput.lengths(chances)
-        step_s = machine(sequences + sum(lengths))
+        length = 0 if goodput.paused(sequences) else goodput.best(expected(chances, 8), sequences).length
+        step_s = machine(sequences * (1 + length))
         emitted = 0
-        for length in lengths:
-            emitted += 1
-            while length and rng.random() < rate:
-                emitted += 1
-                length -= 1
-        goodput.settle(step_s, sequences, emitted, drafted=any(lengths))
+        for _ in range(sequences):
+            emitted += 1 + next((at for at in range(length) if rng.random() >= rate), length)
+        goodput.settle(step_s, sequences, emitted, drafted=length > 0)
         seconds += step_s
         tokens += emitted
     return tokens / seconds
@@ -75,22 +72,19 @@ def test_wrong_beliefs_cost_no_more_than_three_percent(machine: str, rate: float
     assert reached >= 0.97 * sequences / MACHINES[machine](sequences)
 
 
-def test_a_confident_draft_is_longer_than_a_doubtful_one_beside_it() -> None:
-    goodput = Goodput(StepTime({1: 1e-3, 4: 1e-3, 5: 2e-3, 64: 20e-3}))
-    assert goodput.lengths([[0.9, 0.8, 0.7], [0.1, 0.01, 0.0]]) == [2, 0]
-
-
-def test_prompt_chunks_in_a_step_leave_less_room_for_drafts() -> None:
+def test_prompt_chunks_in_a_step_are_no_reason_to_verify_what_is_hardly_ever_right() -> None:
     goodput = Goodput(StepTime(measured(MACHINES["in-between"])))
-    chances = [[0.5, 0.25, 0.12]]
-    assert goodput.lengths(chances) == [3]
-    assert goodput.lengths(chances, other_rows=300) == [2]
+    kept = expected([[0.5, 0.25, 0.12]], 3)
+    assert kept == [1.0, 1.5, 1.75, 1.87]
+    assert goodput.best(kept, 1).length == 3
+    assert goodput.best(kept, 1, other_rows=300).length == 2
 
 
-@pytest.mark.parametrize(("pass_s", "depth"), [(0.0, 6), (0.4e-3, 2), (2e-3, 0)])
-def test_a_drafting_model_is_asked_as_often_as_its_time_is_worth(pass_s: float, depth: int) -> None:
-    goodput = Goodput(StepTime({1: 1e-3, 64: 1e-3}))
-    assert goodput.depth(0.7, 1, pass_s, most=6) == depth
+@pytest.mark.parametrize(("pass_s", "length"), [(0.0, 6), (0.4e-3, 2), (2e-3, 0)])
+def test_a_drafting_model_is_asked_as_often_as_its_time_is_worth(pass_s: float, length: int) -> None:
+    goodput = Goodput(StepTime({(1, 1): 1e-3, (64, 1): 1e-3}))
+    kept = expected([[0.7**at for at in range(1, 7)]], 6)
+    assert goodput.best(kept, 1, pass_s=pass_s).length == length
 
 
 def test_rates_are_learned_by_grade_and_lean_to_the_sequence() -> None:
@@ -126,10 +120,29 @@ def test_step_times_are_learned_without_a_calibration() -> None:
 
 
 def test_a_machine_that_slows_down_is_followed_and_one_hiccup_is_not() -> None:
-    step_time = StepTime({1: 1e-3, 64: 4e-3})
+    step_time = StepTime({(1, 1): 1e-3, (64, 1): 4e-3})
     step_time.observe(1, 10.0)
     assert step_time(1) < 1.1e-3
     for _ in range(200):
         step_time.observe(1, 3e-3)
     assert step_time(1) == pytest.approx(3e-3, rel=0.05)
     assert step_time(64) > 6e-3
+
+
+def test_many_sequences_cost_more_than_many_rows_of_one() -> None:
+    step_time = StepTime()
+    for _ in range(300):
+        step_time.observe(32, 3e-3, sequences=1)
+        step_time.observe(32, 6e-3, sequences=32)
+    assert step_time(32, 1) == pytest.approx(3e-3, rel=0.05)
+    assert step_time(32, 32) == pytest.approx(6e-3, rel=0.05)
+
+
+def test_a_size_not_timed_lately_is_not_fresh() -> None:
+    step_time = StepTime({(1, 1): 1e-3})
+    assert not step_time.fresh(1)
+    step_time.observe(1, 1e-3)
+    assert step_time.fresh(1)
+    for _ in range(200):
+        step_time.observe(4, 1e-3)
+    assert not step_time.fresh(1)

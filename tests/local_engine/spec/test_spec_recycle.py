@@ -4,7 +4,7 @@ import torch
 
 from local_engine.sampler import Sampler
 from local_engine.spec.draft import Context
-from local_engine.spec.recycle import RecycleProposer, RecycleTable
+from local_engine.spec.recycle import UNKNOWN, RecycleProposer, RecycleTable
 from local_engine.types import SamplingParams
 
 SAMPLER = Sampler(SamplingParams(temperature=0), torch.device("cpu"))
@@ -18,7 +18,7 @@ def test_a_chain_is_proposed_again_from_its_first_tokens() -> None:
         proposer.observe(context, start, [], tokens[start : start + 1])
     other = Context([9, 1, 2], SAMPLER)
     assert proposer.propose([other], 3)[0].tokens == [3, 4, 5]
-    assert proposer.propose([Context([77], SAMPLER)], 3)[0].tokens == []
+    assert proposer.propose([Context([77], SAMPLER)], 3)[0].grades == [UNKNOWN] * 3
 
 
 def test_rows_behind_a_wrong_draft_teach_too() -> None:
@@ -57,7 +57,7 @@ def test_a_confirmed_favourite_outlives_one_surprise_but_not_two_more() -> None:
 def test_one_tenant_does_not_learn_from_another() -> None:
     proposer = RecycleProposer()
     proposer.observe(Context([1, 2], SAMPLER, salt=b"one"), 2, [], [3])
-    assert proposer.propose([Context([1, 2], SAMPLER, salt=b"two")], 1)[0].tokens == []
+    assert proposer.propose([Context([1, 2], SAMPLER, salt=b"two")], 1)[0].grades == [UNKNOWN]
     assert proposer.propose([Context([1, 2], SAMPLER, salt=b"one")], 1)[0].tokens == [3]
 
 
