@@ -186,11 +186,15 @@ def pick_all(logits: torch.Tensor, samplers: Sequence[Sampler], histories: Seque
     if together < len(samplers):
         blocks = [slice(start, start + together) for start in range(0, len(samplers), together)]
         return [choice for at in blocks for choice in pick_all(logits[at], samplers[at], histories[at])]
-    chosen = _tokens(_shaped(logits, samplers, histories), samplers, histories).tolist()
-    choices = [Choice(token, math.nan, []) for token in chosen]
+    return as_choices(logits, samplers, _tokens(_shaped(logits, samplers, histories), samplers, histories).tolist())
+
+
+def as_choices(logits: torch.Tensor, samplers: Sequence[Sampler], tokens: Sequence[int]) -> list[Choice]:
+    """Tokens, one for each row of logits, as choices: measured where their samplers measure."""
+    choices = [Choice(token, math.nan, []) for token in tokens]
     measured = [row for row, sampler in enumerate(samplers) if sampler.measured]
     if measured:
-        for row, choice in zip(measured, _measure(logits, samplers, measured, chosen), strict=True):
+        for row, choice in zip(measured, _measure(logits, samplers, measured, tokens), strict=True):
             choices[row] = choice
     return choices
 
