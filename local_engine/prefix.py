@@ -17,15 +17,16 @@ Owned by the engine's thread. Everything is O(blocks of the prefix); one evictio
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Protocol, Self
 
 import torch
 
+from local_engine.prefix_block import Block, Node, Root, below
 from local_engine.prefix_events import MEMORY, BlockRemoved, BlockStored, KVEvent
-from local_engine.prefix_identity import ADDRESS_BYTES, KVIdentity, child_digest, token_bytes
+from local_engine.prefix_identity import KVIdentity, token_bytes
 
 Export = Callable[[int, int], torch.Tensor]
 """(start, stop) → the KV of these tokens, [layers, 2, kv_heads, stop - start, head_dim]."""
@@ -43,46 +44,6 @@ class KVSink(Protocol):
     """Where a match is loaded to; every `KVCache` is one."""
 
     def load(self, slot: int, start: int, data: torch.Tensor) -> None: ...
-
-
-class Node:
-    """What blocks may continue: a root or a block."""
-
-    __slots__ = ("children", "digest")
-
-    def __init__(self, digest: bytes) -> None:
-        self.digest = digest
-        self.children: dict[bytes, Block] = {}
-
-
-class Root(Node):
-    """Where one tenant's blocks begin."""
-
-    __slots__ = ("salt",)
-
-    def __init__(self, salt: bytes, digest: bytes) -> None:
-        super().__init__(digest)
-        self.salt = salt
-
-
-class Block(Node):
-    """Immutable KV of `block_tokens` tokens after `parent`."""
-
-    __slots__ = ("data", "held", "parent", "pins", "taps", "tokens")
-
-    def __init__(self, parent: Node, tokens: bytes, data: torch.Tensor, taps: torch.Tensor | None) -> None:
-        super().__init__(child_digest(parent.digest, tokens))
-        self.parent = parent
-        self.tokens = tokens
-        self.data = data
-        self.taps = taps
-        self.held = 0
-        """Open matches and pins through it; it cannot be evicted before this is 0."""
-        self.pins = 0
-
-    @property
-    def name(self) -> bytes:
-        return self.digest[:ADDRESS_BYTES]
 
 
 class Match:
@@ -261,7 +222,7 @@ class PrefixStore:
         if len(path) < count:
             return 0
         top = path[-1] if path else self._roots.get(salt)
-        doomed = [*_below(top), *reversed(path)] if top is not None else []
+        doomed = [*below(top), *reversed(path)] if top is not None else []
         before = self._evicted
         for block in doomed:
             if block.held == 0 and not block.children:
@@ -286,7 +247,7 @@ class PrefixStore:
     def problems(self) -> list[str]:
         """What is wrong with the store's books: nothing, unless there is a bug in it."""
         found = []
-        blocks = [block for root in self._roots.values() for block in _below(root)]
+        blocks = [block for root in self._roots.values() for block in below(root)]
         if len(blocks) != self._blocks or sum(map(self._size, blocks)) != self._bytes:
             found.append(f"counted {self._blocks} blocks of {self._bytes} bytes, but there are {len(blocks)}")
         if self._bytes > self.bytes_limit:
@@ -428,14 +389,3 @@ class PrefixStore:
             medium=MEMORY,
             lora_name=self.identity.adapter or None,
         )
-
-
-def _below(node: Node) -> Iterator[Block]:
-    """All blocks that continue `node`, children before parents; no recursion: a chain may be thousands deep."""
-    order: list[Block] = []
-    stack = list(node.children.values())
-    while stack:
-        block = stack.pop()
-        order.append(block)
-        stack.extend(block.children.values())
-    return reversed(order)

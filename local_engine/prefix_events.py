@@ -7,8 +7,7 @@ holds all tokens before it, and a removed one may come back under the same name.
 import msgspec
 
 MEMORY = "cpu"
-DISK = "disk"
-REDIS = "redis"
+"""Events are of blocks in memory; what is only in a slower tier takes a while to match."""
 
 
 class BlockStored(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, gc=False, tag=True):

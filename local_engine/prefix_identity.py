@@ -12,6 +12,8 @@ from typing import Any, Final
 
 import torch
 
+from local_engine.kv import KVShape
+
 ADDRESS_BYTES: Final = 16
 """Blocks are named by the first 128 bits of their digest; tiers that read names back compare all 256."""
 _DIGEST_BYTES: Final = 32
@@ -30,6 +32,11 @@ class KVLayout:
     """Layers whose hidden states may be kept with a block, numbered as the runner does."""
     width: int = 0
     """Of a hidden state; needed where `tap_layers` are."""
+
+    @classmethod
+    def of(cls, shape: KVShape, tap_layers: Sequence[int] = (), width: int = 0) -> "KVLayout":
+        """The layout of what a KV cache of this shape exports."""
+        return cls(shape.layers, shape.kv_heads, shape.head_dim, shape.dtype, tuple(tap_layers), width)
 
     def shape(self, tokens: int) -> tuple[int, ...]:
         return (self.layers, 2, self.kv_heads, tokens, self.head_dim)
@@ -60,20 +67,6 @@ class KVIdentity:
         return _digest_of(
             (_FORMAT, salt, self.model.encode(), self.weights.encode(), self.adapter.encode(), shape.encode())
         )
-
-
-def layout_of(network: Any, tap_layers: Sequence[int] = ()) -> KVLayout:
-    """The layout of KV that this Hugging Face network computes."""
-    config = network.config
-    heads = config.num_attention_heads
-    return KVLayout(
-        layers=config.num_hidden_layers,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        dtype=network.dtype,
-        tap_layers=tuple(tap_layers),
-        width=config.hidden_size if tap_layers else 0,
-    )
 
 
 def child_digest(parent: bytes, tokens: bytes) -> bytes:

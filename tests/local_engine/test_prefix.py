@@ -1,13 +1,15 @@
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 
-from local_engine.model import LocalModel
+from local_engine.kv import KVShape
+from local_engine.kv_rows import RowsKV
 from local_engine.prefix import PrefixStore
 from local_engine.prefix_events import BlockRemoved, BlockStored, KVEvent
-from local_engine.prefix_identity import KVIdentity, child_digest, layout_of, token_bytes, weights_fingerprint
+from local_engine.prefix_identity import KVIdentity, KVLayout, child_digest, token_bytes, weights_fingerprint
 from tests.local_engine.prefix_harness import (
     BLOCK,
     IDENTITY,
@@ -78,15 +80,21 @@ def test_names_do_not_change_between_processes() -> None:
     assert name.hex() == "173f7136c70bf219b49bbda2ec5825f3beac02d2ffdd8d38c64f3f110533c314"
 
 
-def test_the_layout_is_read_from_the_network(bundled: LocalModel) -> None:
-    cache = bundled.new_cache()
-    bundled.forward([1, 2, 3], cache)
-    layout = layout_of(bundled.network)
-    kv = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers])
-    assert layout.shape(3) == kv.shape
-    assert layout.dtype == kv.dtype
-    assert layout.kv_bytes(3) == kv.nbytes
-    assert layout_of(bundled.network, (2, 4)).tap_bytes == 2 * bundled.network.config.hidden_size * 4
+def test_what_a_kv_cache_exports_can_be_stored_and_loaded_again() -> None:
+    shape = KVShape(
+        layers=2, query_heads=2, kv_heads=1, head_dim=2, context=64, dtype=torch.float32, device=torch.device("cpu")
+    )
+    assert KVLayout.of(shape, LAYOUT.tap_layers, LAYOUT.width) == LAYOUT
+    kv = RowsKV(shape, 1 << 20)
+    slot, other = kv.open(30), kv.open(30)
+    tokens = list(range(30))
+    kv.load(slot, 0, kv_of(A, tokens))
+    store = new_store()
+    assert store.commit(A, tokens, partial(kv.export, slot)) == 28
+    with store.lookup(A, tokens) as match:
+        match.load(kv, other)
+    assert kv.length(other) == 28
+    assert torch.equal(kv.export(other, 0, 28), kv_of(A, tokens[:28]))
 
 
 def test_changed_weights_and_changed_configurations_are_told_apart() -> None:
@@ -159,7 +167,7 @@ def test_equal_tokens_after_different_prefixes_are_different_blocks() -> None:
 
 
 def test_where_all_names_collide_nothing_wrong_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("local_engine.prefix.child_digest", lambda parent, tokens: b"same" * 8)
+    monkeypatch.setattr("local_engine.prefix_block.child_digest", lambda parent, tokens: b"same" * 8)
     store = new_store()
     commit(store, A, [1] * 8)
     assert matched(store, A, [2] * 9) == 0
