@@ -15,18 +15,20 @@ the list is always a leaf.
 Owned by the engine's thread. Everything is O(blocks of the prefix); one eviction is O(1).
 """
 
+import math
 from array import array
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Final, Protocol, Self
+from typing import Final
 
 import torch
 
 from local_engine.prefix_block import Block, Node, Root, below
-from local_engine.prefix_events import MEMORY, BlockRemoved, BlockStored, KVEvent
-from local_engine.prefix_identity import KVIdentity, token_bytes
+from local_engine.prefix_format import Wanted
+from local_engine.prefix_identity import KVIdentity, child_digest, token_bytes
+from local_engine.prefix_match import COPY_BLOCKS, Match
+from local_engine.prefix_tiers import Fetch, SlowTiers
+from local_engine.prefix_types import MEMORY, BlockRemoved, BlockStored, KVEvent, PrefixStats
 
 Export = Callable[[int, int], torch.Tensor]
 """(start, stop) → the KV of these tokens, [layers, 2, kv_heads, stop - start, head_dim]."""
@@ -34,75 +36,10 @@ Taps = Callable[[int, int], torch.Tensor | None]
 """(start, stop) → hidden states of these tokens, [tap_layers, stop - start, width]; None where they were not kept."""
 
 _TOKEN_BYTES: Final = 4
+_WEIGHT: Final = 0.2
+"""Of the newest measurement in a running mean."""
 _OVERHEAD_BYTES: Final = 1024
 """What one block costs beside its tensors, in Python and torch objects: measured."""
-_COPY_BLOCKS: Final = 32
-"""Blocks moved by one copy: bounds the memory on the way."""
-
-
-class KVSink(Protocol):
-    """Where a match is loaded to; every `KVCache` is one."""
-
-    def load(self, slot: int, start: int, data: torch.Tensor) -> None: ...
-
-
-class Match:
-    """The longest stored prefix of some tokens, safe from eviction until `close`."""
-
-    def __init__(self, store: "PrefixStore", path: list[Block]) -> None:
-        self._store = store
-        self.blocks = path
-        self.tokens = len(path) * store.block_tokens
-        """How many tokens are matched: whole blocks."""
-
-    def load(self, kv: KVSink, slot: int) -> None:
-        """Copy the matched KV to the start of the empty `slot`."""
-        step = self._store.block_tokens
-        for first in range(0, len(self.blocks), _COPY_BLOCKS):
-            part = [block.data for block in self.blocks[first : first + _COPY_BLOCKS]]
-            kv.load(slot, first * step, torch.cat(part, dim=3))
-
-    def tap_sum(self) -> torch.Tensor | None:
-        """Hidden states summed over the matched tokens, float32 [tap_layers, width]; None if a block has none.
-
-        Their mean over a whole prompt is (this + the sum over the tokens computed after the match) / prompt length.
-        """
-        total: torch.Tensor | None = None
-        for block in self.blocks:
-            if block.taps is None:
-                return None
-            total = block.taps.clone() if total is None else total.add_(block.taps)
-        return total
-
-    def close(self) -> None:
-        """Let go of the blocks; more than once is the same as once."""
-        path, self.blocks, self.tokens = self.blocks, [], 0
-        self._store._release(path)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-@dataclass(frozen=True, slots=True)
-class PrefixStats:
-    """Tokens are counted since the start; a sequence that is looked up again after preemption counts again."""
-
-    asked_tokens: int
-    hit_tokens: int
-    stored_tokens: int
-    evicted_tokens: int
-    refused_tokens: int
-    """Not stored because everything in memory was held."""
-    blocks: int
-    held_blocks: int
-    pinned_blocks: int
-    bytes_used: int
-    bytes_limit: int
 
 
 class PrefixStore:
@@ -114,6 +51,7 @@ class PrefixStore:
         *,
         bytes_limit: int,
         block_tokens: int = 16,
+        slow: SlowTiers | None = None,
         on_event: Callable[[KVEvent], None] | None = None,
     ) -> None:
         if bytes_limit < 0 or block_tokens < 1:
@@ -123,13 +61,18 @@ class PrefixStore:
         self.identity = identity
         self.block_tokens = block_tokens
         self.bytes_limit = bytes_limit
+        self.slow = slow
         self._on_event = on_event
         self._roots: dict[bytes, Root] = {}
         self._free: OrderedDict[Block, None] = OrderedDict()
         """Blocks that nobody holds, the next to be evicted first."""
         self._pins: dict[tuple[bytes, bytes], list[Block]] = {}
+        self._fetches: deque[tuple[Fetch, bytes, list[Block]]] = deque()
+        """Under way: whose they are, and the held path that they continue."""
+        self._compute_s: float | None = None
+        """To compute one prompt token, a running mean."""
         self._blocks = self._bytes = self._pinned_blocks = 0
-        self._asked = self._hit = self._stored = self._evicted = self._refused = 0
+        self._asked = self._hit = self._stored = self._evicted = self._refused = self._promoted = 0
         self._bare_block_bytes = identity.layout.kv_bytes(block_tokens) + block_tokens * _TOKEN_BYTES + _OVERHEAD_BYTES
 
     def lookup(self, salt: bytes, tokens: Sequence[int], *, taps: bool = False) -> Match:
@@ -137,6 +80,7 @@ class PrefixStore:
 
         With `taps`, only of blocks whose hidden states were kept. Close the match once it is loaded.
         """
+        self._adopt()
         path = self._walk(salt, token_bytes(tokens), self._matchable(tokens))
         if taps:
             bare = next((i for i, block in enumerate(path) if block.taps is None), len(path))
@@ -144,11 +88,50 @@ class PrefixStore:
         self._hold(path)
         self._asked += len(tokens)
         self._hit += len(path) * self.block_tokens
-        return Match(self, path)
+        return Match(path, self.block_tokens, self._release)
 
     def peek(self, salt: bytes, tokens: Sequence[int]) -> int:
         """How many tokens `lookup` would match now. Neither counted nor a use."""
         return len(self._walk(salt, token_bytes(tokens), self._matchable(tokens))) * self.block_tokens
+
+    def prefetch(self, salt: bytes, tokens: Sequence[int], wake: Callable[[], None] | None = None) -> Fetch | None:
+        """Bring what is missing in memory of the prefix of `tokens` from the slower tiers, where that may pay.
+
+        None when there is nothing to wait for. Else `lookup` finds what has come once the fetch is `ready`: when all
+        is read, or when waiting longer would take longer than computing the tokens or than the tiers' `wait_s`.
+        `wake` is called on another thread when all is read.
+        """
+        if self.slow is None:
+            return None
+        self._adopt()
+        data = token_bytes(tokens)
+        count = self._matchable(tokens)
+        path = self._walk(salt, data, count)
+        if len(path) == count:
+            return None
+        root = self.identity.root(salt, self.block_tokens)
+        parent = path[-1].digest if path else root
+        size = self.block_tokens * _TOKEN_BYTES
+        first = child_digest(parent, data[len(path) * size : (len(path) + 1) * size])
+        if not self.slow.may_have(root, first, self._compute_s_per_byte()):
+            return None
+        wanted = []
+        for start in range(len(path) * size, count * size, size):
+            part = data[start : start + size]
+            digest = child_digest(parent, part)
+            wanted.append(Wanted(digest, parent, part))
+            parent = digest
+        compute_s = self._compute_s * len(wanted) * self.block_tokens if self._compute_s is not None else math.inf
+        fetch = Fetch(root, wanted, self.identity.layout, self.block_tokens, min(self.slow.wait_s, compute_s))
+        self._hold(path)
+        self._fetches.append((fetch, salt, path))
+        self.slow.fetch(fetch, wake)
+        return fetch
+
+    def observe_prefill(self, tokens: int, seconds: float) -> None:
+        """A step took `seconds` to compute `tokens` prompt tokens: what slower tiers are measured against."""
+        new = seconds / tokens
+        self._compute_s = new if self._compute_s is None else self._compute_s + _WEIGHT * (new - self._compute_s)
 
     def commit(self, salt: bytes, tokens: Sequence[int], export: Export, taps: Taps | None = None) -> int:
         """Store the full blocks of `tokens` that are not there yet; how many tokens that were.
@@ -166,16 +149,16 @@ class PrefixStore:
         self._hold(path)  # what is continued here must not be evicted to make room for the continuation
         known = len(path)
         try:
-            if taps is not None:
-                self._add_taps(path, taps)
-            for start in range(known, count, _COPY_BLOCKS):
-                wanted = min(_COPY_BLOCKS, count - start)
+            richer = self._add_taps(path, taps) if taps is not None else []
+            for start in range(known, count, COPY_BLOCKS):
+                wanted = min(COPY_BLOCKS, count - start)
                 fits = self._make_room(wanted, taps is not None)
                 if fits:
                     self._store_blocks(salt, path, data, start, start + fits, export, taps)
                 if fits < wanted:
                     self._refused += (count - start - fits) * self.block_tokens
                     break
+            self._hand_down(salt, path, richer, path[known:])
         finally:
             self._release(path)
         return (len(path) - known) * self.block_tokens
@@ -215,7 +198,8 @@ class PrefixStore:
     def evict(self, salt: bytes, tokens: Sequence[int] = ()) -> int:
         """Forget what continues `tokens`, and of `tokens` what nothing else continues; how many tokens that were.
 
-        Without `tokens`: all that the tenant has. What is held or pinned stays, with what it continues.
+        Without `tokens`: all that the tenant has, in every tier. With them: what is in memory, and the same blocks
+        below. What is held or pinned stays, with what it continues.
         """
         count = len(tokens) // self.block_tokens
         path = self._walk(salt, token_bytes(tokens), count)
@@ -224,10 +208,14 @@ class PrefixStore:
         top = path[-1] if path else self._roots.get(salt)
         doomed = [*below(top), *reversed(path)] if top is not None else []
         before = self._evicted
+        gone = []
         for block in doomed:
             if block.held == 0 and not block.children:
                 del self._free[block]
                 self._remove(block)
+                gone.append(block.digest)
+        if self.slow is not None:
+            self.slow.forget(self.identity.root(salt, self.block_tokens), gone if count else None)
         return self._evicted - before
 
     def stats(self) -> PrefixStats:
@@ -242,6 +230,8 @@ class PrefixStore:
             pinned_blocks=self._pinned_blocks,
             bytes_used=self._bytes,
             bytes_limit=self.bytes_limit,
+            promoted_tokens=self._promoted,
+            tiers=self.slow.stats() if self.slow is not None else [],
         )
 
     def problems(self) -> list[str]:
@@ -318,16 +308,15 @@ class PrefixStore:
                 f"{layout.shape((stop - start) * tokens)}: give it the KV of its own model"
             )
         sums = self._tap_sums(taps, start, stop) if taps is not None else None
-        parent: Node = path[-1] if path else self._root(salt)
+        root = self._root(salt)
         size = tokens * _TOKEN_BYTES
         for i in range(start, stop):
             first = (i - start) * tokens
             part = kv[:, :, :, first : first + tokens].clone(memory_format=torch.contiguous_format)
-            node = path[-1] if path else parent
+            node = path[-1] if path else root
             path.append(self._add(node, data[i * size : (i + 1) * size], part, sums[i - start] if sums else None))
         self._stored += (stop - start) * tokens
-        if self._on_event is not None:
-            self._on_event(self._stored_event(parent, path[start:]))
+        self._tell_stored(path[start:])
 
     def _add(self, parent: Node, tokens: bytes, data: torch.Tensor, taps: torch.Tensor | None) -> Block:
         """A new block, held once."""
@@ -351,13 +340,49 @@ class PrefixStore:
         )
         return [part.clone() for part in sums.unbind(1)]  # of its own memory each, as each is evicted by itself
 
-    def _add_taps(self, path: list[Block], taps: Taps) -> None:
+    def _hand_down(self, salt: bytes, path: list[Block], richer: list[Block], new: list[Block]) -> None:
+        """Let the slower tiers keep `path`, whose blocks `new` they may not have, and `richer` not with their taps."""
+        if self.slow is not None and path:
+            size = sum(map(self._size, (*new, *richer)))
+            root = self._root(salt).digest
+            self.slow.keep(root, tuple(path), frozenset(richer), size, self._compute_s_per_byte())
+
+    def _adopt(self) -> None:
+        """Take in what the slower tiers have brought."""
+        for _ in range(len(self._fetches)):
+            fetch, salt, path = self._fetches.popleft()
+            if not fetch.finished:
+                self._fetches.append((fetch, salt, path))
+                continue
+            for loaded in fetch.loaded:
+                node: Node | None = path[-1] if path else self._roots.get(salt)
+                block = node.children.get(loaded.tokens) if node is not None else None
+                if block is not None:  # computed meanwhile, or fetched twice
+                    self._hold([block])
+                elif self._make_room(1, loaded.taps is not None):
+                    block = self._add(path[-1] if path else self._root(salt), loaded.tokens, loaded.data, loaded.taps)
+                    self._promoted += self.block_tokens
+                    self._tell_stored([block])
+                else:
+                    break
+                path.append(block)
+            self._release(path)
+
+    def _compute_s_per_byte(self) -> float | None:
+        """What computing KV costs, to be compared with reading it."""
+        return None if self._compute_s is None else self._compute_s / self.identity.layout.kv_bytes(1)
+
+    def _add_taps(self, path: list[Block], taps: Taps) -> list[Block]:
+        """Add what is missing of hidden states; to which blocks."""
+        richer = []
         for i, block in enumerate(path):
             if block.taps is None and self._bytes + self.identity.layout.tap_bytes <= self.bytes_limit:
                 sums = self._tap_sums(taps, i, i + 1)
                 if sums is not None:
                     block.taps = sums[0]
                     self._bytes += self.identity.layout.tap_bytes
+                    richer.append(block)
+        return richer
 
     def _root(self, salt: bytes) -> Root:
         root = self._roots.get(salt)
@@ -380,12 +405,17 @@ class PrefixStore:
     def _size(self, block: Block) -> int:
         return self._bare_block_bytes + (0 if block.taps is None else self.identity.layout.tap_bytes)
 
-    def _stored_event(self, parent: Node, added: list[Block]) -> BlockStored:
-        return BlockStored(
-            [block.name for block in added],
-            parent.name if isinstance(parent, Block) else None,
-            array("I", b"".join(block.tokens for block in added)).tolist(),
-            self.block_tokens,
-            medium=MEMORY,
-            lora_name=self.identity.adapter or None,
+    def _tell_stored(self, added: list[Block]) -> None:
+        if self._on_event is None:
+            return
+        parent = added[0].parent
+        self._on_event(
+            BlockStored(
+                [block.name for block in added],
+                parent.name if isinstance(parent, Block) else None,
+                array("I", b"".join(block.tokens for block in added)).tolist(),
+                self.block_tokens,
+                medium=MEMORY,
+                lora_name=self.identity.adapter or None,
+            )
         )

@@ -6,8 +6,9 @@ from hashlib import blake2b
 import torch
 
 from local_engine.prefix import Export, PrefixStore, Taps
-from local_engine.prefix_events import KVEvent
 from local_engine.prefix_identity import KVIdentity, KVLayout
+from local_engine.prefix_tiers import SlowTiers
+from local_engine.prefix_types import KVEvent
 
 LAYOUT = KVLayout(layers=2, kv_heads=1, head_dim=2, dtype=torch.float32, tap_layers=(1, 2), width=3)
 IDENTITY = KVIdentity(model="m", weights="w", layout=LAYOUT)
@@ -16,13 +17,18 @@ BLOCK_BYTES = LAYOUT.kv_bytes(BLOCK) + BLOCK * 4 + 1024
 
 
 def new_store(
-    blocks: int = 100, *, events: list[KVEvent] | None = None, identity: KVIdentity = IDENTITY
+    blocks: int = 100,
+    *,
+    events: list[KVEvent] | None = None,
+    identity: KVIdentity = IDENTITY,
+    slow: SlowTiers | None = None,
 ) -> PrefixStore:
     """Room for `blocks` blocks without taps."""
     return PrefixStore(
         identity,
         bytes_limit=blocks * BLOCK_BYTES,
         block_tokens=BLOCK,
+        slow=slow,
         on_event=events.append if events is not None else None,
     )
 

@@ -8,8 +8,8 @@ import torch
 from local_engine.kv import KVShape
 from local_engine.kv_rows import RowsKV
 from local_engine.prefix import PrefixStore
-from local_engine.prefix_events import BlockRemoved, BlockStored, KVEvent
 from local_engine.prefix_identity import KVIdentity, KVLayout, child_digest, token_bytes, weights_fingerprint
+from local_engine.prefix_types import BlockRemoved, BlockStored, KVEvent
 from tests.local_engine.prefix_harness import (
     BLOCK,
     IDENTITY,

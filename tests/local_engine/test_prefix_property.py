@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from local_engine.prefix import Match
+from local_engine.prefix_match import Match
 from tests.local_engine.prefix_harness import BLOCK, Row, commit, kv_of, new_store
 
 SALTS = st.sampled_from([b"a", b"b"])

@@ -1,0 +1,314 @@
+"""The slower tiers of the prefix store, behind one thread of their own: the engine's step never waits on them.
+
+What is committed is handed over and written when there is time. What a new request could use is fetched while others
+are stepped: the scheduler asks for it, looks whether it is `ready`, and admits the request without it after a bounded
+time. A tier that fails is left alone for a while, and all it costs is misses.
+
+A tier is worth its reads where bytes per token / its bandwidth < the time to compute a token (LMCache's rule). Both
+sides are measured as they happen, not assumed; a tier that does not pay is neither read nor written, but tried again
+every RETRY_S.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, Protocol
+
+from local_engine.prefix_block import Block
+from local_engine.prefix_format import Loaded, Unusable, Wanted, decode
+from local_engine.prefix_identity import KVLayout
+from local_engine.prefix_types import TierStats
+
+RETRY_S: Final = 60.0
+FIRST_PAUSE_S: Final = 1.0
+MAX_PAUSE_S: Final = 60.0
+_READ_AT_ONCE: Final = 16
+"""Blocks read from a tier before it is seen whether anybody still waits for them."""
+_WEIGHT: Final = 0.2
+"""Of the newest measurement in a running mean."""
+
+logger = logging.getLogger(__name__)
+
+
+class Tier(Protocol):
+    """Where blocks are kept beside memory. Used by the worker thread alone, but for `may_have`.
+
+    A tier that cannot do what it is asked raises OSError; a miss is no error. Blocks are named by the digest of the
+    tenant's root and their own.
+    """
+
+    @property
+    def medium(self) -> str: ...
+
+    def may_have(self, root: bytes, digest: bytes) -> bool:
+        """False where it is known, at once and on any thread, that the block is not there."""
+        ...
+
+    def read(self, root: bytes, digests: Sequence[bytes]) -> list[bytes]:
+        """The leading blocks that are there."""
+        ...
+
+    def keep(self, root: bytes, path: Sequence[Block], rewrite: frozenset[Block]) -> Iterator[None]:
+        """Use `path`, the blocks of a prefix; write those that are not there or in `rewrite`.
+
+        Yields after each written block; other methods may be called then.
+        """
+        ...
+
+    def forget(self, root: bytes, digests: Sequence[bytes] | None) -> None:
+        """Remove these blocks; None: all below the root."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Fetch:
+    """Blocks on their way from the slower tiers. `ready` once they are there, or not worth waiting for any longer."""
+
+    def __init__(
+        self, root: bytes, wanted: Sequence[Wanted], layout: KVLayout, block_tokens: int, wait_s: float
+    ) -> None:
+        self.root = root
+        self.wanted = wanted
+        self.layout = layout
+        self.block_tokens = block_tokens
+        self.loaded: list[Loaded] = []
+        self._deadline = time.monotonic() + wait_s
+        self._finished = threading.Event()
+
+    @property
+    def expired(self) -> bool:
+        return time.monotonic() >= self._deadline
+
+    @property
+    def finished(self) -> bool:
+        return self._finished.is_set()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the request should be admitted now, with what has come."""
+        return self.finished or self.expired
+
+    def wait(self) -> None:
+        """Until it is ready."""
+        self._finished.wait(max(0.0, self._deadline - time.monotonic()))
+
+    def finish(self) -> None:
+        """Nothing more will come. By the worker, once."""
+        self._finished.set()
+
+
+class _Watched:
+    """One tier with its measurements and its pauses."""
+
+    def __init__(self, tier: Tier, clock: Callable[[], float]) -> None:
+        self.tier = tier
+        self._clock = clock
+        self.read = self.written = self.unusable = self.failures = 0
+        self.seconds_per_byte: float | None = None
+        self._last_read = 0.0
+        self._away_until = 0.0
+        self._pause = FIRST_PAUSE_S
+
+    @property
+    def away(self) -> bool:
+        return self._clock() < self._away_until
+
+    def pays(self, seconds_per_kv_byte: float | None) -> bool:
+        """Whether reading KV is quicker than computing it, as far as both are known."""
+        if self.seconds_per_byte is None or seconds_per_kv_byte is None:
+            return True
+        return self.seconds_per_byte < seconds_per_kv_byte or self._clock() - self._last_read > RETRY_S
+
+    def measured(self, size: int, seconds: float) -> None:
+        self._last_read = self._clock()
+        new = seconds / size
+        old = self.seconds_per_byte
+        self.seconds_per_byte = new if old is None else old + _WEIGHT * (new - old)
+
+    def failed(self, error: OSError) -> None:
+        self.failures += 1
+        if self._pause == FIRST_PAUSE_S:
+            logger.warning("prefix tier %s is left alone for a while: %s", self.tier.medium, error)
+        self._away_until = self._clock() + self._pause
+        self._pause = min(2 * self._pause, MAX_PAUSE_S)
+
+    def worked(self) -> None:
+        if self._pause != FIRST_PAUSE_S:
+            logger.info("prefix tier %s is back", self.tier.medium)
+            self._pause = FIRST_PAUSE_S
+
+    def stats(self) -> TierStats:
+        return TierStats(
+            self.tier.medium, self.read, self.written, self.unusable, self.failures, self.away, self.seconds_per_byte
+        )
+
+
+class SlowTiers:
+    """The tiers in the order in which they are asked, and their thread; shared by the stores of several models."""
+
+    def __init__(
+        self, tiers: Sequence[Tier], *, wait_s: float = 0.25, queue_bytes: int = 64 << 20,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        """`wait_s`: the longest that a request waits for a fetch. `queue_bytes`: what may wait to be written."""
+        self.wait_s = wait_s
+        self._queue_bytes = queue_bytes
+        self._tiers = [_Watched(tier, clock) for tier in tiers]
+        self._fetches: deque[tuple[Fetch, Callable[[], None] | None]] = deque()
+        self._jobs: deque[tuple[Callable[[], None], int]] = deque()
+        """What to do when nobody waits for a fetch, and the bytes it keeps alive."""
+        self._queued = 0
+        self.dropped_bytes = 0
+        """Not written because the tiers did not keep up."""
+        self._busy = False
+        self._closing = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._work, name="prefix-tiers", daemon=True)
+        self._thread.start()
+
+    def may_have(self, root: bytes, digest: bytes, seconds_per_kv_byte: float | None) -> bool:
+        """Whether a fetch of this block could be worth its while."""
+        return any(
+            not watched.away and watched.pays(seconds_per_kv_byte) and watched.tier.may_have(root, digest)
+            for watched in self._tiers
+        )
+
+    def fetch(self, fetch: Fetch, wake: Callable[[], None] | None) -> None:
+        """Start it; it is finished whatever happens. `wake` is called then, on the worker's thread."""
+        with self._changed:
+            self._fetches.append((fetch, wake))
+            self._changed.notify_all()
+
+    def keep(
+        self, root: bytes, path: Sequence[Block], rewrite: frozenset[Block], new_bytes: int,
+        seconds_per_kv_byte: float | None,
+    ) -> None:  # fmt: skip
+        """Write what is new of a prefix, `new_bytes`, and remember that it was used; dropped when too much waits."""
+        if self._queued + new_bytes > self._queue_bytes:
+            self.dropped_bytes += new_bytes
+            return
+        self._add(lambda: self._keep(root, path, rewrite, seconds_per_kv_byte), new_bytes)
+
+    def forget(self, root: bytes, digests: Sequence[bytes] | None) -> None:
+        """Remove these blocks from every tier; None: all below the root."""
+        self._add(lambda: self._each(lambda watched: watched.tier.forget(root, digests)), 0)
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until everything asked for so far is done; whether it was in time."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not (self._busy or self._jobs or self._fetches), timeout_s)
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Finish what waits, within `timeout_s`, and stop."""
+        self.flush(timeout_s)
+        with self._changed:
+            self._closing = True
+            self._jobs.clear()
+            self._changed.notify_all()
+        self._thread.join(timeout_s)
+
+    def stats(self) -> list[TierStats]:
+        return [watched.stats() for watched in self._tiers]
+
+    def _add(self, job: Callable[[], None], size: int) -> None:
+        with self._changed:
+            self._queued += size
+            self._jobs.append((job, size))
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._closing or self._fetches or self._jobs)
+                if self._closing and not self._fetches:
+                    break
+                self._busy = True
+                job, size = (None, 0) if self._fetches else self._jobs.popleft()
+            if job is None:
+                self._serve_waiting()
+                continue
+            try:
+                job()
+            except Exception:  # a bug must not end the thread: fetches would be waited for in vain
+                logger.exception("a job of the prefix tiers failed")
+            with self._changed:
+                self._queued -= size
+        for watched in self._tiers:
+            watched.tier.close()
+
+    def _each(self, work: Callable[[_Watched], None]) -> None:
+        """Do `work` with every tier that is not away; fetches that came meanwhile go first."""
+        for watched in self._tiers:
+            self._serve_waiting()
+            if not watched.away:
+                try:
+                    work(watched)
+                except OSError as error:
+                    watched.failed(error)
+                else:
+                    watched.worked()
+
+    def _keep(
+        self, root: bytes, path: Sequence[Block], rewrite: frozenset[Block], seconds_per_kv_byte: float | None
+    ) -> None:
+        def write(watched: _Watched) -> None:
+            if watched.pays(seconds_per_kv_byte):
+                for _ in watched.tier.keep(root, path, rewrite):
+                    watched.written += 1
+                    self._serve_waiting()
+
+        self._each(write)
+
+    def _serve_waiting(self) -> None:
+        while self._fetches:
+            self._serve(*self._fetches.popleft())
+
+    def _serve(self, fetch: Fetch, wake: Callable[[], None] | None) -> None:
+        try:
+            for watched in self._tiers:
+                if not watched.away:
+                    self._read(watched, fetch)
+        except Exception:
+            logger.exception("a fetch of the prefix tiers failed")
+        finally:
+            fetch.finish()
+            if wake is not None:
+                wake()
+
+    def _read(self, watched: _Watched, fetch: Fetch) -> None:
+        """Add to what is loaded the blocks that come next, as far as the tier has them."""
+        while (start := len(fetch.loaded)) < len(fetch.wanted) and not fetch.expired:
+            wanted = fetch.wanted[start : start + _READ_AT_ONCE]
+            began = time.monotonic()
+            try:
+                raws = watched.tier.read(fetch.root, [block.digest for block in wanted])
+            except OSError as error:
+                watched.failed(error)
+                return
+            watched.worked()
+            for block, raw in zip(wanted, raws, strict=False):
+                try:
+                    fetch.loaded.append(decode(raw, block, fetch.layout, fetch.block_tokens))
+                except Unusable as why:
+                    watched.unusable += 1
+                    logger.warning(
+                        "prefix tier %s: %s is removed: %s", watched.tier.medium, block.digest.hex()[:32], why
+                    )
+                    self._forget_one(watched, fetch.root, block.digest)
+                    return
+            watched.read += len(raws)
+            if raws:
+                watched.measured(sum(map(len, raws)), time.monotonic() - began)
+            if len(raws) < len(wanted):
+                return
+
+    def _forget_one(self, watched: _Watched, root: bytes, digest: bytes) -> None:
+        try:
+            watched.tier.forget(root, [digest])
+        except OSError as error:
+            watched.failed(error)

@@ -1,0 +1,162 @@
+"""The Redis tier, on a real Redis."""
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from local_engine.prefix import PrefixStore
+from local_engine.prefix_redis import PREFIX, RedisTier
+from local_engine.prefix_tiers import SlowTiers
+from tests.conftest import free_port, start_redis, stop
+from tests.local_engine.prefix_harness import commit, matched, new_store
+
+A, B = b"tenant a", b"tenant b"
+PROMPT = list(range(13))
+AMPLE_S = 60.0
+
+
+@pytest.fixture
+def client(redis_url: str) -> Iterator["redis.Redis"]:
+    with redis.Redis.from_url(redis_url) as client:
+        client.flushdb()
+        yield client
+        client.flushdb()
+
+
+@pytest.fixture
+def start_store(redis_url: str) -> Iterator[Callable[..., PrefixStore]]:
+    """A store of an engine of its own, which shares Redis with the others."""
+    started: list[SlowTiers] = []
+
+    def start(url: str = redis_url, *, ttl_s: int = 600, value_bytes_limit: int = 1 << 20) -> PrefixStore:
+        tier = RedisTier(url, ttl_s=ttl_s, value_bytes_limit=value_bytes_limit)
+        started.append(SlowTiers([tier], wait_s=AMPLE_S))
+        return new_store(slow=started[-1])
+
+    yield start
+    for slow in started:
+        slow.close(AMPLE_S)
+
+
+def flush(store: PrefixStore) -> None:
+    assert store.slow is not None
+    assert store.slow.flush(AMPLE_S)
+
+
+def fetched(store: PrefixStore, salt: bytes, tokens: list[int]) -> int:
+    fetch = store.prefetch(salt, tokens)
+    if fetch is not None:
+        fetch.wait()
+    count = matched(store, salt, tokens)
+    assert store.problems() == []
+    return count
+
+
+def test_engines_share_prefixes_of_one_tenant(client: "redis.Redis", start_store: Callable[..., PrefixStore]) -> None:
+    first, second = start_store(), start_store()
+    commit(first, A, PROMPT, taps=True)
+    flush(first)
+    assert fetched(second, B, PROMPT) == 0
+    assert fetched(second, A, PROMPT) == 12
+    with second.lookup(A, PROMPT, taps=True) as match:
+        assert match.tokens == 12
+    keys = client.keys("*")
+    assert len(keys) == 3
+    assert all(isinstance(key, bytes) and key.startswith(PREFIX) for key in keys)
+    assert all(A not in key for key in keys)
+
+
+def test_a_long_prefix_is_read_in_several_batches(
+    client: "redis.Redis", start_store: Callable[..., PrefixStore]
+) -> None:
+    prompt = list(range(200))
+    store = start_store()
+    commit(store, A, prompt)
+    flush(store)
+    assert fetched(start_store(), A, prompt) == 196
+
+
+def test_blocks_live_for_their_time_and_use_renews_it(
+    client: "redis.Redis", start_store: Callable[..., PrefixStore]
+) -> None:
+    store = start_store()
+    commit(store, A, PROMPT)
+    flush(store)
+    keys = client.keys("*")
+    for key in keys:
+        assert 0 < client.ttl(key) <= 600
+        client.expire(key, 10)
+    other = start_store()
+    assert fetched(other, A, PROMPT) == 12
+    commit(other, A, PROMPT)
+    flush(other)
+    assert all(client.ttl(key) > 10 for key in keys)
+    client.delete(*keys)
+    third = start_store()
+    commit(third, A, PROMPT)  # in memory it is new: what is not there is written
+    flush(third)
+    assert sorted(client.keys("*")) == sorted(keys)
+
+
+def test_values_that_are_too_large_are_not_sent(client: "redis.Redis", start_store: Callable[..., PrefixStore]) -> None:
+    store = start_store(value_bytes_limit=100)
+    commit(store, A, PROMPT)
+    flush(store)
+    assert client.keys("*") == []
+
+
+def test_what_is_not_a_block_is_removed_and_missed(
+    client: "redis.Redis", start_store: Callable[..., PrefixStore]
+) -> None:
+    store = start_store()
+    commit(store, A, PROMPT[:8])
+    flush(store)
+    for key in client.keys("*"):
+        client.set(key, b"junk")
+    assert fetched(start_store(), A, PROMPT) == 0
+    assert len(client.keys("*")) == 1
+
+
+def test_evicting_reaches_redis(client: "redis.Redis", start_store: Callable[..., PrefixStore]) -> None:
+    store = start_store()
+    commit(store, A, PROMPT)
+    commit(store, B, PROMPT)
+    store.evict(A)
+    store.evict(B, PROMPT[:12])
+    flush(store)
+    assert client.keys("*") == []
+    commit(store, A, PROMPT)
+    flush(store)
+    assert len(client.keys("*")) == 3
+
+
+def test_a_redis_that_dies_costs_misses_and_one_line(
+    tmp_path: Path, start_store: Callable[..., PrefixStore], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "local_engine")
+    port = free_port()
+    process = start_redis(tmp_path, port)
+    store = start_store(f"redis://127.0.0.1:{port}/0")
+    try:
+        commit(store, A, PROMPT)
+        flush(store)
+    finally:
+        stop(process)
+    for turn in range(3):
+        commit(store, A, [turn] * 8)
+        flush(store)
+        assert matched(store, A, [turn] * 9) == 8
+        assert fetched(store, B, PROMPT) == 0
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("prefix tier redis is left alone for a while: ")
+    assert store.stats().tiers[0].failures >= 1
+
+
+def test_a_missing_redis_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "redis", None)
+    with pytest.raises(ModuleNotFoundError, match=r"needs the redis package: pip install 'leadline\[server\]'"):
+        RedisTier("redis://127.0.0.1", ttl_s=1, value_bytes_limit=1)
