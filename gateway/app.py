@@ -129,7 +129,7 @@ class App:
         stack.push_async_callback(client.close)
         socket_path = settings.engine or engine_socket(settings.home)
         self.engine = engine = EngineConnection(socket_path, metrics)
-        world = build_world(policy, client, engine)
+        world = build_world(policy, client, engine, pepper)
         if os.environ.get(OTLP_ENDPOINT):
             from gateway.telemetry.traces import Traces  # only where it is used: it takes 15 MB and the extra `otel`
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from gateway.policies import missing_secrets
 from gateway.upstream.breaker import Breaker
+from gateway.upstream.fleet import Fleet
 from gateway.upstream.http import HttpClient
 from gateway.upstream.local import EngineLink, LocalUpstream
 from gateway.upstream.openai import OpenAIUpstream
@@ -50,8 +51,10 @@ class World:
         return max(prices, key=lambda price: (price.output, price.input), default=None)
 
 
-def build_world(policy: Policy, client: HttpClient, engine: EngineLink, env: Mapping[str, str] | None = None) -> World:
-    """Raises MissingSecret."""
+def build_world(
+    policy: Policy, client: HttpClient, engine: EngineLink, salt: bytes, env: Mapping[str, str] | None = None
+) -> World:
+    """`salt` is the secret that tenants' cache salts at engines are made with. Raises MissingSecret."""
     env = os.environ if env is None else env
     missing = missing_secrets(policy, env)
     if missing:
@@ -62,7 +65,12 @@ def build_world(policy: Policy, client: HttpClient, engine: EngineLink, env: Map
             upstreams[provider.name] = LocalUpstream(engine)
         else:
             key = env[provider.api_key_env] if provider.api_key_env is not None else None
-            upstreams[provider.name] = OpenAIUpstream(client, provider.name, provider.base_url, key)
+            urls = (provider.base_url, *provider.replicas)
+            upstreams[provider.name] = (
+                OpenAIUpstream(client, provider.name, provider.base_url, key)
+                if provider.server == "openai" and len(urls) == 1
+                else Fleet(client, provider.name, provider.server, urls, key, salt)
+            )
     targets = {}
     for model in policy.models.values():
         provider = policy.providers[model.provider]

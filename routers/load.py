@@ -167,6 +167,13 @@ class _Loader:
             elif part.engine and part.connect_timeout:
                 message = "the local engine is in this machine: nothing has to be connected to"
                 self._document.report((*path, "connect_timeout"), message, "remove it")
+            elif part.engine and (part.replicas or part.server != "openai"):
+                key = "replicas" if part.replicas else "server"
+                self._document.report((*path, key), "the local engine is no server", "remove it", show=False)
+            elif part.base_url and part.replicas and len({part.base_url, *part.replicas}) <= len(part.replicas):
+                self._document.report(
+                    (*path, "replicas"), "the same address twice", "remove one of the two", show=False
+                )
             else:
                 self._providers[name] = self._provider(name, part, path)
 
@@ -189,6 +196,8 @@ class _Loader:
             first_byte_timeout_ms=part.first_byte_timeout,
             idle_timeout_ms=part.idle_timeout,
             breaker=None if breaker is None else Breaker(breaker.failures, breaker.window, breaker.open),
+            server=part.server,
+            replicas=tuple(part.replicas or ()),
         )
 
     def _read_models(self) -> None:

@@ -80,6 +80,10 @@ class Hedge:
     """What all second attempts cost stays within this share of what the route has spent, e.g. 0.05."""
 
 
+Server = Literal["openai", "vllm", "sglang", "llamacpp"]
+"""What a server speaks beside OpenAI's API."""
+
+
 @dataclass(frozen=True, slots=True)
 class Provider:
     """Where models run: the local engine (`engine`), or a server at `base_url`."""
@@ -99,6 +103,9 @@ class Provider:
     idle_timeout_ms: int | None = None
     """Between two reads of an answer; None: as `timeout_ms`."""
     breaker: Breaker | None = Breaker()
+    server: Server = "openai"
+    replicas: tuple[str, ...] = ()
+    """Base URLs of further servers with the same models."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from routers.fields import (
     Tokens,
     WholePercent,
 )
-from routers.policy import Degrade, Objective, OnStreamFailure, Otherwise
+from routers.policy import Degrade, Objective, OnStreamFailure, Otherwise, Server
 from routers.units import UnitError
 
 
@@ -71,6 +71,10 @@ class ProviderFile(_Strict):
     """The local engine, in this machine."""
     base_url: BaseUrl | None = None
     """The server's address, without a query."""
+    server: Server = "openai"
+    """What the server is: its cache, its load and its tenants' privacy are handled in its own way."""
+    replicas: Annotated[list[BaseUrl], Field(min_length=1, max_length=63)] | None = None
+    """The addresses of further servers with the same models. A call goes where its prefix and the load say."""
     api_key: SecretName | None = None
     """The name of the environment variable that holds the key. Leave it out for a server without keys."""
     timeout: Duration = 60_000

@@ -83,8 +83,10 @@ class WireUsage(msgspec.Struct):
     cache_creation: _CacheCreation | None = None
     prompt_cache_hit_tokens: int | None = None
 
-    def split(self) -> Usage | None:
-        """Disjoint classes; None for counts that no call can have (too many, none, below none): as good as none given.
+    def split(self, cache_n: int | None = None) -> Usage | None:
+        """Disjoint classes; `cache_n` is what llama.cpp says beside the usage, of the prompt's tokens that it had.
+
+         None for counts that no call can have (too many, none, below none): as good as none given.
 
         A part larger than its whole is cut to the whole: the bill never goes negative. Where the provider gives a
         total that is not below its parts, the classes sum to it.
@@ -93,7 +95,7 @@ class WireUsage(msgspec.Struct):
         if any(count is not None and count < 0 for count in wholes):
             return None
         details = self.prompt_tokens_details or self.input_tokens_details or _NO_INPUT_DETAILS
-        cached = _first(details.cached_tokens, self.cache_read_input_tokens, self.prompt_cache_hit_tokens)
+        cached = _first(details.cached_tokens, self.cache_read_input_tokens, self.prompt_cache_hit_tokens, cache_n)
         written = _first(details.cache_write_tokens, details.created_cache_tokens, self._cache_creation())
         thought = self.completion_tokens_details or self.output_tokens_details or _NO_OUTPUT_DETAILS
         reasoning = _first(thought.reasoning_tokens)

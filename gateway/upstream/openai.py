@@ -1,17 +1,19 @@
 """Any OpenAI-compatible server, over our own HTTP client (measured against others in docs/decisions.md)."""
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import msgspec
 
 from gateway.ledger.settle import Usage, WireUsage
 from gateway.upstream.connection import Timeouts
+from gateway.upstream.engines import CAPABILITIES, LOAD_HEADER, load_of_header, tenant_salt
 from gateway.upstream.http import HttpClient, HttpResponse, RequestHead
 from gateway.upstream.http_errors import BadResponse, ConnectError, ExchangeTimeout, FirstByteTimeout, HttpError
 from gateway.upstream.refusals import error_object, refusal
-from gateway.upstream.sse import ABSENT, SseReader, error_message, read_chunk, read_usage
+from gateway.upstream.sse import ABSENT, SseReader, Timings, error_message, read_chunk, read_usage
 from gateway.upstream.types import Answer, ChatCall, Event, StreamState, Target, UpstreamError
+from routers.policy import Server
 from routers.types import Endpoint
 
 MAX_ANSWER_BYTES = 64 << 20
@@ -28,6 +30,7 @@ _INCLUDE_USAGE = msgspec.Raw(b'{"include_usage":true}')
 
 class _Head(msgspec.Struct):
     usage: WireUsage | None = None
+    timings: Timings | None = None
     error: msgspec.Raw = ABSENT
 
 
@@ -42,15 +45,33 @@ _encode = msgspec.json.Encoder().encode
 
 
 class OpenAIUpstream:
-    """One provider: a base URL and the key that is only ever sent there. Raises ValueError for a URL that is none."""
+    """One server: a base URL and the key that is only ever sent there. Raises ValueError for a URL that is none.
 
-    def __init__(self, client: HttpClient, provider: str, base_url: str, api_key: str | None) -> None:
+    `salt`: keeps tenants' prefixes apart at engines that share them; no tenant can guess another's.
+    """
+
+    def __init__(
+        self,
+        client: HttpClient,
+        provider: str,
+        base_url: str,
+        api_key: str | None,
+        *,
+        server: Server = "openai",
+        salt: bytes = b"",
+    ) -> None:
+        offers = CAPABILITIES[server]
+        self._salt = salt if offers.salt else None
+        self.on_load: Callable[[float], None] | None = None
+        """Hears how many requests wait at the server, where answers tell."""
         self._client = client
         self._provider = provider
         self._secret = api_key
         headers = [("Content-Type", "application/json")]
         if api_key is not None:
             headers.append(("Authorization", f"Bearer {api_key}"))
+        if offers.load_header:
+            headers.append(("endpoint-load-metrics-format", "JSON"))
         base = base_url.rstrip("/")
         self._heads = {endpoint: RequestHead("POST", base + path, headers) for endpoint, path in PATHS.items()}
 
@@ -120,6 +141,8 @@ class OpenAIUpstream:
         fields.pop("leadline", None)
         if call.stream:
             fields["stream_options"] = _INCLUDE_USAGE
+        if self._salt is not None:
+            fields["cache_salt"] = msgspec.Raw(_encode(tenant_salt(self._salt, call.tenant)))
         timeouts = Timeouts(
             target.connect_timeout_s, target.first_byte_timeout_s, target.idle_timeout_s, target.timeout_s
         )
@@ -135,6 +158,10 @@ class OpenAIUpstream:
         except HttpError as error:
             raise _broken(self._provider, error, "did not answer", "broke the connection") from error
         if response.status == 200:
+            if self.on_load is not None and (told := response.header(LOAD_HEADER)) is not None:
+                load = load_of_header(told)
+                if load is not None:
+                    self.on_load(load)
             return response
         raise refusal(self._provider, response, await _some_of(response))
 
@@ -223,7 +250,7 @@ def _read_head(body: bytes) -> tuple[Usage | None, bytes | None]:
         body.decode()  # the decoder looks into the strings of the fields it knows alone
     try:
         head = _head_decoder.decode(body)
-        usage = head.usage.split() if head.usage is not None else None
+        usage = head.usage.split(head.timings.cache_n if head.timings else None) if head.usage is not None else None
         error = head.error
     except msgspec.ValidationError:
         raw = _raw_head_decoder.decode(body)

@@ -106,9 +106,16 @@ ABSENT = msgspec.Raw(b"null")
 """(`Raw | None` is read by msgspec as None alone.)"""
 
 
+class Timings(msgspec.Struct):
+    """llama.cpp's own count of the prompt's tokens that it had in its cache."""
+
+    cache_n: int | None = None
+
+
 class _Chunk(msgspec.Struct):
     choices: list[_Choice] | None = None
     usage: WireUsage | None = None
+    timings: Timings | None = None
     error: msgspec.Raw = ABSENT
 
 
@@ -168,7 +175,10 @@ def read_chunk(data: bytes, state: StreamState, choices: int) -> Event | None:
     usage = chunk.usage
     if usage is None or usage == ABSENT:
         return Event(data)
-    state.usage = usage.split() if isinstance(usage, WireUsage) else read_usage(usage)
+    if isinstance(chunk, _Chunk):
+        state.usage = chunk.usage.split(chunk.timings.cache_n if chunk.timings else None) if chunk.usage else None
+    else:
+        state.usage = read_usage(chunk.usage)
     return Event(data, usage_only=not chunk.choices)
 
 

@@ -1,0 +1,65 @@
+"""What self-hosted engines say and take beside OpenAI's API, each in its own way.
+
+Sources: vLLM's ORCA header `endpoint-load-metrics` and `cache_salt`; SGLang's `/v1/loads` and `cache_salt`; the server
+README of llama.cpp (`/slots`, `timings.cache_n`).
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import msgspec
+
+from routers.policy import Server
+
+LOAD_HEADER = b"endpoint-load-metrics"
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What one kind of server offers. All of them end a generation when its caller's connection closes."""
+
+    salt: bool = False
+    """Takes `cache_salt`: prefixes are shared within one salt only. Without it, tenants of one engine share them."""
+    load_header: bool = False
+    """Tells its load with every answer that is asked for with `LOAD_HEADER`-format."""
+    load_path: str | None = None
+    """Where it tells its load, at its root."""
+
+
+CAPABILITIES: dict[Server, Capabilities] = {
+    "openai": Capabilities(),
+    "vllm": Capabilities(salt=True, load_header=True),
+    "sglang": Capabilities(salt=True, load_path="/v1/loads?include=core"),
+    "llamacpp": Capabilities(load_path="/slots"),
+}
+
+
+@lru_cache(maxsize=4096)
+def tenant_salt(secret: bytes, tenant: str) -> str:
+    """The `cache_salt` of a tenant: the same on every worker and host that has the secret."""
+    return hashlib.blake2b(tenant.encode(), key=secret[:64], digest_size=16).hexdigest()
+
+
+def load_of_header(value: str) -> float | None:
+    """Requests that wait at a vLLM server, by the `JSON {...}` form of its load header; None: it does not say."""
+    kind, _, body = value.partition(" ")
+    if kind.upper() != "JSON":
+        return None
+    try:
+        metrics = msgspec.json.decode(body)["named_metrics"]
+        return float(metrics["num_requests_waiting"])
+    except (msgspec.DecodeError, KeyError, TypeError, ValueError):
+        return None
+
+
+def load_of_body(server: Server, body: bytes) -> float | None:
+    """Requests that run or wait at a SGLang or llama.cpp server, by what its load path answers; None: unreadable."""
+    try:
+        if server == "llamacpp":
+            return float(sum(slot["is_processing"] for slot in msgspec.json.decode(body, type=list[dict[str, Any]])))
+        told: Any = msgspec.json.decode(body)
+        return float(sum(rank["num_running_reqs"] + rank["num_waiting_reqs"] for rank in told["loads"]))
+    except (msgspec.DecodeError, KeyError, TypeError, ValueError):
+        return None

@@ -1,0 +1,217 @@
+"""Engines behind one provider: prefixes and tenants, loads, replicas that are away, cached tokens, aborts."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.upstream.affinity import PrefixIndex, block_keys
+from gateway.upstream.engines import load_of_body, load_of_header
+from gateway.upstream.fleet import Fleet
+from routers.policy import Server
+from tests.gateway.conftest import Gateway, ask, running, until
+from tests.gateway.fake_engines import FakeEngine, engine
+
+POLICY = """
+version: 1
+providers:
+  gpus: {{server: {server}, base_url: "{first}", {replicas} timeout: 20s, retries: 0, breaker: off}}
+models:
+  big: {{provider: gpus, model: big, context: 100000, max_output: 100, price: free}}
+routes:
+  - {{name: auto, when: {{model: auto}}, use: [big], cache: off}}
+"""
+SERVERS: list[Server] = ["vllm", "sglang", "llamacpp"]
+anyio = pytest.mark.anyio
+
+
+def conversation(seed: str, turns: int = 1) -> dict[str, Any]:
+    said = [
+        {"role": "user" if turn % 2 == 0 else "assistant", "content": f"{seed} {turn} " * 60} for turn in range(turns)
+    ]
+    return {"model": "auto", "messages": [{"role": "system", "content": f"rules of {seed} " * 40}, *said]}
+
+
+class Engines:
+    def __init__(self, gateway: Gateway, servers: list[FakeEngine]) -> None:
+        self.gateway, self.servers = gateway, servers
+
+    @property
+    def fleet(self) -> Fleet:
+        found = self.gateway.app.web.state.lifecycle.world.upstreams["gpus"]
+        assert isinstance(found, Fleet)
+        return found
+
+    async def served_by(self, body: dict[str, Any], **headers: str) -> int:
+        before = [len(server.bodies) for server in self.servers]
+        status, _, answer = await self.gateway.chat(body, **headers)
+        assert status == 200, answer
+        (at,) = [i for i, server in enumerate(self.servers) if len(server.bodies) > before[i]]
+        return at
+
+
+@pytest.fixture(params=SERVERS)
+async def engines(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Engines]:
+    async with AsyncExitStack() as stack:
+        servers = [await stack.enter_async_context(engine(request.param)) for _ in range(3)]
+        urls = ", ".join(f'"{server.url}"' for server in servers[1:])
+        policy = POLICY.format(server=request.param, first=servers[0].url, replicas=f"replicas: [{urls}],")
+        gateway = await stack.enter_async_context(running(policy, tmp_path / "home"))
+        yield Engines(gateway, servers)
+
+
+@anyio
+async def test_a_conversation_stays_where_its_prefix_is(engines: Engines) -> None:
+    first = {seed: await engines.served_by(conversation(seed)) for seed in "abcdef"}
+    assert set(first.values()) == {0, 1, 2}, "new conversations are spread"
+    for turns in (3, 5):
+        for seed, at in first.items():
+            assert await engines.served_by(conversation(seed, turns)) == at
+    rows = await engines.gateway.rows()
+    cached = [row["cached_input_tokens"] for row in rows]
+    assert sum(count > 500 for count in cached) == 12, "what the engines had is read as cached"
+    assert all(row["cached_input_tokens"] + row["input_tokens"] > 0 for row in rows)
+
+
+@anyio
+async def test_a_busy_replica_gives_a_conversation_up(engines: Engines) -> None:
+    at = await engines.served_by(conversation("a"))
+    assert await engines.served_by(conversation("a", 3)) == at
+    for server in engines.servers:
+        server.hold.clear()
+    held = [asyncio.create_task(engines.gateway.chat(conversation("a", 3))) for _ in range(6)]
+    await until(lambda: sum(server.running for server in engines.servers) == 6)
+    assert [replica.in_flight for replica in engines.fleet.replicas] == [server.running for server in engines.servers]
+    assert 1 <= max(server.running for server in engines.servers) <= 4, "not all wait for the one that has the prefix"
+    assert engines.servers[at].running >= 2
+    for server in engines.servers:
+        server.hold.set()
+    assert {(await task)[0] for task in held} == {200}
+    assert [replica.in_flight for replica in engines.fleet.replicas] == [0, 0, 0]
+
+
+@anyio
+async def test_what_an_engine_says_of_its_load_counts(engines: Engines) -> None:
+    at = await engines.served_by(conversation("a"))
+    engines.servers[at].waiting = 8  # others use it, too
+    replica = engines.fleet.replicas[at]
+    async with asyncio.timeout(20):
+        while replica.told < 7:
+            await engines.gateway.chat(conversation("a"))
+            await asyncio.sleep(0.05)
+    assert await engines.served_by(conversation("a", 3)) != at
+
+
+@anyio
+async def test_a_replica_that_is_away_costs_no_request(engines: Engines) -> None:
+    fleet = engines.fleet
+    at = await engines.served_by(conversation("a"))
+    port = engines.servers[at].url
+    fleet.replicas[at].upstream._heads = {  # nobody listens there
+        endpoint: type(head)("POST", "http://127.0.0.1:9/v1", [])
+        for endpoint, head in fleet.replicas[at].upstream._heads.items()
+    }
+    assert port
+    served = {await engines.served_by(conversation("a", 3)) for _ in range(4)}
+    assert at not in served
+    assert fleet.replicas[at].failures >= 1
+    rows = await engines.gateway.rows()
+    assert {(row["outcome"], len(row["attempt_rows"])) for row in rows} == {("ok", 1)}
+
+
+@anyio
+async def test_tenants_share_no_prefix_where_the_engine_has_salts(engines: Engines) -> None:
+    other = engines.gateway.app.web.state.lifecycle.keys.create("other", tenant="elsewhere")
+    body = {**conversation("a"), "cache_salt": "mine"}
+    await engines.served_by(body)
+    await engines.served_by(body, Authorization=f"Bearer {other}")
+    salts = [sent.get("cache_salt") for server in engines.servers for sent in server.bodies]
+    rows = await engines.gateway.rows()
+    if engines.servers[0].kind == "llamacpp":
+        assert salts == ["mine", "mine"], "it knows no salts: nothing is added"
+    else:
+        assert len(set(salts)) == 2
+        assert "mine" not in salts, "no caller chooses whose prefixes it shares"
+        assert [row["cached_input_tokens"] for row in rows] == [0, 0]
+
+
+@anyio
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_caller_who_leaves_ends_the_generation(engines: Engines, stream: bool) -> None:
+    at = await engines.served_by(conversation("a"))
+    engines.servers[at].hold.clear()
+    request = engines.gateway.stream if stream else engines.gateway.chat
+    asked = asyncio.create_task(request({**conversation("a", 3), "stream": stream}))
+    await until(lambda: engines.servers[at].running == 1)
+    asked.cancel()
+    await asyncio.gather(asked, return_exceptions=True)
+    async with asyncio.timeout(20):
+        await engines.servers[at].aborted.wait()
+    await until(lambda: sum(replica.in_flight for replica in engines.fleet.replicas) == 0)
+
+
+@anyio
+async def test_streams_read_cached_tokens_too(engines: Engines) -> None:
+    for _ in range(2):
+        status, _, _ = await engines.gateway.stream(conversation("a"))
+        assert status == 200
+    first, second = sorted((await engines.gateway.rows()), key=lambda row: row["created_at_ms"])
+    assert first["cached_input_tokens"] == 0
+    assert second["cached_input_tokens"] > second["input_tokens"]
+    assert first["input_tokens"] == second["input_tokens"] + second["cached_input_tokens"]
+    assert [replica.in_flight for replica in engines.fleet.replicas] == [0, 0, 0]
+
+
+@given(st.text(min_size=1, max_size=9000), st.integers(0, 9000), st.text(max_size=500))
+def test_prompts_share_keys_exactly_as_far_as_they_are_equal(text: str, cut: int, other: str) -> None:
+    one, two = text.encode() * 3, (text.encode() * 3)[:cut] + other.encode()
+    keys, others = block_keys("t", [one]), block_keys("t", [two])
+    common = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
+    shared = sum(a == b for a, b in zip(keys, others, strict=False))
+    assert shared >= sum(bound <= common for bound in range(256, 4097, 256)) - (common < 256) * 0
+    assert not set(block_keys("u", [one])) & set(keys), "tenants have keys of their own"
+
+
+def test_the_index_forgets_the_oldest_and_the_restarted() -> None:
+    index = PrefixIndex(max_blocks=4)
+    index.saw([1, 2], 0)
+    index.saw([1, 2, 3], 1)
+    assert index.matched([1, 2, 3, 4], 2) == [0.5, 0.75]
+    index.forget(1)
+    assert index.matched([1, 2, 3, 4], 2) == [0.5, 0.0]
+    index.saw([5, 6, 7, 8], 0)
+    assert index.matched([1, 2], 2) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("said", "load"),
+    [
+        ('JSON {"named_metrics": {"num_requests_waiting": 3, "kv_cache_usage_perc": 0.5}}', 3.0),
+        ('JSON {"named_metrics": {}}', None), ("JSON {", None), ("TEXT a=1", None), ("", None), ("JSON []", None),
+    ],
+)  # fmt: skip
+def test_a_load_header_that_cannot_be_read_is_none(said: str, load: float | None) -> None:
+    assert load_of_header(said) == load
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b"[1]", b'{"loads":[{}]}', b'{"loads":3}', b'{"error":"slots are off"}'])
+def test_a_load_that_cannot_be_read_is_none(body: bytes) -> None:
+    assert load_of_body("sglang", body) is None
+    assert load_of_body("llamacpp", body) is None
+    assert load_of_body("llamacpp", json.dumps([{"is_processing": True}, {"is_processing": False}]).encode()) == 1.0
+
+
+@anyio
+async def test_one_server_of_a_kind_needs_no_replicas(tmp_path: Path) -> None:
+    async with engine("vllm") as server:
+        policy = POLICY.format(server="vllm", first=server.url, replicas="")
+        async with running(policy, tmp_path / "home") as gateway:
+            assert (await gateway.chat(ask(model="big")))[0] == 200
+    assert server.bodies[0]["cache_salt"]
+    assert server.headers[0]["endpoint-load-metrics-format"] == "JSON"
