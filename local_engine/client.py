@@ -23,6 +23,9 @@ from local_engine.types import (
     Probe,
     ProbeResult,
     SamplingParams,
+    Score,
+    ScoreResult,
+    TapSpec,
 )
 from local_engine.wire import FrameError, decode_event, encode_frame, read_frame
 
@@ -32,7 +35,7 @@ class EngineClient:
 
     A lost connection ends everything in flight with EngineGone at once; `connect` may then be called again. A slow
     reader of a stream holds up nobody: its deltas are merged while they wait, so a stream never holds more than one
-    merged delta, bounded by the model's context, and the closing event.
+    merged delta for each choice, bounded by the model's context, and the closing events.
     """
 
     def __init__(self, socket_path: str) -> None:
@@ -100,27 +103,57 @@ class EngineClient:
         sampling: SamplingParams,
         tools_json: bytes | None = None,
         prefix: str = "",
+        *,
+        n: int = 1,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        salt: str = "",
+        taps: TapSpec | None = None,
     ) -> AsyncGenerator[Delta | Finished, None]:
-        """Stream an answer; the last event is Finished. Leaving early (`aclose`, a cancelled task) cancels it.
+        """Stream `n` answers, each of which ends with Finished. Leaving early (`aclose`, a cancelled task) cancels all.
 
         Raises EngineFailure when the engine refuses or fails, EngineGone when the link is or gets lost. Use
         `contextlib.aclosing` so that leaving the loop early closes the stream at once.
         """
         with self._asking() as (id, inbox):
-            over = False
+            running = n
             try:
-                self._send(Generate(id, model, messages_json, sampling, tools_json, prefix))
-                while not over:
+                self._send(
+                    Generate(
+                        id, model, messages_json, sampling, tools_json, prefix, n, priority, deadline_s, salt, taps
+                    )
+                )
+                while running:
                     event = await inbox.get()
-                    over = isinstance(event, Finished)
+                    running -= isinstance(event, Finished)
                     if isinstance(event, Delta | Finished):
                         yield event
             except (EngineFailure, EngineGone):
-                over = True
+                running = 0
                 raise
             finally:
-                if not over:
+                if running:
                     self._cancel(id)
+
+    async def score(
+        self,
+        model: str,
+        messages_json: bytes,
+        candidates: Sequence[str],
+        tools_json: bytes | None = None,
+        prefix: str = "",
+        *,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        salt: str = "",
+    ) -> ScoreResult:
+        """How probable each candidate is as what comes next. Raises as `generate` does."""
+        texts = list(candidates)
+        event = await self._ask(
+            lambda id: Score(id, model, messages_json, texts, tools_json, prefix, priority, deadline_s, salt)
+        )
+        assert isinstance(event, ScoreResult)
+        return event
 
     async def probe(self, messages_json: bytes) -> ProbeResult:
         """How likely each local model answers this well, and how long its prompt is. Raises as `generate` does."""
@@ -138,10 +171,13 @@ class EngineClient:
         with self._asking() as (id, inbox):
             self._send(command(id))
             try:
-                return await inbox.get()
+                event = await inbox.get()
             except asyncio.CancelledError:
                 self._cancel(id)
                 raise
+            if isinstance(event, Finished):  # cancelled, and not by us
+                raise EngineGone("the engine stopped before it answered")
+            return event
 
     @contextlib.contextmanager
     def _asking(self) -> Iterator[tuple[int, "_Inbox"]]:
@@ -192,10 +228,11 @@ class _Inbox:
         self._changed = asyncio.Event()
 
     def put(self, event: Event) -> None:
-        waiting = self._events[-1] if self._events else None
-        if isinstance(event, Delta) and isinstance(waiting, Delta):
-            event = _merged(waiting, event)
-            self._events.pop()
+        if isinstance(event, Delta):
+            for at, waiting in enumerate(self._events):
+                if isinstance(waiting, Delta) and waiting.choice == event.choice:
+                    self._events[at] = _merged(waiting, event)
+                    return
         self._events.append(event)
         self._changed.set()
 
@@ -223,4 +260,6 @@ def _merged(first: Delta, then: Delta) -> Delta:
         first.reasoning + then.reasoning,
         first.tokens + then.tokens,
         [*first.logprobs, *then.logprobs],
+        first.choice,
+        [*first.tapped, *then.tapped],
     )

@@ -32,7 +32,12 @@ class EngineConfig:
     max_running: int = 8
     """Sequences decoded at the same time; more wait in line."""
     prefill_chunk: int = 256
-    """Most prompt tokens read in one step; bounds the time to honour a cancel."""
+    """Most tokens of one step, the one of each decoding sequence counted first; bounds the time to honour a cancel.
+    Where a step takes longer than 50 ms it is given fewer."""
+    kv_bytes: int = 1 << 30
+    """Most bytes of keys and values of running sequences, for each model; when it is full, the last in line waits."""
+    prefix_bytes: int = 1 << 29
+    """Most bytes of keys and values kept for prompts that begin alike, for each model; 0 keeps none."""
     exit_with_parent: bool = True
     """Stop when the process that started this one is gone, so that no engine outlives its supervisor."""
 
@@ -42,9 +47,10 @@ class EngineConfig:
                 raise ValueError(f"models holds {name!r}: {source!r}; both the name and the path or hub id are needed")
         if not 0 < len(os.fsencode(self.socket_path)) <= _SOCKET_PATH_BYTES:
             raise ValueError(f"socket_path {self.socket_path!r} must have 1 to {_SOCKET_PATH_BYTES} bytes")
-        for key in ("threads", "max_running", "prefill_chunk"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1, not {getattr(self, key)}")
+        least_of = {"threads": 1, "max_running": 1, "prefill_chunk": 1, "kv_bytes": 1, "prefix_bytes": 0}
+        for key, least in least_of.items():
+            if getattr(self, key) < least:
+                raise ValueError(f"{key} must be at least {least}, not {getattr(self, key)}")
 
 
 def configure_process(threads: int) -> None:

@@ -1,10 +1,12 @@
 """The engine: one thread that owns the models and turns commands into events, a step at a time.
 
-A step gives one token to every decoding sequence and one chunk to one sequence still reading its prompt (they take
-turns), so a long prompt delays decoding by one chunk and no more. Cancels are looked at before every forward pass;
-probes and embeds are served, all waiting ones at once, between steps.
+Each model has a lane (`lane.py`), which computes its sequences; the lanes take turns. Each request has a controller
+(`generation.py`, `scoring.py`), which owns sequences through `primitives.py` and says what its caller is told.
+Cancels and deadlines are looked at before every step; probes and embeds are served, all waiting ones at once, between
+steps. What one step means for one connection is delivered at once, as one message.
 """
 
+import itertools
 import logging
 import threading
 import time
@@ -15,26 +17,39 @@ from dataclasses import dataclass, field
 import torch
 
 from local_engine.chat import InvalidRequest, parse_messages, parse_tools, prompt_tokens
+from local_engine.generation import Generation
+from local_engine.kv import KVCache
+from local_engine.lane import Lane, Runs, Turn
 from local_engine.model import LocalModel
+from local_engine.prefix import PrefixStore
+from local_engine.prefix_identity import KVIdentity, KVLayout
+from local_engine.primitives import Controller, Primitives
+from local_engine.runner import Runner, new_kv
 from local_engine.sampler import sampling_problem
-from local_engine.sequence import Sequence
+from local_engine.scoring import Scoring
 from local_engine.types import (
     Cancel,
     Command,
+    Effort,
     Embed,
     EmbedResult,
     Event,
     Failed,
     FailureCode,
     Finished,
+    FinishReason,
     Generate,
     Hello,
     Message,
     Probe,
     Prober,
     ProbeResult,
+    Score,
+    TapSpec,
 )
 
+MAX_CHOICES = 128
+MAX_CANDIDATES = 256
 MAX_BYTES_PER_TOKEN = 64
 """Messages with more bytes than this per token of a model's window are not even counted: they cannot fit."""
 
@@ -47,23 +62,33 @@ Deliver = Callable[[list[Event]], None]
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     running: int
+    """Requests that have begun to be computed."""
     waiting: int
     steps: int
     """Steps that ran at least one forward pass, since the start."""
     kv_tokens: int
     """Tokens held in the caches of running sequences."""
+    kv_bytes: int
+    """What the caches of running sequences take."""
+    preemptions: int
+    """How often a sequence gave its cache back to compute it again later, since the start."""
 
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """A command on its way, and the sequence it became."""
+    """A command on its way."""
 
     link: "Link"
-    command: Generate | Probe | Embed
+    command: Generate | Score | Probe | Embed
     cancelled: bool = False
     since: float = field(default_factory=time.perf_counter)
-    sequence: Sequence | None = None
-    input_tokens: int = 0
+    deadline: float = float("inf")
+    controller: Controller | None = None
+    engine: Primitives | None = None
+
+    @property
+    def begun(self) -> bool:
+        return self.engine is not None and any(s.slot is not None for s in self.engine.sequences)
 
 
 class Link:
@@ -108,18 +133,27 @@ class Engine:
         *,
         max_running: int = 8,
         prefill_chunk: int = 256,
+        kv_bytes: int = 1 << 30,
+        prefix_bytes: int = 1 << 29,
+        step_s: float = 0.05,
+        make_runner: Callable[[LocalModel, KVCache], Runs] = Runner,
     ) -> None:
-        self._models = dict(models)
         self._prober = prober
-        self._max_running = max_running
-        self._prefill_chunk = prefill_chunk
+        self._lanes: dict[str, Lane] = {}
+        for name, model in models.items():
+            kv = new_kv(model, kv_bytes)
+            store = _prefix_store(name, kv, prefix_bytes) if prefix_bytes else None
+            self._lanes[name] = Lane(
+                model, kv, make_runner(model, kv), store,
+                max_running=max_running, prefill_chunk=prefill_chunk, step_s=step_s,
+            )  # fmt: skip
         self._inbox: deque[_Job] = deque()
         self._wake = threading.Condition()
         self._stopping = False
-        self._waiting: deque[_Job] = deque()
-        self._running: deque[_Job] = deque()
+        self._jobs: dict[_Job, None] = {}
+        """Those with a controller, in the order in which they came."""
+        self._serials = itertools.count()
         self._outbox: dict[Link, list[Event]] = {}
-        self._steps = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -144,12 +178,21 @@ class Engine:
         """The greeting of this engine, as process `pid`."""
         version = self._prober.version if self._prober else None
         heads = list(self._prober.heads) if self._prober else []
-        return Hello([model.card for model in self._models.values()], version, heads, pid)
+        return Hello([lane.model.card for lane in self._lanes.values()], version, heads, pid)
 
     def stats(self) -> EngineStats:
-        running = [job.sequence for job in tuple(self._running) if job.sequence is not None]
-        waiting = len(self._waiting) + len(self._inbox)
-        return EngineStats(len(running), waiting, self._steps, sum(sequence.kv_tokens for sequence in running))
+        """A glance from any thread: numbers of one moment may be off by a step."""
+        lanes = self._lanes.values()
+        jobs = list(self._jobs)
+        running = sum(job.begun for job in jobs)
+        return EngineStats(
+            running=running,
+            waiting=len(jobs) - running + len(self._inbox),
+            steps=sum(lane.steps for lane in lanes),
+            kv_tokens=sum(sequence.computed for lane in lanes for sequence in list(lane.scheduler.running)),
+            kv_bytes=sum(lane.kv.bytes_used for lane in lanes),
+            preemptions=sum(lane.scheduler.preemptions for lane in lanes),
+        )
 
     # ---- everything below runs on the engine's thread, but for _enqueue ---------------------------------------------
 
@@ -163,17 +206,20 @@ class Engine:
             while self._await_work():
                 self._take_commands()
                 self._flush()  # probes and refusals do not wait for the step
-                self._step()
-                self._flush()
-        self._take_commands()
-        for job in (*self._running, *self._waiting):
-            job.cancelled = True
-        self._step()
-        self._flush()
+                for lane in self._lanes.values():
+                    self._reap()
+                    self._tell(lane.step())
+                    self._flush()
+                self._fail_the_idle()
+            self._take_commands()
+            for job in self._jobs:
+                job.cancelled = True
+            self._reap()
+            self._flush()
 
     def _await_work(self) -> bool:
         with self._wake:
-            while not (self._stopping or self._inbox or self._waiting or self._running):
+            while not (self._stopping or self._inbox or self._jobs):
                 self._wake.wait()
             return not self._stopping
 
@@ -184,7 +230,9 @@ class Engine:
             job = self._inbox.popleft()
             match job.command:
                 case Generate() as command:
-                    self._guarded(job, self._prepare, command)
+                    self._guarded(job, self._prepare_generate, command)
+                case Score() as command:
+                    self._guarded(job, self._prepare_score, command)
                 case Probe() as command:
                     probes.append((job, command))
                 case Embed() as command:
@@ -194,28 +242,71 @@ class Engine:
         if embeds:
             self._serve_embeds(embeds)
 
-    def _prepare(self, job: _Job, command: Generate) -> None:
+    def _prepare_generate(self, job: _Job, command: Generate) -> None:
         """Check everything that can be checked before work is spent, and join the line."""
-        model = self._models.get(command.model)
-        if model is None:
-            return self._fail(job, "model_not_found", f"no local model {command.model!r}; there are {self._names()}")
-        problem = sampling_problem(command.sampling, model.network.config.vocab_size)
+        lane = self._lane(command)
+        model = lane.model
+        problem = sampling_problem(command.sampling, model.network.config.vocab_size) or _tap_problem(
+            command.taps, model.network.config.num_hidden_layers
+        )
         if problem is not None:
-            return self._fail(job, "invalid_request", problem)
+            raise InvalidRequest(problem)
+        if not 1 <= command.n <= MAX_CHOICES:
+            raise InvalidRequest(f"n must be from 1 to {MAX_CHOICES}, not {command.n}")
+        prompt = self._prompt(lane, command, "none" if command.prefix else command.sampling.effort)
+        self._check_room(lane, command.model, len(prompt) + 1)
+        self._begin(job, command, Generation(command, model, prompt, lane.most_tokens))
+
+    def _prepare_score(self, job: _Job, command: Score) -> None:
+        lane = self._lane(command)
+        if not 1 <= len(command.candidates) <= MAX_CANDIDATES:
+            raise InvalidRequest(f"candidates must hold 1 to {MAX_CANDIDATES} texts, not {len(command.candidates)}")
+        prompt = self._prompt(lane, command, "none")
+        candidates = [_plain_tokens(lane.model, text) for text in command.candidates]
+        for at, tokens in enumerate(candidates):
+            if not tokens:
+                raise InvalidRequest(f"candidates[{at}] has no tokens: there is nothing to score")
+        self._check_room(lane, command.model, len(prompt) + max(map(len, candidates)))
+        self._begin(job, command, Scoring(command, prompt, candidates))
+
+    def _lane(self, command: Generate | Score) -> Lane:
+        lane = self._lanes.get(command.model)
+        if lane is None:
+            raise _Refused("model_not_found", f"no local model {command.model!r}; there are {self._names()}")
+        return lane
+
+    def _prompt(self, lane: Lane, command: Generate | Score, effort: Effort) -> list[int]:
         messages, tools = parse_messages(command.messages_json), parse_tools(command.tools_json)
-        window = model.card.context_window
+        window = lane.model.card.context_window
         if len(command.messages_json) > window * MAX_BYTES_PER_TOKEN:
             reason = f"{len(command.messages_json)} bytes of messages cannot fit the {window} tokens of {command.model}"
-            return self._fail(job, "context_length_exceeded", reason)
-        prompt = prompt_tokens(model.tokenizer, messages, tools, "none" if command.prefix else command.sampling.effort)
-        if command.prefix:
-            prompt += model.tokenizer.encode(command.prefix, add_special_tokens=False, split_special_tokens=True)
-        if len(prompt) >= window:
-            reason = f"the prompt has {len(prompt)} tokens, and {command.model} has a context window of {window}"
-            return self._fail(job, "context_length_exceeded", reason)
-        job.input_tokens = len(prompt)
-        job.sequence = Sequence(command.id, model, prompt, command.sampling)
-        self._waiting.append(job)
+            raise _Refused("context_length_exceeded", reason)
+        prompt = prompt_tokens(lane.model.tokenizer, messages, tools, effort)
+        return prompt + _plain_tokens(lane.model, command.prefix) if command.prefix else prompt
+
+    def _check_room(self, lane: Lane, name: str, tokens: int) -> None:
+        """Refuse at once what could never be computed."""
+        window = lane.model.card.context_window
+        if tokens > window:
+            reason = f"the prompt has {tokens - 1} tokens, and {name} has a context window of {window}"
+            raise _Refused("context_length_exceeded", reason)
+        if tokens > lane.most_tokens:
+            reason = (
+                f"the prompt has {tokens - 1} tokens, and the KV budget of {name} ({lane.kv.bytes_limit} bytes) holds"
+                f" {lane.most_tokens}: raise kv_bytes"
+            )
+            raise _Refused("context_length_exceeded", reason)
+
+    def _begin(self, job: _Job, command: Generate | Score, controller: Controller) -> None:
+        if command.deadline_s is not None:
+            job.deadline = job.since + command.deadline_s
+        job.engine = Primitives(
+            self._lanes, job, serials=self._serials,
+            arrived=job.since, priority=command.priority, salt=command.salt.encode(),
+        )  # fmt: skip
+        job.controller = controller
+        self._jobs[job] = None
+        controller.begin(job.engine)
 
     def _serve_probes(self, jobs: list[tuple[_Job, Probe]]) -> None:
         asked: list[tuple[_Job, list[Message], int]] = []
@@ -239,7 +330,7 @@ class Engine:
 
     def _hear_probe(self, job: _Job, command: Probe, asked: list[tuple[_Job, list[Message], int]]) -> None:
         if job.cancelled:
-            return self._finish_cancelled(job)
+            return self._end(job, Finished(job.command.id, "cancelled", 0, 0, 0))
         asked.append((job, parse_messages(command.messages_json), len(command.messages_json)))
 
     def _counts(self, messages: list[Message], size: int) -> dict[str, int]:
@@ -249,7 +340,8 @@ class Engine:
         would hold up everybody else for nothing.
         """
         counts: dict[str, int] = {}
-        for name, model in self._models.items():
+        for name, lane in self._lanes.items():
+            model = lane.model
             if size > model.card.context_window * MAX_BYTES_PER_TOKEN:
                 continue
             try:
@@ -264,71 +356,70 @@ class Engine:
 
     def _embed(self, job: _Job, texts: list[str]) -> None:
         if job.cancelled:
-            return self._finish_cancelled(job)
+            return self._end(job, Finished(job.command.id, "cancelled", 0, 0, 0))
         if self._prober is None:
             return self._fail(job, "invalid_request", "this engine has no embedding model")
         vectors, dims, tokens = self._prober.embed(texts)
         self._end(job, EmbedResult(job.command.id, dims, vectors, tokens))
 
-    def _step(self) -> None:
-        """One forward pass for every decoding sequence, one chunk for the prefilling sequence whose turn it is."""
-        self._reap_waiting()
-        while self._waiting and len(self._running) < self._max_running:
-            self._running.append(self._waiting.popleft())
-        chunk_given = False
-        passes = 0
-        for job in tuple(self._running):
-            sequence = job.sequence
-            assert sequence is not None, "only prepared jobs are queued"
-            if job.cancelled:
-                self._running.remove(job)
-                self._guarded(job, self._finish_cancelled)
-            elif not sequence.in_prefill:
-                passes += 1
-                self._guarded(job, self._advance)
-            elif not chunk_given:
-                chunk_given = True
-                passes += 1
-                self._running.remove(job)  # to the back: the next prompt gets the next chunk
-                self._running.append(job)
-                self._guarded(job, self._advance)
-        self._steps += passes > 0
+    def _tell(self, turns: list[Turn]) -> None:
+        """Hand each turn to the controller whose sequence it is."""
+        for turn in turns:
+            job = turn.sequence.owner
+            assert isinstance(job, _Job), "the engine opens sequences for jobs only"
+            if job.engine is not None and job.engine.owns(turn.sequence):  # an earlier turn may have ended it
+                self._guarded(job, self._turn, turn)
 
-    def _reap_waiting(self) -> None:
-        for job in [job for job in self._waiting if job.cancelled]:
-            self._waiting.remove(job)
-            self._guarded(job, self._finish_cancelled)
+    def _turn(self, job: _Job, turn: Turn) -> None:
+        assert job.controller is not None, "it has begun"
+        assert job.engine is not None
+        if turn.error is not None:
+            raise turn.error
+        if turn.scores is not None:
+            job.engine.close(turn.sequence)
+        events = job.controller.stepped(turn)
+        if job.controller.done:
+            self._end(job, *events)
+        else:
+            self._outbox.setdefault(job.link, []).extend(events)
 
-    def _advance(self, job: _Job) -> None:
-        assert job.sequence is not None
-        events = job.sequence.advance(self._prefill_chunk)
-        self._outbox.setdefault(job.link, []).extend(events)
-        if events and isinstance(events[-1], Finished):
-            self._running.remove(job)
-            job.link._settle(job.command.id)
+    def _fail_the_idle(self) -> None:
+        """A request of whose sequences none has anything to compute would wait for ever."""
+        if not any(lane.scheduler.busy for lane in self._lanes.values()):
+            for job in list(self._jobs):
+                logger.error("command %d is not over, but has nothing to compute", job.command.id)
+                self._fail(job, "internal", "the engine failed on this request; its log has the details")
 
-    def _finish_cancelled(self, job: _Job) -> None:
-        events: list[Event] = [Finished(job.command.id, "cancelled", job.input_tokens, 0, 0)]
-        if job.sequence is not None:
-            events = [*job.sequence.end("cancelled")]
-        self._end(job, *events)
+    def _reap(self) -> None:
+        """End what was cancelled, and what has no time left."""
+        now = time.perf_counter()
+        for job in [job for job in self._jobs if job.cancelled or job.deadline <= now]:
+            self._guarded(job, self._cut, "cancelled" if job.cancelled else "deadline")
+
+    def _cut(self, job: _Job, reason: FinishReason) -> None:
+        assert job.controller is not None, "it has begun"
+        self._end(job, *job.controller.ended(reason))
 
     def _guarded(self, job: _Job, work: Callable[..., None], *args: object) -> None:
         """Do `work(job, *args)`. Whatever goes wrong in it ends that command, not the engine."""
         try:
             work(job, *args)
+        except _Refused as refusal:
+            self._fail(job, refusal.code, str(refusal))
         except InvalidRequest as error:
             self._fail(job, "invalid_request", str(error))
         except Exception:
             logger.exception("command %d failed", job.command.id)
-            if job in self._running:
-                self._running.remove(job)
             self._fail(job, "internal", "the engine failed on this request; its log has the details")
 
     def _fail(self, job: _Job, code: FailureCode, message: str) -> None:
         self._end(job, Failed(job.command.id, code, message))
 
     def _end(self, job: _Job, *events: Event) -> None:
+        """Its last events; nothing of it is left in the engine."""
+        self._jobs.pop(job, None)
+        if job.engine is not None:
+            job.engine.close_all()
         job.link._settle(job.command.id)
         self._outbox.setdefault(job.link, []).extend(events)
 
@@ -339,4 +430,32 @@ class Engine:
         self._outbox.clear()
 
     def _names(self) -> str:
-        return ", ".join(sorted(self._models))
+        return ", ".join(sorted(self._lanes))
+
+
+class _Refused(Exception):
+    """A command cannot be run; `code` says why, the message says it to the caller."""
+
+    def __init__(self, code: FailureCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def _prefix_store(name: str, kv: KVCache, prefix_bytes: int) -> PrefixStore:
+    return PrefixStore(KVIdentity(name, "in memory", KVLayout.of(kv.shape)), bytes_limit=prefix_bytes)
+
+
+def _plain_tokens(model: LocalModel, text: str) -> list[int]:
+    """The tokens of a piece of text; control tokens written in it are read as plain text."""
+    tokens: list[int] = model.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    return tokens
+
+
+def _tap_problem(taps: TapSpec | None, layers: int) -> str | None:
+    if taps is None:
+        return None
+    if not taps.layers or not all(0 <= layer <= layers for layer in taps.layers):
+        return f"taps.layers must name layers from 0 (the embeddings) to {layers}, not {list(taps.layers)}"
+    if taps.where == "tokens" and not taps.tokens:
+        return "taps.tokens is empty: name the token ids whose hidden states are wanted"
+    return None

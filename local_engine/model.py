@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from local_engine.config import Device, Dtype, locate
@@ -28,16 +28,6 @@ class LocalModel:
     """Tokens that are never text."""
     think_token: int | None
     end_think_token: int | None
-
-    def new_cache(self) -> Any:
-        return DynamicCache(config=self.network.config)
-
-    def forward(self, tokens: list[int], cache: Any) -> torch.Tensor:
-        """Read `tokens` after what the cache holds, which grows by them; float32 logits of the last one."""
-        ids = torch.tensor([tokens], device=self.device)
-        out = self.network(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits: torch.Tensor = out.logits[0, -1].float()
-        return logits
 
 
 def load_model(name: str, source: str, dtype: Dtype = "auto", device: Device = "auto") -> LocalModel:

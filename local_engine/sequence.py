@@ -1,85 +1,89 @@
-"""One running generation: its prompt, its KV cache, its sampler and the text on its way out."""
+"""One running text, as the planner sees it. No torch here."""
 
 from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
+from local_engine.types import TapSpec
 
-from local_engine.detok import Piece, TextStream
-from local_engine.model import LocalModel
-from local_engine.sampler import Choice, Sampler
-from local_engine.types import Delta, Finished, FinishReason, SamplingParams, TokenLogprob
+if TYPE_CHECKING:
+    from local_engine.sampler import Sampler
+
+AGING_S = 10.0
+"""Waiting this long is worth one step of priority."""
 
 
+@dataclass(slots=True, eq=False)
 class Sequence:
-    """Advances by one prompt chunk or one token at a time; knows nothing of connections or queues."""
+    """Tokens, and how many of them are in the KV cache. Everything a step does follows from `pending`.
 
-    def __init__(self, id: int, model: LocalModel, prompt: list[int], params: SamplingParams) -> None:
-        room = model.card.context_window - len(prompt)
-        self._id = id
-        self._model = model
-        self._prompt = prompt
-        self._params = params
-        self._max_tokens = min(params.max_tokens or room, room)
-        self._ends = model.end_tokens.union(params.stop_token_ids)
-        self._sampler = Sampler(params, model.device, prompt_tokens=len(prompt), end_tokens=model.end_tokens)
-        self._text = TextStream(model, params.stop, thinking=model.think_token in prompt[-2:])
-        self._cache = model.new_cache()
-        self._read = 0  # prompt tokens in the cache
-        self._history = array("i", prompt)
-        self._output_tokens = 0
-        self._reasoning_tokens = 0
-        self._untold_tokens = 0
-        self._untold_logprobs: list[TokenLogprob] = []
+    There are no phases: a prompt, forced text, a sampled token and a draft to be verified are all tokens that are not
+    computed yet. With a sampler the sequence writes on whenever all are; without one it reads what it has, and rests.
+    """
+
+    ids: "array[int]"
+    """The text: 32-bit token ids, so that samplers and prefix stores read them where they lie."""
+    rank: tuple[float, int]
+    """Its place in every line, smaller first: see `place`."""
+    limit: int
+    """Most tokens it may have."""
+    owner: object = None
+    """Whose it is; comes back with its turns."""
+    sampler: "Sampler | None" = None
+    scored_from: int | None = None
+    """Not None: it exists to score `ids` from here on, and ends when that is done."""
+    scores: "Scores | None" = None
+    salt: bytes = b""
+    taps: TapSpec | None = None
+    prompt_len: int = 0
+    """Where generated tokens begin."""
+    computed: int = 0
+    """Of `ids` and `draft` together, those whose KV is in the cache."""
+    cached: int | None = None
+    """Tokens of the prompt that the prefix store had when it was first let in; None before."""
+    draft: list[int] = field(default_factory=list)
+    """Guesses of what comes after `ids`, to be verified in the next step."""
+    slot: int | None = None
+    """Its place in the KV cache; None while it has none: then nothing is computed."""
+    tapped: int = 0
+    """Positions below this have had their hidden states told; computing them again tells nobody."""
+    at_rest: bool = False
+    """It has read all that it was given and has no sampler. It stays at rest when its KV is taken away."""
+
+    def __post_init__(self) -> None:
+        self.prompt_len = self.prompt_len or len(self.ids)
 
     @property
-    def in_prefill(self) -> bool:
-        return self._read < len(self._prompt)
+    def pending(self) -> int:
+        """Tokens to compute before it can write, score or rest; drafts are not counted."""
+        return 0 if self.at_rest else len(self.ids) - (self.scored_from is not None) - self.computed
 
-    @property
-    def kv_tokens(self) -> int:
-        return int(self._cache.get_seq_length())
+    def forget(self) -> None:
+        """Its KV is gone: what it has said stays, and is computed again."""
+        self.slot, self.computed = None, 0
+        self.draft.clear()
 
-    def advance(self, prefill_chunk: int) -> list[Delta | Finished]:
-        """One forward pass, and the events it causes; the last one is Finished when the sequence is over."""
-        if self.in_prefill:
-            chunk = self._prompt[self._read : self._read + prefill_chunk]
-            logits = self._model.forward(chunk, self._cache)
-            self._read += len(chunk)
-            return [] if self.in_prefill else self._accept(logits)
-        return self._accept(self._model.forward([self._history[-1]], self._cache))
 
-    def end(self, reason: FinishReason) -> list[Delta | Finished]:
-        """The closing events: what was held back, then the counts."""
-        finished = Finished(self._id, reason, len(self._prompt), self._output_tokens, self._reasoning_tokens)
-        return [*self._told(self._text.finish(), last=True), finished]
+@dataclass(slots=True)
+class Scores:
+    """What a model thinks of given tokens, each after those before it; raw, at temperature 1."""
 
-    def _accept(self, logits: torch.Tensor) -> list[Delta | Finished]:
-        choice = self._sampler.pick(logits, self._history)
-        self._history.append(choice.token)
-        was_thinking = self._text.thinking
-        ended = choice.token in self._ends
-        piece = Piece() if ended else self._text.push(choice.token)
-        self._output_tokens += 1
-        self._untold_tokens += 1
-        if was_thinking or self._text.thinking:  # both markers count as thinking
-            self._reasoning_tokens += 1
-        elif self._params.logprobs and not ended and choice.token not in self._model.special_tokens:
-            self._untold_logprobs.append(self._logprob(choice))
-        events: list[Delta | Finished] = [*self._told(piece)]
-        if ended or self._text.stopped:
-            return events + self.end("stop")
-        if self._output_tokens >= self._max_tokens:
-            return events + self.end("length")
-        return events
+    logprobs: list[float] = field(default_factory=list)
+    """Natural logarithms."""
+    entropies: list[float] = field(default_factory=list)
+    """Of the distribution in whose place each token stands, in nats."""
 
-    def _told(self, piece: Piece, *, last: bool = False) -> list[Delta]:
-        if not (piece.content or piece.reasoning or (last and self._untold_logprobs)):
-            return []
-        delta = Delta(self._id, piece.content, piece.reasoning, self._untold_tokens, self._untold_logprobs)
-        self._untold_tokens, self._untold_logprobs = 0, []
-        return [delta]
 
-    def _logprob(self, choice: Choice) -> TokenLogprob:
-        decode = self._model.tokenizer.decode
-        top = [(decode([token]), logprob) for token, logprob in choice.top]
-        return TokenLogprob(decode([choice.token]), choice.logprob, top)
+def token_ids(tokens: Iterable[int]) -> "array[int]":
+    """Token ids as sequences hold them."""
+    return array("i", tokens)
+
+
+def place(priority: int, arrived: float, serial: int) -> tuple[float, int]:
+    """The rank of a sequence: priority with aging, as one number that never changes.
+
+    Every `AGING_S` of waiting counts as one step of priority, for all alike; so the order between two of them is fixed
+    when they arrive, and at most those that come within `AGING_S` times their lead in priority go first.
+    """
+    return arrived - priority * AGING_S, serial

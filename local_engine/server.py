@@ -43,7 +43,10 @@ def run_engine(config: EngineConfig, prober: Prober | None) -> None:
 
     torch.set_num_threads(config.threads)
     models = {name: load_model(name, source, config.dtype, config.device) for name, source in config.models.items()}
-    engine = Engine(models, prober, max_running=config.max_running, prefill_chunk=config.prefill_chunk)
+    engine = Engine(
+        models, prober, max_running=config.max_running, prefill_chunk=config.prefill_chunk,
+        kv_bytes=config.kv_bytes, prefix_bytes=config.prefix_bytes,
+    )  # fmt: skip
     asyncio.run(_run_until_told(engine, config, parent))
 
 

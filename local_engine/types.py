@@ -2,9 +2,10 @@
 
 The link carries length-prefixed msgpack frames (four bytes, big endian, then one struct of the unions below).
 The engine speaks first, with `Hello`. Commands carry an `id` chosen by the client and unique on its connection;
-every event names the command it answers. `Generate` is answered by any number of `Delta` and then exactly one of
-`Finished` or `Failed`; `Probe` and `Embed` by one result or one `Failed`. `Cancel` has no answer of its own: the
-cancelled command ends with `Finished(finish_reason="cancelled")` within one engine step.
+every event names the command it answers. `Generate` is answered, for each of its `n` choices, by any number of `Delta`
+and then one `Finished`, or, for all of them together, by one `Failed`; `Probe`, `Embed` and `Score` by one result or
+one `Failed`. `Cancel` has no answer of its own: the cancelled command ends with `Finished(finish_reason="cancelled")`,
+one for each choice that is not over, within one engine step; so does, with `"deadline"`, a command whose time is up.
 """
 
 from collections.abc import Sequence
@@ -13,8 +14,9 @@ from typing import Any, Literal, Protocol
 import msgspec
 
 Effort = Literal["none", "low", "high"]
-FinishReason = Literal["stop", "length", "cancelled"]
-FailureCode = Literal["context_length_exceeded", "model_not_found", "invalid_request", "internal"]
+FinishReason = Literal["stop", "length", "cancelled", "deadline"]
+FailureCode = Literal["context_length_exceeded", "model_not_found", "invalid_request", "deadline", "internal"]
+"""`deadline`: of a command that has nothing to give before it is done; a generation ends with what it has."""
 Message = dict[str, Any]
 """One chat message in OpenAI's shape, as decoded JSON."""
 
@@ -51,6 +53,16 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """How long to think, for models trained with effort modes; others ignore it."""
 
 
+class TapSpec(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Which hidden states come back: of these layers, at these tokens."""
+
+    layers: tuple[int, ...]
+    """0 is the embeddings, k the output of the k-th decoder layer; the last one is before the final norm."""
+    where: Literal["prompt", "generated", "tokens"] = "prompt"
+    """The last token of the prompt; every generated token; or those of the generated ones that are in `tokens`."""
+    tokens: tuple[int, ...] = ()
+
+
 class Generate(msgspec.Struct, frozen=True, tag="generate"):
     id: int
     model: str
@@ -60,6 +72,30 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     tools_json: bytes | None = None
     prefix: str = ""
     """Words of the answer that are there already: the model writes on from them, without thinking first."""
+    n: int = 1
+    """Answers to write; the prompt is read once. Choice k uses the seed plus k."""
+    priority: int = 0
+    """More urgent is larger. Waiting counts: ten seconds are worth one."""
+    deadline_s: float | None = None
+    """Seconds from now after which what is not over ends, with what it has."""
+    salt: str = ""
+    """The tenant: what was computed for one is never found by another."""
+    taps: TapSpec | None = None
+    """Hidden states to send back."""
+
+
+class Score(msgspec.Struct, frozen=True, tag="score"):
+    """How probable are these continuations of a conversation?"""
+
+    id: int
+    model: str
+    messages_json: bytes
+    candidates: list[str]
+    tools_json: bytes | None = None
+    prefix: str = ""
+    priority: int = 0
+    deadline_s: float | None = None
+    salt: str = ""
 
 
 class Probe(msgspec.Struct, frozen=True, tag="probe"):
@@ -77,7 +113,7 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     """The command to cancel."""
 
 
-Command = Generate | Probe | Embed | Cancel
+Command = Generate | Score | Probe | Embed | Cancel
 
 
 class ModelCard(msgspec.Struct, frozen=True):
@@ -102,8 +138,19 @@ class TokenLogprob(msgspec.Struct, frozen=True):
     top: list[tuple[str, float]] = []
 
 
+class Tapped(msgspec.Struct, frozen=True):
+    """Hidden states that a TapSpec asked for."""
+
+    positions: list[int]
+    """Of the tokens, counted from the start of the prompt."""
+    shape: tuple[int, int, int]
+    """(tokens, layers in the order asked for, width)"""
+    data: bytes
+    """float16, little endian, row major."""
+
+
 class Delta(msgspec.Struct, frozen=True, tag="delta"):
-    """New text of one running command; either part may be empty. Never half a character."""
+    """New text of one choice of a running command; either part may be empty. Never half a character."""
 
     id: int
     content: str = ""
@@ -111,6 +158,9 @@ class Delta(msgspec.Struct, frozen=True, tag="delta"):
     tokens: int = 1
     """Tokens this delta stands for."""
     logprobs: list[TokenLogprob] = []
+    choice: int = 0
+    tapped: list[Tapped] = []
+    """Where taps were asked for: a generated token's states come with the step after it, so the last token has none."""
 
 
 class Finished(msgspec.Struct, frozen=True, tag="finished"):
@@ -121,6 +171,9 @@ class Finished(msgspec.Struct, frozen=True, tag="finished"):
     """All generated tokens, reasoning and a final end-of-turn token included."""
     reasoning_tokens: int
     """Of the output tokens, those inside the thinking block."""
+    cached_tokens: int = 0
+    """Of the input tokens, those whose KV the prefix store had. Choices share a prompt: choice 0 says it."""
+    choice: int = 0
 
 
 class ProbeResult(msgspec.Struct, frozen=True, tag="probe_result"):
@@ -141,13 +194,31 @@ class EmbedResult(msgspec.Struct, frozen=True, tag="embed_result"):
     tokens: int
 
 
+class CandidateScore(msgspec.Struct, frozen=True):
+    """What the model thinks of each token of one candidate; raw, at temperature 1."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    """Natural logarithms."""
+    entropies: list[float]
+    """Of the distribution in whose place each token stands, in nats."""
+
+
+class ScoreResult(msgspec.Struct, frozen=True, tag="score_result"):
+    id: int
+    candidates: list[CandidateScore]
+    input_tokens: int
+    """Of the prompt, which is read once."""
+    cached_tokens: int = 0
+
+
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
     id: int
     code: FailureCode
     message: str
 
 
-Event = Hello | Delta | Finished | ProbeResult | EmbedResult | Failed
+Event = Hello | Delta | Finished | ScoreResult | ProbeResult | EmbedResult | Failed
 
 
 class Prober(Protocol):

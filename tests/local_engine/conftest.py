@@ -1,6 +1,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import AutoTokenizer
 import local_engine
 from local_engine.engine import Engine
 from local_engine.model import LocalModel, load_model
-from tests.local_engine.engine_harness import ARCHITECTURES, StartEngine, WatchedNetwork
+from tests.local_engine.engine_harness import ARCHITECTURES, StartEngine, Watch
 from tests.local_engine.fake_prober import FakeProber
 
 BUNDLED = Path(local_engine.__file__).parent / "bundled" / "base"
@@ -54,10 +55,15 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 
 
 @pytest.fixture
-def watched(bundled: LocalModel) -> tuple[LocalModel, WatchedNetwork]:
-    """The bundled model, never ending its turn, with a network that waits for leave."""
-    network = WatchedNetwork(bundled.network, gated=True)
-    return dataclasses.replace(bundled, network=network, end_tokens=frozenset()), network
+def endless(bundled: LocalModel) -> LocalModel:
+    """The bundled model, never ending its turn."""
+    return dataclasses.replace(bundled, end_tokens=frozenset())
+
+
+@pytest.fixture
+def gate() -> Watch:
+    """Holds every forward pass of the engine that is started with it."""
+    return Watch(gated=True)
 
 
 @pytest.fixture
@@ -70,7 +76,7 @@ def start_engine() -> Iterator[StartEngine]:
     """Start engines that stop with the test; each must be healthy then."""
     engines: list[Engine] = []
 
-    def start(model: LocalModel, prober: FakeProber | None = None, **options: int) -> Engine:
+    def start(model: LocalModel, prober: FakeProber | None = None, **options: Any) -> Engine:
         engine = Engine({"m": model}, prober, **options)
         engine.start()
         engines.append(engine)
@@ -81,3 +87,4 @@ def start_engine() -> Iterator[StartEngine]:
         assert engine.alive, "the engine's thread died"
         engine.stop()
         assert not engine.alive
+        assert (engine.stats().kv_bytes, engine.stats().running) == (0, 0), "something was left behind"

@@ -4,7 +4,7 @@ import asyncio
 import json
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import (
@@ -19,6 +19,9 @@ from transformers import (
 )
 
 from local_engine.engine import Engine, Link
+from local_engine.kv import KVCache
+from local_engine.model import LocalModel
+from local_engine.runner import Runner, Segment, StepOutput
 from local_engine.types import (
     Cancel,
     Delta,
@@ -29,6 +32,8 @@ from local_engine.types import (
     Probe,
     ProbeResult,
     SamplingParams,
+    Score,
+    ScoreResult,
 )
 
 ARCHITECTURES = {
@@ -54,30 +59,44 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.002)
 
 
-class WatchedNetwork:
-    """A network that remembers the tokens of every forward pass and, when gated, waits for leave to do one."""
+class Watch:
+    """Remembers the segments of every forward pass and, when gated, holds each until leave is given for it.
 
-    def __init__(self, network: Any, *, gated: bool = False) -> None:
-        self._network = network
+    An engine takes it as its `make_runner`: the passes it lets through are a real runner's.
+    """
+
+    def __init__(self, *, gated: bool = False) -> None:
         self._gated = gated
         self._leave = threading.Semaphore(0)
         self._asked = threading.Condition()
-        self.passes: list[list[int]] = []
-        self.fails_at: int | None = None
+        self.passes: list[list[Segment]] = []
+        self.fails: Callable[[list[Segment]], bool] = lambda segments: False
+        self.error: Exception = RuntimeError("made to fail")
 
-    @property
-    def config(self) -> Any:
-        return self._network.config
+    def __call__(self, model: LocalModel, kv: KVCache) -> "WatchedRunner":
+        return WatchedRunner(Runner(model, kv), self)
 
-    def __call__(self, **inputs: Any) -> Any:
+    def enter(self, segments: list[Segment]) -> None:
         with self._asked:
-            self.passes.append(inputs["input_ids"][0].tolist())
+            self.passes.append(segments)
             self._asked.notify_all()
         if self._gated and not self._leave.acquire(timeout=PATIENCE_S):
             raise TimeoutError("nobody gave leave for a forward pass")
-        if self.fails_at == len(self.passes):
-            raise RuntimeError("made to fail")
-        return self._network(**inputs)
+        if self.fails(segments):
+            raise self.error
+
+    def read_in(self, prompt: list[int]) -> list[int]:
+        """All tokens computed in the slot that read `prompt`, in order."""
+        slots: dict[int, list[int]] = {}
+        for segments in self.passes:
+            for segment in segments:
+                slots.setdefault(segment.slot, []).extend(segment.tokens)
+        return next(tokens for tokens in slots.values() if tokens[: len(prompt)] == prompt)
+
+    @property
+    def sizes(self) -> list[list[int]]:
+        """Tokens of each segment of each pass, the smallest first."""
+        return [sorted(len(segment.tokens) for segment in segments) for segments in self.passes]
 
     def allow(self, passes: int) -> None:
         self._leave.release(passes)
@@ -88,6 +107,16 @@ class WatchedNetwork:
             assert self._asked.wait_for(lambda: len(self.passes) >= number, PATIENCE_S)
 
 
+class WatchedRunner:
+    def __init__(self, runner: Runner, watch: Watch) -> None:
+        self._runner = runner
+        self._watch = watch
+
+    def run(self, segments: Sequence[Segment], *, tap_layers: Sequence[int] = ()) -> StepOutput:
+        self._watch.enter(list(segments))
+        return self._runner.run(segments, tap_layers=tap_layers)
+
+
 class Caller:
     """One link to an engine, and the events that came back."""
 
@@ -95,12 +124,19 @@ class Caller:
         self._queue: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
         self._ids = iter(range(1, 1_000_000))
         self.seen: dict[int, list[Event]] = {}
+        self._expected: dict[int, int] = {}
         self.link: Link = engine.connect(self._queue.put)
 
-    def generate(self, text: str | bytes, sampling: SamplingParams = GREEDY, model: str = "m") -> int:
+    def generate(self, text: str | bytes, sampling: SamplingParams = GREEDY, model: str = "m", **options: Any) -> int:
         id = next(self._ids)
         messages = text if isinstance(text, bytes) else user(text)
-        self.link.submit(Generate(id, model, messages, sampling))
+        self._expected[id] = options.get("n", 1)
+        self.link.submit(Generate(id, model, messages, sampling, **options))
+        return id
+
+    def score(self, text: str, candidates: list[str], model: str = "m", **options: Any) -> int:
+        id = next(self._ids)
+        self.link.submit(Score(id, model, user(text), candidates, **options))
         return id
 
     def probe(self, messages_json: bytes) -> int:
@@ -113,14 +149,21 @@ class Caller:
 
     def wait(self, id: int) -> list[Event]:
         """All events of one command, once it is over."""
-        while not any(isinstance(event, Finished | Failed | ProbeResult) for event in self.seen.get(id, [])):
+        while not self._over(id):
             for event in self._queue.get(timeout=PATIENCE_S):
                 assert not hasattr(event, "models")
                 self.seen.setdefault(event.id, []).append(event)
         return self.seen[id]
 
-    def finished(self, id: int) -> Finished:
-        last = self.wait(id)[-1]
+    def _over(self, id: int) -> bool:
+        seen = self.seen.get(id, [])
+        if any(isinstance(event, Failed | ProbeResult | ScoreResult) for event in seen):
+            return True
+        return sum(isinstance(event, Finished) for event in seen) >= self._expected.get(id, 1)
+
+    def finished(self, id: int, choice: int = 0) -> Finished:
+        ends = [event for event in self.wait(id) if isinstance(event, Finished | Failed)]
+        last = next(event for event in ends if isinstance(event, Failed) or event.choice == choice)
         assert isinstance(last, Finished), last
         return last
 
@@ -129,8 +172,11 @@ class Caller:
         assert isinstance(last, Failed), last
         return last
 
-    def content(self, id: int) -> str:
-        return "".join(event.content for event in self.wait(id) if isinstance(event, Delta))
+    def content(self, id: int, choice: int = 0) -> str:
+        return "".join(event.content for event in self.deltas(id, choice))
 
-    def reasoning(self, id: int) -> str:
-        return "".join(event.reasoning for event in self.wait(id) if isinstance(event, Delta))
+    def reasoning(self, id: int, choice: int = 0) -> str:
+        return "".join(event.reasoning for event in self.deltas(id, choice))
+
+    def deltas(self, id: int, choice: int = 0) -> list[Delta]:
+        return [event for event in self.wait(id) if isinstance(event, Delta) and event.choice == choice]

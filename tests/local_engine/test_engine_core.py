@@ -1,7 +1,6 @@
 """The engine in this process: the same tokens as transformers, in turns, and gone when cancelled."""
 
 import dataclasses
-import itertools
 import math
 import shutil
 import threading
@@ -19,11 +18,24 @@ from local_engine.engine import Engine
 from local_engine.errors import ModelLoadError
 from local_engine.model import LocalModel, load_model
 from local_engine.types import Delta, ProbeResult, SamplingParams
-from tests.local_engine.engine_harness import ARCHITECTURES, GREEDY, Caller, StartEngine, WatchedNetwork, user
+from tests.local_engine.engine_harness import ARCHITECTURES, GREEDY, Caller, StartEngine, Watch, user
 from tests.local_engine.fake_prober import FakeProber
 
-Watched = tuple[LocalModel, WatchedNetwork]
 QUESTION = "Anna has 12 apples. She buys 7 more. How many apples are there now?"
+
+
+@pytest.fixture(scope="session")
+def references(tiny_folder: Callable[[str], Path]) -> Callable[[str], LocalModel]:
+    """Models that no engine has taken: their networks run by transformers' own forward pass."""
+    loaded: dict[str, LocalModel] = {}
+
+    def load(family: str) -> LocalModel:
+        if family not in loaded:
+            source = "bundled/base" if family == "bundled" else str(tiny_folder(family))
+            loaded[family] = load_model("m", source, "float32", "cpu")
+        return loaded[family]
+
+    return load
 
 
 def generated_by_transformers(model: LocalModel, text: str, n: int) -> list[int]:
@@ -42,18 +54,21 @@ def test_greedy_tokens_equal_those_of_generate(
     prefill_chunk: int,
     bundled: LocalModel,
     tiny_folder: Callable[[str], Path],
+    references: Callable[[str], LocalModel],
     start_engine: StartEngine,
 ) -> None:
+    """Read in chunks of any size, and beside others: what is computed is the prompt, then what transformers says."""
+    expected = generated_by_transformers(references(family), QUESTION, 40)
     model = bundled if family == "bundled" else load_model("m", str(tiny_folder(family)), "float32", "cpu")
-    expected = generated_by_transformers(model, QUESTION, 40)
-    network = WatchedNetwork(model.network)
-    never_ending = model if family == "bundled" else dataclasses.replace(model, end_tokens=frozenset())
-    caller = Caller(start_engine(dataclasses.replace(never_ending, network=network), prefill_chunk=prefill_chunk))
+    model = model if family == "bundled" else dataclasses.replace(model, end_tokens=frozenset())
+    watch = Watch()
+    caller = Caller(start_engine(model, max_running=2, prefill_chunk=prefill_chunk, make_runner=watch))
+    beside = caller.generate("1 + 1 " * 9, SamplingParams(temperature=0, max_tokens=60))
     id = caller.generate(QUESTION, SamplingParams(temperature=0, max_tokens=40))
     finished = caller.finished(id)
+    caller.finished(beside)
     prompt = prompt_tokens(model.tokenizer, parse_messages(user(QUESTION)))
-    read = [token for tokens in network.passes for token in tokens]
-    assert read == prompt + expected[:-1]
+    assert list(watch.read_in(prompt)) == prompt + expected[:-1]
     assert (finished.input_tokens, finished.output_tokens) == (len(prompt), len(expected))
 
 
@@ -134,83 +149,78 @@ def test_logprobs_belong_to_the_content(bundled: LocalModel, start_engine: Start
         assert sum(math.exp(logprob) for _, logprob in entry.top) <= 1 + 1e-5
 
 
-def test_a_cancel_stops_before_the_next_forward_pass(watched: Watched, start_engine: StartEngine) -> None:
-    model, network = watched
-    engine = start_engine(model)
+def test_a_cancel_stops_before_the_next_forward_pass(
+    endless: LocalModel, gate: Watch, start_engine: StartEngine
+) -> None:
+    engine = start_engine(endless, make_runner=gate)
     caller = Caller(engine)
     id = caller.generate("What is 3 + 4?")
-    network.allow(5)
-    network.wait_for_pass(6)  # the sixth is asked for, and held
+    gate.allow(5)
+    gate.wait_for_pass(6)  # the sixth is asked for, and held
     caller.cancel(id)
-    network.allow(100)
+    gate.allow(100)
     finished = caller.finished(id)
     assert (finished.finish_reason, finished.output_tokens) == ("cancelled", 6)
-    assert len(network.passes) == 6
-    assert engine.stats() == dataclasses.replace(engine.stats(), running=0, waiting=0, steps=6, kv_tokens=0)
+    assert len(gate.passes) == 6
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.steps, stats.kv_tokens, stats.kv_bytes) == (0, 0, 6, 0, 0)
 
 
-def test_a_closed_link_cancels_its_commands_only(watched: Watched, start_engine: StartEngine) -> None:
-    model, network = watched
-    engine = start_engine(model, max_running=2)
+def test_a_closed_link_cancels_its_commands_only(endless: LocalModel, gate: Watch, start_engine: StartEngine) -> None:
+    engine = start_engine(endless, max_running=2, make_runner=gate)
     leaving, staying = Caller(engine), Caller(engine)
     for _ in range(3):
         leaving.generate("What is 3 + 4?")
-    network.allow(5)
-    network.wait_for_pass(6)
+    gate.allow(5)
+    gate.wait_for_pass(6)
     leaving.link.close()
-    network.allow(10_000)
+    gate.allow(10_000)
     assert staying.finished(staying.generate("1 + 1", SamplingParams(temperature=0, max_tokens=9))).output_tokens == 9
     assert engine.stats().running == engine.stats().waiting == 0
 
 
-def test_a_waiting_request_can_be_cancelled(watched: Watched, start_engine: StartEngine) -> None:
-    model, network = watched
-    caller = Caller(start_engine(model, max_running=1))
+def test_a_waiting_request_can_be_cancelled(endless: LocalModel, gate: Watch, start_engine: StartEngine) -> None:
+    caller = Caller(start_engine(endless, max_running=1, make_runner=gate))
     first, second = caller.generate("1 + 1"), caller.generate("2 + 2")
-    network.wait_for_pass(1)
+    gate.wait_for_pass(1)
     caller.cancel(second)
-    network.allow(2)
+    gate.allow(2)
     assert caller.finished(second).finish_reason == "cancelled"
     caller.cancel(first)
-    network.allow(10)
+    gate.allow(10)
     assert caller.finished(first).finish_reason == "cancelled"
 
 
-def test_a_long_prompt_does_not_starve_decoding(watched: Watched, start_engine: StartEngine) -> None:
-    model, network = watched
-    caller = Caller(start_engine(model, prefill_chunk=16))
+def test_a_long_prompt_does_not_starve_decoding(endless: LocalModel, gate: Watch, start_engine: StartEngine) -> None:
+    caller = Caller(start_engine(endless, prefill_chunk=16, make_runner=gate))
     short = caller.generate("1 + 1", SamplingParams(temperature=0, max_tokens=30))
-    network.allow(4)
-    network.wait_for_pass(5)
+    gate.allow(6)
+    gate.wait_for_pass(7)
     long = caller.generate("1 + 1 " * 120, SamplingParams(temperature=0, max_tokens=1))
-    network.allow(10_000)
+    gate.allow(10_000)
     caller.finished(short)
     caller.finished(long)
-    sizes = [len(tokens) for tokens in network.passes]
-    first_chunk = next(at for at, size in enumerate(sizes) if at >= 5 and size == 16)
-    last_decode = max(at for at, size in enumerate(sizes) if size == 1)
-    beside = sizes[first_chunk:last_decode]
-    assert beside.count(16) > 10, "the long prompt was read while the short one decoded"
-    assert all({one, other} == {1, 16} for one, other in itertools.pairwise(beside))
+    beside = [sizes for sizes in gate.sizes if len(sizes) == 2]
+    assert len(beside) > 10, "the long prompt was read while the short one decoded"
+    assert all(one == 1 and one + chunk <= 16 for one, chunk in beside)
 
 
 def test_a_probe_is_answered_while_others_generate(
-    watched: Watched, prober: FakeProber, start_engine: StartEngine
+    endless: LocalModel, gate: Watch, prober: FakeProber, start_engine: StartEngine
 ) -> None:
-    model, network = watched
-    caller = Caller(start_engine(model, prober))
+    caller = Caller(start_engine(endless, prober, make_runner=gate))
     running = caller.generate("1 + 1")
-    network.allow(2)
-    network.wait_for_pass(3)
+    gate.allow(2)
+    gate.wait_for_pass(3)
     ids = [caller.probe(user(text)) for text in ("a", "bbb", "cc")]
-    network.allow(1)  # the pass under way; then the probes have their turn
-    network.wait_for_pass(4)
+    gate.allow(1)  # the pass under way; then the probes have their turn
+    gate.wait_for_pass(4)
     results = [caller.wait(id)[-1] for id in ids]
     assert [result.p_success["m"] for result in results if isinstance(result, ProbeResult)] == [0.5, 0.25, 1 / 3]
     assert prober.batches == [3]
-    assert len(network.passes) == 4
+    assert len(gate.passes) == 4
     caller.cancel(running)
-    network.allow(10)
+    gate.allow(10)
     caller.finished(running)
 
 
@@ -281,26 +291,28 @@ def test_a_request_that_cannot_run_is_refused(
     assert caller.failed(caller.generate(messages, sampling, model)).code == code
 
 
-def test_a_failing_step_fails_one_request(bundled: LocalModel, start_engine: StartEngine) -> None:
-    network = WatchedNetwork(bundled.network)
-    network.fails_at = 4
-    engine = start_engine(dataclasses.replace(bundled, network=network))
+def test_a_failing_step_fails_the_request_that_fails_it(bundled: LocalModel, start_engine: StartEngine) -> None:
+    """Six together; the pass that holds the last prompt's tokens fails, and so it does alone. The others go on."""
+    watch = Watch()
+    engine = start_engine(bundled, make_runner=watch)
     caller = Caller(engine)
-    assert caller.failed(caller.generate("3 + 4")).code == "internal"
-    assert caller.content(caller.generate("What is 3 + 4?")) == "The answer is 7."
+    poison = bundled.tokenizer.encode("8", add_special_tokens=False)[0]
+    watch.fails = lambda segments: any(list(segment.tokens).count(poison) >= 3 for segment in segments)
+    good = [caller.generate(f"What is 3 + {n}?") for n in range(5)]
+    assert caller.failed(caller.generate("888 + 888")).code == "internal"
+    assert [caller.content(id) for id in good] == [f"The answer is {n + 3}." for n in range(5)]
     assert engine.stats().running == 0
 
 
-def test_stopping_ends_everything_as_cancelled(watched: Watched) -> None:
-    model, network = watched
-    engine = Engine({"m": model}, max_running=1)
+def test_stopping_ends_everything_as_cancelled(endless: LocalModel, gate: Watch) -> None:
+    engine = Engine({"m": endless}, max_running=1, make_runner=gate)
     engine.start()
     caller = Caller(engine)
     ids = [caller.generate("1 + 1") for _ in range(3)]
-    network.wait_for_pass(1)
+    gate.wait_for_pass(1)
     stopping = threading.Thread(target=engine.stop)
     stopping.start()
-    network.allow(10_000)
+    gate.allow(10_000)
     stopping.join()
     assert not engine.alive
     assert [caller.finished(id).finish_reason for id in ids] == ["cancelled"] * 3

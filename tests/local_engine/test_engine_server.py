@@ -18,7 +18,7 @@ from local_engine.model import LocalModel
 from local_engine.server import serve
 from local_engine.types import Delta, Event, Finished, Generate, Hello, SamplingParams
 from local_engine.wire import MAX_FRAME_BYTES, decode_event, encode_frame, read_frame
-from tests.local_engine.engine_harness import GREEDY, PATIENCE_S, StartEngine, WatchedNetwork, until, user
+from tests.local_engine.engine_harness import GREEDY, PATIENCE_S, StartEngine, Watch, until, user
 from tests.local_engine.fake_prober import FakeProber
 
 pytestmark = pytest.mark.anyio
@@ -97,25 +97,23 @@ async def test_failures_have_a_code(client: EngineClient) -> None:
 
 
 async def test_leaving_a_stream_cancels_it(
-    watched: tuple[LocalModel, WatchedNetwork], start_engine: StartEngine, socket_path: str
+    endless: LocalModel, gate: Watch, start_engine: StartEngine, socket_path: str
 ) -> None:
-    model, network = watched
-    engine = start_engine(model)
+    engine = start_engine(endless, make_runner=gate)
     async with aclosing(served(engine, socket_path)) as clients:
         client = await anext(clients)
-        network.allow(100)
+        gate.allow(100)
         async with aclosing(client.generate("m", user("1 + 1"), GREEDY)) as stream:
             await anext(stream)
-        network.allow(10_000)
+        gate.allow(10_000)
         await until(lambda: engine.stats().running == 0)
         assert engine.stats().kv_tokens == 0
 
 
 async def test_closing_the_connection_cancels_everything(
-    watched: tuple[LocalModel, WatchedNetwork], start_engine: StartEngine, socket_path: str
+    endless: LocalModel, gate: Watch, start_engine: StartEngine, socket_path: str
 ) -> None:
-    model, network = watched
-    engine = start_engine(model)
+    engine = start_engine(endless, make_runner=gate)
     async with aclosing(served(engine, socket_path)) as clients:
         client = await anext(clients)
         tasks = [asyncio.create_task(answer(client, "1 + 1")) for _ in range(3)]
@@ -123,7 +121,7 @@ async def test_closing_the_connection_cancels_everything(
         await client.close()
         for outcome in await asyncio.gather(*tasks, return_exceptions=True):
             assert isinstance(outcome, EngineGone)
-        network.allow(10_000)
+        gate.allow(10_000)
         await until(lambda: engine.stats().running == 0)
         with pytest.raises(EngineGone):
             await answer(client, "1 + 1")
@@ -210,6 +208,8 @@ async def test_what_is_no_engine_is_engine_gone(greeting: bytes, socket_path: st
         ({"threads": 0}, "threads"),
         ({"max_running": 0}, "max_running"),
         ({"prefill_chunk": 0}, "prefill_chunk"),
+        ({"kv_bytes": 0}, "kv_bytes"),
+        ({"prefix_bytes": -1}, "prefix_bytes"),
     ],
 )
 async def test_a_bad_configuration_is_named(options: dict[str, object], reason: str) -> None:

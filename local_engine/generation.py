@@ -1,0 +1,178 @@
+"""One `Generate`: its choices, their text on its way out, and why each ended."""
+
+from dataclasses import dataclass, field
+
+import msgspec
+import torch
+
+from local_engine.detok import Piece, TextStream
+from local_engine.lane import Hidden, Turn
+from local_engine.model import LocalModel
+from local_engine.primitives import Primitives
+from local_engine.sampler import Choice, Sampler
+from local_engine.sequence import Sequence
+from local_engine.types import (
+    Delta,
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    Generate,
+    SamplingParams,
+    Tapped,
+    TokenLogprob,
+)
+
+
+class Generation:
+    """Controller of `n` choices of one prompt: choice 0 reads it, the others are forked from it once it is read."""
+
+    def __init__(self, command: Generate, model: LocalModel, prompt: list[int], most_tokens: int) -> None:
+        self._command = command
+        self._model = model
+        self._prompt = prompt
+        asked, room = command.sampling.max_tokens, most_tokens - len(prompt)
+        self._max_tokens = room if asked is None else min(asked, room)
+        self._engine: Primitives | None = None
+        self._answers = [_Answer(command, model, prompt, choice) for choice in range(command.n)]
+        self._answer_of: dict[Sequence, _Answer] = {}
+
+    @property
+    def done(self) -> bool:
+        return all(answer.over for answer in self._answers)
+
+    def begin(self, engine: Primitives) -> None:
+        self._engine = engine
+        limit = len(self._prompt) + self._max_tokens
+        first = engine.open(self._command.model, self._prompt, self._sampler(0), limit=limit, taps=self._command.taps)
+        self._answer_of[first] = self._answers[0]
+
+    def stepped(self, turn: Turn) -> list[Event]:
+        assert self._engine is not None, "it has begun"
+        sequence = turn.sequence
+        answer = self._answer_of[sequence]
+        if turn.choices and len(self._answer_of) < len(self._answers):
+            self._fork(sequence, self._engine)
+        if answer.choice == 0:
+            answer.cached_tokens = sequence.cached or 0
+        if turn.hidden is not None:
+            answer.reveal(turn.hidden)
+        events: list[Event] = []
+        for choice in turn.choices:
+            events += answer.take(choice, self._max_tokens)
+            if answer.over:
+                break
+        if turn.out_of_room and not answer.over:
+            events += answer.end("length") if answer.output_tokens else self._refuse(len(sequence.ids))
+        if answer.over:
+            self._engine.close(sequence)
+        elif answer.tapped:
+            events += answer.told(Piece())
+        return events
+
+    def ended(self, reason: FinishReason) -> list[Event]:
+        return [event for answer in self._answers if not answer.over for event in answer.end(reason)]
+
+    def _refuse(self, tokens: int) -> list[Event]:
+        for answer in self._answers:
+            answer.over = True
+        reason = f"the KV budget of {self._command.model} cannot hold a sequence of {tokens} tokens; raise kv_bytes"
+        return [Failed(self._command.id, "context_length_exceeded", reason)]
+
+    def _fork(self, first: Sequence, engine: Primitives) -> None:
+        for answer in self._answers[1:]:
+            fork = engine.fork(first, self._sampler(answer.choice), length=len(self._prompt))
+            fork.taps = self._command.taps if self._command.taps and self._command.taps.where != "prompt" else None
+            self._answer_of[fork] = answer
+
+    def _sampler(self, choice: int) -> Sampler:
+        params = self._command.sampling
+        if params.seed is not None:
+            params = msgspec.structs.replace(params, seed=params.seed + choice)
+        return Sampler(params, self._model.device, prompt_tokens=len(self._prompt), end_tokens=self._model.end_tokens)
+
+
+@dataclass(slots=True, eq=False)
+class _Answer:
+    """One choice: what it has said, and what of it has been told."""
+
+    command: Generate
+    model: LocalModel
+    prompt: list[int]
+    choice: int
+    over: bool = False
+    cached_tokens: int = 0
+    tapped: list[Tapped] = field(default_factory=list)
+    _text: TextStream = field(init=False)
+    output_tokens: int = 0
+    _reasoning_tokens: int = 0
+    _untold_tokens: int = 0
+    _untold_logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        thinking = self.model.think_token in self.prompt[-2:]
+        self._text = TextStream(self.model, self._params.stop, thinking=thinking)
+
+    @property
+    def _params(self) -> SamplingParams:
+        return self.command.sampling
+
+    def take(self, choice: Choice, max_tokens: int) -> list[Event]:
+        """One more token, and the events it causes."""
+        was_thinking = self._text.thinking
+        ended = choice.token in self.model.end_tokens or choice.token in self._params.stop_token_ids
+        piece = Piece() if ended else self._text.push(choice.token)
+        self.output_tokens += 1
+        self._untold_tokens += 1
+        if was_thinking or self._text.thinking:  # both markers count as thinking
+            self._reasoning_tokens += 1
+        elif self._params.logprobs and not ended and choice.token not in self.model.special_tokens:
+            self._untold_logprobs.append(self._logprob(choice))
+        events = self.told(piece)
+        if ended or self._text.stopped:
+            return events + self.end("stop")
+        if self.output_tokens >= max_tokens:
+            return events + self.end("length")
+        return events
+
+    def end(self, reason: FinishReason) -> list[Event]:
+        """The closing events: what was held back, then the counts."""
+        self.over = True
+        return [
+            *self.told(self._text.finish(), last=True),
+            Finished(
+                self.command.id,
+                reason,
+                len(self.prompt),
+                self.output_tokens,
+                self._reasoning_tokens,
+                cached_tokens=self.cached_tokens,
+                choice=self.choice,
+            ),
+        ]
+
+    def told(self, piece: Piece, *, last: bool = False) -> list[Event]:
+        if not (piece.content or piece.reasoning or self.tapped or (last and self._untold_logprobs)):
+            return []
+        delta = Delta(
+            self.command.id,
+            piece.content,
+            piece.reasoning,
+            self._untold_tokens,
+            self._untold_logprobs,
+            self.choice,
+            self.tapped,
+        )
+        self._untold_tokens, self._untold_logprobs, self.tapped = 0, [], []
+        return [delta]
+
+    def reveal(self, hidden: Hidden) -> None:
+        """Hidden states to go out with the next delta."""
+        tokens, layers, width = hidden.states.shape
+        data = hidden.states.to("cpu", torch.float16).numpy().astype("<f2").tobytes()
+        self.tapped.append(Tapped(hidden.positions, (tokens, layers, width), data))
+
+    def _logprob(self, choice: Choice) -> TokenLogprob:
+        decode = self.model.tokenizer.decode
+        top = [(decode([token]), logprob) for token, logprob in choice.top]
+        return TokenLogprob(decode([choice.token]), choice.logprob, top)

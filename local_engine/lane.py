@@ -1,0 +1,346 @@
+"""One model's lane through the engine: its KV, its runner, its prefix store, its line of sequences. One thread only.
+
+A step: plan (`scheduler.py`), one packed forward pass over everything planned (`runner.py`), one sampling over all rows
+that write (`sampler.py`), and a `Turn` for each sequence that has something to tell its owner.
+"""
+
+import logging
+import time
+from array import array
+from collections.abc import Callable
+from collections.abc import Sequence as Sized
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final, Protocol
+
+import torch
+from torch import Tensor
+
+from local_engine.kv import KVCache, KVFull
+from local_engine.model import LocalModel
+from local_engine.prefix import PrefixStore
+from local_engine.runner import Segment, StepOutput
+from local_engine.sampler import Choice, pick_all
+from local_engine.scheduler import Scheduler
+from local_engine.sequence import Scores, Sequence, token_ids
+
+HEADROOM: Final = 32
+"""Tokens beyond its text for which a sequence gets room when it is let in, so that it comes forward before it asks."""
+
+logger = logging.getLogger(__name__)
+
+
+class Runs(Protocol):
+    """What a lane needs of a `Runner`."""
+
+    def run(self, segments: Sized[Segment], *, tap_layers: Sized[int] = ()) -> StepOutput: ...
+
+
+@dataclass(slots=True)
+class Hidden:
+    """Hidden states of some of a sequence's tokens."""
+
+    positions: list[int]
+    states: Tensor
+    """[positions, layers asked for, width], as the model computed them."""
+
+
+@dataclass(slots=True)
+class Turn:
+    """What a step meant for one sequence."""
+
+    sequence: Sequence
+    choices: list[Choice] = field(default_factory=list)
+    """Tokens that it wrote: now the end of its `ids`."""
+    hidden: Hidden | None = None
+    scores: Scores | None = None
+    """Of a sequence that scores: it is done, and closed."""
+    rested: bool = False
+    """It has read all that it was given, and has no sampler."""
+    out_of_room: bool = False
+    """All KV there is does not hold it; it is computed no further."""
+    error: Exception | None = None
+    """Its part of the step failed."""
+
+
+class Pace:
+    """How many tokens a step may compute so that it takes no longer than `step_s`; at most `chunk`.
+
+    Measured: a step of n tokens that took t allows n * step_s / t next time, smoothed. Where t = a + b * n this
+    settles where the step takes `step_s`.
+    """
+
+    def __init__(self, chunk: int, step_s: float) -> None:
+        self._chunk = chunk
+        self._step_s = step_s
+        self._tokens = float(chunk)
+
+    @property
+    def tokens(self) -> int:
+        return max(1, min(self._chunk, int(self._tokens)))
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        allowed = tokens * self._step_s / max(seconds, 1e-6)
+        self._tokens += 0.3 * (min(allowed, 2.0 * self._chunk) - self._tokens)
+
+
+class Lane:
+    """Computes the sequences of one model, step by step."""
+
+    def __init__(
+        self,
+        model: LocalModel,
+        kv: KVCache,
+        runner: Runs,
+        store: PrefixStore | None = None,
+        *,
+        max_running: int = 8,
+        prefill_chunk: int = 256,
+        step_s: float = 0.05,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.model = model
+        self.kv = kv
+        self.store = store
+        self.scheduler = Scheduler(max_running)
+        self.most_tokens = min(model.card.context_window, kv.bytes_limit // kv.token_bytes)
+        """Of one sequence: the window, or what the KV budget holds."""
+        self.steps = 0
+        self.computed_tokens = 0
+        self._runner = runner
+        self._pace = Pace(prefill_chunk, step_s)
+        self._clock = clock
+
+    # ---- sequences come, change and go --------------------------------------------------------------------------
+
+    def add(self, sequence: Sequence) -> None:
+        """Compute it from the next step on."""
+        self.scheduler.add(sequence)
+
+    def drop(self, sequence: Sequence) -> None:
+        """Free all that it has; what it computed stays in the prefix store."""
+        self.scheduler.remove(sequence)
+        if sequence.slot is not None:
+            self.give(sequence)
+            sequence.forget()
+
+    def branch(self, parent: Sequence, child: Sequence) -> None:
+        """Add `child`, whose text begins as `parent`'s, with as much of the parent's KV as it can use."""
+        shared = min(parent.computed, child.computed)
+        child.computed = 0
+        if parent.slot is not None and shared:
+            try:
+                child.slot = self.kv.fork(parent.slot, shared)
+                child.computed = shared
+            except KVFull:
+                logger.debug("no room for a fork: it will read its text again")
+        self.add(child)
+
+    def rewind(self, sequence: Sequence, length: int) -> None:
+        """Forget the KV after the first `length` tokens."""
+        sequence.draft.clear()
+        sequence.tapped = min(sequence.tapped, length)
+        if sequence.slot is not None and sequence.computed > length:
+            self.kv.truncate(sequence.slot, length)
+            sequence.computed = length
+
+    def publish(self, sequence: Sequence) -> None:
+        """Give what is computed of its text to the prefix store. A store that fails costs its hits and no request."""
+        if self.store is None or sequence.slot is None or sequence.scored_from is not None:
+            return
+        try:
+            tokens = sequence.ids[: sequence.computed]
+            self.store.commit(sequence.salt, tokens, partial(self.kv.export, sequence.slot))
+        except Exception:
+            logger.exception("storing a prefix failed")
+
+    # ---- room, as the scheduler asks for it -----------------------------------------------------------------------
+
+    def take(self, sequence: Sequence, length: int) -> bool:
+        try:
+            if sequence.slot is not None:
+                self.kv.reserve(sequence.slot, min(length, sequence.limit))
+            else:
+                sequence.slot = self.kv.open(min(length + HEADROOM, sequence.limit))
+                self._recall(sequence, sequence.slot)
+        except (KVFull, torch.OutOfMemoryError):
+            return False
+        return True
+
+    def give(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None, "only those with a slot are asked to give it"
+        self.publish(sequence)
+        self.kv.close(sequence.slot)
+
+    def _recall(self, sequence: Sequence, slot: int) -> None:
+        """Load the longest stored prefix; the last token, and what is to be scored, is left to compute."""
+        if self.store is not None:
+            try:
+                with self.store.lookup(sequence.salt, sequence.ids[: sequence.scored_from]) as match:
+                    if match.tokens:
+                        match.load(self.kv, slot)
+                    sequence.computed = match.tokens
+            except Exception:
+                logger.exception("loading a prefix failed")
+                self.kv.truncate(slot, 0)
+        if sequence.cached is None:
+            sequence.cached = sequence.computed
+
+    # ---- a step -----------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[Turn]:
+        """Compute what is due; nothing where nothing is."""
+        plan = self.scheduler.plan(self, self._pace.tokens)
+        turns = [Turn(sequence, out_of_room=True) for sequence in plan.stuck]
+        for sequence in plan.stuck:
+            sequence.at_rest = True
+        if plan.work:
+            began = self._clock()
+            turns += self._compute(plan.work)
+            self.steps += 1
+            self.computed_tokens += plan.tokens
+            if plan.tokens > len(plan.work):
+                self._pace.observe(plan.tokens, self._clock() - began)
+        return turns
+
+    def _compute(self, work: list[tuple[Sequence, int]]) -> list[Turn]:
+        """One forward pass; where it fails, one for each, so that a failure ends nothing but what caused it."""
+        segments = [_segment(sequence, count) for sequence, count in work]
+        layers = sorted({layer for sequence, _ in work if sequence.taps for layer in sequence.taps.layers})
+        try:
+            output = self._runner.run(segments, tap_layers=layers)
+        except Exception as error:
+            for segment in segments:
+                self.kv.truncate(segment.slot, segment.start)
+            if len(work) > 1 and isinstance(error, torch.OutOfMemoryError):
+                self.scheduler.preempt(work[-1][0], self)
+                return self._compute(work[:-1])
+            if len(work) > 1:
+                return [turn for one in work for turn in self._compute([one])]
+            logger.exception("a step of one sequence failed")
+            return [Turn(work[0][0], error=error)]
+        return self._told([sequence for sequence, _ in work], segments, output)
+
+    def _told(self, sequences: list[Sequence], segments: list[Segment], output: StepOutput) -> list[Turn]:
+        turns = [Turn(sequence) for sequence in sequences]
+        writers: list[Turn] = []
+        rows: list[int] = []
+        row = 0
+        for turn, segment in zip(turns, segments, strict=True):
+            sequence = turn.sequence
+            sequence.computed += len(segment.tokens)
+            these = range(row, row + segment.logits)
+            row += segment.logits
+            if sequence.scores is not None:
+                self._score(sequence, output.logits[these.start : these.stop], sequence.scores)
+                turn.scores = None if sequence.pending else sequence.scores
+            elif segment.logits:
+                writers.append(turn)
+                rows += these
+            elif not sequence.pending:
+                sequence.at_rest = turn.rested = True
+                self.publish(sequence)
+        if writers:
+            self._write(writers, output.logits if len(rows) == len(output.logits) else output.logits[rows])
+        if output.hidden:
+            self._reveal(turns, segments, output)
+        return [turn for turn in turns if turn.choices or turn.hidden or turn.scores or turn.rested or turn.error]
+
+    def _write(self, turns: list[Turn], logits: Tensor) -> None:
+        """Choose what comes next in every sequence that writes, all at once.
+
+        A draft is verified by choosing at each of its tokens as if it were right, and kept as far as it agrees: the
+        choice depends on seed and position alone, so the text is what it would be without drafts.
+        """
+        windows = [_window(turn.sequence) for turn in turns]
+        chosen = iter(self._choices(turns, windows, logits))
+        for turn, window in zip(turns, windows, strict=True):
+            choices = [next(chosen) for _ in window]
+            sequence, draft = turn.sequence, list(turn.sequence.draft)
+            if len(sequence.ids) == sequence.prompt_len:
+                self.rewind(sequence, len(sequence.ids))
+                self.publish(sequence)
+            for at, choice in enumerate(choices):
+                if choice is None:
+                    break
+                turn.choices.append(choice)
+                if at == len(draft) or choice.token != draft[at]:
+                    break
+            sequence.ids.extend(choice.token for choice in turn.choices)
+            self.rewind(sequence, len(sequence.ids) - 1)
+            sequence.at_rest = len(sequence.ids) >= sequence.limit
+
+    def _choices(self, turns: list[Turn], windows: "list[list[array[int]]]", logits: Tensor) -> list[Choice | None]:
+        """A choice for every row of every window; none where choosing failed, which its turn then says."""
+        samplers = [
+            turn.sequence.sampler
+            for turn, window in zip(turns, windows, strict=True)
+            for _ in window
+            if turn.sequence.sampler is not None
+        ]
+        histories = [history for window in windows for history in window]
+        try:
+            return [*pick_all(logits, samplers, histories)]
+        except Exception as error:
+            if len(turns) == 1:
+                logger.exception("choosing a token failed")
+                turns[0].error = error
+                return [None for _ in histories]
+        found: list[Choice | None] = []
+        for turn, window in zip(turns, windows, strict=True):
+            found += self._choices([turn], [window], logits[len(found) : len(found) + len(window)])
+        return found
+
+    def _reveal(self, turns: list[Turn], segments: list[Segment], output: StepOutput) -> None:
+        """Hand out the tapped states, but for those of drafts that were wrong."""
+        tap = 0
+        for turn, segment in zip(turns, segments, strict=True):
+            sequence, taps = turn.sequence, turn.sequence.taps
+            kept = sum(segment.start + at < sequence.computed for at in segment.taps)
+            if kept and taps is not None:
+                states = [output.hidden[layer][tap : tap + kept] for layer in taps.layers]
+                turn.hidden = Hidden([segment.start + at for at in segment.taps[:kept]], torch.stack(states, 1))
+            tap += len(segment.taps)
+            sequence.tapped = max(sequence.tapped, sequence.computed)
+
+    def _score(self, sequence: Sequence, logits: Tensor, scores: Scores) -> None:
+        """Take in the logits of the next tokens to score, in order."""
+        if not len(logits):
+            return
+        assert sequence.scored_from is not None
+        first = sequence.scored_from + len(scores.logprobs)
+        tokens = torch.tensor(sequence.ids[first : first + len(logits)], dtype=torch.int64, device=logits.device)
+        logprobs = torch.log_softmax(logits, -1)
+        scores.logprobs += logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1).tolist()
+        scores.entropies += torch.special.entr(logprobs.exp()).sum(-1).tolist()
+
+
+def _segment(sequence: Sequence, count: int) -> Segment:
+    """The next `count` tokens of a sequence, and what is wanted of them."""
+    assert sequence.slot is not None, "only those with a slot are planned"
+    start, stop = sequence.computed, sequence.computed + count
+    tokens = sequence.ids[start:stop]
+    tokens.extend(sequence.draft[: stop - start - len(tokens)])
+    if sequence.scored_from is not None:
+        logits = max(0, stop - max(start, sequence.scored_from - 1))
+    else:
+        logits = stop - len(sequence.ids) + 1 if sequence.sampler is not None and stop >= len(sequence.ids) else 0
+    return Segment(sequence.slot, start, tokens, logits, _taps(sequence, start, tokens))
+
+
+def _window(sequence: Sequence) -> "list[array[int]]":
+    """The histories before each token that is to be chosen: its text, then with one, two, … tokens of its draft."""
+    return [sequence.ids, *(sequence.ids + token_ids(sequence.draft[:n]) for n in range(1, len(sequence.draft) + 1))]
+
+
+def _taps(sequence: Sequence, start: int, tokens: Sized[int]) -> list[int]:
+    """Which of `tokens`, at positions from `start`, are tapped and have not been told yet."""
+    spec = sequence.taps
+    if spec is None:
+        return []
+    stop = start + len(tokens)
+    if spec.where == "prompt":
+        last = sequence.prompt_len - 1
+        return [last - start] if max(start, sequence.tapped) <= last < stop else []
+    new = range(max(start, sequence.tapped, sequence.prompt_len), stop)
+    return [at - start for at in new if spec.where == "generated" or tokens[at - start] in spec.tokens]
