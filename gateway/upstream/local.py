@@ -20,7 +20,8 @@ from local_engine.client import EngineClient
 from local_engine.errors import EngineFailure, EngineGone
 from local_engine.types import Delta, Effort, Finished, SamplingParams, TokenLogprob
 
-MAX_SEED = (1 << 63) - 1
+MAX_SEED = (1 << 62) - 1
+LATE = "the engine did not end its answer in time"
 _encode = msgspec.json.Encoder().encode
 _EFFORTS: dict[str, Effort] = {
     "none": "none", "minimal": "none", "low": "low", "medium": "high", "high": "high", "xhigh": "high",
@@ -53,7 +54,7 @@ class LocalUpstream:
         client = self._link.client
         if client is None:
             raise UpstreamError("engine_gone", "the engine process is not up")
-        stream = LocalStream(self._generations(client, target, call), target, call)
+        stream = LocalStream(self._generation(client, target, call), target, call)
         try:
             await stream.read_first()
         except BaseException:
@@ -81,40 +82,38 @@ class LocalUpstream:
             await stream.close()
         return Answer(whole.body(), stream.state.usage, stream.state.delivered_bytes)
 
-    def _generations(
-        self, client: EngineClient, target: Target, call: ChatCall
-    ) -> list[AsyncIterator[Delta | Finished]]:
+    def _generation(self, client: EngineClient, target: Target, call: ChatCall) -> AsyncIterator[Delta | Finished]:
         asked = call.sampling
         messages = bytes(call.fields["messages"])
         if call.prefix:  # the engine takes it beside the conversation, not as its last message
             messages = _encode(msgspec.json.decode(messages, type=list[msgspec.Raw])[:-1])
         seed = asked.seed if asked.seed is not None else next(self._seeds)
         tools = call.fields.get("tools")
-        return [
-            client.generate(
-                target.wire_model,
-                messages,
-                SamplingParams(
-                    max_tokens=asked.max_tokens,
-                    temperature=asked.temperature,
-                    top_p=asked.top_p,
-                    seed=(seed + choice) & MAX_SEED,
-                    stop=asked.stop,
-                    logprobs=asked.logprobs,
-                    top_logprobs=asked.top_logprobs,
-                    effort=_EFFORTS.get(asked.reasoning_effort or "low", "low"),
-                ),
-                tools_json=bytes(tools) if tools is not None else None,
-                prefix=call.prefix,
-            )
-            for choice in range(call.choices)
-        ]
+        return client.generate(
+            target.wire_model,
+            messages,
+            SamplingParams(
+                max_tokens=asked.max_tokens,
+                temperature=asked.temperature,
+                top_p=asked.top_p,
+                seed=seed & MAX_SEED,
+                stop=asked.stop,
+                logprobs=asked.logprobs,
+                top_logprobs=asked.top_logprobs,
+                effort=_EFFORTS.get(asked.reasoning_effort or "low", "low"),
+            ),
+            tools_json=bytes(tools) if tools is not None else None,
+            prefix=call.prefix,
+            n=call.choices,
+            deadline_s=target.timeout_s,
+            salt=call.tenant,
+        )
 
 
 class LocalStream:
-    """The choices of one call, merged as their tokens come."""
+    """The choices of one call, as their tokens come."""
 
-    def __init__(self, generations: list[AsyncIterator[Delta | Finished]], target: Target, call: ChatCall) -> None:
+    def __init__(self, generation: AsyncIterator[Delta | Finished], target: Target, call: ChatCall) -> None:
         self.state = StreamState()
         self.completion_id = f"chatcmpl-{time.time_ns():x}"
         self.created = int(time.time())
@@ -123,17 +122,14 @@ class LocalStream:
         self._wait_s = target.first_byte_timeout_s
         self._idle_timeout_s = target.idle_timeout_s
         self._wants_logprobs = call.sampling.logprobs
-        self._generations = generations
-        self._merged: asyncio.Queue[tuple[int, Delta | Finished | BaseException]] = asyncio.Queue(maxsize=256)
-        self._tasks = [asyncio.create_task(self._pump(i, g)) for i, g in enumerate(generations)]
-        self._running = len(generations)
+        self._arrived: asyncio.Queue[Delta | Finished | Exception] = asyncio.Queue(maxsize=256)
+        self._pumping = asyncio.create_task(self._pump(generation))
+        self._choices = self._running = call.choices
         self._finished: list[Finished] = []
         self._first: list[Event] = []
 
     async def read_first(self) -> None:
-        self._first = [
-            self._chunk(choice, {"role": "assistant", "content": ""}) for choice in range(len(self._generations))
-        ]
+        self._first = [self._chunk(choice, {"role": "assistant", "content": ""}) for choice in range(self._choices)]
         self._first.extend(await self._read_group())
 
     async def __aiter__(self) -> AsyncIterator[list[Event]]:
@@ -143,16 +139,15 @@ class LocalStream:
         self.state.done = True
 
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._pumping.cancel()
+        await asyncio.gather(self._pumping, return_exceptions=True)
 
-    async def _pump(self, choice: int, generation: AsyncIterator[Delta | Finished]) -> None:
+    async def _pump(self, generation: AsyncIterator[Delta | Finished]) -> None:
         try:
             async for item in generation:
-                await self._merged.put((choice, item))
+                await self._arrived.put(item)
         except Exception as error:  # whoever reads the stream must hear of it, whatever it is
-            await self._merged.put((choice, error))
+            await self._arrived.put(error)
         finally:
             close = getattr(generation, "aclose", None)
             if close is not None:
@@ -163,31 +158,33 @@ class LocalStream:
         wait_s = min(self._wait_s, self._deadline - time.monotonic())
         try:
             async with asyncio.timeout(wait_s):
-                waiting = [await self._merged.get()]
+                waiting = [await self._arrived.get()]
         except TimeoutError as error:
             if wait_s < self._wait_s:
-                raise UpstreamError("timeout", "the engine did not end its answer in time") from error
+                raise UpstreamError("timeout", LATE) from error
             raise UpstreamError("timeout", f"the engine gave no token within {wait_s:g} s") from error
         self._wait_s = self._idle_timeout_s
-        while not self._merged.empty():
-            waiting.append(self._merged.get_nowait())
+        while not self._arrived.empty():
+            waiting.append(self._arrived.get_nowait())
         events: list[Event] = []
-        for choice, item in waiting:
-            if isinstance(item, BaseException):
+        for item in waiting:
+            if isinstance(item, Exception):
                 raise _upstream_error(item)
             if isinstance(item, Delta):
-                events.append(self._delta(choice, item))
+                events.append(self._delta(item))
+            elif item.finish_reason == "deadline":
+                raise UpstreamError("timeout", LATE)
             elif item.finish_reason == "cancelled":  # not by us: our own cancels are never read back
                 raise UpstreamError("engine_gone", "the engine stopped in the middle of its answer")
             else:
                 self._running -= 1
                 self._finished.append(item)
-                events.append(self._chunk(choice, {}, finish_reason=item.finish_reason))
+                events.append(self._chunk(item.choice, {}, finish_reason=item.finish_reason))
         if not self._running:
             events.append(self._usage())
         return events
 
-    def _delta(self, choice: int, delta: Delta) -> Event:
+    def _delta(self, delta: Delta) -> Event:
         fields: dict[str, Any] = {}
         if delta.reasoning:
             fields["reasoning_content"] = delta.reasoning
@@ -196,7 +193,7 @@ class LocalStream:
         self.state.delivered_bytes += len(delta.reasoning.encode()) + len(delta.content.encode())
         self.state.deltas += delta.tokens
         logprobs = {"content": [_logprob(token) for token in delta.logprobs]} if self._wants_logprobs else None
-        return self._chunk(choice, fields, logprobs=logprobs)
+        return self._chunk(delta.choice, fields, logprobs=logprobs)
 
     def _chunk(
         self,
@@ -212,14 +209,15 @@ class LocalStream:
     def _usage(self) -> Event:
         # n choices of one prompt read it once: the prompt is counted once, as OpenAI does.
         prompt = self._finished[0].input_tokens
+        cached = max(f.cached_tokens for f in self._finished)
         output = sum(f.output_tokens for f in self._finished)
         reasoning = sum(f.reasoning_tokens for f in self._finished)
-        self.state.usage = Usage(input=prompt, output=output - reasoning, reasoning=reasoning)
+        self.state.usage = Usage(prompt - cached, cached, output=output - reasoning, reasoning=reasoning)
         usage = {
             "prompt_tokens": prompt,
             "completion_tokens": output,
             "total_tokens": prompt + output,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": cached},
             "completion_tokens_details": {"reasoning_tokens": reasoning},
         }
         return Event(_encode({**self._frame(), "choices": [], "usage": usage}), usage_only=True)
@@ -242,7 +240,7 @@ def _logprob(token: TokenLogprob) -> dict[str, Any]:
     }
 
 
-def _upstream_error(error: BaseException) -> BaseException:
+def _upstream_error(error: Exception) -> Exception:
     """What lifecycle understands of the engine's errors; any other error stays what it is."""
     if not isinstance(error, EngineFailure | EngineGone):
         return error
@@ -253,5 +251,7 @@ def _upstream_error(error: BaseException) -> BaseException:
             }  # fmt: skip
             cause: Cause = "context_length" if error.code == "context_length_exceeded" else "refused"
             return UpstreamError(cause, str(error), status=400, error=body)
+        if error.code == "deadline":
+            return UpstreamError("timeout", LATE)
         return UpstreamError("status", f"the engine failed: {error}", status=500)
     return UpstreamError("engine_gone", "the engine process went away")

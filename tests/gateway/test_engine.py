@@ -81,10 +81,18 @@ async def test_the_bundled_model_answers_and_reasons_in_one_stream(home: Gateway
     assert reasoning
     assert content == plain.choices[0].message.content
     assert usage is not None
-    assert usage == plain.usage
+    assert plain.usage is not None
+    cold, warm = usage.prompt_tokens_details, plain.usage.prompt_tokens_details
+    assert cold is not None
+    assert warm is not None
+    assert cold.cached_tokens == 0
+    assert 0 < (warm.cached_tokens or 0) < plain.usage.prompt_tokens, "the prompt was read once"
+    assert plain.usage.model_copy(update={"prompt_tokens_details": cold}) == usage
     rows = await home.rows()
     assert {(row["cost_nanousd"], row["cost_estimated"]) for row in rows} == {(0, False)}
-    assert len({(row["output_tokens"], row["reasoning_tokens"], row["input_tokens"]) for row in rows}) == 1
+    assert len({(row["output_tokens"], row["reasoning_tokens"]) for row in rows}) == 1
+    assert {row["cached_input_tokens"] for row in rows} == {0, warm.cached_tokens}
+    assert {row["input_tokens"] + row["cached_input_tokens"] for row in rows} == {usage.prompt_tokens}
 
 
 async def test_choices_stop_logprobs_and_seed_on_the_local_model(home: Gateway) -> None:
