@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from local_engine.spec.draft import Context, Draft
 
+_ANY = -1  # stands for all grades
 _PRIOR_TRIES = 4.0
 _PRIOR = 0.5  # a class of evidence never tried yet is as likely right as wrong
 _MEMORY = 400.0  # tries after which the oldest have faded, for all sequences together
@@ -48,12 +49,18 @@ class Acceptance:
             found.append(chance)
         return found
 
+    def rate(self, context: Context, proposer: str) -> float:
+        """P(right | those before it were) of a token of unknown grade."""
+        overall = self._shared.get((proposer, _ANY))
+        return min(0.999, self._leaning(context, proposer) * (_PRIOR if overall is None else overall.shrunk(_PRIOR, 1)))
+
     def learn(self, context: Context, proposer: str, draft: Draft, accepted: int) -> None:
         """Of the draft the first `accepted` tokens were right, and the next one, if there is one, was wrong."""
         own = self._own.setdefault(context, {}).setdefault(proposer, _Rate())
         for at, grade in enumerate(draft.grades[: accepted + 1]):
             expected = self._rate(proposer, grade)
             self._shared.setdefault((proposer, grade), _Rate()).add(at < accepted, _MEMORY)
+            self._shared.setdefault((proposer, _ANY), _Rate()).add(at < accepted, _MEMORY)
             # kept as right ones per expected right one, so that one factor serves every grade
             own.right += at < accepted
             own.tries += expected

@@ -3,7 +3,7 @@
 from array import array
 from collections.abc import Sequence
 
-from local_engine.spec.draft import NOTHING, Context, Draft
+from local_engine.spec.draft import NOTHING, Context, Draft, Weigh, unweighed
 
 _SHORTEST = 2  # tokens that must agree before a match counts
 _LONGEST = 32  # agreement beyond this is not measured
@@ -110,7 +110,7 @@ class NGramProposer:
         self._most_tokens = most_tokens
         self._indexes: dict[Context, SuffixIndex] = {}
 
-    def propose(self, contexts: Sequence[Context], most: int) -> list[Draft]:
+    def propose(self, contexts: Sequence[Context], most: int, weigh: Weigh = unweighed) -> list[Draft]:
         return [self._draft(context, most) for context in contexts]
 
     def observe(self, context: Context, start: int, drafted: Sequence[int], predictions: Sequence[int]) -> None:
@@ -123,7 +123,7 @@ class NGramProposer:
         index = self._indexes.get(context)
         if index is None:
             index = self._indexes[context] = SuffixIndex(self._most_tokens)
-        index.extend(context.tokens[len(index) :])
+        index.extend(context.ids[len(index) :])
         tokens, length = index.following(most)
         if not tokens:
             return NOTHING

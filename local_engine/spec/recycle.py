@@ -10,7 +10,7 @@ says little about the next.
 from array import array
 from collections.abc import Sequence
 
-from local_engine.spec.draft import Context, Draft
+from local_engine.spec.draft import Context, Draft, Weigh, unweighed
 
 ORDERS = (8, 4, 2, 1)
 """Context lengths in tokens, the most telling first."""
@@ -71,12 +71,12 @@ class RecycleProposer:
     def __init__(self, slots: int = 32768) -> None:
         self._table = RecycleTable(slots)
 
-    def propose(self, contexts: Sequence[Context], most: int) -> list[Draft]:
+    def propose(self, contexts: Sequence[Context], most: int, weigh: Weigh = unweighed) -> list[Draft]:
         return [self._draft(context, most) for context in contexts]
 
     def observe(self, context: Context, start: int, drafted: Sequence[int], predictions: Sequence[int]) -> None:
         salt = hash(context.salt)
-        recent = list(context.tokens[max(0, start - ORDERS[0]) : start])
+        recent = list(context.ids[max(0, start - ORDERS[0]) : start])
         for at, token in enumerate(predictions):
             self._table.learn(salt, recent, token)
             recent.extend(drafted[at : at + 1])
@@ -86,7 +86,7 @@ class RecycleProposer:
 
     def _draft(self, context: Context, most: int) -> Draft:
         salt = hash(context.salt)
-        recent = list(context.tokens[-ORDERS[0] :])
+        recent = list(context.ids[-ORDERS[0] :])
         tokens: list[int] = []
         grades: list[int] = []
         while len(tokens) < most:

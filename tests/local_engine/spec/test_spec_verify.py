@@ -9,7 +9,7 @@ import torch
 from scipy.stats import chisquare
 
 from local_engine.sampler import Sampler, distributions, draw
-from local_engine.spec.draft import Context, Draft, Proposer
+from local_engine.spec.draft import Context, Draft, Proposer, unweighed
 from local_engine.spec.ngram import NGramProposer
 from local_engine.spec.recycle import RecycleProposer
 from local_engine.spec.verify import DRAFT_STREAM, Window, verify
@@ -58,11 +58,11 @@ def from_proposer(make: Callable[[], Proposer]) -> Drafting:
     proposer = make()
     for first, second in itertools.product(range(VOCABULARY), repeat=2):
         taught = Context([*PROMPT, first, second], SAMPLER)
-        proposer.observe(taught, len(taught.tokens), [], [int(MODEL[first, second].argmax())])
+        proposer.observe(taught, len(taught.ids), [], [int(MODEL[first, second].argmax())])
 
     def drafts(samplers: Sequence[Sampler], histories: Sequence["array[int]"]) -> list[Draft]:
         contexts = [Context(history, sampler) for sampler, history in zip(samplers, histories, strict=True)]
-        return proposer.propose(contexts, 3)
+        return proposer.propose(contexts, 3, unweighed)
 
     return drafts
 

@@ -1,0 +1,244 @@
+"""Drafting with forward passes: another, smaller model, or the first layers of the model itself."""
+
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from local_engine.errors import ModelLoadError
+from local_engine.kv import KVFull
+from local_engine.model import LocalModel
+from local_engine.runner import Runner, Segment
+from local_engine.sampler import Sampler, distributions, draw, pick_all
+from local_engine.spec.draft import NOTHING, Context, Draft, Weigh, Worth
+from local_engine.spec.verify import DRAFT_STREAM
+
+_DOUBT = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7)
+"""Grades: the probability that the drafter gives to all tokens but its favourite, up to these bounds."""
+
+
+class ModelProposer:
+    """Drafts with another model of the same vocabulary, over KV of its own.
+
+    It follows each sequence: what of its last draft was kept is kept here too, the rest truncated.
+    """
+
+    def __init__(self, name: str, runner: Runner, vocabulary: int, *, read_chunk: int = 256) -> None:
+        """`vocabulary`: the logits of the model that is drafted for. Of one sequence at most `read_chunk` tokens are
+        read before a proposal, so that a long prompt delays no step for long."""
+        self.name = f"draft:{name}"
+        self._runner = runner
+        self._kv = runner.kv
+        self._vocabulary = vocabulary
+        self._read_chunk = read_chunk
+        self._followed: dict[Context, _Followed] = {}
+
+    def propose(self, contexts: Sequence[Context], most: int, weigh: Weigh) -> list[Draft]:
+        ready: list[int] = []
+        segments: list[Segment] = []
+        for at, context in enumerate(contexts):
+            segment = self._catching_up(context, most)
+            if segment is not None:
+                segments.append(segment)
+                if segment.logits:
+                    ready.append(at)
+        if not segments:
+            return [NOTHING for _ in contexts]
+        logits = self._run(segments)
+        following = [self._followed[contexts[at]] for at in ready]
+
+        def after(tokens: Sequence[int]) -> Tensor:
+            for followed, token in zip(following, tokens, strict=True):
+                followed.drafted.append(token)
+            starts = [self._kv.length(followed.slot) for followed in following]
+            return self._run(
+                [
+                    Segment(followed.slot, start, [token], 1)
+                    for followed, start, token in zip(following, starts, tokens, strict=True)
+                ]
+            )
+
+        drafts = _chains([contexts[at] for at in ready], logits, after, most, weigh) if ready else []
+        found = dict(zip(ready, drafts, strict=True))
+        return [found.get(at, NOTHING) for at in range(len(contexts))]
+
+    def observe(self, context: Context, start: int, drafted: Sequence[int], predictions: Sequence[int]) -> None:
+        """Nothing to learn: what was wrong is seen at the next proposal."""
+
+    def forget(self, context: Context) -> None:
+        followed = self._followed.pop(context, None)
+        if followed is not None:
+            self._kv.close(followed.slot)
+
+    def _catching_up(self, context: Context, most: int) -> Segment | None:
+        """What is to be read before the next token can be drafted, a chunk of it where it is much; None: no room."""
+        length = len(context.ids)
+        if length + most > self._kv.shape.context:
+            return None
+        try:
+            followed = self._followed.get(context)
+            if followed is None:
+                followed = self._followed[context] = _Followed(self._kv.open(length + most))
+            kept = followed.agreeing(context.ids)
+            self._kv.truncate(followed.slot, min(kept, length - 1, self._kv.length(followed.slot)))
+            start = self._kv.length(followed.slot)
+            stop = min(length, start + self._read_chunk)
+            self._kv.reserve(followed.slot, length + most)
+        except KVFull:
+            self.forget(context)
+            return None
+        followed.base = stop
+        followed.drafted.clear()
+        return Segment(followed.slot, start, context.ids[start:stop], int(stop == length))
+
+    def _run(self, segments: Sequence[Segment]) -> Tensor:
+        return _fitted(self._runner.run(segments).logits, self._vocabulary)
+
+
+@dataclass(slots=True)
+class _Followed:
+    """What a drafting model knows of a sequence."""
+
+    slot: int
+    base: int = 0
+    """So many tokens of the sequence were read."""
+    drafted: list[int] = field(default_factory=list)
+    """Read after them: drafts."""
+
+    def agreeing(self, ids: Sequence[int]) -> int:
+        """How many of the tokens read are the sequence's."""
+        kept = self.base
+        for token in self.drafted:
+            if kept >= len(ids) or ids[kept] != token:
+                break
+            kept += 1
+        return kept
+
+
+class ExitProposer:
+    """Drafts with the first layers of the model itself, its norm and its head (LayerSkip, Elhoushi et al. 2024).
+
+    What the drafted tokens left in the KV of those layers is truncated, and verification computes all layers: no token
+    is ever kept with keys in some layers only.
+    """
+
+    def __init__(self, layer: int, runner: Runner) -> None:
+        if not 0 < layer < runner.layers:
+            raise ModelLoadError(f"exit:{layer} must name a layer from 1 to {runner.layers - 1}, where drafting stops")
+        self.name = f"exit:{layer}"
+        self._layers = (0, layer)
+        self._runner = runner
+        self._kv = runner.kv
+
+    def propose(self, contexts: Sequence[Context], most: int, weigh: Weigh) -> list[Draft]:
+        ready = [at for at, context in enumerate(contexts) if self._has_room(context, most)]
+        if not ready:
+            return [NOTHING for _ in contexts]
+        drafting = [contexts[at] for at in ready]
+        try:
+            logits = self._run(drafting, [context.ids[-1] for context in drafting])
+            drafts = _chains(drafting, logits, lambda tokens: self._run(drafting, tokens), most, weigh)
+        finally:
+            for context in drafting:
+                self._kv.truncate(_slot(context), len(context.ids) - 1)
+        found = dict(zip(ready, drafts, strict=True))
+        return [found.get(at, NOTHING) for at in range(len(contexts))]
+
+    def observe(self, context: Context, start: int, drafted: Sequence[int], predictions: Sequence[int]) -> None:
+        """Nothing to learn."""
+
+    def forget(self, context: Context) -> None:
+        """Nothing is kept."""
+
+    def _has_room(self, context: Context, most: int) -> bool:
+        if context.slot is None or self._kv.length(context.slot) != len(context.ids) - 1:
+            return False
+        try:
+            self._kv.reserve(context.slot, len(context.ids) + most)
+        except (KVFull, ValueError):  # the byte budget, the model's context
+            return False
+        return True
+
+    def _run(self, contexts: Sequence[Context], tokens: Sequence[int]) -> Tensor:
+        segments = [
+            Segment(_slot(context), self._kv.length(_slot(context)), [token], 1)
+            for context, token in zip(contexts, tokens, strict=True)
+        ]
+        return self._runner.run(segments, layers=self._layers).logits
+
+
+def check_vocabulary(drafter: LocalModel, model: LocalModel) -> None:
+    """Raises ModelLoadError unless the two mean the same by every token."""
+    if drafter.tokenizer.get_vocab() != model.tokenizer.get_vocab():
+        raise ModelLoadError(
+            f"draft:{drafter.card.name} cannot draft for {model.card.name}: their vocabularies differ;"
+            " name a model with the same tokenizer, or speculation: auto"
+        )
+
+
+def _chains(
+    contexts: Sequence[Context],
+    logits: Tensor,
+    after: Callable[[Sequence[int]], Tensor],
+    most: int,
+    weigh: Weigh,
+) -> list[Draft]:
+    """Drafts of one length: `logits` are those after each context, `after` reads a token more of each.
+
+    How long they get depends on how sure the drafter is, which is known before a token is drawn: never on a token that
+    was drawn and then left out (see `Draft.cut`).
+    """
+    samplers = [_required(context) for context in contexts]
+    drawn = [at for at, sampler in enumerate(samplers) if _is_drawn(sampler)]
+    histories = [array("i", context.ids) for context in contexts]
+    tokens: list[list[int]] = [[] for _ in contexts]
+    grades: list[list[int]] = [[] for _ in contexts]
+    proposed: list[list[Tensor]] = [[] for _ in contexts]
+    for length in range(most):
+        if length:
+            logits = after([chain[-1] for chain in tokens])
+        doubts = (1 - torch.softmax(logits, -1).amax(-1)).tolist()
+        for chain, doubt in zip(grades, doubts, strict=True):
+            chain.append(sum(doubt > bound for bound in _DOUBT))
+        worth = weigh(contexts, grades)
+        if worth is Worth.LEAVE:
+            break
+        chosen = [choice.token for choice in pick_all(logits, samplers, histories)]
+        if drawn:
+            rows = distributions(logits[drawn], [samplers[at] for at in drawn], [histories[at] for at in drawn])
+            uniforms = [samplers[at].uniform(len(histories[at]), DRAFT_STREAM) for at in drawn]
+            for at, row, token in zip(drawn, rows, draw(rows, uniforms).tolist(), strict=True):
+                proposed[at].append(row)
+                chosen[at] = token
+        for chain, history, token in zip(tokens, histories, chosen, strict=True):
+            chain.append(token)
+            history.append(token)
+        if worth is Worth.LAST:
+            break
+    return [
+        Draft(chain, grade[: len(chain)], torch.stack(rows) if rows else None)
+        for chain, grade, rows in zip(tokens, grades, proposed, strict=True)
+    ]
+
+
+def _is_drawn(sampler: Sampler) -> bool:
+    """Whether drafts are drawn, for rejection sampling. With a seed they are chosen, so that it decides the text."""
+    return not sampler.greedy and sampler.params.seed is None
+
+
+def _fitted(logits: Tensor, vocabulary: int) -> Tensor:
+    """Logits for the vocabulary of another model: embeddings are padded to different sizes."""
+    missing = vocabulary - logits.shape[1]
+    return logits[:, :vocabulary] if missing <= 0 else torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
+
+
+def _required(context: Context) -> Sampler:
+    assert context.sampler is not None, "only those that write are drafted for"
+    return context.sampler
+
+
+def _slot(context: Context) -> int:
+    assert context.slot is not None, "it has room"
+    return context.slot

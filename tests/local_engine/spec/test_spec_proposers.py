@@ -1,0 +1,140 @@
+"""Every kind of draft, over real networks: the text is that of plain decoding, and no KV is left behind."""
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from local_engine.errors import ModelLoadError
+from local_engine.model import LocalModel
+from local_engine.runner import Runner, new_kv
+from local_engine.sampler import Sampler
+from local_engine.spec.chain import ExitProposer, ModelProposer, check_vocabulary
+from local_engine.spec.draft import Context, Worth, unweighed
+from local_engine.spec.ngram import NGramProposer
+from local_engine.spec.recycle import RecycleProposer
+from local_engine.spec.speculator import Speculator
+from local_engine.types import SamplingParams
+from tests.local_engine.runner_harness import BUDGET, CONTEXT, text, tiny_model, tiny_network
+from tests.local_engine.spec.spec_harness import decode, flat_speculator
+
+CPU = torch.device("cpu")
+VOCABULARY = 512
+PROMPTS = [text(20, seed=1), text(7, seed=2), [5, 6, 7, 8] * 6]
+COUNT = 24
+Make = Callable[[LocalModel, Runner], Speculator]
+
+
+def new_runner(model: LocalModel, budget: int = BUDGET) -> Runner:
+    return Runner(model, new_kv(model, budget))
+
+
+def cousin(model: LocalModel, noise: float) -> LocalModel:
+    """Nearly the same model: drafts that are often right."""
+    network = tiny_network("qwen3")
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for weights in network.parameters():
+            weights.add_(noise * weights.abs().mean() * torch.randn_like(weights))
+    return dataclasses.replace(model, network=network)
+
+
+def model_drafter(model: LocalModel, noise: float) -> ModelProposer:
+    return ModelProposer("cousin", new_runner(cousin(model, noise)), VOCABULARY)
+
+
+KINDS: dict[str, Make] = {
+    "ngram": lambda model, runner: flat_speculator(NGramProposer()),
+    "recycle": lambda model, runner: flat_speculator(RecycleProposer()),
+    "ngram and recycle": lambda model, runner: flat_speculator(NGramProposer(), RecycleProposer()),
+    "draft": lambda model, runner: flat_speculator(drafter=model_drafter(model, 0.3)),
+    "twin": lambda model, runner: flat_speculator(drafter=model_drafter(model, 0.0)),
+    "exit": lambda model, runner: flat_speculator(drafter=ExitProposer(2, runner)),
+    "all": lambda model, runner: flat_speculator(NGramProposer(), RecycleProposer(), drafter=model_drafter(model, 0.3)),
+}
+
+
+@pytest.fixture
+def model(bundled: LocalModel) -> LocalModel:
+    return tiny_model("qwen3", bundled)
+
+
+@pytest.mark.parametrize("seed", [None, 3], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_are_those_of_plain_decoding(kind: str, seed: int | None, model: LocalModel) -> None:
+    params = SamplingParams(temperature=0) if seed is None else SamplingParams(temperature=0.1, seed=seed)
+    runner = new_runner(model)
+    samplers = [Sampler(params, CPU, prompt_tokens=len(prompt)) for prompt in PROMPTS]
+    plain, plain_passes = decode(runner, PROMPTS, samplers, COUNT)
+    speculator = KINDS[kind](model, runner)
+    texts, passes = decode(runner, PROMPTS, samplers, COUNT, speculator)
+    assert texts == plain
+    assert plain_passes == COUNT
+    assert speculator.stats.drafted > 0
+    again, passes = decode(runner, PROMPTS, samplers, COUNT, speculator)
+    assert again == plain
+    assert runner.kv.bytes_used == 0
+    if kind == "twin" and params.temperature == 0:
+        assert speculator.stats.accepted == speculator.stats.drafted
+        assert passes <= 1 + COUNT // 3
+    elif kind in ("recycle", "all") and params.temperature == 0:
+        assert passes < COUNT / 2, "the second time it knows the text"
+
+
+def test_drawn_drafts_of_a_twin_are_always_kept(model: LocalModel) -> None:
+    runner = new_runner(model)
+    samplers = [Sampler(SamplingParams(temperature=1.0), CPU) for _ in PROMPTS]
+    speculator = KINDS["twin"](model, runner)
+    decode(runner, PROMPTS, samplers, COUNT, speculator)
+    assert speculator.stats.drafted >= COUNT
+    assert speculator.stats.accepted == speculator.stats.drafted
+
+
+def test_a_drafting_model_reads_a_long_prompt_in_parts_and_leaves_no_kv(model: LocalModel) -> None:
+    runner = new_runner(cousin(model, 0.0))
+    drafter = ModelProposer("twin", runner, VOCABULARY, read_chunk=100)
+    context = Context(text(250), Sampler(SamplingParams(temperature=0), CPU))
+    lengths = [len(drafter.propose([context], 3, unweighed)[0].tokens) for _ in range(4)]
+    assert lengths == [0, 0, 3, 3]
+    assert drafter.propose([context], CONTEXT - 249, unweighed)[0].tokens == [], "the last is over the window"
+    drafter.forget(context)
+    assert runner.kv.bytes_used == 0
+
+
+def test_a_drafting_model_without_room_drafts_for_those_it_has_room_for(model: LocalModel) -> None:
+    small = cousin(model, 0.0)
+    row = new_kv(small, BUDGET).token_bytes * 256
+    drafter = ModelProposer("small", new_runner(small, row), VOCABULARY)
+    contexts = [Context(text(20, seed), Sampler(SamplingParams(temperature=0), CPU)) for seed in range(2)]
+    assert [len(draft.tokens) for draft in drafter.propose(contexts, 3, unweighed)] == [3, 0]
+    drafter.forget(contexts[0])
+    assert [len(draft.tokens) for draft in drafter.propose(contexts[1:], 3, unweighed)] == [3]
+
+
+def test_drafting_ends_where_it_is_told_to(model: LocalModel) -> None:
+    drafter = model_drafter(model, 0.0)
+    context = Context(text(20), Sampler(SamplingParams(temperature=0), CPU))
+    for verdicts, length in (([Worth.LEAVE], 0), ([Worth.LAST], 1), ([Worth.GO_ON, Worth.GO_ON, Worth.LEAVE], 2)):
+        asked = iter(verdicts)
+        assert len(drafter.propose([context], 6, lambda *_, asked=asked: next(asked))[0].tokens) == length
+
+
+def test_an_exit_leaves_the_kv_as_it_was(model: LocalModel) -> None:
+    runner = new_runner(model)
+    context = Context(text(20), Sampler(SamplingParams(temperature=0), CPU), runner.kv.open(20))
+    exit_layer = ExitProposer(1, runner)
+    assert exit_layer.propose([context], 4, unweighed)[0].tokens == [], "nothing was read"
+    assert runner.kv.length(context.slot or 0) == 0
+    with pytest.raises(ModelLoadError, match="exit:3 must name a layer from 1 to 2"):
+        ExitProposer(3, runner)
+
+
+def test_a_model_of_another_vocabulary_is_refused(model: LocalModel) -> None:
+    class Other:
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 0}
+
+    check_vocabulary(model, model)
+    with pytest.raises(ModelLoadError, match="their vocabularies differ"):
+        check_vocabulary(dataclasses.replace(model, tokenizer=Other()), model)
