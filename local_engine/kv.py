@@ -86,7 +86,12 @@ class KVCache(Protocol):
 
     @property
     def bytes_used(self) -> int:
-        """Bytes that the open slots claim."""
+        """Bytes that the open slots claim: 0 when all are closed."""
+        ...
+
+    @property
+    def bytes_allocated(self) -> int:
+        """Bytes of memory held for slots, open or yet to come."""
         ...
 
     def open(self, capacity: int) -> int:

@@ -1,0 +1,134 @@
+"""Every KV cache: what was stored comes back, the budget holds, and nothing leaks."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from local_engine.kv import KVCache, KVFull, KVShape, Span
+from local_engine.kv_rows import RowsKV
+
+SHAPE = KVShape(
+    layers=2,
+    query_heads=4,
+    kv_heads=2,
+    head_dim=8,
+    context=1024,
+    dtype=torch.float32,
+    device=torch.device("cpu"),
+)
+MakeKV = Callable[[KVShape, int], KVCache]
+
+
+@pytest.fixture(params=[RowsKV], ids=["rows"])
+def make_kv(request: pytest.FixtureRequest) -> MakeKV:
+    make: MakeKV = request.param
+    return make
+
+
+def content(tokens: list[int]) -> Tensor:
+    """Keys and values that tell which token they are of."""
+    values = torch.tensor(tokens, dtype=torch.float32).view(1, 1, 1, -1, 1)
+    return values.expand(SHAPE.layers, 2, SHAPE.kv_heads, -1, SHAPE.head_dim)
+
+
+def held(kv: KVCache, slot: int) -> list[int]:
+    exported = kv.export(slot, 0, kv.length(slot))
+    tokens: list[int] = exported[0, 0, 0, :, 0].int().tolist()
+    assert torch.equal(exported, content(tokens))
+    return tokens
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_2500_random_operations_keep_content_and_budget_and_leak_nothing(make_kv: MakeKV, seed: int) -> None:
+    draw = random.Random(seed)
+    limit = 6_000 * SHAPE.token_bytes
+    kv = make_kv(SHAPE, limit)
+    expected: dict[int, list[int]] = {}
+    full = 0
+    for step in range(2_500):
+        slot = draw.choice([*expected, None]) if len(expected) < 40 else draw.choice([*expected])
+        action = draw.choice(["reserve", "append", "append", "truncate", "fork", "close"])
+        before = kv.bytes_used
+        try:
+            if slot is None:
+                expected[kv.open(draw.choice([0, 1, 100, 300, 900]))] = []
+                continue
+            tokens = expected[slot]
+            if action == "reserve":
+                kv.reserve(slot, draw.randrange(1025))
+            elif action == "append":
+                new = [step] * draw.randrange(1, min(120, 1026 - len(tokens))) if len(tokens) < 1024 else []
+                kv.load(slot, len(tokens), content(new))
+                tokens.extend(new)
+            elif action == "truncate":
+                length = draw.randrange(len(tokens) + 1)
+                kv.truncate(slot, length)
+                del tokens[length:]
+            elif action == "fork":
+                length = draw.randrange(len(tokens) + 1)
+                expected[kv.fork(slot, length)] = tokens[:length]
+            else:
+                kv.close(slot)
+                del expected[slot]
+        except KVFull:
+            full += 1
+            assert kv.bytes_used == before
+        assert kv.bytes_used <= kv.bytes_allocated <= limit
+        if step % 100 == 0:
+            assert {slot: held(kv, slot) for slot in expected} == expected
+    assert full  # the budget was felt
+    for slot in expected:
+        kv.close(slot)
+    assert kv.bytes_used == 0
+
+
+def test_all_that_the_budget_has_room_for_can_be_opened_whatever_was_open_before(make_kv: MakeKV) -> None:
+    kv = make_kv(SHAPE, 2_048 * SHAPE.token_bytes)
+    for capacity, fit in ((256, 8), (1024, 2), (512, 4)):
+        slots = [kv.open(capacity) for _ in range(fit)]
+        assert kv.bytes_used == kv.bytes_limit
+        with pytest.raises(KVFull, match="0 of the"):
+            kv.open(1)
+        for slot in slots:
+            kv.close(slot)
+
+
+def test_one_sequence_may_grow_to_the_whole_budget(make_kv: MakeKV) -> None:
+    kv = make_kv(SHAPE, 1_024 * SHAPE.token_bytes)
+    slot = kv.open(1)
+    tokens = list(range(1024))
+    for start in range(0, 1024, 64):
+        kv.load(slot, start, content(tokens[start : start + 64]))
+    assert held(kv, slot) == tokens
+
+
+def test_a_closed_slot_is_unknown_and_its_name_is_not_used_again(make_kv: MakeKV) -> None:
+    kv = make_kv(SHAPE, 4_096 * SHAPE.token_bytes)
+    slot = kv.open(1)
+    kv.close(slot)
+    assert kv.open(1) != slot
+    for use in (kv.close, kv.length, lambda slot: kv.truncate(slot, 0), lambda slot: kv.fork(slot, 0)):
+        with pytest.raises(KeyError):
+            use(slot)
+
+
+def test_what_does_not_fit_a_slot_is_refused(make_kv: MakeKV) -> None:
+    kv = make_kv(SHAPE, 4_096 * SHAPE.token_bytes)
+    slot = kv.open(1)
+    kv.load(slot, 0, content([1, 2, 3]))
+    for use, message in (
+        (lambda: kv.truncate(slot, 4), "holds 3"),
+        (lambda: kv.fork(slot, 4), "holds 3"),
+        (lambda: kv.export(slot, 2, 4), "holds 3"),
+        (lambda: kv.load(slot, 2, content([4])), "holds 3"),
+        (lambda: kv.open(1025), "context is 1024"),
+        (lambda: kv.reserve(slot, 1025), "context is 1024"),
+        (lambda: kv.plan([Span(slot, 4, 1)]), "leaves no gap"),
+        (lambda: kv.plan([Span(slot, 3, 1000)]), "reserve it first"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use()
+    assert held(kv, slot) == [1, 2, 3]
