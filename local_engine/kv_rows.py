@@ -189,56 +189,76 @@ class _Group:
     """Neighbouring rows of one pool that compute the same number of tokens in a step: one call per layer."""
 
     def __init__(self, shape: KVShape, members: Sequence[tuple[Span, _Row]], offset: int) -> None:
-        spans = [span for span, _ in members]
-        self.pool = members[0][1].pool
-        self.first = members[0][1].index
-        self.last = self.first + len(members)
-        self.count = spans[0].count
-        self.begin = offset
-        self.end = offset + len(members) * self.count
-        self.starts = [span.start for span in spans]
-        self.longest = max(self.starts) + self.count
+        first = members[0][1]
+        self.pool = first.pool
+        self.rows = len(members)
+        self.count = members[0][0].count
+        self.tokens = slice(offset, offset + self.rows * self.count)
+        self._starts = [span.start for span, _ in members]
+        self._longest = max(self._starts) + self.count
         self._shape = shape
+        self._row = first.index
         self._heads_per_kv = shape.query_heads // shape.kv_heads
-        self._folded = self.count <= BATCHED_SPAN and not (shape.dtype == torch.bfloat16 and _has_amx())
-        self._targets = self._target_indexes() if len(members) > 1 else None
+        self._batched = self.count <= BATCHED_SPAN
+        self._folded = self._batched and not (shape.dtype == torch.bfloat16 and _has_amx())
+        self._targets = self._target_indexes() if self._batched else None
         self._masks: dict[int | None, Tensor | None] = {}
+        # The rows' part of a layer, seen as [rows, kv_heads, longest, head_dim] without walking there in each layer.
+        line = self.pool.capacity * shape.head_dim
+        self._view = (
+            (self.rows, shape.kv_heads, self._longest, shape.head_dim),
+            (shape.kv_heads * line, line, shape.head_dim, 1),
+        )
+        self._key_offset = first.index * shape.kv_heads * line
+        self._value_offset = self._key_offset + self.pool.rows * shape.kv_heads * line
 
     def store(self, layer: Tensor, key: Tensor, value: Tensor) -> None:
         if self._targets is None:
-            start = self.starts[0]
-            layer[0, self.first, :, start : self.longest] = key.transpose(0, 1)
-            layer[1, self.first, :, start : self.longest] = value.transpose(0, 1)
+            held = slice(self._starts[0], self._longest)
+            layer[0, self._row, :, held] = key.transpose(0, 1)
+            layer[1, self._row, :, held] = value.transpose(0, 1)
             return
         dim = self._shape.head_dim
-        layer[0].view(-1, dim).index_copy_(0, self._targets, key.reshape(-1, dim))
-        layer[1].view(-1, dim).index_copy_(0, self._targets, value.reshape(-1, dim))
+        keys, values = layer.view(2, -1, dim).unbind()
+        keys.index_copy_(0, self._targets, key.reshape(-1, dim))
+        values.index_copy_(0, self._targets, value.reshape(-1, dim))
 
     def attend(self, layer: Tensor, query: Tensor, scale: float, window: int | None) -> Tensor:
         """query and result [rows * count, query_heads, head_dim]."""
-        keys, values = layer[:, self.first : self.last, :, : self.longest]
+        shape, count, rows = self._shape, self.count, self.rows
+        keys = layer.as_strided(*self._view, self._key_offset)
+        values = layer.as_strided(*self._view, self._value_offset)
         mask = self._mask(window)
-        rows, shape = self.last - self.first, self._shape
-        if self._folded:
-            # The query heads that share a key head become rows of one small matrix product.
-            folded = query.view(rows, self.count, shape.kv_heads, self._heads_per_kv, shape.head_dim).transpose(1, 2)
-            folded = folded.reshape(rows, shape.kv_heads, -1, shape.head_dim)
-            out = scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
-            out = out.view(rows, shape.kv_heads, self.count, self._heads_per_kv, shape.head_dim).transpose(1, 2)
-            return out.reshape(-1, shape.query_heads, shape.head_dim)
-        heads_first = query.view(rows, self.count, shape.query_heads, shape.head_dim).transpose(1, 2)
-        causal = mask is None and self.count > 1
-        out = scaled_dot_product_attention(
-            heads_first, keys, values, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=self._heads_per_kv > 1
-        )
-        return out.transpose(1, 2).reshape(-1, shape.query_heads, shape.head_dim)
+        if not self._folded:
+            heads_first = query.reshape(rows, count, shape.query_heads, shape.head_dim).transpose(1, 2)
+            out = scaled_dot_product_attention(
+                heads_first,
+                keys,
+                values,
+                attn_mask=mask,
+                is_causal=mask is None and count > 1,
+                scale=scale,
+                enable_gqa=self._heads_per_kv > 1,
+            )
+            return out.transpose(1, 2).reshape(-1, shape.query_heads, shape.head_dim)
+        # The query heads that share a key head become rows of one small product.
+        if count > 1:
+            query = query.view(rows, count, shape.kv_heads, self._heads_per_kv, shape.head_dim).transpose(1, 2)
+        query = query.reshape(rows, shape.kv_heads, count * self._heads_per_kv, shape.head_dim)
+        if rows == 1:
+            out = scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
+        else:
+            out = _attend_rows(query, keys, values, mask, scale)
+        if count > 1:
+            out = out.view(rows, shape.kv_heads, count, self._heads_per_kv, shape.head_dim).transpose(1, 2)
+        return out.reshape(-1, shape.query_heads, shape.head_dim)
 
     def _target_indexes(self) -> Tensor:
         """Where each packed (token, kv head) goes in a layer's keys seen as [rows * kv_heads * capacity, head_dim]."""
-        rows = torch.arange(self.first, self.last).view(-1, 1, 1)
-        tokens = torch.tensor(self.starts).view(-1, 1, 1) + torch.arange(self.count).view(1, -1, 1)
-        heads = torch.arange(self._shape.kv_heads).view(1, 1, -1)
-        return ((rows * self._shape.kv_heads + heads) * self.pool.capacity + tokens).flatten()
+        heads = self._shape.kv_heads
+        rows = torch.arange(self._row, self._row + self.rows).view(-1, 1, 1)
+        tokens = torch.tensor(self._starts).view(-1, 1, 1) + torch.arange(self.count).view(1, -1, 1)
+        return ((rows * heads + torch.arange(heads)) * self.pool.capacity + tokens).flatten()
 
     def _mask(self, window: int | None) -> Tensor | None:
         if window not in self._masks:
@@ -251,17 +271,31 @@ class _Group:
         Causal from the lower right: SDPA's own `is_causal` counts from the upper left, so it is right only for a
         span that starts at 0.
         """
-        if window is not None and window >= self.longest:
+        if window is not None and window >= self._longest:
             return self._mask(None)
-        if window is None and not self._folded and self.longest == self.count:
+        if window is None and not self._folded and self._longest == self.count:
             return None
-        if window is None and self.count == 1 and min(self.starts) == max(self.starts):
+        if window is None and self.count == 1 and min(self._starts) == max(self._starts):
             return None
-        place = torch.tensor(self.starts).view(-1, 1, 1) + torch.arange(self.count).view(1, -1, 1)
-        seen = torch.arange(self.longest).view(1, 1, -1)
+        place = torch.tensor(self._starts).view(-1, 1, 1) + torch.arange(self.count).view(1, -1, 1)
+        seen = torch.arange(self._longest)
         hidden = seen > place if window is None else (seen > place) | (seen <= place - window)
         mask = torch.zeros(hidden.shape, dtype=self._shape.dtype).masked_fill_(hidden, -torch.inf)
         return (mask.repeat_interleave(self._heads_per_kv, 1) if self._folded and self.count > 1 else mask).unsqueeze(1)
+
+
+def _attend_rows(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """SDPA for few queries per key head, [rows, kv_heads, queries, head_dim], in two batched products.
+
+    Keys first, so that the product runs along what has to be read: 1.3 (float32) to 2 (bfloat16) times faster than
+    torch's flash kernel, whose blocks are made for many queries.
+    """
+    rows, heads, queries, dim = query.shape
+    scores = torch.bmm(keys.flatten(0, 1), (query * scale).view(-1, queries, dim).transpose(1, 2))
+    scores = scores.transpose(1, 2).contiguous()
+    if mask is not None:
+        scores.view(rows, heads, queries, -1).add_(mask)
+    return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(query.shape)
 
 
 class RowsPlan:
@@ -279,7 +313,7 @@ class RowsPlan:
             span, row = spans[index], rows[index]
             if run and not _joins(run[-1], (span, row)):
                 self._groups.append(_Group(shape, run, offset))
-                offset = self._groups[-1].end
+                offset = self._groups[-1].tokens.stop
                 run = []
             run.append((span, row))
         self._groups.append(_Group(shape, run, offset))
@@ -287,9 +321,9 @@ class RowsPlan:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         parts = []
         for group in self._groups:
-            tokens, held = slice(group.begin, group.end), group.pool.layers[layer]
-            group.store(held, key[tokens], value[tokens])
-            parts.append(group.attend(held, query[tokens], scale, window))
+            held = group.pool.layers[layer]
+            group.store(held, key[group.tokens], value[group.tokens])
+            parts.append(group.attend(held, query[group.tokens], scale, window))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

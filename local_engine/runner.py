@@ -13,9 +13,11 @@ from torch import Tensor
 
 from local_engine import attention
 from local_engine.errors import ModelLoadError
+from local_engine.fused import CHECK_TOKENS, fuse, fused_rotary
 from local_engine.kv import KVCache, KVShape, Span, StepPlan
 from local_engine.kv_rows import RowsKV
 from local_engine.model import LocalModel
+from local_engine.products import shared_product
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,20 +51,22 @@ def new_kv(model: LocalModel, bytes_limit: int) -> KVCache:
 class Runner:
     """Drives the decoder layers of one model over one KV cache; one thread only.
 
-    The network belongs to the runner from then on: its own forward raises outside a step.
+    The network belongs to the runner from then on: its own forward raises outside a step. `fused` is the lean forward
+    pass (`fused.py`), used where it proves equal; without it the network's own layer modules run.
     """
 
-    def __init__(self, model: LocalModel, kv: KVCache) -> None:
+    def __init__(self, model: LocalModel, kv: KVCache, *, fused: bool = True) -> None:
         self.kv = kv
         network = model.network
         network.set_attn_implementation(attention.NAME)
-        self._head = network.lm_head
         self._body = network.model
         self._device = model.device
-        self._rotary = _RotaryTable(self._body.rotary_emb, kv.shape)
+        self.rotary = _RotaryTable(self._body.rotary_emb, kv.shape)
         self.layers = len(self._body.layers)
+        self._fused = fuse(self._body, kv, self.rotary.first(CHECK_TOKENS)) if fused else None
+        tied = network.lm_head.weight is self._body.embed_tokens.weight
+        self._head = shared_product(network.lm_head.weight.detach()) if tied and self._fused else network.lm_head
 
-    @torch.no_grad()
     def run(
         self,
         segments: Sequence[Segment],
@@ -84,33 +88,42 @@ class Runner:
             self.kv.reserve(segment.slot, segment.start + len(segment.tokens))
         plan = self.kv.plan([Span(segment.slot, segment.start, len(segment.tokens)) for segment in segments])
         packing = _Packing(segments, plan, self._device)
-        hidden = self._body.embed_tokens(packing.tokens) if state is None else packing.packed(state)
-        tapped: dict[int, Tensor] = {}
-        wanted = set(tap_layers)
-        with attention.step(plan):
-            rotary = self._rotary.at(packing.positions, packing.furthest)
-            for layer in range(first, last):
-                if layer in wanted:
-                    tapped[layer] = hidden[packing.tap_rows]
-                hidden = self._layer(layer, hidden, rotary)
-        if last in wanted:
-            tapped[last] = hidden[packing.tap_rows]
+        self.rotary.reach(packing.furthest)
+        with torch.inference_mode():
+            hidden = self._body.embed_tokens(packing.tokens) if state is None else packing.packed(state)
+            tapped, hidden = self._forward(hidden, packing, plan, range(first, last), set(tap_layers))
+            if last in tap_layers:
+                tapped[last] = hidden[packing.tap_rows]
+            logits = self._head(self._body.norm(hidden[packing.logit_rows]))
         if first == 0:
             for segment in segments:
                 self.kv.commit(segment.slot, segment.start + len(segment.tokens))
+        # Copies, because what was made in inference mode may not be changed outside it.
         return StepOutput(
-            logits=self._logits(hidden[packing.logit_rows]),
-            hidden=tapped,
+            logits=logits.to(torch.float32, copy=True),
+            hidden={layer: states.clone() for layer, states in tapped.items()},
             state=packing.unpacked(hidden) if last < self.layers else None,
         )
 
-    def _layer(self, layer: int, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        out: Tensor = self._body.layers[layer](hidden.unsqueeze(0), position_embeddings=rotary, use_cache=False)
-        return out[0]
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self._head(self._body.norm(hidden))
-        return logits.float()
+    def _forward(
+        self, hidden: Tensor, packing: "_Packing", plan: StepPlan, layers: range, wanted: set[int]
+    ) -> tuple[dict[int, Tensor], Tensor]:
+        """Hidden states before the layers wanted, and after the last."""
+        tapped: dict[int, Tensor] = {}
+        cos, sin = self.rotary.at(packing.positions)
+        if self._fused is None:
+            own = cos.unsqueeze(0), sin.unsqueeze(0)
+        else:
+            turned = fused_rotary(cos, sin)
+        with attention.step(plan):
+            for layer in layers:
+                if layer in wanted:
+                    tapped[layer] = hidden[packing.tap_rows]
+                if self._fused is None:
+                    hidden = self._body.layers[layer](hidden.unsqueeze(0), position_embeddings=own, use_cache=False)[0]
+                else:
+                    hidden = self._fused[layer].forward(hidden, turned, plan)
+        return tapped, hidden
 
     def _check(
         self, segments: Sequence[Segment], tap_layers: Sequence[int], first: int, last: int, state: Tensor | None
@@ -193,12 +206,19 @@ class _RotaryTable:
         self._cos = self._sin = self._like
         self._grow(256)
 
-    def at(self, positions: Tensor, furthest: int) -> tuple[Tensor, Tensor]:
-        """cos and sin [1, tokens, head_dim]; `furthest` is the greatest of the positions."""
-        if furthest >= self._cos.shape[0]:
-            self._grow(2 * furthest)
-        return self._cos[positions].unsqueeze(0), self._sin[positions].unsqueeze(0)
+    def first(self, tokens: int) -> tuple[Tensor, Tensor]:
+        return self._cos[:tokens], self._sin[:tokens]
 
+    def reach(self, position: int) -> None:
+        """Have the angles of `position`."""
+        if position >= self._cos.shape[0]:
+            self._grow(2 * position)
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [tokens, head_dim] of positions that were reached."""
+        return self._cos[positions], self._sin[positions]
+
+    @torch.no_grad()
     def _grow(self, length: int) -> None:
         places = torch.arange(min(length, self._context), device=self._like.device)
         cos, sin = self._module(self._like, places.unsqueeze(0))

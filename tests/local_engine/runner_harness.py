@@ -20,7 +20,7 @@ TOLERANCE = 1e-5
 """Between logits of up to 3; transformers itself differs by 2e-6 between one pass and token by token."""
 
 
-def tiny_network(family: str) -> Any:
+def tiny_network(family: str, width: int = WIDTH) -> Any:
     """The same random weights at every call; Mistral sees 24 tokens back, and one of Qwen3's layers too."""
     config_class, network_class = ARCHITECTURES[family]
     windows = {
@@ -29,13 +29,13 @@ def tiny_network(family: str) -> Any:
     }
     config = config_class(
         vocab_size=512,
-        hidden_size=WIDTH,
-        intermediate_size=96,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=LAYERS,
         num_attention_heads=6,
         num_key_value_heads=2,
         max_position_embeddings=CONTEXT,
-        initializer_range=0.1,
+        initializer_range=0.1 * (WIDTH / width) ** 0.5,
         bos_token_id=None,
         eos_token_id=None,
         **windows.get(family, {}),
@@ -44,8 +44,8 @@ def tiny_network(family: str) -> Any:
     return network_class(config).eval()
 
 
-def tiny_model(family: str, like: LocalModel) -> LocalModel:
-    return dataclasses.replace(like, network=tiny_network(family))
+def tiny_model(family: str, like: LocalModel, width: int = WIDTH) -> LocalModel:
+    return dataclasses.replace(like, network=tiny_network(family, width))
 
 
 def text(length: int, seed: int = 0) -> list[int]:

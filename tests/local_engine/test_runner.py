@@ -37,9 +37,17 @@ def models(bundled: LocalModel) -> dict[str, LocalModel]:
 
 
 @pytest.fixture(params=FAMILIES)
-def pair(request: pytest.FixtureRequest, models: dict[str, LocalModel], references: dict[str, Any]) -> Pair:
-    kv = new_kv(models[request.param], BUDGET)
-    return Pair(Runner(models[request.param], kv), kv, references[request.param])
+def family(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(params=[True, False], ids=["fused", "modules"])
+def pair(
+    request: pytest.FixtureRequest, family: str, models: dict[str, LocalModel], references: dict[str, Any]
+) -> Pair:
+    kv = new_kv(models[family], BUDGET)
+    return Pair(Runner(models[family], kv, fused=request.param), kv, references[family])
 
 
 @pytest.fixture
@@ -133,7 +141,10 @@ def test_exported_tokens_load_into_another_slot(pair: Pair) -> None:
     assert close(pair.next_logits(loaded, tokens), pair.expected(tokens)[0])
 
 
-def test_taps_are_the_hidden_states_of_transformers_bit_for_bit(pair: Pair) -> None:
+def test_taps_are_the_hidden_states_of_transformers_bit_for_bit(family: str, bundled: LocalModel) -> None:
+    model = tiny_model(family, bundled)
+    kv = new_kv(model, BUDGET)
+    pair = Pair(Runner(model, kv, fused=False), kv, tiny_network(family))
     tokens = text(20)
     with torch.no_grad():
         # The last entry of transformers' own list is taken after the final norm, so the last layer is asked itself.

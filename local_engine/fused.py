@@ -1,0 +1,171 @@
+"""A lean forward pass through the decoder layers that the engine runs: the same numbers with a third of the operations.
+
+Query, key and value are one product; the activation and both residual sums happen inside the products
+(`products.py`). Weights are held once: the network's own modules use the fused ones and go on working.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm
+
+from local_engine import attention
+from local_engine.kv import KVCache, KVShape, Span, StepPlan
+from local_engine.products import Linears, Product
+
+logger = logging.getLogger(__name__)
+
+CHECK_TOKENS: Final = 9
+TOLERANCES: Final = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Most that a layer may differ from transformers' own, as a share of its greatest value."""
+
+Rotary = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FusedLayer:
+    """One decoder layer of Llama, Mistral, Qwen2 or Qwen3: `forward` computes what the module computes."""
+
+    index: int
+    shape: KVShape
+    scale: float
+    window: int | None
+    input_norm: Tensor
+    mlp_norm: Tensor
+    epsilon: float
+    head_norms: tuple[Tensor, float] | None
+    """Weights [query_heads + kv_heads, head_dim] of the norms of each query and key head, and their epsilon."""
+    qkv: Product
+    output: Product
+    gate: Product
+    up: Product
+    down: Product
+
+    def forward(self, hidden: Tensor, rotary: Rotary, plan: StepPlan) -> Tensor:
+        """hidden and result [tokens, width]; rotary as `fused_rotary` gives it."""
+        shape, width = self.shape, hidden.shape[1:]
+        rotated = shape.query_heads + shape.kv_heads
+        normed = rms_norm(hidden, width, self.input_norm, self.epsilon)
+        heads = self.qkv(normed).view(-1, rotated + shape.kv_heads, shape.head_dim)
+        turned, value = heads[:, :rotated], heads[:, rotated:]
+        if self.head_norms:
+            weights, epsilon = self.head_norms
+            turned = rms_norm(turned, (shape.head_dim,), None, epsilon).mul_(weights)
+        cos, sin = rotary
+        turned = torch.addcmul(turned * cos, turned.roll(shape.head_dim // 2, -1), sin)
+        query, key = turned[:, : shape.query_heads], turned[:, shape.query_heads :]
+        seen = plan.attend(self.index, query, key, value, self.scale, self.window)
+        hidden = self.output.plus(seen.reshape(hidden.shape[0], -1), hidden)
+        normed = rms_norm(hidden, width, self.mlp_norm, self.epsilon)
+        return self.down.plus(self.up.times(normed, self.gate.silu(normed)), hidden)
+
+
+def fused_rotary(cos: Tensor, sin: Tensor) -> Rotary:
+    """transformers' tables [tokens, head_dim] as [tokens, 1, head_dim], with the rotated half's sign in the sine."""
+    half = sin.shape[-1] // 2
+    return cos.unsqueeze(1), torch.cat((-sin[:, :half], sin[:, half:]), -1).unsqueeze(1)
+
+
+def fuse(body: nn.Module, kv: KVCache, rotary: Rotary) -> Sequence[FusedLayer] | None:
+    """Fused layers for the network's; None, and a warning says why, if one of them gives other numbers than its module.
+
+    `body` is the network without its head, attending by this package's function; `kv` has room for CHECK_TOKENS;
+    `rotary` is transformers' cos and sin [tokens, head_dim] for as many. Each layer is checked before its weights are
+    taken over, so no more than one layer is ever held twice. Asked again for the same network, gives the same layers.
+    """
+    if body not in _fused:
+        _fused[body] = _fuse(body, kv, rotary)
+    return _fused[body]
+
+
+_fused: WeakKeyDictionary[nn.Module, Sequence[FusedLayer] | None] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _fuse(body: Any, kv: KVCache, rotary: Rotary) -> Sequence[FusedLayer] | None:
+    slot = kv.open(CHECK_TOKENS)
+    hidden = body.embed_tokens(torch.arange(CHECK_TOKENS, device=kv.shape.device) % body.embed_tokens.num_embeddings)
+    layers = []
+    try:
+        for index, module in enumerate(body.layers):
+            layer, take_over = _build(module, index, kv.shape)
+            expected = _checked(kv, slot, hidden, rotary, partial(_by_module, module))
+            got = _checked(kv, slot, hidden, rotary, partial(_by_fused, layer))
+            error = float((got - expected).abs().max() / expected.abs().max())
+            if not error <= TOLERANCES[kv.shape.dtype]:
+                raise RuntimeError(f"layer {index} differs from transformers' by {error:.1e} of its greatest value")
+            take_over()
+            layers.append(layer)
+            hidden = expected
+    except (AttributeError, RuntimeError) as error:
+        logger.warning("the fused forward pass is not used: %s", error)
+        return None
+    finally:
+        kv.close(slot)
+    return layers
+
+
+def _checked(kv: KVCache, slot: int, hidden: Tensor, rotary: Rotary, forward: Callable[..., Tensor]) -> Tensor:
+    """One layer over `hidden`, the last token in a step of its own."""
+    kv.truncate(slot, 0)
+    parts = []
+    for start, stop in ((0, CHECK_TOKENS - 1), (CHECK_TOKENS - 1, CHECK_TOKENS)):
+        plan = kv.plan([Span(slot, start, stop - start)])
+        parts.append(forward(hidden[start:stop], (rotary[0][start:stop], rotary[1][start:stop]), plan))
+        kv.commit(slot, stop)
+    return torch.cat(parts)
+
+
+def _by_module(module: nn.Module, hidden: Tensor, rotary: Rotary, plan: StepPlan) -> Tensor:
+    cos, sin = rotary
+    with attention.step(plan):
+        out: Tensor = module(hidden.unsqueeze(0), position_embeddings=(cos.unsqueeze(0), sin.unsqueeze(0)))
+    return out[0]
+
+
+def _by_fused(layer: FusedLayer, hidden: Tensor, rotary: Rotary, plan: StepPlan) -> Tensor:
+    return layer.forward(hidden, fused_rotary(*rotary), plan)
+
+
+def _build(module: Any, index: int, shape: KVShape) -> tuple[FusedLayer, Callable[[], None]]:
+    """The fused layer, and what makes the module use its weights."""
+    attend, mlp = module.self_attn, module.mlp
+    linears = [
+        Linears(attend, "q_proj", "k_proj", "v_proj"),
+        Linears(attend, "o_proj"),
+        Linears(mlp, "gate_proj"),
+        Linears(mlp, "up_proj"),
+        Linears(mlp, "down_proj"),
+    ]
+    qkv, output, gate, up, down = (part.product for part in linears)
+    head_norms = None
+    if hasattr(attend, "q_norm"):
+        weights = [*[attend.q_norm.weight] * shape.query_heads, *[attend.k_norm.weight] * shape.kv_heads]
+        head_norms = torch.stack(weights), attend.q_norm.variance_epsilon
+    layer = FusedLayer(
+        index=index,
+        shape=shape,
+        scale=attend.scaling,
+        window=getattr(attend, "sliding_window", getattr(attend.config, "sliding_window", None)),
+        input_norm=module.input_layernorm.weight.detach(),
+        mlp_norm=module.post_attention_layernorm.weight.detach(),
+        epsilon=module.input_layernorm.variance_epsilon,
+        head_norms=head_norms,
+        qkv=qkv,
+        output=output,
+        gate=gate,
+        up=up,
+        down=down,
+    )
+
+    def take_over() -> None:
+        for part in linears:
+            part.take_over()
+
+    return layer, take_over

@@ -1,0 +1,117 @@
+"""Products with weights, the part of a forward pass that takes the time: torch's own, and oneDNN's for CPU.
+
+A decode step has few rows, so its products are bound by reading the weights. oneDNN with weights in its own blocked
+layout comes close to that bound, and adds activations and sums on the way out.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Final, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, silu
+
+SMALLEST_REPACKED: Final = 1 << 16
+"""Weights of a product. For fewer, a oneDNN product costs more to start than it saves."""
+_EXPECTED_ROWS: Final = 8
+
+
+class Product(Protocol):
+    """x @ weight.T + bias for x [rows, inputs], alone or with what follows it; gives a tensor of its own."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+    def silu(self, x: Tensor) -> Tensor: ...
+    def times(self, x: Tensor, factor: Tensor) -> Tensor: ...
+    def plus(self, x: Tensor, term: Tensor) -> Tensor: ...
+
+
+class PlainProduct:
+    """torch's own product; the weights stay as they are."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = weight
+        self._bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self._bias)
+
+    def silu(self, x: Tensor) -> Tensor:
+        return silu(self(x), inplace=True)
+
+    def times(self, x: Tensor, factor: Tensor) -> Tensor:
+        return self(x).mul_(factor)
+
+    def plus(self, x: Tensor, term: Tensor) -> Tensor:
+        return self(x).add_(term)
+
+
+class OneDNNProduct:
+    """oneDNN's product, by the operators that torch's compiler emits for CPU; `repack` copies the weights."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, repack: bool) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _EXPECTED_ROWS) if repack else weight
+        self._bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        return out
+
+    def silu(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "swish", [], "")
+        return out
+
+    def times(self, x: Tensor, factor: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, factor, self._weight, self._bias, "mul")
+        return out
+
+    def plus(self, x: Tensor, term: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, term, self._weight, self._bias, "add")
+        return out
+
+
+class Columns(nn.Module):
+    """Stands in a network for a linear module whose weights became columns `begin` to `end` of a repacked product."""
+
+    def __init__(self, product: Product, begin: int, end: int) -> None:
+        super().__init__()
+        self._product = product
+        self._begin, self._end = begin, end
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self._product(x.reshape(-1, x.shape[-1]))[:, self._begin : self._end]
+        return out.reshape(*x.shape[:-1], -1)
+
+
+class Linears:
+    """Linear modules of a network that read the same input, as one product."""
+
+    def __init__(self, parent: Any, *names: str) -> None:
+        self._parent = parent
+        self._names = names
+        modules = self._modules()
+        weights = [part.weight.detach() for part in modules]
+        self._weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        bias = None if modules[0].bias is None else torch.cat([part.bias.detach() for part in modules])
+        self._repacked = self._weight.device.type == "cpu" and self._weight.numel() >= SMALLEST_REPACKED
+        self.product: Product = (
+            OneDNNProduct(self._weight, bias, repack=True) if self._repacked else PlainProduct(self._weight, bias)
+        )
+
+    def take_over(self) -> None:
+        """Let the network's modules use the product's weights, so that they are held once."""
+        begin = 0
+        for name, module in zip(self._names, self._modules(), strict=True):
+            end = begin + module.out_features
+            if self._repacked:
+                setattr(self._parent, name, Columns(self.product, begin, end))
+            else:
+                module.weight.data = self._weight[begin:end]
+            begin = end
+
+    def _modules(self) -> Sequence[nn.Linear]:
+        return [getattr(self._parent, name) for name in self._names]
+
+
+def shared_product(weight: Tensor) -> Product:
+    """The product for weights that something else reads too, as a tied embedding: where they are, without a copy."""
+    return OneDNNProduct(weight, None, repack=False) if weight.device.type == "cpu" else PlainProduct(weight, None)
