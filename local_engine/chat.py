@@ -9,7 +9,11 @@ from local_engine.types import Effort, Message
 
 
 class InvalidRequest(Exception):
-    """The request cannot be turned into a prompt; the message says why, in words for the caller."""
+    """The request cannot be served; the message names the field, what is wrong with it and what would be right."""
+
+    def __init__(self, message: str, param: str = "messages") -> None:
+        super().__init__(message)
+        self.param = param
 
 
 def parse_messages(messages_json: bytes) -> list[Message]:
@@ -28,9 +32,16 @@ def parse_tools(tools_json: bytes | None) -> list[dict[str, Any]] | None:
     if tools_json is None:
         return None
     try:
-        return msgspec.json.decode(tools_json, type=list[dict[str, Any]]) or None
+        tools = msgspec.json.decode(tools_json, type=list[dict[str, Any]]) or None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"tools is not a JSON array of objects: {error}") from error
+        raise InvalidRequest(f"tools is not a JSON array of objects: {error}", "tools") from error
+    for at, tool in enumerate(tools or ()):
+        function = tool.get("function")
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise InvalidRequest(f"tools[{at}].function.name must be a string", "tools")
+        if not isinstance(function.get("parameters") or {}, dict):
+            raise InvalidRequest(f"tools[{at}].function.parameters must be a JSON schema, an object", "tools")
+    return tools
 
 
 def prompt_tokens(

@@ -1,44 +1,33 @@
 """From tokens to text, a little at a time: whole characters, stop strings, thinking apart from content."""
 
+import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from local_engine.model import LocalModel
-
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what tokenizers print for bytes that are no whole character (yet)
+from local_engine.pieces import Pieces
+from local_engine.tool_calls import ToolCallParser
+from local_engine.types import ToolCallDelta
 
 
 class Detokenizer:
-    """Incremental decoding. A token's text may depend on the token before it, so a short window is decoded again."""
+    """Incremental decoding by bytes. What can be no character comes out as U+FFFD, as soon as that is certain."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._window: list[int] = []
-        self._told = 0  # tokens of the window whose text is out
+    def __init__(self, pieces: Pieces) -> None:
+        self._pieces = pieces
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._at_start = pieces.drops_first_space
 
     def push(self, token: int) -> str:
         """The text this token completes; empty while a character is unfinished."""
-        self._window.append(token)
-        text = self._unsaid()
-        if not text or text.endswith(_REPLACEMENT):
-            return ""
-        self._window, self._told = self._window[self._told :], len(self._window) - self._told
-        return text
+        piece = self._pieces[token]
+        if self._at_start and piece:
+            self._at_start, piece = False, piece.removeprefix(b" ")
+        return self._decoder.decode(piece)
 
-    def finish(self) -> str:
-        """What is left, without an unfinished character."""
-        text = self._unsaid().rstrip(_REPLACEMENT)
-        self._window, self._told = [], 0
-        return text
-
-    def _unsaid(self) -> str:
-        before = self._decode(self._window[: self._told])
-        return self._decode(self._window)[len(before) :]
-
-    def _decode(self, tokens: list[int]) -> str:
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
+    def finish(self) -> None:
+        """Forget an unfinished character."""
+        self._decoder.reset()
 
 
 class StopStrings:
@@ -78,18 +67,23 @@ def _overlap(text: str, stop: str) -> int:
 class Piece:
     content: str = ""
     reasoning: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
 class TextStream:
-    """The answer of one sequence: what is said in the thinking block and what is said after it.
+    """The answer of one sequence: what is said in the thinking block, what after it, and the tools it calls.
 
-    Stop strings act on the content only. The markers and the line breaks after them belong to neither part.
+    Stop strings act on what comes after the thinking block. The markers and the line breaks after them belong to
+    neither part. `tools` says how the model writes calls; None where the request has no tools.
     """
 
-    def __init__(self, model: LocalModel, stops: Sequence[str], *, thinking: bool) -> None:
+    def __init__(
+        self, model: LocalModel, stops: Sequence[str], *, thinking: bool, tools: ToolCallParser | None = None
+    ) -> None:
         self._model = model
-        self._detokenizer = Detokenizer(model.tokenizer)
+        self._detokenizer = Detokenizer(model.pieces)
         self._stops = StopStrings(stops)
+        self._tools = tools
         self._after_marker = thinking
         self.thinking = thinking
 
@@ -97,21 +91,30 @@ class TextStream:
     def stopped(self) -> bool:
         return self._stops.hit
 
+    @property
+    def tool_calls(self) -> int:
+        """Calls that were told of so far."""
+        return self._tools.calls if self._tools else 0
+
     def push(self, token: int) -> Piece:
         """The text this token sets free."""
         if token == self._model.think_token or token == self._model.end_think_token:
-            piece = self._piece(self._detokenizer.finish())
+            self._detokenizer.finish()
             self.thinking = token == self._model.think_token
             self._after_marker = True
-            return piece
-        if token in self._model.special_tokens:
+            return Piece()
+        if token in self._model.special_tokens and not (self._tools and token in self._model.tool_tokens):
             return Piece()
         return self._piece(self._detokenizer.push(token))
 
     def finish(self) -> Piece:
         """What was held back; call when no more tokens will come."""
-        piece = self._piece(self._detokenizer.finish())
-        return piece if self.stopped else Piece(piece.content + self._stops.finish(), piece.reasoning)
+        self._detokenizer.finish()
+        held = "" if self.stopped else self._stops.finish()
+        if self._tools is None:
+            return Piece(held)
+        first, last = self._tools.push(held), self._tools.finish()
+        return Piece(first.content + last.content, "", (*first.calls, *last.calls))
 
     def _piece(self, text: str) -> Piece:
         if self.stopped:
@@ -119,4 +122,10 @@ class TextStream:
         if self._after_marker:
             text = text.lstrip("\n")
             self._after_marker = not text
-        return Piece(reasoning=text) if self.thinking else Piece(content=self._stops.push(text))
+        if self.thinking:
+            return Piece(reasoning=text)
+        shown = self._stops.push(text)
+        if self._tools is None:
+            return Piece(shown)
+        told = self._tools.push(shown)
+        return Piece(told.content, "", told.calls)

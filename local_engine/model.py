@@ -8,7 +8,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from local_engine.config import Device, Dtype, locate
+from local_engine.constrain import Grammars
 from local_engine.errors import ModelLoadError
+from local_engine.pieces import Pieces
+from local_engine.tool_calls import MARKERS, ToolFormat, tool_format
 from local_engine.types import ModelCard
 
 FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")
@@ -24,6 +27,12 @@ class LocalModel:
     device: torch.device
     end_tokens: frozenset[int]
     """Tokens that end the assistant's turn."""
+    pieces: Pieces
+    grammars: Grammars
+    tools: ToolFormat | None
+    """How it writes tool calls; None when its chat template knows of none."""
+    tool_tokens: frozenset[int]
+    """Control tokens that are part of a tool call's text."""
     special_tokens: frozenset[int]
     """Tokens that are never text."""
     think_token: int | None
@@ -58,8 +67,14 @@ def load_model(name: str, source: str, dtype: Dtype = "auto", device: Device = "
         raise ModelLoadError(f"model {name!r} ({source}) has no chat template; use an instruction-tuned checkpoint")
     network = network.to(where).eval()
     vocabulary = tokenizer.get_vocab()
-    end_think = vocabulary.get("</think>")
+    think, end_think = vocabulary.get("<think>"), vocabulary.get("</think>")
     end_tokens = _end_tokens(network, tokenizer)
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    tools = tool_format(tokenizer.chat_template)
+    try:
+        pieces = Pieces(tokenizer)
+    except ModelLoadError as error:
+        raise ModelLoadError(f"model {name!r} ({source}) cannot be served: {error}") from error
     card = ModelCard(
         name=name,
         context_window=config.max_position_embeddings,
@@ -72,9 +87,21 @@ def load_model(name: str, source: str, dtype: Dtype = "auto", device: Device = "
         tokenizer=tokenizer,
         device=where,
         end_tokens=end_tokens,
-        special_tokens=end_tokens | frozenset(tokenizer.all_special_ids),
-        think_token=vocabulary.get("<think>"),
+        special_tokens=end_tokens.union(
+            tokenizer.all_special_ids, (id for id, token in added.items() if token.special)
+        ),
+        think_token=think,
         end_think_token=end_think,
+        pieces=pieces,
+        grammars=Grammars(
+            tokenizer,
+            vocabulary=config.vocab_size,
+            end_tokens=end_tokens,
+            think_tokens=(think, end_think) if think is not None and end_think is not None else None,
+            tools=tools,
+        ),
+        tools=tools,
+        tool_tokens=frozenset(vocabulary[marker] for marker in MARKERS if marker in vocabulary),
     )
 
 

@@ -21,6 +21,26 @@ Message = dict[str, Any]
 """One chat message in OpenAI's shape, as decoded JSON."""
 
 
+class TextFormat(msgspec.Struct, frozen=True):
+    """What the text of an answer may be."""
+
+    kind: Literal["json_object", "json_schema", "regex"]
+    definition: str = ""
+    """The JSON schema, or the regular expression (Rust's syntax) that the whole text matches."""
+    field: str = "response_format"
+    """The request's field that asked for it, for error messages."""
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True):
+    """A piece of a tool call: first its id and name, then its arguments as they are written."""
+
+    index: int
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+    """JSON, in pieces to be joined."""
+
+
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """How to turn logits into text. Defaults are OpenAI's; temperature 0 is greedy."""
 
@@ -49,6 +69,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: bool = False
     """Natural logarithms before temperature, penalties and constraints."""
     top_logprobs: int = 0
+    response_format: TextFormat | None = None
+    """Holds the text after the thinking block to a format."""
     effort: Effort = "low"
     """How long to think, for models trained with effort modes; others ignore it."""
 

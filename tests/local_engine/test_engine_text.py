@@ -3,31 +3,13 @@
 import json
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from local_engine.chat import InvalidRequest, parse_messages, parse_tools, prompt_tokens
-from local_engine.detok import Detokenizer, StopStrings, TextStream
+from local_engine.detok import StopStrings, TextStream
 from local_engine.model import LocalModel
 from tests.local_engine.engine_harness import user
-
-
-@settings(max_examples=200, deadline=None)
-@given(text=st.text(max_size=40).filter(lambda text: "\ufffd" not in text))
-@example(text="é🎉日本語\u200d👩‍👩‍👧")
-@example(text="  two  spaces \n\n ,. ")
-def test_text_comes_out_whole_and_unchanged(bundled: LocalModel, text: str) -> None:
-    detokenizer = Detokenizer(bundled.tokenizer)
-    tokens = bundled.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-    pieces = [detokenizer.push(token) for token in tokens]
-    assert not any("\ufffd" in piece for piece in pieces)
-    assert "".join(pieces) + detokenizer.finish() == text
-
-
-def test_an_unfinished_character_is_never_shown(bundled: LocalModel) -> None:
-    tokens = bundled.tokenizer.backend_tokenizer.encode("ok 🎉").ids
-    detokenizer = Detokenizer(bundled.tokenizer)
-    assert "".join(detokenizer.push(token) for token in tokens[:-1]) + detokenizer.finish() == "ok "
 
 
 def _cut_by_single_characters(text: str, stops: list[str]) -> str:
