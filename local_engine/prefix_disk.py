@@ -75,18 +75,18 @@ class DiskTier:
             for i, key in enumerate(keys):
                 if key in self._index:
                     self._renew(key, now - i)
-        for key in reversed(keys):
-            if key in self._index:
-                self._index.move_to_end(key)
+        self._use(keys)
+        own = frozenset(keys)
         modified = now
         for key, block in zip(keys, path, strict=True):
             if key not in self._index or block in rewrite:
-                if not self._write(key, encode(block), modified):
-                    return
+                if not self._write(key, encode(block), modified, own):
+                    break
                 modified -= 1
                 yield
             else:
                 modified = self._index[key][1] - 1
+        self._use(keys)
 
     def forget(self, root: bytes, digests: Sequence[bytes] | None) -> None:
         """Remove these blocks; None: all below the root."""
@@ -101,11 +101,17 @@ class DiskTier:
     def close(self) -> None:
         """Nothing is open between calls."""
 
-    def _write(self, key: _Key, raw: bytes, modified_ns: int) -> bool:
-        """Whether there was room for it."""
+    def _use(self, keys: Sequence[_Key]) -> None:
+        """Put what is there of a prefix at the young end, its beginning youngest."""
+        for key in reversed(keys):
+            if key in self._index:
+                self._index.move_to_end(key)
+
+    def _write(self, key: _Key, raw: bytes, modified_ns: int, own: frozenset[_Key]) -> bool:
+        """Whether there was room for it beside `own`, the prefix that it is part of."""
         if key in self._index:
             self._remove(key)
-        if not self._make_room(len(raw)):
+        if not self._make_room(len(raw), own):
             return False
         path = self._path(key)
         path.parent.mkdir(exist_ok=True, mode=0o700)
@@ -131,9 +137,12 @@ class DiskTier:
         else:
             self._index[key] = (self._index[key][0], modified_ns)
 
-    def _make_room(self, size: int) -> bool:
-        while self._index and self.bytes_used + size > self.bytes_limit:
-            self._remove(next(iter(self._index)))
+    def _make_room(self, size: int, own: frozenset[_Key] = frozenset()) -> bool:
+        while self.bytes_used + size > self.bytes_limit:
+            oldest = next(iter(self._index), None)
+            if oldest is None or oldest in own:
+                break
+            self._remove(oldest)
         return self.bytes_used + size <= self.bytes_limit
 
     def _remove(self, key: _Key) -> None:

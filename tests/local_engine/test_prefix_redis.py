@@ -94,6 +94,7 @@ def test_blocks_live_for_their_time_and_use_renews_it(
     assert fetched(other, A, PROMPT) == 12
     commit(other, A, PROMPT)
     flush(other)
+    assert other.stats().tiers[0].written_blocks == 0
     assert all(client.ttl(key) > 10 for key in keys)
     client.delete(*keys)
     third = start_store()

@@ -242,6 +242,23 @@ def test_the_disk_keeps_to_its_bytes_and_prefixes_lose_their_ends_first(
     assert sum(file.stat().st_size for file in stored_files(tmp_path)) <= 4 * one
 
 
+def test_the_disk_forgets_what_was_used_longest_ago_and_no_beginning_before_its_end(
+    tmp_path: Path, start_tiers: StartTiers
+) -> None:
+    one = len(encode(Block(Root(A, b"r" * 32), b"t" * 16, kv_of(A, [1, 2, 3, 4]).contiguous(), None)))
+    slow = start_tiers(DiskTier(tmp_path, 6 * one))
+    old, new = [[turn] * 12 + [0] for turn in (1, 2)]
+    store = new_store(slow=slow)
+    for tokens in (old, new, old, [3] * 8):  # old is used again
+        commit(store, A, tokens)
+    assert stored_after_flush(store, tmp_path) == 6
+    assert fetched(new_store(slow=slow), A, old) == 12
+    assert fetched(new_store(slow=slow), A, new) == 4
+    commit(store, A, [4] * 40)
+    assert stored_after_flush(store, tmp_path) == 6
+    assert fetched(new_store(slow=slow), A, [4] * 41) == 24, "longer than the disk: its beginning is kept"
+
+
 def test_use_is_remembered_on_disk(tmp_path: Path) -> None:
     """Times older than a minute are renewed when their prefix is used, beginnings younger than ends."""
     tier = DiskTier(tmp_path, DiskSize)
