@@ -15,6 +15,7 @@ from local_engine import attention
 from local_engine.errors import ModelLoadError
 from local_engine.fused import CHECK_TOKENS, fuse, fused_rotary
 from local_engine.kv import KVCache, KVShape, Span, StepPlan
+from local_engine.kv_paged import PagedKV
 from local_engine.kv_rows import RowsKV
 from local_engine.model import LocalModel
 from local_engine.products import shared_product
@@ -45,7 +46,8 @@ class StepOutput:
 
 def new_kv(model: LocalModel, bytes_limit: int) -> KVCache:
     """The KV cache for the device that the model is on."""
-    return RowsKV(KVShape.of(model), bytes_limit)
+    shape = KVShape.of(model)
+    return PagedKV(shape, bytes_limit) if model.device.type == "cuda" else RowsKV(shape, bytes_limit)
 
 
 class Runner:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from local_engine.kv import KVCache, KVFull, KVShape, Span
+from local_engine.kv_paged import PAGE, PagedKV
 from local_engine.kv_rows import RowsKV
 
 SHAPE = KVShape(
@@ -22,7 +23,7 @@ SHAPE = KVShape(
 MakeKV = Callable[[KVShape, int], KVCache]
 
 
-@pytest.fixture(params=[RowsKV], ids=["rows"])
+@pytest.fixture(params=[RowsKV, PagedKV], ids=["rows", "paged"])
 def make_kv(request: pytest.FixtureRequest) -> MakeKV:
     make: MakeKV = request.param
     return make
@@ -132,3 +133,33 @@ def test_what_does_not_fit_a_slot_is_refused(make_kv: MakeKV) -> None:
         with pytest.raises(ValueError, match=message):
             use()
     assert held(kv, slot) == [1, 2, 3]
+
+
+def test_a_fork_shares_whole_pages_and_copies_the_one_it_ends_in() -> None:
+    kv = PagedKV(SHAPE, 4_096 * SHAPE.token_bytes)
+    slot = kv.open(0)
+    kv.load(slot, 0, content(list(range(600))))
+    assert kv.bytes_used == 3 * kv.page_bytes
+    forked = kv.fork(slot, 600)
+    assert kv.bytes_used == 4 * kv.page_bytes
+    kv.fork(slot, 2 * PAGE)
+    assert kv.bytes_used == 4 * kv.page_bytes
+    kv.close(slot)
+    assert kv.bytes_used == 3 * kv.page_bytes
+    assert held(kv, forked) == list(range(600))
+
+
+def test_a_shared_page_is_copied_before_it_is_written() -> None:
+    kv = PagedKV(SHAPE, 4_096 * SHAPE.token_bytes)
+    slot = kv.open(0)
+    kv.load(slot, 0, content(list(range(256))))
+    forked = kv.fork(slot, 256)
+    kv.truncate(slot, 100)
+    kv.load(slot, 100, content([7]))
+    assert held(kv, slot) == [*range(100), 7]
+    assert held(kv, forked) == list(range(256))
+    forked_again = kv.fork(forked, 256)
+    kv.truncate(forked_again, 10)
+    before = kv.bytes_used
+    kv.plan([Span(forked_again, 4, 2)])  # a step that resumes writes tokens that are there
+    assert kv.bytes_used == before + kv.page_bytes

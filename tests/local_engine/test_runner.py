@@ -10,6 +10,7 @@ from torch import Tensor
 from local_engine import attention
 from local_engine.errors import ModelLoadError
 from local_engine.kv import KVFull, KVShape
+from local_engine.kv_paged import PagedKV
 from local_engine.kv_rows import RowsKV
 from local_engine.model import LocalModel
 from local_engine.runner import Runner, Segment, new_kv
@@ -42,12 +43,15 @@ def family(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.fixture(params=[True, False], ids=["fused", "modules"])
+@pytest.fixture(
+    params=[(RowsKV, True), (RowsKV, False), (PagedKV, True)], ids=["rows-fused", "rows-modules", "pages-fused"]
+)
 def pair(
     request: pytest.FixtureRequest, family: str, models: dict[str, LocalModel], references: dict[str, Any]
 ) -> Pair:
-    kv = new_kv(models[family], BUDGET)
-    return Pair(Runner(models[family], kv, fused=request.param), kv, references[family])
+    cache, fused = request.param
+    kv = cache(KVShape.of(models[family]), BUDGET)
+    return Pair(Runner(models[family], kv, fused=fused), kv, references[family])
 
 
 @pytest.fixture
@@ -56,7 +60,7 @@ def qwen(models: dict[str, LocalModel], references: dict[str, Any]) -> Pair:
     return Pair(Runner(models["qwen3"], kv), kv, references["qwen3"])
 
 
-@pytest.mark.parametrize("chunk", [60, 17, 5, 1])
+@pytest.mark.parametrize("chunk", [60, 17, 1])
 def test_a_prompt_in_chunks_of_any_size_has_the_logits_of_transformers(pair: Pair, chunk: int) -> None:
     tokens = text(60)  # past Mistral's window of 24
     slot = pair.kv.open(8)
@@ -262,3 +266,25 @@ def test_the_attention_function_is_known_to_transformers() -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     assert ALL_ATTENTION_FUNCTIONS[attention.NAME] is attention.attend
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: torch has no such kernel for CPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pages_on_cuda_give_the_logits_of_transformers(family: str, dtype: torch.dtype, bundled: LocalModel) -> None:
+    device = torch.device("cuda")
+    model = dataclasses.replace(tiny_model(family, bundled), device=device)
+    model.network.to(device=device, dtype=dtype)
+    reference = tiny_network(family).to(device=device, dtype=dtype)
+    kv = new_kv(model, BUDGET)
+    assert isinstance(kv, PagedKV)
+    runner = Runner(model, kv)
+    texts = [text(length, seed=length) for length in (40, 33, 12)]
+    news = [1, 4, 12]
+    slots = [kv.open(64) for _ in texts]
+    pairs = list(zip(slots, texts, news, strict=True))
+    runner.run([Segment(slot, 0, tokens[:-new]) for slot, tokens, new in pairs if len(tokens) > new])
+    out = runner.run([Segment(slot, len(tokens) - new, tokens[-new:], logits=new) for slot, tokens, new in pairs])
+    with torch.no_grad():
+        parts = [reference(torch.tensor([tokens], device=device)).logits[0, -new:] for _, tokens, new in pairs]
+    error = float((out.logits - torch.cat(parts).float()).abs().max())
+    assert error <= (1e-4 if dtype == torch.float32 else 0.1)
