@@ -6,7 +6,6 @@ that write (`sampler.py`), and a `Turn` for each sequence that has something to 
 
 import logging
 import time
-from array import array
 from collections.abc import Callable
 from collections.abc import Sequence as Sized
 from dataclasses import dataclass, field
@@ -20,9 +19,10 @@ from local_engine.kv import KVCache, KVFull
 from local_engine.model import LocalModel
 from local_engine.prefix import PrefixStore
 from local_engine.runner import Segment, StepOutput
-from local_engine.sampler import Choice, pick_all
+from local_engine.sampler import Choice
 from local_engine.scheduler import Scheduler
-from local_engine.sequence import Scores, Sequence, token_ids
+from local_engine.sequence import Scores, Sequence
+from local_engine.spec.verify import Window, verify
 
 HEADROOM: Final = 32
 """Tokens beyond its text for which a sequence gets room when it is let in, so that it comes forward before it asks."""
@@ -138,7 +138,7 @@ class Lane:
 
     def rewind(self, sequence: Sequence, length: int) -> None:
         """Forget the KV after the first `length` tokens."""
-        sequence.draft.clear()
+        sequence.undraft()
         sequence.tapped = min(sequence.tapped, length)
         if sequence.slot is not None and sequence.computed > length:
             self.kv.truncate(sequence.slot, length)
@@ -149,7 +149,7 @@ class Lane:
         if self.store is None or sequence.slot is None or sequence.scored_from is not None:
             return
         try:
-            tokens = sequence.ids[: sequence.computed]
+            tokens = sequence.ids[: sequence.computed]  # no drafts: they are not part of `ids`
             self.store.commit(sequence.salt, tokens, partial(self.kv.export, sequence.slot))
         except Exception:
             logger.exception("storing a prefix failed")
@@ -206,7 +206,8 @@ class Lane:
     def _compute(self, work: list[tuple[Sequence, int]]) -> list[Turn]:
         """One forward pass; where it fails, one for each, so that a failure ends nothing but what caused it."""
         segments = [_segment(sequence, count) for sequence, count in work]
-        layers = sorted({layer for sequence, _ in work if sequence.taps for layer in sequence.taps.layers})
+        tapped = [w[0].taps for w, segment in zip(work, segments, strict=True) if segment.taps]
+        layers = sorted({layer for taps in tapped if taps is not None for layer in taps.layers})
         try:
             output = self._runner.run(segments, tap_layers=layers)
         except Exception as error:
@@ -247,48 +248,30 @@ class Lane:
         return [turn for turn in turns if turn.choices or turn.hidden or turn.scores or turn.rested or turn.error]
 
     def _write(self, turns: list[Turn], logits: Tensor) -> None:
-        """Choose what comes next in every sequence that writes, all at once.
-
-        A draft is verified by choosing at each of its tokens as if it were right, and kept as far as it agrees: the
-        choice depends on seed and position alone, so the text is what it would be without drafts.
-        """
+        """What comes next in every sequence that writes, all at once: what is kept of its draft, and one token more."""
         windows = [_window(turn.sequence) for turn in turns]
-        chosen = iter(self._choices(turns, windows, logits))
-        for turn, window in zip(turns, windows, strict=True):
-            choices = [next(chosen) for _ in window]
-            sequence, draft = turn.sequence, list(turn.sequence.draft)
+        for turn, choices in zip(turns, self._choices(turns, windows, logits), strict=True):
+            sequence, turn.choices = turn.sequence, choices
             if len(sequence.ids) == sequence.prompt_len:
-                self.rewind(sequence, len(sequence.ids))
                 self.publish(sequence)
-            for at, choice in enumerate(choices):
-                if choice is None:
-                    break
-                turn.choices.append(choice)
-                if at == len(draft) or choice.token != draft[at]:
-                    break
-            sequence.ids.extend(choice.token for choice in turn.choices)
+            sequence.ids.extend(choice.token for choice in choices)
             self.rewind(sequence, len(sequence.ids) - 1)
             sequence.at_rest = len(sequence.ids) >= sequence.limit
 
-    def _choices(self, turns: list[Turn], windows: "list[list[array[int]]]", logits: Tensor) -> list[Choice | None]:
-        """A choice for every row of every window; none where choosing failed, which its turn then says."""
-        samplers = [
-            turn.sequence.sampler
-            for turn, window in zip(turns, windows, strict=True)
-            for _ in window
-            if turn.sequence.sampler is not None
-        ]
-        histories = [history for window in windows for history in window]
+    def _choices(self, turns: list[Turn], windows: list[Window], logits: Tensor) -> list[list[Choice]]:
+        """The choices of every window; none where choosing failed, which its turn then says."""
         try:
-            return [*pick_all(logits, samplers, histories)]
+            return verify(logits, windows)
         except Exception as error:
             if len(turns) == 1:
                 logger.exception("choosing a token failed")
                 turns[0].error = error
-                return [None for _ in histories]
-        found: list[Choice | None] = []
+                return [[]]
+        found: list[list[Choice]] = []
+        row = 0
         for turn, window in zip(turns, windows, strict=True):
-            found += self._choices([turn], [window], logits[len(found) : len(found) + len(window)])
+            found += self._choices([turn], [window], logits[row : row + window.rows])
+            row += window.rows
         return found
 
     def _reveal(self, turns: list[Turn], segments: list[Segment], output: StepOutput) -> None:
@@ -321,16 +304,23 @@ def _segment(sequence: Sequence, count: int) -> Segment:
     start, stop = sequence.computed, sequence.computed + count
     tokens = sequence.ids[start:stop]
     tokens.extend(sequence.draft[: stop - start - len(tokens)])
-    if sequence.scored_from is not None:
-        logits = max(0, stop - max(start, sequence.scored_from - 1))
+    if sequence.scored_from is not None and sequence.scores is not None:
+        due = sequence.scored_from - 1 + len(sequence.scores.logprobs)  # what was scored before a preemption stays
+        logits = max(0, stop - max(start, due))
     else:
         logits = stop - len(sequence.ids) + 1 if sequence.sampler is not None and stop >= len(sequence.ids) else 0
     return Segment(sequence.slot, start, tokens, logits, _taps(sequence, start, tokens))
 
 
-def _window(sequence: Sequence) -> "list[array[int]]":
-    """The histories before each token that is to be chosen: its text, then with one, two, … tokens of its draft."""
-    return [sequence.ids, *(sequence.ids + token_ids(sequence.draft[:n]) for n in range(1, len(sequence.draft) + 1))]
+def _window(sequence: Sequence) -> Window:
+    assert sequence.sampler is not None, "only those with a sampler write"
+    drawn_from = sequence.drawn_from
+    return Window(
+        sequence.sampler,
+        sequence.ids,
+        list(sequence.draft),
+        None if drawn_from is None else drawn_from[: len(sequence.draft)],
+    )
 
 
 def _taps(sequence: Sequence, start: int, tokens: Sized[int]) -> list[int]:

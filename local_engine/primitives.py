@@ -108,7 +108,7 @@ class Primitives:
         """Forced text: it is read next. Raises ValueError beyond the sequence's limit."""
         if len(sequence.ids) + len(tokens) > sequence.limit:
             raise ValueError(f"{len(tokens)} tokens after {len(sequence.ids)} are over the limit of {sequence.limit}")
-        sequence.draft.clear()
+        sequence.undraft()
         sequence.ids.extend(tokens)
         sequence.at_rest = sequence.at_rest and not tokens
 
@@ -130,7 +130,7 @@ class Primitives:
     def hold(self, sequence: Sequence) -> None:
         """Let it write no more: it reads what it has, and rests."""
         sequence.sampler = None
-        sequence.draft.clear()
+        sequence.undraft()
         sequence.at_rest = sequence.computed == len(sequence.ids)
 
     def score(self, sequence: Sequence, tokens: Tokens[int]) -> Sequence:

@@ -90,7 +90,7 @@ class Scheduler:
         for sequence in [s for s in self.running if s.pending]:
             while sequence.slot is not None and not room.take(sequence, len(sequence.ids) + len(sequence.draft)):
                 if sequence.draft:
-                    sequence.draft.clear()
+                    sequence.undraft()
                     continue
                 victim = self._victim(sequence)
                 if victim is None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from local_engine.types import TapSpec
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from local_engine.sampler import Sampler
 
 AGING_S = 10.0
@@ -44,6 +46,8 @@ class Sequence:
     """Tokens of the prompt that the prefix store had when it was first let in; None before."""
     draft: list[int] = field(default_factory=list)
     """Guesses of what comes after `ids`, to be verified in the next step."""
+    drawn_from: "Tensor | None" = None
+    """[draft, vocabulary]: the distributions that the draft was drawn from; None: it was certain."""
     slot: int | None = None
     """Its place in the KV cache; None while it has none: then nothing is computed."""
     tapped: int = 0
@@ -59,10 +63,20 @@ class Sequence:
         """Tokens to compute before it can write, score or rest; drafts are not counted."""
         return 0 if self.at_rest else len(self.ids) - (self.scored_from is not None) - self.computed
 
+    @property
+    def room(self) -> int:
+        """The longest draft that it can verify."""
+        return max(0, self.limit - len(self.ids) - 1)
+
     def forget(self) -> None:
         """Its KV is gone: what it has said stays, and is computed again."""
         self.slot, self.computed = None, 0
+        self.undraft()
+
+    def undraft(self) -> None:
+        """Nothing is to be verified."""
         self.draft.clear()
+        self.drawn_from = None
 
 
 @dataclass(slots=True)

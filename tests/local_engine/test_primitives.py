@@ -1,0 +1,266 @@
+"""Sequences that are forked, cut, fed, scored, preempted and closed at random, against recomputing from scratch."""
+
+import itertools
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from local_engine.kv import KVShape
+from local_engine.lane import Lane, Turn
+from local_engine.model import LocalModel
+from local_engine.prefix import PrefixStore
+from local_engine.prefix_identity import KVIdentity, KVLayout
+from local_engine.primitives import Primitives
+from local_engine.runner import Runner, Segment, new_kv
+from local_engine.sampler import Sampler
+from local_engine.sequence import Sequence
+from local_engine.types import SamplingParams
+from tests.conftest import Size
+from tests.local_engine.runner_harness import CONTEXT, text, tiny_model, tiny_network
+
+CPU = torch.device("cpu")
+PROMPTS = [text(n, seed) for seed, n in enumerate((3, 17, 40, 41, 70))]
+CLOSE = 1e-4
+LIMIT = 120
+
+
+@pytest.fixture(scope="module")
+def model(bundled: LocalModel) -> LocalModel:
+    return tiny_model("qwen3", bundled)
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    return tiny_network("qwen3")
+
+
+def greedy() -> Sampler:
+    return Sampler(SamplingParams(temperature=0), CPU)
+
+
+@dataclass
+class World:
+    """A lane with room for three sequences, and what its sequences ought to be."""
+
+    lane: Lane
+    engine: Primitives
+    reference: Any
+    texts: dict[Sequence, list[int]] = field(default_factory=dict)
+    written: dict[Sequence, set[int]] = field(default_factory=dict)
+    """Positions of tokens that the model chose."""
+    asked: dict[Sequence, tuple[list[int], list[int]]] = field(default_factory=dict)
+    """Of the scores under way: what was there, and what is scored."""
+
+    def step(self) -> None:
+        for turn in self.lane.step():
+            self._hear(turn)
+
+    def _hear(self, turn: Turn) -> None:
+        assert turn.error is None
+        assert not turn.out_of_room
+        sequence = turn.sequence
+        for choice in turn.choices:
+            self.written[sequence].add(len(self.texts[sequence]))
+            self.texts[sequence].append(choice.token)
+        if turn.scores is not None:
+            before, tokens = self.asked.pop(sequence)
+            logprobs = torch.log_softmax(self.logits(before + tokens)[len(before) - 1 : -1], -1)
+            expected = logprobs[torch.arange(len(tokens)), torch.tensor(tokens)]
+            assert torch.allclose(torch.tensor(turn.scores.logprobs), expected, atol=CLOSE)
+            entropies = -(logprobs.exp() * logprobs).sum(-1)
+            assert torch.allclose(torch.tensor(turn.scores.entropies), entropies, atol=CLOSE)
+            self.engine.close(sequence)
+
+    @torch.no_grad()
+    def logits(self, tokens: list[int]) -> Tensor:
+        found: Tensor = self.reference(torch.tensor([tokens])).logits[0]
+        return found
+
+    def wander(self, rng: random.Random) -> None:
+        """One random operation."""
+        sequences = list(self.texts)
+        if not sequences or rng.random() < 0.1:
+            return self._open(rng)
+        sequence = rng.choice(sequences)
+        tokens = self.texts[sequence]
+        match rng.choice(("fork", "append", "truncate", "score", "write", "hold", "close", "preempt", *["step"] * 8)):
+            case "fork" if len(sequences) < 6:
+                length = rng.randint(1, min(len(tokens), LIMIT - 1))
+                child = self.engine.fork(sequence, greedy() if rng.random() < 0.5 else None, length=length)
+                self.texts[child] = tokens[:length]
+                self.written[child] = {at for at in self.written[sequence] if at < length}
+            case "append":
+                more = text(rng.randint(0, max(0, min(20, LIMIT - len(tokens)))), rng.randint(0, 99))
+                self.engine.append(sequence, more)
+                tokens += more
+            case "truncate":
+                length = rng.randint(1, len(tokens))
+                self.engine.truncate(sequence, length)
+                del tokens[length:]
+                self.written[sequence] = {at for at in self.written[sequence] if at < length}
+            case "score" if len(tokens) < LIMIT:
+                candidate = text(rng.randint(1, min(12, LIMIT - len(tokens))), rng.randint(0, 99))
+                self.asked[self.engine.score(sequence, candidate)] = (list(tokens), candidate)
+            case "write":
+                self.engine.write(sequence, greedy())
+            case "hold":
+                self.engine.hold(sequence)
+            case "close":
+                self._close(sequence)
+            case "preempt" if self.lane.scheduler.running:
+                self.lane.scheduler.preempt(rng.choice(self.lane.scheduler.running), self.lane)
+            case _:
+                self.step()
+
+    def _open(self, rng: random.Random) -> None:
+        prompt = list(rng.choice(PROMPTS))
+        sequence = self.engine.open("m", prompt, greedy() if rng.random() < 0.7 else None, limit=LIMIT)
+        self.texts[sequence] = prompt
+        self.written[sequence] = set()
+
+    def _close(self, sequence: Sequence) -> None:
+        self.engine.close(sequence)
+        del self.texts[sequence], self.written[sequence]
+
+    def settle(self) -> None:
+        """Nobody writes any more, and everything is computed."""
+        for sequence in self.texts:
+            self.engine.hold(sequence)
+        for _ in range(2000):
+            if not self.lane.scheduler.busy:
+                break
+            self.step()
+        assert not self.lane.scheduler.busy
+        assert not self.asked
+
+    def check(self) -> None:
+        """Everything is as if each sequence had been computed alone, at once."""
+        for sequence, tokens in self.texts.items():
+            assert sequence.ids.tolist() == tokens
+            logits = self.logits(tokens)
+            for at in self.written[sequence]:
+                best = logits[at - 1]
+                assert best[tokens[at]] >= best.max() - CLOSE, "not what the model would have written"
+            if sequence.slot is not None:
+                assert sequence.computed == len(tokens) == self.lane.kv.length(sequence.slot)
+                held = self.lane.kv.export(sequence.slot, 0, len(tokens))
+                assert (held - self._from_scratch(tokens)).abs().max() < CLOSE
+
+    def _from_scratch(self, tokens: list[int]) -> Tensor:
+        kv = new_kv(self.lane.model, 1 << 24)
+        slot = kv.open(len(tokens))
+        Runner(self.lane.model, kv).run([Segment(slot, 0, tokens)])
+        return kv.export(slot, 0, len(tokens))
+
+    def leave(self) -> None:
+        """Nothing is left behind."""
+        self.engine.close_all()
+        scheduler, store = self.lane.scheduler, self.lane.store
+        assert (scheduler.running, scheduler.waiting, self.engine.sequences) == ([], [], [])
+        assert self.lane.kv.bytes_used == 0
+        assert store is not None
+        assert store.problems() == []
+        assert store.stats().held_blocks == 0
+
+
+def world(model: LocalModel, reference: Any, *, rows: int = 3) -> World:
+    row_bytes = CONTEXT * KVShape.of(model).token_bytes
+    kv = new_kv(model, rows * row_bytes)
+    store = PrefixStore(KVIdentity("m", "w", KVLayout.of(kv.shape)), bytes_limit=row_bytes, block_tokens=8)
+    lane = Lane(model, kv, Runner(model, kv), store, max_running=4, prefill_chunk=24)
+    engine = Primitives({"m": lane}, None, serials=itertools.count(), arrived=0.0, salt=b"a")
+    return World(lane, engine, reference)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 1 << 30))
+def test_whatever_is_done_to_sequences_equals_recomputing_them(model: LocalModel, reference: Any, seed: int) -> None:
+    here, rng = world(model, reference), random.Random(seed)
+    for _ in range(40):
+        here.wander(rng)
+    here.settle()
+    here.check()
+    here.leave()
+
+
+def test_nothing_leaks_however_long_it_goes_on(model: LocalModel, reference: Any, size: Size) -> None:
+    here, rng = world(model, reference), random.Random(7)
+    for _ in range(size(400, 10_000)):
+        here.wander(rng)
+    preemptions = here.lane.scheduler.preemptions
+    here.settle()
+    here.check()
+    here.leave()
+    assert preemptions > 0, "room for three was never too little"
+
+
+def test_forks_share_what_was_read(model: LocalModel, reference: Any) -> None:
+    here = world(model, reference)
+    prompt = here.engine.open("m", PROMPTS[2])
+    while not prompt.at_rest:
+        here.lane.step()
+    before = here.lane.computed_tokens
+    forks = [here.engine.fork(prompt, greedy()) for _ in range(2)]
+    here.lane.step()
+    assert here.lane.computed_tokens - before == 2, "the last token of each, for its logits"
+    assert {len(fork.ids) for fork in forks} == {len(PROMPTS[2]) + 1}
+    assert prompt.ids.tolist() == PROMPTS[2]
+    here.leave()
+
+
+def test_a_score_computes_no_more_than_it_needs_and_changes_nothing(model: LocalModel, reference: Any) -> None:
+    here = world(model, reference)
+    prompt = here.engine.open("m", PROMPTS[2])
+    while not prompt.at_rest:
+        here.lane.step()
+    before = here.lane.computed_tokens
+    question = here.engine.score(prompt, [5, 6, 7])
+    (turn,) = here.lane.step()
+    assert turn.sequence is question
+    assert turn.scores is not None
+    assert len(turn.scores.logprobs) == 3
+    assert here.lane.computed_tokens - before == 3, "the last token of the prompt, and two of the three"
+    assert (prompt.ids.tolist(), prompt.computed) == (PROMPTS[2], len(PROMPTS[2]))
+    here.leave()
+
+
+@pytest.mark.parametrize("draft_length", [1, 4])
+def test_drafts_change_no_text_whether_right_or_wrong(model: LocalModel, reference: Any, draft_length: int) -> None:
+    """Half of the drafts are what the model will say, half are not; greedy and drawn."""
+    for params in (SamplingParams(temperature=0), SamplingParams(temperature=2.0, seed=3)):
+        said: list[list[int]] = []
+        steps: list[int] = []
+        for drafting in (False, True):
+            here = world(model, reference)
+            sequence = here.engine.open("m", PROMPTS[1], Sampler(params, CPU), limit=60)
+            while not sequence.at_rest:
+                if drafting and sequence.pending == 1 and len(sequence.ids) > len(PROMPTS[1]):
+                    known = said[0][len(sequence.ids) :][: min(draft_length, sequence.room)]
+                    wrong = [(token + 1) % 512 for token in known]
+                    sequence.draft[:] = known if here.lane.steps % 2 else [*known[:1], *wrong[1:]]
+                here.lane.step()
+            said.append(sequence.ids.tolist())
+            steps.append(here.lane.steps)
+            here.leave()
+        assert said[0] == said[1]
+        assert steps[1] < steps[0]
+
+
+def test_limits_are_named(model: LocalModel, reference: Any) -> None:
+    here = world(model, reference)
+    with pytest.raises(ValueError, match="1 to 120 tokens"):
+        here.engine.open("m", text(120), greedy(), limit=120)
+    sequence = here.engine.open("m", PROMPTS[0], limit=10)
+    with pytest.raises(ValueError, match="limit of 10"):
+        here.engine.append(sequence, text(8))
+    with pytest.raises(ValueError, match="from 1 to"):
+        here.engine.truncate(sequence, 0)
+    with pytest.raises(ValueError, match="can be scored"):
+        here.engine.score(sequence, text(8))
+    here.leave()
