@@ -5,6 +5,7 @@ PORT   ?= 8080
 SOAK_TESTS ?= tests/faults/test_fault_matrix.py tests/faults/test_ledger_oracle.py tests/admission/test_budget_race.py \
 	tests/admission/test_idempotency.py tests/crash/test_kill.py tests/edge/test_slow_clients.py tests/deploy/test_rolling.py
 JUDGES ?= .bench/judges
+VLLM   ?= .bench/vllm
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
@@ -46,8 +47,12 @@ soak: install ## Mixed traffic for MINUTES, then the long sizes of tests, in pro
 	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
 	$(BIN)/python -m pytest --soak $(MINUTES) $(SOAK_TESTS)
 
-judges: install $(JUDGES)/.installed ## Other people's suites: schemathesis on our OpenAPI document, langchain-tests
+judges: install $(JUDGES)/.installed $(VLLM)/.installed ## schemathesis and langchain-tests on us, and we before a real vLLM
 	$(BIN)/python -m tests.judges $(JUDGES)
+	$(BIN)/python -m tests.judges.vllm_engine $(VLLM)
+
+$(VLLM)/.installed: scripts/install_vllm.sh constraints.txt
+	PYTHON=$(PYTHON) sh scripts/install_vllm.sh $(VLLM)
 
 $(JUDGES)/.installed: tests/judges/requirements.txt
 	test -x $(JUDGES)/bin/python || $(PYTHON) -m venv $(JUDGES)
