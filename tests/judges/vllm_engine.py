@@ -140,7 +140,7 @@ async def judge(gateway: Serving, url: str) -> dict[str, bool]:
     _, headers = await asyncio.to_thread(_ask, f"{url}/chat/completions", sent, asked)
     found["it tells its load"] = load_of_header(headers.get("endpoint-load-metrics", "")) is not None
     leaving = await mine.chat.completions.create(
-        model="base", messages=[{"role": "user", "content": "What is 2 + 3?"}], max_tokens=900, stream=True,
+        model="base", messages=[{"role": "user", "content": "What is 2 + 3?"}], max_tokens=512, stream=True,
         extra_body={"ignore_eos": True},
     )  # fmt: skip
     async for _ in leaving:
