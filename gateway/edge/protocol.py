@@ -39,6 +39,7 @@ class GuardedProtocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._phase: Phase = "headers"
         self._since = self.loop.time()
+        """When the phase began; of `idle`, when the last answer ended."""
         self._came = 0
         """Bytes of the phase so far."""
         self._chunk = 0
@@ -87,18 +88,18 @@ class GuardedProtocol(HttpToolsProtocol):
         if len(self.headers) > self.MAX_HEADERS or (suspect and self._header_bytes() > self.MAX_HEADER_BYTES):
             self._too_large = True
             raise ValueError("the headers are too large")  # httptools hands it to data_received, which answers
-        if self.parser.should_upgrade() or self.parser.get_http_version() not in ("1.1", "1.0"):
+        http_version = self.parser.get_http_version()
+        if self.parser.should_upgrade() or http_version not in ("1.1", "1.0"):
             raise ValueError("another protocol: where its message ends is not ours to know")
         for name, value in self.headers:
             if name == b"transfer-encoding" and value.lower() != b"chunked":
                 raise ValueError("a transfer encoding that is not undone here")
         self._enter("body")
-        self._begin_exchange()
+        self._begin_exchange(http_version)
 
-    def _begin_exchange(self) -> None:
+    def _begin_exchange(self, http_version: str) -> None:
         """As uvicorn's `on_headers_complete`, with an exchange of ours."""
         parser, scope = self.parser, self.scope
-        http_version = parser.get_http_version()
         scope["method"] = parser.get_method().decode("ascii")
         scope["http_version"] = http_version
         url = httptools.parse_url(self.url)
@@ -133,10 +134,18 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
+        """As uvicorn's, but for its timer of an idle connection: `_look` sees to that."""
+        self.server_state.total_requests += 1
         if self._ahead is not None:
             self._ahead = self.pipeline[-1][0] if len(self.pipeline) > 1 else None
-        super().on_response_complete()
-        if self._phase == "body" and self.cycle.response_complete:
+        if self.transport.is_closing():
+            return
+        if self._phase == "idle":
+            self._since = self.loop.time()
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        elif self._phase == "body" and self.cycle.response_complete:
             # answered before its end: a client that is still sending must get to hear it
             self.loop.call_later(self.DISCARD_S, self._stop_discarding, self.cycle)
 
@@ -201,18 +210,25 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.flow.read_paused:  # what does not come is not asked for
             self._since, self._came = now, 0
         waited = now - self._since
+        if self._phase == "idle" and waited >= self.timeout_keep_alive and self._answered():
+            self.transport.close()
         if self._phase == "headers" and waited >= self.HEADERS_TIMEOUT_S:
             self._cut("headers")
         elif self._phase == "body" and waited >= self.BODY_GRACE_S and self._came < self.MIN_BODY_BYTES_PER_S * waited:
             self._cut("body")
         self._arm(self._next_look(waited))
 
+    def _answered(self) -> bool:
+        return self.cycle is None or (self.cycle.response_complete and not self.pipeline)
+
     def _next_look(self, waited: float) -> float:
-        waits = [self.HEADERS_TIMEOUT_S]
+        waits = [self.HEADERS_TIMEOUT_S, self.timeout_keep_alive]
         if self._phase == "headers":
             waits.append(self.HEADERS_TIMEOUT_S - waited)
         elif self._phase == "body":
             waits.append(max(self.BODY_GRACE_S - waited, 1.0))
+        elif self._answered() and not self.transport.is_closing():
+            waits.append(self.timeout_keep_alive - waited)
         if self._stalled_since is not None:
             waits.append(self.WRITE_STALL_S / 4)
         return min(waits)

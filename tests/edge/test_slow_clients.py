@@ -5,6 +5,7 @@ import contextlib
 import gc
 import json
 import time
+from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
@@ -28,6 +29,12 @@ class Hasty(GuardedProtocol):
     HEADERS_TIMEOUT_S = 1.0
     BODY_GRACE_S = 1.0
     WRITE_STALL_S = 1.0
+
+
+class Impatient(Hasty):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.timeout_keep_alive = 1
 
 
 async def connect(gateway: Gateway) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -110,6 +117,35 @@ async def test_a_connection_that_says_nothing_is_closed(start_edge: StartEdge) -
         async with asyncio.timeout(60):
             await reader.read()
         writer.close()
+
+
+async def test_a_connection_that_has_its_answer_is_kept_for_a_while_and_then_closed(start_edge: StartEdge) -> None:
+    async with start_edge(http=Impatient) as edge:
+        reader, writer = await connect(edge)
+        for _ in range(3):
+            writer.write(b"GET /health/liveness HTTP/1.1\r\nhost: x\r\n\r\n")
+            await reader.readuntil(b"alive")
+        async with asyncio.timeout(60):
+            rest = await reader.read()
+        writer.close()
+        assert b"HTTP/1.1" not in rest, "closed without a word: it is the client who would speak next"
+        assert "headers" not in await slow_clients(edge), "and it was not slow"
+
+
+async def test_no_connection_is_idle_while_its_answer_goes_on(start_edge: StartEdge, provider: Provider) -> None:
+    provider.endless = True
+    async with start_edge(http=Impatient) as edge:
+        reader, writer = await connect(edge)
+        body = b'{"model":"chat","messages":[{"role":"user","content":"x"}],"stream":true}'
+        writer.write(
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer " + edge.key.encode()
+            + b"\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+        )  # fmt: skip
+        ends = time.monotonic() + 2.5
+        while time.monotonic() < ends:
+            assert await reader.read(1 << 16), "still open"
+        writer.close()
+        await until(lambda: provider.open_streams == 0)
 
 
 async def test_a_body_that_comes_steadily_is_waited_for(start_edge: StartEdge, provider: Provider) -> None:
