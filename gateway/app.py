@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-import structlog
 from sqlalchemy.exc import IntegrityError
 
 from gateway.admission.budgets import Budgets
@@ -31,13 +30,14 @@ from gateway.lifecycle import Lifecycle
 from gateway.policies import engine_needs
 from gateway.settings import Settings, engine_socket
 from gateway.signals import SignalReader
+from gateway.telemetry.logs import get_logger
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.peers import Peers
 from gateway.upstream.http import HttpClient
 from gateway.world import MissingSecret, build_world
 from routers.policy import Policy
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 MAX_WEB_BODY_BYTES = 1 << 20
 """Of everything but the data plane: log-in forms, explain."""

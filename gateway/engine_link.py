@@ -8,13 +8,12 @@ import asyncio
 import contextlib
 from pathlib import Path
 
-import structlog
-
+from gateway.telemetry.logs import get_logger
 from gateway.telemetry.metrics import Metrics
 from local_engine.client import EngineClient
 from local_engine.errors import EngineGone
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 GREETING_TIMEOUT_S = 10.0
 RETRY_S = 0.05

@@ -12,11 +12,10 @@ import sys
 import time
 from pathlib import Path
 
-import structlog
-
 from gateway.engine_needs import EngineNeeds
+from gateway.telemetry.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 START_TIMEOUT_S = 120.0
 FIRST_PAUSE_S = 0.25

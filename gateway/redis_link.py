@@ -10,11 +10,12 @@ from contextlib import suppress
 from typing import TypeVar
 
 import redis.asyncio as redis
-import structlog
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-log = structlog.get_logger(__name__)
+from gateway.telemetry.logs import get_logger
+
+log = get_logger(__name__)
 
 TIMEOUT_S = 0.05
 OPEN_S = 1.0

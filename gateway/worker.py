@@ -15,16 +15,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import structlog
-
 from gateway.app import App
 from gateway.http_server import HttpServer, loop_factory, settle_memory
 from gateway.policies import CannotServe, checked_policy
 from gateway.settings import Settings
-from gateway.telemetry.logs import configure_logs
+from gateway.telemetry.logs import configure_logs, get_logger
 from gateway.workers import Order
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 def main(argument: str) -> int:

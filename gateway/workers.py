@@ -25,14 +25,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
-import structlog
-
 from gateway.banner import announce, url_of
 from gateway.engine_needs import EngineNeeds
 from gateway.engine_process import EngineProcess
-from gateway.telemetry.logs import configure_logs
+from gateway.telemetry.logs import configure_logs, get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 START_TIMEOUT_S = 60.0
 FIRST_PAUSE_S = 0.25

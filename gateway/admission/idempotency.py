@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-import structlog
 from sqlalchemy import ColumnElement, Connection, Engine, Executable, Table, and_, bindparam, delete, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
@@ -21,8 +20,9 @@ from sqlmodel import col
 
 from gateway.errors import IdempotencyMismatch, OutcomeUnknown, RequestUnderWay, Unavailable
 from gateway.ledger.tables import IdempotencyRow, RequestRow
+from gateway.telemetry.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 KEEP_S = 24 * 3600.0
 LEASE_S = 15.0

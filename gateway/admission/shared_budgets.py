@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
 
-import structlog
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -33,8 +32,9 @@ from gateway.errors import Unavailable
 from gateway.ledger import budget_rows
 from gateway.ledger.budget_rows import HoldRow, Key, Row
 from gateway.ledger.records import RequestRecord
+from gateway.telemetry.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 WAIT_S = 2.0
 """How long a request waits for the database before it is refused."""

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Final, Literal
 
 import msgspec
-import structlog
 
 from gateway.admission.rates import (
     NO_LIMIT,
@@ -29,8 +28,9 @@ from gateway.admission.rates import (
     rate_headers,
 )
 from gateway.redis_link import RedisAway, RedisLink
+from gateway.telemetry.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 PREFIX = "{leadline}:rate:"
 """One hash tag: all meters live in one slot, because one script takes of several."""

@@ -9,7 +9,6 @@ import time
 from collections import OrderedDict, deque
 from typing import Annotated, Any
 
-import structlog
 from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
@@ -21,10 +20,11 @@ from gateway.edge.openapi import refusals
 from gateway.errors import Conflict, Forbidden, InvalidRequest, NotFound, RateLimited, Unavailable
 from gateway.ledger import prices
 from gateway.ledger.spend import By, spend_by
+from gateway.telemetry.logs import get_logger
 from routers.errors import PolicyError
 from routers.units import Budget, UnitError, format_money, parse_budget
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 MAX_CHANGES = 60
 CHANGES_PER_S = 60.0

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import structlog
 from sqlalchemy import Engine, create_engine, event, select
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
@@ -25,6 +24,7 @@ from gateway.ledger.reconcile import INTERVAL_S, adopt_orphans
 from gateway.ledger.records import AttemptRecord, RequestRecord
 from gateway.ledger.write import Booking, Writer, writer_for
 from gateway.settings import Durability
+from gateway.telemetry.logs import get_logger
 
 BATCH_ROWS = 256
 BATCH_WAIT_S = 0.05
@@ -36,7 +36,7 @@ SQLITE_BUSY_S = 5.0
 MAX_PENDING = 100_000
 """Closed requests that may wait for SQL in memory; past that, nothing new is admitted."""
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 Closed = tuple[RequestRecord, list[AttemptRecord]]
 
 

@@ -1,12 +1,30 @@
 """Structured logs on standard error, one JSON object a line; whatever looks like a key is struck out last."""
 
+import contextlib
 import logging
 import re
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
-import structlog
+
+@contextlib.contextmanager
+def _without(name: str) -> Iterator[None]:
+    """As if the package `name` was not installed."""
+    modules: dict[str, Any] = sys.modules
+    before = {name: modules[name]} if name in modules else {}
+    modules[name] = None
+    try:
+        yield
+    finally:
+        del modules[name]
+        modules.update(before)
+
+
+with _without("rich"):  # structlog's console would take it, and pygments: 5 MB that no worker has a use for
+    import structlog
+
+get_logger = structlog.get_logger
 
 _SECRET = re.compile(
     r"(sk-[A-Za-z0-9_-]{4})[A-Za-z0-9_-]{6,}"

@@ -70,3 +70,7 @@ asyncio.run(main())
 """
     assert "uvicorn" in loaded_by("import uvicorn")  # the probe itself works
     loaded_by(code)
+
+
+def test_a_worker_loads_nothing_that_only_commands_and_consoles_use() -> None:
+    assert not loaded_by("import gateway.worker") & {"rich", "pygments", "alembic", "mako", "jinja2", "redis"}
