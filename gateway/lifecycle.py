@@ -14,14 +14,13 @@ from collections.abc import Coroutine
 from typing import Any, Protocol, TypeVar
 
 import msgspec
-import structlog
 
 from gateway.admission.budgets import Account, Budget, BudgetKeeper, degrade, refusal, tightest
-from gateway.admission.keys import KeyStore
+from gateway.admission.keys import KeyStore, Principal
 from gateway.admission.limits import BudgetLimits
 from gateway.admission.rates import Rates, tokens_estimate
 from gateway.attempts import AttemptEngine, deadline_passed, stream_failed
-from gateway.cache.exact import CachedAnswer, ExactCache, cache_key, cacheable
+from gateway.cache.exact import CachedAnswer, ExactCache, cache_key, cache_secret, cacheable
 from gateway.errors import (
     BudgetExceeded,
     ContextLengthExceeded,
@@ -39,6 +38,7 @@ from gateway.ledger.store import LedgerStore
 from gateway.query import query_of
 from gateway.resume import Transcript, resumable
 from gateway.signals import SignalReader
+from gateway.telemetry.logs import get_logger
 from gateway.telemetry.metrics import Metrics
 from gateway.ticket import Headers, Ticket
 from gateway.upstream.gather import gather, replay, usage_of
@@ -47,10 +47,9 @@ from gateway.upstream.types import Answer, AnswerStream, ChatCall, Event, Upstre
 from gateway.world import World
 from routers.decide import decide
 from routers.errors import NoCandidate
-from routers.explain import to_dict
 from routers.types import Decision, Query, State
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 MAX_KEPT_BYTES = 2 << 20
 """A longer stream is not kept for the cache."""
@@ -100,13 +99,13 @@ class Lifecycle:
         self._rates = rates
         self._cache = cache
         self._signals = signals
-        self._pepper = pepper
+        self._cache_secret = cache_secret(pepper)
         self._attempts = AttemptEngine(metrics)
 
-    async def chat(self, call: ChatCall, reply: Reply) -> None:
+    async def chat(self, call: ChatCall, caller: Principal, reply: Reply) -> None:
         """Answer one chat request. Raises LeadlineError only for what was not admitted."""
-        ticket = await self._admit(call)
-        self.metrics.in_flight.inc()
+        ticket = await self._admit(call, caller)
+        self.metrics.in_flight.value += 1
         try:
             if not await self._recall(ticket, reply):
                 await self._route(ticket)
@@ -122,13 +121,13 @@ class Lifecycle:
         finally:
             ticket.settle("error", 500, "internal_error")
             self._attempts.spent(ticket)
-            self.metrics.in_flight.dec()
+            self.metrics.in_flight.value -= 1
 
     # admit ----------------------------------------------------------------------------------------------------------
 
-    async def _admit(self, call: ChatCall) -> Ticket:
+    async def _admit(self, call: ChatCall, caller: Principal) -> Ticket:
         """Key, rate, budgets, and the first mark in the ledger's journal: from here on the request has its row."""
-        principal = self.keys.authenticate(call.headers.token)
+        principal = self.keys.still(caller)
         principal.must_run()
         world = self.world
         now_ms = time.time_ns() // 1_000_000
@@ -191,7 +190,7 @@ class Lifecycle:
         route_name = route.name if route is not None else "named"
         ticket.cache_ttl_s = ttl_ms / 1000
         ticket.cache_key = cache_key(
-            self._pepper,
+            self._cache_secret,
             tenant=record.tenant,
             policy_version=policy.version_hash,
             route=route_name,
@@ -228,14 +227,16 @@ class Lifecycle:
 
     async def _route(self, ticket: Ticket) -> None:
         """Measure what the policy wants measured, then decide. The decision goes into the ledger whole."""
-        messages = ticket.call.fields["messages"] if ticket.query.endpoint == "chat.completions" else b""
-        decision = await self._decide(ticket.query, ticket.world, bytes(messages), ticket.account)
+        messages = ticket.call.fields.get("messages", b"")
+        decision = await self._decide(ticket.query, ticket.world, messages, ticket.account)
         ticket.decision = decision
         ticket.record.route = decision.route
-        ticket.record.decision = _encode(to_dict(decision)).decode()
+        ticket.record.decision = _encode(decision).decode()  # as `routers.explain.to_dict` has it
         ticket.baseline_price = ticket.world.dearest(tuple(candidate.model for candidate in decision.candidates))
 
-    async def _decide(self, query: Query, world: World, messages: bytes, account: Account | None) -> Decision:
+    async def _decide(
+        self, query: Query, world: World, messages: bytes | msgspec.Raw, account: Account | None
+    ) -> Decision:
         signals = await self._signals.read(query, messages, world)
         budgets = account.budgets if account is not None else ()
         budget, degraded = tightest(budgets), degrade(budgets)

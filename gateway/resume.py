@@ -4,7 +4,6 @@ Only plain text can be continued: one choice, no tools, no format, no log probab
 (the local engine always does) writes on from the last word; the caller sees one stream, and its last chunk says so.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -90,7 +89,9 @@ class Transcript:
             sampling = msgspec.structs.replace(sampling, max_tokens=left)
             fields.update({name: msgspec.Raw(b"%d" % left) for name in _CAPS if name in fields})
         more = len(bytes(encoded)) - len(bytes(given))
-        return replace(call, fields=fields, body_bytes=call.body_bytes + max(0, more), prefix=text, sampling=sampling)
+        return msgspec.structs.replace(
+            call, fields=fields, body_bytes=call.body_bytes + max(0, more), prefix=text, sampling=sampling
+        )
 
     def renamed(self, event: Event) -> Event:
         """A chunk of the continuing stream, under the id of the one that broke. Its role has been told already."""

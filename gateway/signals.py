@@ -3,8 +3,9 @@
 import asyncio
 from collections import OrderedDict
 
-import structlog
+import msgspec
 
+from gateway.telemetry.logs import get_logger
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.local import EngineLink
 from gateway.world import World
@@ -14,7 +15,8 @@ from local_engine.types import ProbeResult
 from probes.types import Estimate
 from routers.types import Query, Signals
 
-log = structlog.get_logger(__name__)
+NOT_ASKED = Signals()
+log = get_logger(__name__)
 
 REMEMBERED = 4096
 """Conversations whose probe result is kept; asking again about the same one costs nothing."""
@@ -30,12 +32,12 @@ class SignalReader:
         self._metrics = metrics
         self._remembered: OrderedDict[tuple[str, bytes], ProbeResult] = OrderedDict()
 
-    async def read(self, query: Query, messages: bytes, world: World) -> Signals:
+    async def read(self, query: Query, messages: bytes | msgspec.Raw, world: World) -> Signals:
         """The signals of one query. What cannot be measured in time is absent; nothing here fails a request."""
-        heads = world.policy.heads_for(query)
         difficulty = world.policy.difficulty
-        if not heads or difficulty is None or query.endpoint != "chat.completions":
-            return Signals()
+        if difficulty is None or query.endpoint != "chat.completions" or not (heads := world.policy.heads_for(query)):
+            return NOT_ASKED
+        messages = bytes(messages)
         if len(messages) > MAX_PROBED_BYTES:
             return Signals(probe="unavailable")
         client = self._engine.client

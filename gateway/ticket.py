@@ -6,7 +6,8 @@ closes the row exactly once. Only `begin_attempt` awaits: nothing can come in be
 
 import math
 import time
-from dataclasses import dataclass
+
+import msgspec
 
 from gateway.admission.budgets import Account, Reservation, tightest
 from gateway.admission.rates import Grant
@@ -24,8 +25,7 @@ from routers.units import format_money
 Headers = list[tuple[bytes, bytes]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Running:
+class _Running(msgspec.Struct, frozen=True):
     """An attempt under way: what it holds, and since when."""
 
     call: ChatCall
@@ -199,7 +199,9 @@ class Ticket:
         if record.degraded is not None:
             self._metrics.degraded(record.degraded)
         if self.baseline_price is not None and self.attempts:
-            served = next((attempt for attempt in self.attempts if attempt.outcome == "ok"), self.attempts[-1])
+            served = self.attempts[-1]
+            if served.outcome != "ok":
+                served = next((attempt for attempt in self.attempts if attempt.outcome == "ok"), served)
             record.baseline_nanousd = cost_nanousd(self.baseline_price, _usage(served))
         record.duration_us = (time.perf_counter_ns() - self._started_ns) // 1000
         if record.first_byte_us is None:

@@ -34,10 +34,16 @@ class World:
             if t.provider in engines and not policy.models[t.model].embeds
         }
         """The engine's name of a model → the policy's."""
+        self._dearest: dict[tuple[str, ...], Price | None] = {}
+        """By the candidates of a route, or those that its caller's model leaves: as many as the policy can offer."""
 
     def unavailable(self) -> dict[str, str]:
         """Models that cannot serve now, with the reason."""
-        found = {name: reason for name, breaker in self.breakers.items() if (reason := breaker.reason()) is not None}
+        found = {
+            name: reason
+            for name, breaker in self.breakers.items()
+            if not breaker.closed and (reason := breaker.reason()) is not None
+        }
         for name in self.local_models.values():
             target = self.targets[name]
             reason = self.upstreams[target.provider].unavailable(target)
@@ -47,8 +53,10 @@ class World:
 
     def dearest(self, models: tuple[str, ...]) -> Price | None:
         """The price that repricing compares with: of `models`, the dearest by output token. None: all are unpriced."""
-        prices = [price for name in models if (price := self.targets[name].price) is not None]
-        return max(prices, key=lambda price: (price.output, price.input), default=None)
+        if models not in self._dearest:
+            prices = [price for name in models if (price := self.targets[name].price) is not None]
+            self._dearest[models] = max(prices, key=lambda price: (price.output, price.input), default=None)
+        return self._dearest[models]
 
 
 def build_world(

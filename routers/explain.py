@@ -32,12 +32,12 @@ def to_lines(decision: Decision, asked: Asked | None = None) -> list[str]:
 
 
 def to_dict(decision: Decision, asked: Asked | None = None) -> dict[str, Any]:
-    """JSON-able, with stable keys. `from_dict` reads it back. With `asked`, also `worst_case_nanousd`, which is null
-    where a model that may answer is unpriced."""
+    """JSON-able, with stable keys: the fields of a `Decision` and of what it holds. `from_dict` reads it back. With
+    `asked`, also `worst_case_nanousd`, which is null where a model that may answer is unpriced."""
     bound = {} if asked is None else {"worst_case_nanousd": worst_case_nanousd(asked[0], decision, asked[1])}
     return {
         **bound,
-        "plan": {"kind": "single", "model": decision.plan.model, "effort": decision.plan.effort},
+        "plan": {"model": decision.plan.model, "effort": decision.plan.effort, "kind": decision.plan.kind},
         "route": decision.route,
         "rule": decision.rule,
         "candidates": [

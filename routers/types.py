@@ -67,6 +67,7 @@ class Single:
 
     model: str
     effort: Effort | None = None
+    kind: Literal["single"] = "single"
 
 
 Plan = Single

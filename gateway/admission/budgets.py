@@ -67,10 +67,13 @@ class Budget:
         """Take over what holds now: a policy, a key or a caller may have changed it. False when nothing bounds it."""
         if limit.given_nanousd is not None:
             self.given_nanousd = limit.given_nanousd
-        bounds = [bound for bound in (limit.nanousd, self.given_nanousd) if bound is not None]
-        self.limit_nanousd = min(bounds, default=0)
         self.label, self.at = limit.label, limit.at
-        return bool(bounds)
+        if limit.nanousd is None or self.given_nanousd is None:
+            bound = limit.nanousd if self.given_nanousd is None else self.given_nanousd
+        else:
+            bound = min(limit.nanousd, self.given_nanousd)
+        self.limit_nanousd = bound or 0
+        return bound is not None
 
 
 class Reservation(Protocol):
@@ -167,7 +170,9 @@ def refusal(budget: Budget, why: str) -> str:
 
 def tightest(budgets: Sequence[Budget]) -> Budget | None:
     """The budget with the least left; None without budgets."""
-    return min(budgets, key=_remaining) if budgets else None
+    if len(budgets) < 2:
+        return budgets[0] if budgets else None
+    return min(budgets, key=_remaining)
 
 
 def _remaining(budget: Budget) -> int:

@@ -153,15 +153,19 @@ class KeyStore:
             principal = proven[fingerprint] = self._prove(token)
         return principal
 
+    def still(self, principal: Principal) -> Principal:
+        """Who was recognised a moment ago, as the key is now. Raises Unauthenticated once it has been revoked."""
+        found = self._keys.get(principal.key_id)
+        if found is None:
+            raise _incorrect()
+        return found[1]
+
     def _prove(self, token: str) -> Principal:
         public_id, _, secret = token.removeprefix(PREFIX).partition("-")
         found = self._keys.get(public_id) if token.startswith(PREFIX) else None
         digest = self._digest(public_id, secret)
         if found is None or not hmac.compare_digest(found[0], digest):
-            raise Unauthenticated(
-                "Incorrect API key provided. Send one of this gateway's keys (they start with `sk-ll-`) as "
-                "`Authorization: Bearer …`; `leadline keys create NAME` makes one."
-            )
+            raise _incorrect()
         return found[1]
 
     def create(
@@ -254,6 +258,13 @@ class KeyStore:
 
     def _digest(self, public_id: str, secret: str) -> str:
         return hmac.digest(self._pepper, f"{public_id}:{secret}".encode(), hashlib.sha256).hex()
+
+
+def _incorrect() -> Unauthenticated:
+    return Unauthenticated(
+        "Incorrect API key provided. Send one of this gateway's keys (they start with `sk-ll-`) as "
+        "`Authorization: Bearer …`; `leadline keys create NAME` makes one."
+    )
 
 
 def _start_counting(engine: Engine) -> None:

@@ -49,7 +49,8 @@ class BudgetLimits:
     def __init__(self) -> None:
         self._policy: Policy | None = None
         self._runs: tuple[Limit, ...] = ()
-        self._fixed: dict[Principal, tuple[BudgetLimit, ...]] = {}
+        self._fixed: dict[str, tuple[Principal, tuple[BudgetLimit, ...]]] = {}
+        """By key, for as long as its owner stays the same object."""
 
     def run_path(self, policy: Policy, headers: CallHeaders) -> str | None:
         """The run that this call belongs to: what the ledger's `scope` column holds. None: none."""
@@ -62,15 +63,15 @@ class BudgetLimits:
     def budgets(self, policy: Policy, principal: Principal, headers: CallHeaders) -> Sequence[BudgetLimit]:
         """Each (scope, window) once, with the lowest limit that anyone set for it."""
         self._follow(policy)
-        fixed = self._fixed.get(principal)
-        if fixed is None:
+        found = self._fixed.get(principal.key_id)
+        if found is None or found[0] is not principal:
             if len(self._fixed) >= MAX_REMEMBERED:
                 self._fixed.clear()
-            fixed = self._fixed[principal] = _fixed(policy, principal)
+            found = self._fixed[principal.key_id] = (principal, _fixed(policy, principal))
         path = self.run_path(policy, headers)
         if path is None:
-            return fixed
-        return (*fixed, *self._of_run(path, principal.key_id, headers.scope_budget_nanousd))
+            return found[1]
+        return (*found[1], *self._of_run(path, principal.key_id, headers.scope_budget_nanousd))
 
     def _follow(self, policy: Policy) -> None:
         if policy is not self._policy:

@@ -44,10 +44,15 @@ class RateLimit:
     interval_s: float = field(init=False)
     meter: str = field(init=False)
     """Names the meter; another count or span is another meter."""
+    headers: tuple[tuple[bytes, bytes], bytes, bytes] = field(init=False, repr=False)
+    """`x-ratelimit-limit-…` whole, and the names of `x-ratelimit-remaining-…` and `x-ratelimit-reset-…`."""
 
     def __post_init__(self) -> None:
+        kind = self.kind.encode()
+        names = (b"x-ratelimit-limit-" + kind, b"%d" % self.count), b"x-ratelimit-remaining-", b"x-ratelimit-reset-"
         object.__setattr__(self, "interval_s", self.per_s / self.count)
         object.__setattr__(self, "meter", f"{self.scope}|{self.kind}|{self.count}/{self.per_s}")
+        object.__setattr__(self, "headers", (names[0], names[1] + kind, names[2] + kind))
 
     def refusal(self, wait_s: float) -> RateLimited:
         if self.kind == "concurrency":
@@ -268,7 +273,7 @@ class LocalGrant:
         self._rates.give_back(self._limits, self._tokens, actual_tokens)
 
     def headers(self) -> Headers:
-        return rate_headers((limit, *self._rates.left(limit)) for limit in self._limits if limit.per_s)
+        return rate_headers([(limit, *self._rates.left(limit)) for limit in self._limits if limit.per_s])
 
 
 def charge(limit: RateLimit, tokens: int) -> int:
@@ -295,13 +300,9 @@ def rate_headers(left: Iterable[tuple[RateLimit, int, float]]) -> Headers:
         if kind not in tightest or entry[1] < tightest[kind][1]:
             tightest[kind] = entry
     headers: Headers = []
-    for kind, (limit, remaining, reset_s) in tightest.items():
-        name = kind.encode()
-        headers += [
-            (b"x-ratelimit-limit-" + name, b"%d" % limit.count),
-            (b"x-ratelimit-remaining-" + name, b"%d" % remaining),
-            (b"x-ratelimit-reset-" + name, duration(reset_s).encode()),
-        ]
+    for limit, remaining, reset_s in tightest.values():
+        whole, remaining_name, reset_name = limit.headers
+        headers += (whole, (remaining_name, b"%d" % remaining), (reset_name, duration(reset_s).encode()))
     return headers
 
 

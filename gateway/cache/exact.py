@@ -1,22 +1,24 @@
 """The exact response cache: the same request of the same tenant gets the same complete answer, for its ttl.
 
-The key is a BLAKE2b hash, keyed by the server's pepper, of the tenant, the policy version, the route and every byte of
-the body except `stream` and `stream_options` (a stored answer can be replayed either way). Only complete answers are
+The key is a BLAKE3 hash, keyed by a secret of the server's, of the tenant, the policy version, the route and every byte
+of the body except `stream` and `stream_options` (a stored answer can be replayed either way). Only complete answers are
 stored. A request that asks for chance (`temperature` above 0 in so many words) is not cached at all: see `cacheable`.
 """
 
-import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import msgspec
+from blake3 import blake3
 
 from routers.types import Endpoint
 
 NOT_IN_KEY = frozenset({"stream", "stream_options", "metadata", "user", "store"})
 """Fields that do not change the answer's content."""
+
+_encode_sorted = msgspec.json.Encoder(order="sorted").encode
 
 
 class CachedAnswer(msgspec.Struct, frozen=True):
@@ -36,8 +38,13 @@ def cacheable(fields: Mapping[str, msgspec.Raw]) -> bool:
         return False
 
 
+def cache_secret(pepper: bytes) -> bytes:
+    """What keys the hash: 32 bytes, for this use alone."""
+    return blake3(pepper, derive_key_context="leadline exact cache").digest()
+
+
 def cache_key(
-    pepper: bytes,
+    secret: bytes,
     *,
     tenant: str,
     policy_version: str,
@@ -45,12 +52,9 @@ def cache_key(
     fields: Mapping[str, msgspec.Raw],
     endpoint: Endpoint = "chat.completions",
 ) -> bytes:
-    """32 bytes that differ whenever anything that can change the answer differs."""
-    parts = [b"%d:%b" % (len(part), part.encode()) for part in (tenant, policy_version, route, endpoint)]
-    for name in sorted(fields.keys() - NOT_IN_KEY):
-        value = fields[name]
-        parts.append(b"%d:%b=%d:%b" % (len(name), name.encode(), len(memoryview(value)), bytes(value)))
-    return hashlib.blake2b(b"".join(parts), digest_size=32, key=pepper).digest()
+    """32 bytes that differ whenever anything that can change the answer differs: JSON can be read in one way only."""
+    kept = {name: fields[name] for name in fields if name not in NOT_IN_KEY}
+    return blake3(_encode_sorted((tenant, policy_version, route, endpoint, kept)), key=secret).digest()
 
 
 class ExactCache(Protocol):

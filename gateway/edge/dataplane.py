@@ -2,9 +2,11 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from gateway.admission.idempotency import IdempotencyStore, Replay
+from gateway.admission.keys import Principal
 from gateway.edge.asgi import AsgiReply, ClientGone, Receive, Scope, Send, new_request_id, read_body, until_gone
 from gateway.edge.headers import read_headers
 from gateway.edge.prompts import read_completion, read_embedding
@@ -36,9 +38,9 @@ class Endpoint:
             body = await read_body(scope, receive, self._max_body_bytes)
             call = self._read(body, headers)
             if headers.idempotency_key is not None:
-                await self._once(principal.key_id, headers.idempotency_key, scope["path"], body, call, send)
+                await self._once(principal, headers.idempotency_key, scope["path"], body, call, send)
             else:
-                await until_gone(receive, reply, self._lifecycle.chat(call, reply))
+                await until_gone(receive, reply, self._lifecycle.chat(call, principal, reply))
         except LeadlineError as error:
             # Not admitted: no row, no cost. What was admitted answers for itself, in lifecycle.
             await reply.fail(error, [(b"x-request-id", new_request_id())])
@@ -46,20 +48,22 @@ class Endpoint:
             return
 
     async def _once(
-        self, key_id: str, idempotency_key: str, path: str, body: bytes, call: ChatCall, send: Send
+        self, caller: Principal, idempotency_key: str, path: str, body: bytes, call: ChatCall, send: Send
     ) -> None:
         """Run it, or repeat what came of it. Raises what a claim raises.
 
         It runs to its end even when its caller hangs up: the repetition that follows finds the answer.
         """
         request_id = new_ledger_id(time.time_ns() // 1_000_000)
-        claim = await self._idempotency.claim(key_id, idempotency_key, path=path, body=body, request_id=request_id)
+        claim = await self._idempotency.claim(
+            caller.key_id, idempotency_key, path=path, body=body, request_id=request_id
+        )
         if isinstance(claim, Replay):
             await replay(AsgiReply(send), claim)
             return
         reply = RecordedReply(send, self._idempotency, claim)
         try:
-            await self._lifecycle.chat(replace(call, request_id=request_id), reply)
+            await self._lifecycle.chat(replace(call, request_id=request_id), caller, reply)
         except LeadlineError as error:
             await reply.fail(error, [(b"x-request-id", new_request_id())])
         finally:

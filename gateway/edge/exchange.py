@@ -92,7 +92,7 @@ def exchange_of(channel: Any) -> Exchange | None:
 
 def _head(headers: Headers) -> bytes:
     """Raises ValueError for a header that would write others: a line break or a NUL in it."""
-    lines = b"\r\n".join([b"%b: %b" % header for header in headers])
+    lines = b"\r\n".join(map(b": ".join, headers))
     if lines.count(b"\r") != len(headers) - 1 or lines.count(b"\n") != len(headers) - 1 or b"\0" in lines:
         raise ValueError("a header holds a line break or a NUL")
     return lines + b"\r\n\r\n"

@@ -11,6 +11,13 @@ from gateway.upstream.types import CallHeaders
 
 _SESSION_HEADERS = (b"x-session-id", b"x-claude-code-session-id", b"session-id", b"thread-id")
 _PARENT_AGENT_HEADER = b"x-claude-code-parent-agent-id"
+_READ = frozenset(
+    {
+        *_SESSION_HEADERS, _PARENT_AGENT_HEADER, b"authorization", b"traceparent", b"cache-control",
+        b"content-encoding", b"idempotency-key", b"x-stainless-retry-count",
+    }
+)  # fmt: skip
+"""Beside those of our own, `x-leadline-…`."""
 
 SECONDS_PATTERN = r"^([1-9][0-9]{0,5}(\.[0-9]{1,6})?|0\.[0-9]{0,5}[1-9][0-9]{0,5})$"
 _SECONDS = re.compile(SECONDS_PATTERN)
@@ -31,6 +38,8 @@ def read_headers(raw: Iterable[tuple[bytes, bytes]]) -> CallHeaders:
     traceparent: str | None = None
     authorized = False
     for name, value in raw:
+        if name not in _READ and not name.startswith(b"x-leadline-"):
+            continue
         if name == b"authorization":
             if authorized:
                 raise InvalidRequest("authorization: was sent twice; send one key.")
@@ -53,7 +62,7 @@ def read_headers(raw: Iterable[tuple[bytes, bytes]]) -> CallHeaders:
             idempotency_key = _idempotency_key(value.decode("latin-1").strip())
         elif name == b"x-stainless-retry-count":
             retry_count = int(value) if value.isdigit() and len(value) < 4 else 0
-        elif name.startswith(b"x-leadline-"):
+        else:
             text = value.decode("latin-1").strip()
             if name == b"x-leadline-tags":
                 tags = frozenset(tag.strip() for tag in text.split(",") if tag.strip())
@@ -70,7 +79,7 @@ def read_headers(raw: Iterable[tuple[bytes, bytes]]) -> CallHeaders:
                 )
     if scope_budget is not None and scope is None:
         raise InvalidRequest("x-leadline-scope-budget: needs x-leadline-scope, the name of the scope it limits.")
-    session = next((sessions[name] for name in _SESSION_HEADERS if name in sessions), None)
+    session = next((sessions[name] for name in _SESSION_HEADERS if name in sessions), None) if sessions else None
     return CallHeaders(
         token, session, tags, no_cache, no_store, scope, scope_budget, idempotency_key, retry_count, timeout_s,
         parent_agent,

@@ -17,11 +17,13 @@ MAX_CHOICES = 128
 MAX_STOPS = 16
 
 
-class _Part(msgspec.Struct):
+# No struct of a body can be part of a cycle (`gc=False`): the cycle collector does not count, nor walk, a long
+# conversation's hundreds.
+class _Part(msgspec.Struct, gc=False):
     type: str
 
 
-class _Message(msgspec.Struct):
+class _Message(msgspec.Struct, gc=False):
     role: str
     content: str | list[_Part] | None = None
 
@@ -34,7 +36,7 @@ class _ResponseFormat(msgspec.Struct):
     type: str
 
 
-class _Object(msgspec.Struct):
+class _Object(msgspec.Struct, gc=False):
     """Any object, whatever is in it."""
 
 
@@ -105,9 +107,9 @@ def read_chat(body: bytes, headers: CallHeaders) -> ChatCall:
     fields, request = decode_body(body, _request_decoder)
     choices = 1 if request.n is None else request.n
     # Both go out as they came, and providers differ in which they honour: the larger one is what may be spent.
-    max_tokens = max(
-        (cap for cap in (request.max_tokens, request.max_completion_tokens) if cap is not None), default=None
-    )
+    max_tokens = request.max_tokens
+    if request.max_completion_tokens is not None:
+        max_tokens = max(max_tokens or 0, request.max_completion_tokens)
     _check(request, choices)
     return ChatCall(
         fields=fields,

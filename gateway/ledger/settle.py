@@ -91,9 +91,9 @@ class WireUsage(msgspec.Struct):
         A part larger than its whole is cut to the whole: the bill never goes negative. Where the provider gives a
         total that is not below its parts, the classes sum to it.
         """
-        wholes = (self.prompt_tokens, self.completion_tokens, self.input_tokens, self.output_tokens)
-        if any(count is not None and count < 0 for count in wholes):
-            return None
+        for whole in (self.prompt_tokens, self.completion_tokens, self.input_tokens, self.output_tokens):
+            if whole is not None and whole < 0:
+                return None
         details = self.prompt_tokens_details or self.input_tokens_details or _NO_INPUT_DETAILS
         cached = _first(details.cached_tokens, self.cache_read_input_tokens, self.prompt_cache_hit_tokens, cache_n)
         written = _first(details.cache_write_tokens, details.created_cache_tokens, self._cache_creation())

@@ -20,7 +20,6 @@ from gateway.ledger.records import AttemptRecord, RequestRecord
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 BreakerState = Literal["closed", "half_open", "open"]
 BREAKER_STATES: dict[BreakerState, int] = {"closed": 0, "half_open": 1, "open": 2}
-_CLASSES = ("input", "cached_input", "cache_write", "output", "reasoning")
 
 
 class _Counters(Collector):
@@ -39,6 +38,17 @@ class _Counters(Collector):
         for labels, count in tuple(self._counts.items()):
             family.add_metric(labels, count)
         yield family
+
+
+class Level(Collector):
+    """A number that goes up and down. Written by the event loop's thread alone."""
+
+    def __init__(self, name: str, words: str) -> None:
+        self._name, self._words = name, words
+        self.value = 0
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        yield GaugeMetricFamily(self._name, self._words, value=self.value)
 
 
 class _Seconds(Collector):
@@ -137,7 +147,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.traces: TraceSink | None = None
-        self.in_flight = self._gauge("leadline_requests_in_flight", "Admitted requests under way.")
+        self.in_flight = Level("leadline_requests_in_flight", "Admitted requests under way.")
         self.engine_up = self._gauge("leadline_engine_up", "1 while the engine process answers.")
         self.redis_up = self._gauge("leadline_redis_up", "1 while Redis answers; 0 also where none is used.")
         self.engine_restarts = self._counter("leadline_engine_restarts", "Times the engine process was started again.")
@@ -161,6 +171,7 @@ class Metrics:
         self._cost = self._children("leadline_cost_nanousd", "Nano-dollars spent.", "model")
         self._duration = _Seconds("leadline_request_duration_seconds", "Admission to end of answer.")
         self._overhead = _Seconds("leadline_overhead_seconds", "Time added to the upstream's.")
+        self.registry.register(self.in_flight)
         self.registry.register(self._duration)
         self.registry.register(self._overhead)
 
@@ -179,16 +190,16 @@ class Metrics:
     def attempt(self, attempt: AttemptRecord) -> None:
         model = attempt.model
         self._attempts.add(1, attempt.provider, model, attempt.outcome)
-        counts = (
-            attempt.input_tokens,
-            attempt.cached_input_tokens,
-            attempt.cache_write_tokens,
-            attempt.output_tokens,
-            attempt.reasoning_tokens,
-        )
-        for place, tokens in enumerate(counts):
-            if tokens:
-                self._tokens.add(tokens, model, _CLASSES[place])
+        if attempt.input_tokens:
+            self._tokens.add(attempt.input_tokens, model, "input")
+        if attempt.cached_input_tokens:
+            self._tokens.add(attempt.cached_input_tokens, model, "cached_input")
+        if attempt.cache_write_tokens:
+            self._tokens.add(attempt.cache_write_tokens, model, "cache_write")
+        if attempt.output_tokens:
+            self._tokens.add(attempt.output_tokens, model, "output")
+        if attempt.reasoning_tokens:
+            self._tokens.add(attempt.reasoning_tokens, model, "reasoning")
         if attempt.cost_nanousd:
             self._cost.add(attempt.cost_nanousd, model)
 

@@ -33,6 +33,11 @@ class Breaker:
         """The permit of the attempt that tries the target out; None: none does."""
         self._probes = 0
 
+    @property
+    def closed(self) -> bool:
+        """Nothing speaks against the target, without a look at the clock."""
+        return not self._open_until
+
     def closed_in_s(self) -> float | None:
         """Seconds until the target may be tried again; None when it may be tried now."""
         if not self._open_until:

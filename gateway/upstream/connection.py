@@ -9,10 +9,10 @@ import asyncio
 import math
 import select
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import cast
 
 import httptools
+import msgspec
 
 from gateway.upstream.http_errors import (
     ClosedBeforeHeaders,
@@ -39,8 +39,7 @@ MAX_DRAIN_BYTES = 64 << 10
 _TICK_S = 0.001
 
 
-@dataclass(frozen=True, slots=True)
-class Timeouts:
+class Timeouts(msgspec.Struct, frozen=True):
     """Seconds: to connect, to the first byte of the body, between two reads, and the whole exchange."""
 
     connect_s: float

@@ -13,8 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-import structlog
-
+from gateway.telemetry.logs import get_logger
 from gateway.upstream.affinity import PrefixIndex, block_keys
 from gateway.upstream.connection import Timeouts
 from gateway.upstream.engines import CAPABILITIES, load_of_body
@@ -24,7 +23,7 @@ from gateway.upstream.openai import OpenAIUpstream
 from gateway.upstream.types import Answer, AnswerStream, ChatCall, Event, StreamState, Target, UpstreamError
 from routers.policy import Server
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 LOAD_AGE_S = 1.0
 """How old a load may be before it is asked for anew, beside the calls."""

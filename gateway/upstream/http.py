@@ -98,17 +98,17 @@ class HttpResponse:
 
     async def read(self, max_bytes: int) -> bytes:
         """The whole body. Raises HttpError, BodyTooLarge (and closes the connection) beyond `max_bytes`."""
-        body = await self.read_some()
-        if self._live().complete and not self._live().parts and len(body) <= max_bytes:
+        connection = self._live()
+        body = connection.take() if connection.parts else await self.read_some()
+        if connection.complete and not connection.parts and len(body) <= max_bytes:
             return body
         parts, size = [body], len(body)
         while size <= max_bytes and (body := await self.read_some()):
             parts.append(body)
             size += len(body)
         if size > max_bytes:
-            reused = self._live().reused
             self.abort()
-            raise BodyTooLarge(f"a body of more than {max_bytes} bytes", reused=reused)
+            raise BodyTooLarge(f"a body of more than {max_bytes} bytes", reused=connection.reused)
         return b"".join(parts)
 
     def release(self, linger_s: float = 0.0) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from functools import lru_cache
 
 import msgspec
 
@@ -137,7 +138,7 @@ class OpenAIUpstream:
 
     async def _post(self, target: Target, call: ChatCall) -> HttpResponse:
         fields = dict(call.fields)
-        fields["model"] = msgspec.Raw(_encode(target.wire_model))
+        fields["model"] = _as_json(target.wire_model)
         fields.pop("leadline", None)
         if call.stream:
             fields["stream_options"] = _INCLUDE_USAGE
@@ -233,6 +234,11 @@ class OpenAIStream:
                 break
             events.append(event)
         return events
+
+
+@lru_cache(maxsize=1024)
+def _as_json(name: str) -> msgspec.Raw:
+    return msgspec.Raw(_encode(name))
 
 
 def _broken(provider: str, error: HttpError, late: str, cut: str) -> UpstreamError:

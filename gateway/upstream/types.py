@@ -100,8 +100,7 @@ class Sampling(msgspec.Struct, frozen=True):
     reasoning_effort: str | None
 
 
-@dataclass(slots=True)
-class ChatCall:
+class ChatCall(msgspec.Struct):
     """One chat request as it came in: the fields untouched, the few that we read decoded."""
 
     fields: dict[str, msgspec.Raw]
@@ -128,11 +127,10 @@ class ChatCall:
     """Given at the edge where it must be known before admission."""
 
 
-@dataclass(frozen=True, slots=True)
-class CallHeaders:
+class CallHeaders(msgspec.Struct, frozen=True):
     """What we read of the request's headers."""
 
-    token: str = field(repr=False)
+    token: str
     session: str | None = None
     tags: frozenset[str] = frozenset()
     no_cache: bool = False
@@ -151,9 +149,11 @@ class CallHeaders:
     traceparent: str | None = None
     """The caller's span (W3C Trace Context), as it was sent; it goes into traces and nowhere else."""
 
+    def __repr__(self) -> str:
+        return f"CallHeaders(session={self.session!r}, scope={self.scope!r})"  # never the token
 
-@dataclass(slots=True)
-class Answer:
+
+class Answer(msgspec.Struct):
     """A whole chat completion."""
 
     body: bytes

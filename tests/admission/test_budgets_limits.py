@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from msgspec import structs
 
 from gateway.admission.keys import Principal
 from gateway.admission.limits import MAX_PATH, BudgetLimit, BudgetLimits, valid_run
@@ -77,9 +78,9 @@ def test_a_session_is_a_root_run_where_the_policy_bounds_runs() -> None:
     assert limits.run_path(bounded, headers) == "s1/planner"
     assert [one.scope for one in limits.budgets(bounded, ALICE, headers)] == ["scope:k1:s1", "scope:k1:s1/planner"]
     assert limits.run_path(unbounded, headers) is None
-    assert limits.run_path(unbounded, replace(headers, scope="run")) == "run"
-    assert limits.run_path(bounded, replace(headers, scope="run")) == "run"
-    odd = limits.run_path(bounded, replace(headers, session="a b/../c", parent_agent=None))
+    assert limits.run_path(unbounded, structs.replace(headers, scope="run")) == "run"
+    assert limits.run_path(bounded, structs.replace(headers, scope="run")) == "run"
+    odd = limits.run_path(bounded, structs.replace(headers, session="a b/../c", parent_agent=None))
     assert odd is not None
     assert odd.startswith("s-")
     assert valid_run(odd)

@@ -113,7 +113,7 @@ async def test_a_caller_who_leaves_ends_its_upstream_call_and_pays_what_it_got(
 
         got = await asyncio.gather(*[one(number) for number in range(LEAVERS)])
         lifecycle = gateway.app.web.state.lifecycle
-        await until(lambda: lifecycle.metrics.in_flight._value.get() == 0)
+        await until(lambda: lifecycle.metrics.in_flight.value == 0)
         await lifecycle.ledger.flush(timeout_s=30)
         calls = join(read_truth(tmp_path / "truth"), lifecycle.ledger.engine)
         assert [budget.reserved_nanousd for budget in lifecycle.budgets.all()] == [0]

@@ -60,7 +60,7 @@ async def test_a_caller_who_leaves_frees_the_engine(phase: str, engine: Engine, 
         assert link is not None
         await until(lambda: link.client is not None)
         lifecycle = gateway.app.web.state.lifecycle
-        in_flight = lifecycle.metrics.in_flight._value.get
+        in_flight = lifecycle.metrics.in_flight
 
         def arrived() -> bool:
             stats = engine.stats()
@@ -73,7 +73,7 @@ async def test_a_caller_who_leaves_frees_the_engine(phase: str, engine: Engine, 
 
         got = await asyncio.gather(*[one(number) for number in range(LEAVERS)])
         left = time.perf_counter()
-        while in_flight() or (stats := engine.stats()).running or stats.waiting or stats.kv_tokens:
+        while in_flight.value or (stats := engine.stats()).running or stats.waiting or stats.kv_tokens:
             await asyncio.sleep(0.002)
         waited_s = time.perf_counter() - left
         await lifecycle.ledger.flush(timeout_s=30)

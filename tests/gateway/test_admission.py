@@ -58,9 +58,13 @@ def test_a_revoked_key_ends_and_gives_its_name_back(keys: KeyStore) -> None:
     old = keys.create("bob")
     with pytest.raises(KeyNameError, match="bob"):
         keys.create("bob")
-    assert keys.revoke(keys.authenticate(old).key_id)
+    bob = keys.authenticate(old)
+    assert keys.still(bob) == bob
+    assert keys.revoke(bob.key_id)
     with pytest.raises(Unauthenticated):
         keys.authenticate(old)
+    with pytest.raises(Unauthenticated):
+        keys.still(bob)
     assert keys.authenticate(keys.create("bob")).key_name == "bob"
     keys.reload()
     assert [p.key_name for p in keys.all()] == ["bob"]

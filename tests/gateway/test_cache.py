@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.cache.exact import NOT_IN_KEY, CachedAnswer, MemoryCache, cache_key, cacheable
+from gateway.cache.exact import NOT_IN_KEY, CachedAnswer, MemoryCache, cache_key, cache_secret, cacheable
 from gateway.cache.redis import RedisCache
 from gateway.redis_link import RedisLink
 from gateway.upstream.gather import as_stream, gather
@@ -19,6 +19,7 @@ from tests.gateway.conftest import Gateway, StartGateway, ask
 from tests.gateway.fake_upstream import FakeUpstream
 
 anyio = pytest.mark.anyio
+SECRET = cache_secret(b"pepper")
 
 
 @anyio
@@ -119,7 +120,7 @@ def test_keys_are_equal_only_for_equal_requests(
     one: dict[str, msgspec.Raw], two: dict[str, msgspec.Raw], who: tuple[str, str, str], other: tuple[str, str, str]
 ) -> None:
     def key(fields: dict[str, msgspec.Raw], who: tuple[str, str, str]) -> bytes:
-        return cache_key(b"pepper", tenant=who[0], policy_version=who[1], route=who[2], fields=fields)
+        return cache_key(SECRET, tenant=who[0], policy_version=who[1], route=who[2], fields=fields)
 
     same = {n: bytes(v) for n, v in one.items()} == {n: bytes(v) for n, v in two.items()} and who == other
     assert (key(one, who) == key(two, other)) == same
@@ -128,7 +129,7 @@ def test_keys_are_equal_only_for_equal_requests(
 def test_fields_that_change_no_answer_are_not_in_the_key() -> None:
     bare = {"model": msgspec.Raw(b'"m"')}
     noisy = {**bare, **{name: msgspec.Raw(b"true") for name in NOT_IN_KEY}}
-    keys = [cache_key(b"p", tenant="t", policy_version="v", route="r", fields=fields) for fields in (bare, noisy)]
+    keys = [cache_key(SECRET, tenant="t", policy_version="v", route="r", fields=fields) for fields in (bare, noisy)]
     assert keys[0] == keys[1]
 
 

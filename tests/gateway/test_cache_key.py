@@ -7,11 +7,12 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from gateway.cache.exact import cache_key
+from gateway.cache.exact import cache_key, cache_secret
 from gateway.edge.headers import read_headers
 from gateway.edge.wire import read_chat
 
 PAIRS = 100_000
+SECRET = cache_secret(b"pepper")
 HEADERS = read_headers([])
 Request = dict[str, Any]
 """`tenant`, `policy_version`, `route` (what hints in headers come to), `endpoint` and `body`."""
@@ -108,7 +109,7 @@ CHANGES: list[Callable[[random.Random, Request], None]] = [_shift, _name, _messa
 def key_of(asked: Request, **more: Any) -> bytes:
     call = read_chat(json.dumps({**asked["body"], **more}, ensure_ascii=False).encode(), HEADERS)
     names = {name: asked[name] for name in ("tenant", "policy_version", "route", "endpoint")}
-    return cache_key(b"pepper", fields=call.fields, **names)
+    return cache_key(SECRET, fields=call.fields, **names)
 
 
 def test_a_change_of_anything_that_can_change_the_answer_changes_the_key() -> None:

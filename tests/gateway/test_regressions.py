@@ -179,7 +179,7 @@ async def test_leaving_while_the_stream_is_closed_changes_no_bill(
     ) as response:
         await closing.wait()
         response.close()
-    await until(lambda: gateway.app.web.state.lifecycle.metrics.in_flight._value.get() == 0)
+    await until(lambda: gateway.app.web.state.lifecycle.metrics.in_flight.value == 0)
     (row,) = await gateway.rows()
     assert (row["cost_nanousd"], row["cost_estimated"]) == (upstream.truth[0].nanousd, False)
 

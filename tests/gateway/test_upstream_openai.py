@@ -37,7 +37,7 @@ def upstream(client: HttpClient, server: RawServer) -> OpenAIUpstream:
 def call(stream: bool = False, endpoint: Endpoint = "chat.completions") -> ChatCall:
     body = b'{"model":"m","messages":[{"role":"user","content":"x"}]' + (b',"stream":true}' if stream else b"}")
     plain = read_chat(body, CallHeaders(""))
-    fields = {name: getattr(plain, name) for name in plain.__dataclass_fields__} | {"endpoint": endpoint}
+    fields = {name: getattr(plain, name) for name in plain.__struct_fields__} | {"endpoint": endpoint}
     return ChatCall(**fields)
 
 

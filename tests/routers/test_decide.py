@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -417,6 +418,7 @@ def test_every_decision_is_sound(policy: Policy, query: Query, signals: Signals,
         return
     assert decision == attempt(policy, query, signals, state), "the same inputs, the same decision"
     assert from_dict(json.loads(json.dumps(to_dict(decision)))) == decision
+    assert json.loads(msgspec.json.encode(decision)) == to_dict(decision), "as the gateway keeps it in the ledger"
     assert to_lines(decision)[0].startswith(decision.plan.model)
     by_name = {candidate.model: candidate for candidate in decision.candidates}
     assert len(by_name) == len(decision.candidates)
