@@ -72,12 +72,12 @@ def prober() -> FakeProber:
 
 
 @pytest.fixture
-def start_engine() -> Iterator[StartEngine]:
-    """Start engines that stop with the test; each must be healthy then."""
+def start_engines() -> Iterator[Callable[..., Engine]]:
+    """Start engines, given their models by name, that stop with the test; each must be healthy and empty then."""
     engines: list[Engine] = []
 
-    def start(model: LocalModel, prober: FakeProber | None = None, **options: Any) -> Engine:
-        engine = Engine({"m": model}, prober, **options)
+    def start(models: dict[str, LocalModel], prober: FakeProber | None = None, **options: Any) -> Engine:
+        engine = Engine(models, prober, **options)
         engine.start()
         engines.append(engine)
         return engine
@@ -88,3 +88,9 @@ def start_engine() -> Iterator[StartEngine]:
         engine.stop()
         assert not engine.alive
         assert (engine.stats().kv_bytes, engine.stats().running) == (0, 0), "something was left behind"
+
+
+@pytest.fixture
+def start_engine(start_engines: Callable[..., Engine]) -> StartEngine:
+    """Start an engine with one model, called m."""
+    return lambda model, prober=None, **options: start_engines({"m": model}, prober, **options)

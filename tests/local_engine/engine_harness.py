@@ -130,7 +130,7 @@ class Caller:
     def generate(self, text: str | bytes, sampling: SamplingParams = GREEDY, model: str = "m", **options: Any) -> int:
         id = next(self._ids)
         messages = text if isinstance(text, bytes) else user(text)
-        self._expected[id] = options.get("n", 1)
+        self._expected[id] = max(1, options.get("n", 1))
         self.link.submit(Generate(id, model, messages, sampling, **options))
         return id
 
