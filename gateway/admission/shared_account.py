@@ -1,103 +1,65 @@
-"""What one request holds of budgets that many workers share, and what it asks of the thread that reserves them.
+"""What one request holds of budgets that many workers share, and the orders by which workers change what SQL holds.
 
-What a request holds in SQL is what its settled attempts cost and its running ones may; it is given back when its row is
-in the ledger, in the same transaction (`gateway.admission.shared_budgets`).
+What a request holds is what its settled attempts cost and its running ones may; SQL counts it until the request's row
+is in the ledger, and gives it back in the same transaction (`gateway.admission.shared_budgets`).
 """
 
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
-from gateway.admission.budgets import Budget, exceeded, window_start_ms
+from gateway.admission.budgets import Budget, window_start_ms
 from gateway.admission.limits import BudgetLimit
+from gateway.admission.slices import Slice
 from gateway.ledger.budget_rows import Key
 
 
 class Desk(Protocol):
-    """Takes claims to SQL, in batches."""
+    """Where accounts take from and give back to."""
 
-    async def reserve(self, claim: "Claim") -> Key | None:
-        """The budget that was short, or None: held. Raises Unavailable."""
+    async def take(self, account: "SharedAccount", amount_nanousd: int) -> None:
+        """Hold more of all budgets of the account, or of none. Raises BudgetExceeded and Unavailable."""
         ...
 
-    def put(self, claim: "Claim") -> None:
-        """For the next batch, without waiting."""
-        ...
+    def give_back(self, slices: Sequence[Slice], amount_nanousd: int) -> None: ...
 
 
 class SharedAccount:
     """The shared budgets that one request draws on."""
 
-    def __init__(self, owner: "Desk", request_id: str, limits: Sequence[BudgetLimit], now_ms: int) -> None:
+    def __init__(self, owner: Desk, request_id: str, limits: Sequence[BudgetLimit], now_ms: int) -> None:
         self.request_id = request_id
         self.limits = {(limit.scope, limit.window): limit for limit in limits}
         self.starts = {key: window_start_ms(key[1], now_ms) for key in self.limits}
-        self.budgets: tuple[Budget, ...] = ()
-        self.keys: tuple[Key, ...] = ()
+        self.slices: tuple[Slice, ...] = ()
         """Of `limits`, those that bound something."""
-        self.held_nanousd = 0
-        """What SQL holds for this request, of each budget: changed under the owner's lock only."""
-        self.closed = False
-        """Its row is in the ledger, and nothing is held any more."""
+        self.budgets: tuple[Budget, ...] = ()
+        self.in_use = 0
+        """What it holds of each of them: settled by the time that its row goes to the ledger."""
         self._owner = owner
-        self._in_use = 0
-        self._asked = 0
 
     async def reserve(self, amount_nanousd: int) -> "SharedHold":
-        """As `Account.reserve`: waits for one batch of this worker, at most WAIT_S."""
-        if amount_nanousd == 0 or not self.keys:
+        """As `Account.reserve`. In memory where the worker has a slice; else waits for SQL, at most WAIT_S."""
+        if amount_nanousd == 0 or not self.slices:
             return SharedHold(self, 0)
-        self._in_use += amount_nanousd
-        need = self._in_use - self._asked
-        if need > 0:
-            self._asked += need
-            claim = Claim(self, need)
-            try:
-                short = await self._owner.reserve(claim)
-                if short is not None:
-                    raise exceeded(next(b for b in self.budgets if (b.scope, b.window) == short), amount_nanousd)
-            except BaseException:
-                self._in_use -= amount_nanousd
-                if claim.answered:
-                    self.rebalance()
-                raise
+        await self._owner.take(self, amount_nanousd)
+        self.in_use += amount_nanousd
         return SharedHold(self, amount_nanousd)
 
     def settle(self, amount_nanousd: int, cost_nanousd: int) -> None:
-        self._in_use += cost_nanousd - amount_nanousd
-        for budget in self.budgets:  # until SQL is read again
-            budget.reserved_nanousd -= amount_nanousd
-            budget.spent_nanousd += cost_nanousd
-        self.rebalance()
-
-    def rebalance(self) -> None:
-        """Have SQL hold what is in use: no more, and no less."""
-        delta = self._in_use - self._asked
-        if delta and not self.closed:
-            self._asked += delta
-            self._owner.put(Claim(self, delta, checked=False))
-
-    def answered(self, amount_nanousd: int, *, granted: bool) -> None:
-        """A reservation's batch is through. Whoever asked may be gone by now."""
-        if granted:
-            self.rebalance()
-        else:
-            self._asked -= amount_nanousd
-
-    def granted_late(self, amount_nanousd: int) -> None:
-        """A batch that was thought lost is in."""
-        self._asked += amount_nanousd
-        self.rebalance()
+        self.in_use += cost_nanousd - amount_nanousd
+        self._owner.give_back(self.slices, amount_nanousd - cost_nanousd)
 
     def abandon(self) -> None:
-        self._in_use = 0
-        self.rebalance()
+        """Its row will never be in the ledger."""
+        self._owner.give_back(self.slices, self.in_use)
+        self.in_use = 0
 
 
 @dataclass(slots=True)
 class SharedHold:
-    """A reservation in SQL."""
+    """A reservation: a part of what SQL holds for this worker."""
 
     account: SharedAccount
     amount_nanousd: int
@@ -107,22 +69,55 @@ class SharedHold:
         if self.settled:
             raise RuntimeError("a hold is settled once")
         self.settled = True
-        if self.account.keys:
+        if self.account.slices:
             self.account.settle(self.amount_nanousd, cost_nanousd)
 
 
-class Claim:
-    """One thing to do in the next batch: hold more, if it fits; hold more or less in any case; or only look."""
+@dataclass(slots=True, eq=False)
+class Look:
+    """Read an account's budgets as they are now, and give its run what its caller gives it."""
 
-    __slots__ = ("account", "amount", "answered", "cancelled", "checked", "done", "granted", "short")
+    account: SharedAccount
+    done: "asyncio.Future[Key | None]"
+    cancelled: bool = False
+    """Whoever asked has left: it need not be done."""
 
-    def __init__(self, account: SharedAccount, amount: int = 0, *, checked: bool = True) -> None:
-        self.account = account
-        self.amount = amount
-        """0: look."""
-        self.checked = checked
-        self.cancelled = False
-        self.answered = False
-        self.granted = False
-        self.short: Key | None = None
-        self.done: asyncio.Future[Key | None] | None = None
+
+@dataclass(slots=True, eq=False)
+class Take:
+    """Hold more of all budgets of an account, if it fits in all."""
+
+    account: SharedAccount
+    amount: int
+    done: "asyncio.Future[Key | None]"
+    own: dict[Key, int]
+    """What the worker had unused, and puts in: SQL holds it already."""
+    cancelled: bool = False
+    fate: Literal["granted", "short", None] = None
+    """`short`: SQL does not hold `own` any more. None: nothing was done."""
+    short: Key | None = None
+    delivered: bool = False
+    """Whoever asked has it."""
+    recall_until_s: float | None = None
+    """It waits for other workers to give back what they do not use."""
+
+
+@dataclass(slots=True, eq=False)
+class Move:
+    """Hold less of one budget in any case; or more, where a call was dearer than it could be."""
+
+    slice: Slice
+    amount: int
+    """Positive: given back."""
+    last: bool = False
+    """Nothing unused stays with this worker."""
+
+
+@dataclass(slots=True, eq=False)
+class Fill:
+    """Hold more of one budget for the next calls, as far as it may be."""
+
+    slice: Slice
+
+
+Order = Look | Take | Move | Fill

@@ -25,6 +25,7 @@ from sqlalchemy import (
     bindparam,
     case,
     delete,
+    func,
     literal_column,
     select,
     text,
@@ -46,6 +47,8 @@ SQLite has one writer at a time."""
 _BUDGET: Any = BudgetRow.__table__  # type: ignore[attr-defined]
 _HOLD: Any = WorkerHoldRow.__table__  # type: ignore[attr-defined]
 _WORKER: Any = WorkerRow.__table__  # type: ignore[attr-defined]
+_BUDGET_CHANGES = ("spent_nanousd", "reserved_nanousd", "given_nanousd", "spare_nanousd", "recalls")
+_HOLD_CHANGES = ("amount_nanousd", "reclaimed_nanousd", "reclaimed_in_ms", "batch", "spare_nanousd")
 _SELECT_BUDGETS = (
     select(_BUDGET)
     .where(_BUDGET.c.scope.in_(bindparam("scopes", expanding=True)))
@@ -55,7 +58,7 @@ _LOCK_BUDGETS = _SELECT_BUDGETS.with_for_update()
 _UPDATE_BUDGET = (
     update(_BUDGET)
     .where(_BUDGET.c.scope == bindparam("of_scope"), _BUDGET.c.window == bindparam("of_window"))
-    .values({name: bindparam(name) for name in ("spent_nanousd", "reserved_nanousd", "given_nanousd")})
+    .values({name: bindparam(name) for name in _BUDGET_CHANGES})
 )
 _SELECT_HOLDS = (
     select(_HOLD)
@@ -64,25 +67,27 @@ _SELECT_HOLDS = (
 )
 # The same for PostgreSQL, one statement for any number of rows, so that they can go out together without waiting.
 _PG_LOCK_BUDGETS = """
-SELECT scope, "window", started_ms, spent_nanousd, reserved_nanousd, given_nanousd
+SELECT scope, "window", started_ms, spent_nanousd, reserved_nanousd, given_nanousd, spare_nanousd, recalls
 FROM budget WHERE scope = ANY(%s) ORDER BY scope, "window" FOR UPDATE
 """
 _PG_SELECT_HOLDS = """
-SELECT worker, scope, "window", amount_nanousd, reclaimed_nanousd, reclaimed_in_ms, batch
+SELECT worker, scope, "window", amount_nanousd, reclaimed_nanousd, reclaimed_in_ms, batch, spare_nanousd
 FROM worker_hold WHERE worker = %s AND scope = ANY(%s)
 """
 _PG_UPDATE_BUDGETS = """
 UPDATE budget SET spent_nanousd = now.spent_nanousd, reserved_nanousd = now.reserved_nanousd,
-    given_nanousd = now.given_nanousd
+    given_nanousd = now.given_nanousd, spare_nanousd = now.spare_nanousd, recalls = now.recalls
 FROM json_populate_recordset(NULL::budget, %s::json) AS now
 WHERE budget.scope = now.scope AND budget."window" = now."window"
 """
 _PG_WRITE_HOLDS = """
-INSERT INTO worker_hold (worker, scope, "window", amount_nanousd, reclaimed_nanousd, reclaimed_in_ms, batch)
-SELECT worker, scope, "window", amount_nanousd, reclaimed_nanousd, reclaimed_in_ms, batch
+INSERT INTO worker_hold
+    (worker, scope, "window", amount_nanousd, reclaimed_nanousd, reclaimed_in_ms, batch, spare_nanousd)
+SELECT worker, scope, "window", amount_nanousd, reclaimed_nanousd, reclaimed_in_ms, batch, spare_nanousd
 FROM json_populate_recordset(NULL::worker_hold, %s::json)
 ON CONFLICT (worker, scope, "window") DO UPDATE SET amount_nanousd = excluded.amount_nanousd,
-    reclaimed_nanousd = excluded.reclaimed_nanousd, reclaimed_in_ms = excluded.reclaimed_in_ms, batch = excluded.batch
+    reclaimed_nanousd = excluded.reclaimed_nanousd, reclaimed_in_ms = excluded.reclaimed_in_ms,
+    batch = excluded.batch, spare_nanousd = excluded.spare_nanousd
 """
 _encode = msgspec.json.Encoder().encode
 
@@ -97,6 +102,8 @@ class Row:
     spent_nanousd: int
     reserved_nanousd: int
     given_nanousd: int | None
+    spare_nanousd: int = 0
+    recalls: int = 0
 
 
 @dataclass(slots=True)
@@ -110,6 +117,7 @@ class HoldRow:
     reclaimed_nanousd: int = 0
     reclaimed_in_ms: int = 0
     batch: int = 0
+    spare_nanousd: int = 0
 
 
 def scopes_of(record: RequestRecord) -> list[str]:
@@ -143,9 +151,7 @@ def write(connection: Connection, rows: Sequence[Row]) -> None:
                 {
                     "of_scope": row.scope,
                     "of_window": row.window,
-                    "spent_nanousd": row.spent_nanousd,
-                    "reserved_nanousd": row.reserved_nanousd,
-                    "given_nanousd": row.given_nanousd,
+                    **{name: getattr(row, name) for name in _BUDGET_CHANGES},
                 }
                 for row in rows
             ],
@@ -250,6 +256,14 @@ def release(row: Row, hold: HoldRow, amount_nanousd: int) -> None:
     held = min(amount_nanousd - reclaimed, hold.amount_nanousd)
     hold.amount_nanousd -= held
     row.reserved_nanousd -= held
+    set_spare(row, hold, hold.spare_nanousd)
+
+
+def set_spare(row: Row, hold: HoldRow, spare_nanousd: int) -> None:
+    """Say how much of a worker's hold no request uses: never more than it holds."""
+    spare = max(0, min(spare_nanousd, hold.amount_nanousd))
+    row.spare_nanousd += spare - hold.spare_nanousd
+    hold.spare_nanousd = spare
 
 
 def write_holds(connection: Connection, holds: Sequence[HoldRow]) -> None:
@@ -258,9 +272,8 @@ def write_holds(connection: Connection, holds: Sequence[HoldRow]) -> None:
         return
     dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
     insert: Any = dialect.insert(_HOLD)
-    names = ("amount_nanousd", "reclaimed_nanousd", "reclaimed_in_ms", "batch")
     statement = insert.on_conflict_do_update(
-        index_elements=["worker", "scope", "window"], set_={name: insert.excluded[name] for name in names}
+        index_elements=["worker", "scope", "window"], set_={name: insert.excluded[name] for name in _HOLD_CHANGES}
     )
     connection.execute(statement, [asdict(hold) for hold in holds])
 
@@ -305,16 +318,37 @@ def drop_empty_holds(connection: Connection, worker: str) -> None:
     )
 
 
-def beat(connection: Connection, worker: str, host: str, pid: int) -> None:
-    """Say that the worker lives, by the database's clock."""
-    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
-    insert: Any = dialect.insert(_WORKER).values(id=worker, host=host, pid=pid, heartbeat_ms=_now(connection))
-    connection.execute(
-        insert.on_conflict_do_update(
-            index_elements=["id"],
-            set_={name: insert.excluded[name] for name in ("host", "pid", "heartbeat_ms")},
-        )
-    )
+def beat(connection: Connection, worker: str, host: str, pid: int) -> bool:
+    """Say that the worker lives, by the database's clock. False: nobody knew; it is new, or was thought dead."""
+    now = _now(connection)
+    known = connection.execute(update(_WORKER).where(_WORKER.c.id == worker).values(heartbeat_ms=now)).rowcount == 1
+    if not known:
+        connection.execute(_WORKER.insert().values(id=worker, host=host, pid=pid, heartbeat_ms=now, recalls=0))
+    return known
+
+
+def living(connection: Connection) -> int:
+    """How many workers share the budgets."""
+    return connection.execute(select(func.count()).select_from(_WORKER)).scalar_one()
+
+
+def keepers(connection: Connection, keys: Iterable[Key]) -> list[str]:
+    """The workers that keep a slice of one of these budgets."""
+    found: set[str] = set()
+    for scope, window in keys:
+        of_row = (_HOLD.c.scope == scope, _HOLD.c.window == window, _HOLD.c.spare_nanousd > 0)
+        found.update(connection.execute(select(_HOLD.c.worker).where(*of_row)).scalars())
+    return sorted(found)
+
+
+def ring(connection: Connection, worker: str) -> None:
+    """Tell a worker that somebody wants back what it does not use. One worker a transaction: no order of locks."""
+    connection.execute(update(_WORKER).where(_WORKER.c.id == worker).values(recalls=_WORKER.c.recalls + 1))
+
+
+def rung(connection: Connection, worker: str) -> int:
+    """How often this worker has been told so."""
+    return connection.execute(select(_WORKER.c.recalls).where(_WORKER.c.id == worker)).scalar() or 0
 
 
 def reclaim(connection: Connection, dead_after_s: float) -> tuple[str, int] | None:
@@ -344,6 +378,7 @@ def reclaim(connection: Connection, dead_after_s: float) -> tuple[str, int] | No
             hold.reclaimed_nanousd, hold.reclaimed_in_ms = 0, row.started_ms
         hold.reclaimed_nanousd += amount
         hold.amount_nanousd = 0
+        set_spare(row, hold, 0)
         total += amount
     write(connection, list(rows.values()))
     write_holds(connection, list(holds.values()))
@@ -360,14 +395,17 @@ def integrity(connection: Connection) -> list[str]:
             select(
                 _HOLD.c.amount_nanousd,
                 case((_HOLD.c.reclaimed_in_ms == row.started_ms, _HOLD.c.reclaimed_nanousd), else_=0),
+                _HOLD.c.spare_nanousd,
             ).where(*of_row)
         ).all()
-        held, reclaimed = sum(one[0] for one in sums), sum(one[1] for one in sums)
+        held, reclaimed, spare = (sum(one[at] for one in sums) for at in range(3))
         spent = spent_by(connection, row.scope, row.started_ms)
         if row.spent_nanousd != spent + reclaimed:
             problems.append(f"{row.scope}/{row.window}: spent {row.spent_nanousd}, ledger {spent} + {reclaimed}")
         if row.reserved_nanousd != held:
             problems.append(f"{row.scope}/{row.window}: reserved {row.reserved_nanousd}, workers hold {held}")
+        if row.spare_nanousd != spare or spare > held:
+            problems.append(f"{row.scope}/{row.window}: spare {row.spare_nanousd}, workers say {spare} of {held}")
     return problems
 
 

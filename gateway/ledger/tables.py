@@ -14,6 +14,11 @@ def _big(*, nullable: bool = False) -> Any:
     return Field(default=None if nullable else 0, sa_column=Column(BigInteger, nullable=nullable))
 
 
+def _later(default: int = 0) -> Any:
+    """A count that a later step added: the rows that were there got `default`."""
+    return Field(default=default, sa_column=Column(BigInteger, nullable=False, server_default=str(default)))
+
+
 _RUN = String(200).with_variant(String(200, collation="C"), "postgresql")
 """Ordered byte by byte on both databases, so that a run and all below it are one range of an index."""
 
@@ -154,6 +159,10 @@ class BudgetRow(SQLModel, table=True):
     reserved_nanousd: int = _big()
     given_nanousd: int | None = _big(nullable=True)
     """What callers have given this run."""
+    spare_nanousd: int = _later()
+    """Of `reserved_nanousd`, what no request uses: the sum of the workers' `spare_nanousd`."""
+    recalls: int = _later()
+    """How often a worker has asked the others to give back what they do not use."""
 
 
 class WorkerRow(SQLModel, table=True):
@@ -166,6 +175,8 @@ class WorkerRow(SQLModel, table=True):
     pid: int
     heartbeat_ms: int = _big()
     """By the database's own clock."""
+    recalls: int = _later()
+    """How often another one wanted back what this one does not use, of any budget."""
 
 
 class WorkerHoldRow(SQLModel, table=True):
@@ -183,3 +194,5 @@ class WorkerHoldRow(SQLModel, table=True):
     """Start of the window that counts it."""
     batch: int = _big()
     """The worker's last batch that changed this row."""
+    spare_nanousd: int = _later()
+    """Of `amount_nanousd`, what no request used when this was written: at least 1 while the worker keeps a slice."""

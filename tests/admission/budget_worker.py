@@ -110,7 +110,10 @@ class Worker:
             self.close(record, [attempt])
         costs = await asyncio.gather(*(self.call(order, i) for i in range(order.calls)))
         await self.ledger.flush(timeout_s=30)
-        await self.budgets.find([BudgetLimit("key:none", "total", 1, "")], 0, "last")  # what was given back is in SQL
+        await asyncio.sleep(0)
+        await self.budgets.find(
+            [BudgetLimit("scope:none:none", "total", None, "")], 0, "last"
+        )  # corrections are in SQL
         return {"costs": [cost for cost in costs if cost is not None], "statistics": self.budgets.statistics()}
 
 

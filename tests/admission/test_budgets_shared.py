@@ -54,7 +54,7 @@ class Worker:
     """Shared budgets and the ledger that books them, on one database."""
 
     def __init__(self, url: str, home: Path, name: str) -> None:
-        self.budgets = SharedBudgets(connect_budgets(url))
+        self.budgets = SharedBudgets(connect_budgets(url), fresh_s=0.0)
         self.ledger = LedgerStore(create_engine(url), Journal(home / name), booking=self.budgets)
         self.calls: list[Call] = []
 
@@ -64,7 +64,8 @@ class Worker:
 
     async def settled(self) -> None:
         """What this worker gives back is in SQL."""
-        await self.budgets.find([BudgetLimit("key:none", "total", 1, "")], NOON, "last")
+        await asyncio.sleep(0)
+        await self.budgets.find([BudgetLimit("scope:k:none", "total", None, "")], NOON, "last")
 
     def insert(self, call: Call, cost: int) -> None:
         """As the ledger's thread does; twice, as after a commit that was not answered."""
@@ -250,8 +251,10 @@ def engine(url: str) -> Any:
 async def running(url: str, home: Path, name: str = "w") -> AsyncIterator[Worker]:
     worker = Worker(url, home, name)
     await worker.start()
-    yield worker
-    await worker.stop()
+    try:
+        yield worker
+    finally:
+        await worker.stop()
 
 
 def call_of(request_id: str, account: Account) -> Call:
@@ -330,9 +333,9 @@ async def test_a_commit_that_was_not_answered_holds_once_or_not_at_all(
 ) -> None:
     async with running(url, tmp_path) as worker:
         await worker.settled()
-        while not worker.budgets._beaten:
+        while not worker.budgets._writer.beaten_s > 0:
             await asyncio.sleep(0.01)
-        worker.budgets._beat_s = 1e9  # the commit to lose is a reservation's
+        worker.budgets._writer._next_beat_s = 1e18  # the commit to lose is a reservation's
         for number, lost_before in enumerate((False, True)):
             account = await worker.budgets.find([KEY], NOON, f"r{number}")
             commits = _break_one_commit(worker.budgets._engine, before=lost_before)
@@ -341,7 +344,6 @@ async def test_a_commit_that_was_not_answered_holds_once_or_not_at_all(
             assert commits == [lost_before]
             other = await worker.budgets.find([KEY], NOON, f"s{number}")
             hold = await other.reserve(40)  # the next batch finds out whether the lost one is in
-            await asyncio.sleep(0)
             await worker.settled()
             assert held(engine) == (0, 40)
             hold.settle(0)
