@@ -145,16 +145,14 @@ class SharedBudgets:
             self._writer.put(order)
         try:
             async with asyncio.timeout(WAIT_S):
-                short = await order.done
-        except TimeoutError as error:
+                return await order.done
+        except BaseException as error:
             order.cancelled = True
-            raise away() from error
-        except BaseException:
-            order.cancelled = True
-            if isinstance(order, Take) and order.delivered:
+            if isinstance(order, Take) and order.delivered:  # in the very turn in which its caller left
                 self.give_back(order.account.slices, order.amount)
+            if isinstance(error, TimeoutError):
+                raise away() from error
             raise
-        return short
 
     def _known(self, account: SharedAccount) -> bool:
         """Whether what this worker knows of the account's budgets will do."""
