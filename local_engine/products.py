@@ -82,6 +82,13 @@ class Columns(nn.Module):
         return out.reshape(*x.shape[:-1], -1)
 
 
+def best_product(weight: Tensor, bias: Tensor | None) -> Product:
+    """The product to run weights with that nothing else reads."""
+    if weight.device.type == "cpu" and weight.numel() >= SMALLEST_REPACKED:
+        return OneDNNProduct(weight, bias, repack=True)
+    return PlainProduct(weight, bias)
+
+
 class Linears:
     """Linear modules of a network that read the same input, as one product."""
 
@@ -92,20 +99,17 @@ class Linears:
         weights = [part.weight.detach() for part in modules]
         self._weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         bias = None if modules[0].bias is None else torch.cat([part.bias.detach() for part in modules])
-        self._repacked = self._weight.device.type == "cpu" and self._weight.numel() >= SMALLEST_REPACKED
-        self.product: Product = (
-            OneDNNProduct(self._weight, bias, repack=True) if self._repacked else PlainProduct(self._weight, bias)
-        )
+        self.product = best_product(self._weight, bias)
 
     def take_over(self) -> None:
         """Let the network's modules use the product's weights, so that they are held once."""
         begin = 0
         for name, module in zip(self._names, self._modules(), strict=True):
             end = begin + module.out_features
-            if self._repacked:
-                setattr(self._parent, name, Columns(self.product, begin, end))
-            else:
+            if isinstance(self.product, PlainProduct):
                 module.weight.data = self._weight[begin:end]
+            else:
+                setattr(self._parent, name, Columns(self.product, begin, end))
             begin = end
 
     def _modules(self) -> Sequence[nn.Linear]:

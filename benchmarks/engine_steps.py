@@ -1,0 +1,137 @@
+"""Seconds of one engine step, and how far that is from what the machine could do.
+
+    python -m benchmarks.engine_steps 29m --dtype bfloat16 --threads 1
+
+Random weights in Qwen3's shape; decode at several batch sizes over a context that is already held.
+"""
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Final
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from local_engine.calibrate import Calibration, calibrate
+from local_engine.model import LocalModel, load_model
+from local_engine.runner import Runner, Segment, new_kv
+from local_engine.types import ModelCard
+
+SHAPES: Final = {
+    "0.2m": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 3},
+    "2.4m": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 6},
+    "29m": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 9, "num_attention_heads": 8},
+}
+KV_BYTES: Final = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepTime:
+    rows: int
+    seconds: float
+    bound_s: float
+    tapped_s: float
+    """The same step with the hidden states of every layer at every row."""
+
+
+def random_model(size: str, dtype: torch.dtype) -> LocalModel:
+    """Random weights of `SHAPES[size]`, with the bundled model's tokenizer."""
+    heads = SHAPES[size]["num_attention_heads"]
+    config = Qwen3Config(
+        **SHAPES[size],
+        num_key_value_heads=max(1, heads // 2 if heads % 2 == 0 else 1),
+        head_dim=64 if size == "29m" else 32,
+        vocab_size=4096 if size == "29m" else 512,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    network = Qwen3ForCausalLM(config).to(dtype).eval()
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    card = ModelCard(size, config.max_position_embeddings, parameters, reasoning=False)
+    return dataclasses.replace(load_model("m", "bundled/base", "float32", "cpu"), card=card, network=network)
+
+
+def decode_steps(
+    runner: Runner,
+    calibration: Calibration,
+    batches: Sequence[int],
+    context: int,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[StepTime]:
+    """Least time of a decode step at each batch size, every row over `context` tokens; about `seconds` per size."""
+    times = []
+    for batch in batches:
+        slots = [runner.kv.open(context + 1) for _ in range(batch)]
+        for slot in slots:
+            runner.run([Segment(slot, 0, [0] * context)])
+        plain = [Segment(slot, context, [0], logits=1) for slot in slots]
+        tapped = [Segment(slot, context, [0], logits=1, taps=(0,)) for slot in slots]
+        every = range(runner.layers + 1)
+        plain_s, tapped_s = _interleaved(
+            [partial(runner.run, plain), partial(runner.run, tapped, tap_layers=every)],
+            partial(_truncate, runner, slots, context),
+            seconds,
+            clock,
+        )
+        bound_s = calibration.bound_s([(1, context + 1)] * batch)
+        times.append(StepTime(batch, plain_s, bound_s, tapped_s))
+        for slot in slots:
+            runner.kv.close(slot)
+    return times
+
+
+def _truncate(runner: Runner, slots: Sequence[int], length: int) -> None:
+    for slot in slots:
+        runner.kv.truncate(slot, length)
+
+
+def _interleaved(
+    runs: Sequence[Callable[[], object]], undo: Callable[[], object], seconds: float, clock: Callable[[], float]
+) -> list[float]:
+    """Least time of each, taken in turns, so that what else the machine does meets all of them alike."""
+    least = [float("inf")] * len(runs)
+    until = time.perf_counter() + seconds
+    first = True
+    while time.perf_counter() < until or first:
+        for index, run in enumerate(runs):
+            begin = clock()
+            run()
+            least[index] = min(least[index], clock() - begin)
+            undo()
+        first = False
+    return least
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("size", choices=SHAPES)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cpu-time", action="store_true", help="of this process, for a shared machine; one thread")
+    options = parser.parse_args()
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    torch.set_num_threads(options.threads)
+    model = random_model(options.size, getattr(torch, options.dtype))
+    runner = Runner(model, new_kv(model, KV_BYTES))
+    calibration = calibrate(model, runner, clock=clock)
+    print(
+        f"{model.card.parameters / 1e6:.1f}M {options.dtype}, {options.threads} thread(s):"
+        f" {calibration.bytes_per_s / 1e9:.1f} GB/s, {calibration.flops_per_s / 1e9:.0f} GFLOP/s"
+    )
+    for step in decode_steps(runner, calibration, (1, 8, 32), options.context, 3.0, clock):
+        print(
+            f"batch {step.rows:2}: {step.seconds * 1e3:7.2f} ms, {step.rows / step.seconds:8.0f} tokens/s,"
+            f" {step.bound_s / step.seconds:4.0%} of the bound, taps {step.tapped_s / step.seconds - 1:+.1%}"
+        )
+
+
+if __name__ == "__main__":
+    main()
