@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 PORT   ?= 8080
 SOAK_TESTS ?= tests/faults/test_fault_matrix.py tests/faults/test_ledger_oracle.py tests/admission/test_budget_race.py \
-	tests/admission/test_idempotency.py tests/crash/test_kill.py tests/edge/test_slow_clients.py tests/deploy/test_rolling.py
+	tests/admission/test_idempotency.py tests/crash/test_kill.py tests/edge/test_slow_clients.py tests/deploy/test_rolling.py \
+	tests/local_engine/test_primitives.py tests/local_engine/test_engine_leaks.py
 JUDGES ?= .bench/judges
 VLLM   ?= .bench/vllm
 BIN    := $(VENV)/bin

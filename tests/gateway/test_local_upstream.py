@@ -1,0 +1,99 @@
+"""The local engine as an upstream: whose prefix is whose, what is billed as cached, and when time is up."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from gateway.edge.wire import read_chat
+from gateway.ledger.settle import Usage
+from gateway.upstream.local import LocalStream, LocalUpstream
+from gateway.upstream.types import CallHeaders, ChatCall, Target, UpstreamError
+from local_engine.client import EngineClient
+from local_engine.engine import Engine
+from local_engine.errors import EngineGone
+from local_engine.model import LocalModel, load_model
+from local_engine.server import serve
+from local_engine.types import SamplingParams
+
+pytestmark = pytest.mark.anyio
+
+TARGET = Target("local", "home", "m", None, 1024, 1024, 60.0, 0)
+QUESTION = "Anna has 12 apples. She buys 7 more. How many apples are there now?"
+
+
+class Link:
+    def __init__(self, client: EngineClient) -> None:
+        self.client = client
+
+
+@pytest.fixture(scope="module")
+def model() -> LocalModel:
+    return load_model("m", "bundled/base", "float32", "cpu")
+
+
+@pytest.fixture
+async def client(tmp_path: Path, model: LocalModel) -> AsyncIterator[EngineClient]:
+    engine = Engine({"m": model}, None)
+    engine.start()
+    serving = asyncio.create_task(serve(engine, str(tmp_path / "e.sock")))
+    client = EngineClient(str(tmp_path / "e.sock"))
+    while not client.connected:
+        try:
+            await client.connect()
+        except EngineGone:
+            await asyncio.sleep(0.005)
+    yield client
+    await client.close()
+    serving.cancel()
+    await asyncio.gather(serving, return_exceptions=True)
+    await asyncio.to_thread(engine.stop)
+
+
+@pytest.fixture
+def upstream(client: EngineClient) -> LocalUpstream:
+    return LocalUpstream(Link(client))
+
+
+def call(tenant: str = "a", **fields: Any) -> ChatCall:
+    body = {"model": "local", "messages": [{"role": "user", "content": QUESTION}], "temperature": 0, **fields}
+    return msgspec.structs.replace(read_chat(json.dumps(body).encode(), CallHeaders("")), tenant=tenant)
+
+
+async def test_a_prompt_is_cached_for_its_tenant_and_billed_as_such(upstream: LocalUpstream) -> None:
+    first, again, other = [await upstream.complete(TARGET, call(tenant)) for tenant in ("a", "a", "b")]
+    assert first.usage is not None
+    assert again.usage is not None
+    cached = again.usage.cached_input
+    assert cached > 0
+    assert again.usage == Usage(
+        first.usage.input - cached, cached, output=first.usage.output, reasoning=first.usage.reasoning
+    )
+    assert json.loads(again.body)["usage"]["prompt_tokens_details"]["cached_tokens"] == cached
+    assert other.usage == first.usage, "what one tenant asked is not to be seen in another's usage"
+
+
+async def test_choices_share_one_prompt(upstream: LocalUpstream) -> None:
+    one = await upstream.complete(TARGET, call("one", seed=3, temperature=1.0))
+    three = await upstream.complete(TARGET, call("three", seed=3, temperature=1.0, n=3))
+    assert one.usage is not None
+    assert three.usage is not None
+    assert (three.usage.input, three.usage.cached_input) == (one.usage.input, 0)
+    choices = json.loads(three.body)["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1, 2]
+    assert choices[0]["message"] == json.loads(one.body)["choices"][0]["message"]
+
+
+async def test_an_answer_that_is_late_is_a_timeout(client: EngineClient) -> None:
+    """By the engine's clock here: the gateway's own would wait for longer."""
+    asked = call()
+    messages = bytes(asked.fields["messages"])
+    stream = LocalStream(client.generate("m", messages, SamplingParams(), deadline_s=0.0), TARGET, asked)
+    with pytest.raises(UpstreamError) as late:
+        await stream.read_first()
+    assert late.value.cause == "timeout"
+    await stream.close()
