@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 keys_app = typer.Typer(help="Make, list and revoke the gateway's API keys.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
+engine_app = typer.Typer(help="Run the engine alone, or measure it.")
+app.add_typer(engine_app, name="engine")
 
 
 def main() -> None:
@@ -58,27 +60,28 @@ def serve(
         _stop(f"--drain {drain!r}: {error}; {error.fix}")
 
 
-@app.command()
+@engine_app.callback(invoke_without_command=True)
 def engine(
-    socket: Annotated[Path, typer.Option(help="Where to listen; gateways find it by LEADLINE_ENGINE.")],
+    context: typer.Context,
+    socket: Annotated[
+        Path | None, typer.Option(help="For gateways of this host: they find it by LEADLINE_ENGINE.")
+    ] = None,
+    listen: Annotated[
+        str | None, typer.Option(help="HOST:PORT for an OpenAI-compatible API, e.g. 127.0.0.1:8100.")
+    ] = None,
     policy: Annotated[Path | None, typer.Option(help="The gateways' policy: it names models and probe.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="NAME=SOURCE in place of a policy; may be repeated.")] = None,
 ) -> None:
-    """Run the engine process alone, for gateways in other containers of this host, until SIGTERM or Ctrl-C."""
-    import json
-
-    from gateway.policies import CannotServe, checked_policy, engine_needs
+    """Run the engine alone, for gateways in other containers or on other hosts, until SIGTERM or Ctrl-C."""
+    if context.invoked_subcommand is not None:
+        return
+    from gateway.engine_alone import run_alone
+    from gateway.policies import CannotServe
 
     try:
-        loaded, folder = checked_policy(policy, secrets=False)
+        run_alone(socket, listen, policy, model or [])
     except CannotServe as error:
         _stop(str(error))
-    needs = engine_needs(loaded, folder, socket.absolute(), exit_with_parent=False)
-    if needs is None:
-        _stop("this policy needs no engine: it has neither a model with `engine: embedded` nor a probe")
-    from gateway.engine_main import main as run
-
-    socket.unlink(missing_ok=True)  # what a killed engine left; a gateway connects to the new one by itself
-    run(json.dumps(needs))
 
 
 @app.command()

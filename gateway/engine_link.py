@@ -7,9 +7,9 @@ engine answers again.
 import asyncio
 import contextlib
 from pathlib import Path
+from typing import Protocol
 
 from gateway.telemetry.logs import get_logger
-from gateway.telemetry.metrics import Metrics
 from local_engine.client import EngineClient
 from local_engine.errors import EngineGone
 
@@ -19,10 +19,28 @@ GREETING_TIMEOUT_S = 10.0
 RETRY_S = 0.05
 
 
+class _Counts(Protocol):
+    def inc(self) -> None: ...
+
+
+class _Shows(Protocol):
+    def set(self, value: float, /) -> None: ...
+
+
+class LinkMetrics(Protocol):
+    """Who is told whether the engine answers, and that it was started again."""
+
+    @property
+    def engine_up(self) -> _Shows: ...
+
+    @property
+    def engine_restarts(self) -> _Counts: ...
+
+
 class EngineConnection:
     """Owns the connection from `start` to `stop`, and makes it again whenever it is lost."""
 
-    def __init__(self, socket_path: Path, metrics: Metrics) -> None:
+    def __init__(self, socket_path: Path, metrics: LinkMetrics) -> None:
         self._socket_path = str(socket_path)
         self._metrics = metrics
         self._client: EngineClient | None = None

@@ -138,7 +138,13 @@ def unloadable(policy: Policy, folder: Path) -> list[str]:
                         f"signals.difficulty.heads.{model}: the probe has no head {head!r}; {meant}"
                         f"it has {', '.join(heads)}"
                     )
-    for name, source in local_models(policy, folder).items():
+    return found + unloadable_models(local_models(policy, folder))
+
+
+def unloadable_models(sources: Mapping[str, str]) -> list[str]:
+    """A sentence for each of these that is not there."""
+    found = []
+    for name, source in sources.items():
         try:
             locate(source)
         except ModelLoadError as error:

@@ -15,6 +15,7 @@ from local_engine.types import (
     Delta,
     Embed,
     EmbedResult,
+    EngineStats,
     Event,
     Failed,
     Finished,
@@ -25,6 +26,8 @@ from local_engine.types import (
     SamplingParams,
     Score,
     ScoreResult,
+    Stats,
+    StatsResult,
     TapSpec,
 )
 from local_engine.wire import FrameError, decode_event, encode_frame, read_frame
@@ -166,6 +169,12 @@ class EngineClient:
         event = await self._ask(lambda id: Embed(id, list(texts)))
         assert isinstance(event, EmbedResult)
         return event
+
+    async def stats(self) -> EngineStats:
+        """What the engine is doing. Raises as `generate` does."""
+        event = await self._ask(Stats)
+        assert isinstance(event, StatsResult)
+        return event.stats
 
     async def _ask(self, command: Callable[[int], Command]) -> Event:
         with self._asking() as (id, inbox):

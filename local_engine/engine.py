@@ -33,6 +33,7 @@ from local_engine.types import (
     Effort,
     Embed,
     EmbedResult,
+    EngineStats,
     Event,
     Failed,
     FailureCode,
@@ -45,6 +46,8 @@ from local_engine.types import (
     Prober,
     ProbeResult,
     Score,
+    Stats,
+    StatsResult,
     TapSpec,
 )
 
@@ -57,21 +60,6 @@ logger = logging.getLogger(__name__)
 
 Deliver = Callable[[list[Event]], None]
 """Takes the events of one step for one connection. Called on the engine's thread: hand over and return."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    running: int
-    """Requests that have begun to be computed."""
-    waiting: int
-    steps: int
-    """Steps that ran at least one forward pass, since the start."""
-    kv_tokens: int
-    """Tokens held in the caches of running sequences."""
-    kv_bytes: int
-    """What the caches of running sequences take."""
-    preemptions: int
-    """How often a sequence gave its cache back to compute it again later, since the start."""
 
 
 @dataclass(slots=True, eq=False)
@@ -101,6 +89,9 @@ class Link:
 
     def submit(self, command: Command) -> None:
         """Start a command, or cancel one; its events arrive at `deliver`."""
+        if isinstance(command, Stats):
+            self.deliver([StatsResult(command.id, self._engine.stats())])
+            return
         if isinstance(command, Cancel):
             job = self._live.get(command.id)
             if job is not None:
@@ -153,6 +144,7 @@ class Engine:
         self._jobs: dict[_Job, None] = {}
         """Those with a controller, in the order in which they came."""
         self._serials = itertools.count()
+        self._cancelled = 0
         self._outbox: dict[Link, list[Event]] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -183,6 +175,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """A glance from any thread: numbers of one moment may be off by a step."""
         lanes = self._lanes.values()
+        stores = [lane.store.stats() for lane in lanes if lane.store is not None]
         jobs = list(self._jobs)
         running = sum(job.begun for job in jobs)
         return EngineStats(
@@ -191,6 +184,13 @@ class Engine:
             steps=sum(lane.steps for lane in lanes),
             kv_tokens=sum(sequence.computed for lane in lanes for sequence in list(lane.scheduler.running)),
             kv_bytes=sum(lane.kv.bytes_used for lane in lanes),
+            kv_bytes_limit=sum(lane.kv.bytes_limit for lane in lanes),
+            computed_tokens=sum(lane.computed_tokens for lane in lanes),
+            output_tokens=sum(lane.written_tokens for lane in lanes),
+            prefix_bytes=sum(store.bytes_used for store in stores),
+            prefix_asked_tokens=sum(store.asked_tokens for store in stores),
+            prefix_hit_tokens=sum(store.hit_tokens for store in stores),
+            cancelled=self._cancelled,
             preemptions=sum(lane.scheduler.preemptions for lane in lanes),
         )
 
@@ -394,6 +394,7 @@ class Engine:
         """End what was cancelled, and what has no time left."""
         now = time.perf_counter()
         for job in [job for job in self._jobs if job.cancelled or job.deadline <= now]:
+            self._cancelled += job.cancelled
             self._guarded(job, self._cut, "cancelled" if job.cancelled else "deadline")
 
     def _cut(self, job: _Job, reason: FinishReason) -> None:

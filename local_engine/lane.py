@@ -107,6 +107,7 @@ class Lane:
         """Of one sequence: the window, or what the KV budget holds."""
         self.steps = 0
         self.computed_tokens = 0
+        self.written_tokens = 0
         self._runner = runner
         self._pace = Pace(prefill_chunk, step_s)
         self._clock = clock
@@ -252,6 +253,7 @@ class Lane:
         windows = [_window(turn.sequence) for turn in turns]
         for turn, choices in zip(turns, self._choices(turns, windows, logits), strict=True):
             sequence, turn.choices = turn.sequence, choices
+            self.written_tokens += len(choices)
             if len(sequence.ids) == sequence.prompt_len:
                 self.publish(sequence)
             sequence.ids.extend(choice.token for choice in choices)

@@ -135,7 +135,13 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     """The command to cancel."""
 
 
-Command = Generate | Score | Probe | Embed | Cancel
+class Stats(msgspec.Struct, frozen=True, tag="stats"):
+    """How is the engine? Answered at once, beside the steps."""
+
+    id: int
+
+
+Command = Generate | Score | Probe | Embed | Cancel | Stats
 
 
 class ModelCard(msgspec.Struct, frozen=True):
@@ -234,13 +240,46 @@ class ScoreResult(msgspec.Struct, frozen=True, tag="score_result"):
     cached_tokens: int = 0
 
 
+class EngineStats(msgspec.Struct, frozen=True):
+    """All models together; what is counted is counted since the start."""
+
+    running: int
+    """Requests that have begun to be computed."""
+    waiting: int
+    steps: int
+    """Steps that ran at least one forward pass."""
+    kv_tokens: int
+    """Tokens held in the caches of running sequences."""
+    kv_bytes: int
+    """What the caches of running sequences take."""
+    kv_bytes_limit: int
+    preemptions: int
+    """How often a sequence gave its cache back to compute it again later."""
+    computed_tokens: int
+    """Read or written by a model, drafts that were verified included."""
+    output_tokens: int
+    prefix_bytes: int
+    """What stored prefixes take."""
+    prefix_asked_tokens: int
+    prefix_hit_tokens: int
+    cancelled: int
+    """Requests whose callers left."""
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+
+
+class StatsResult(msgspec.Struct, frozen=True, tag="stats_result"):
+    id: int
+    stats: EngineStats
+
+
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
     id: int
     code: FailureCode
     message: str
 
 
-Event = Hello | Delta | Finished | ScoreResult | ProbeResult | EmbedResult | Failed
+Event = Hello | Delta | Finished | ScoreResult | ProbeResult | EmbedResult | StatsResult | Failed
 
 
 class Prober(Protocol):

@@ -80,7 +80,7 @@ class Hedge:
     """What all second attempts cost stays within this share of what the route has spent, e.g. 0.05."""
 
 
-Server = Literal["openai", "vllm", "sglang", "llamacpp"]
+Server = Literal["openai", "leadline", "vllm", "sglang", "llamacpp"]
 """What a server speaks beside OpenAI's API."""
 
 

@@ -75,7 +75,7 @@ def start_redis(folder: Path, port: int) -> subprocess.Popen[bytes]:
 def stop(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     try:
-        process.wait(10)
+        process.wait(60)  # in order, on a busy machine
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()

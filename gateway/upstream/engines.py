@@ -30,6 +30,7 @@ class Capabilities:
 
 CAPABILITIES: dict[Server, Capabilities] = {
     "openai": Capabilities(),
+    "leadline": Capabilities(salt=True, load_header=True),
     "vllm": Capabilities(salt=True, load_header=True),
     "sglang": Capabilities(salt=True, load_path="/v1/loads?include=core"),
     "llamacpp": Capabilities(load_path="/slots"),

@@ -1,0 +1,89 @@
+"""`leadline engine`: one engine for other containers of this host (a socket), for other hosts (HTTP), or for both."""
+
+import asyncio
+import ipaddress
+import json
+import os
+import socket as sockets
+import tempfile
+from pathlib import Path
+
+from gateway.engine_needs import EngineNeeds
+from gateway.policies import CannotServe, checked_policy, engine_needs, unloadable_models
+
+TOKEN_VARIABLE = "LEADLINE_ENGINE_TOKEN"
+DRAIN_S = 30.0
+
+
+def run_alone(socket: Path | None, listen: str | None, policy: Path | None, models: list[str]) -> None:
+    """Until it is told to stop. Raises CannotServe, in words for whoever typed the command."""
+    if socket is None and listen is None:
+        raise CannotServe("say where to listen: --socket PATH, --listen HOST:PORT, or both")
+    if listen is None:
+        assert socket is not None
+        needs = _needs(socket.absolute(), policy, models, exit_with_parent=False)
+        from gateway.engine_main import main
+
+        socket.unlink(missing_ok=True)  # what a killed engine left; a gateway connects to the new one by itself
+        main(json.dumps(needs))
+        return
+    host, port = _address(listen)
+    token = os.environ.get(TOKEN_VARIABLE) or None
+    if token is None and not _loopback(host):
+        raise CannotServe(
+            f"--listen {listen}: others could reach it there, and {TOKEN_VARIABLE} is not set; set it to a secret that "
+            "gateways send as their api_key, or listen on 127.0.0.1"
+        )
+    with tempfile.TemporaryDirectory(prefix="leadline-engine-") as folder:
+        place = socket.absolute() if socket is not None else Path(folder) / "engine.sock"
+        needs = _needs(place, policy, models, exit_with_parent=True)
+        try:
+            listener = sockets.create_server(
+                (host, port), family=sockets.AF_INET6 if ":" in host else sockets.AF_INET, backlog=1024
+            )
+        except OSError as error:
+            raise CannotServe(f"--listen {listen}: cannot listen there ({error.strerror})") from error
+        from gateway.engine_service import EngineService
+        from gateway.http_server import HttpServer
+
+        asyncio.run(HttpServer(EngineService(needs, token).app, DRAIN_S).serve_on(listener))
+
+
+def _needs(place: Path, policy: Path | None, models: list[str], *, exit_with_parent: bool) -> EngineNeeds:
+    if models:
+        if policy is not None:
+            raise CannotServe("--policy and --model both say what to load; give one of them")
+        named = dict(_named(model) for model in models)
+        problems = unloadable_models(named)
+        if problems:
+            raise CannotServe("\n".join(problems))
+        return EngineNeeds(
+            models=named, probe=None, encoder="default", embeds=False, socket_path=str(place),
+            exit_with_parent=exit_with_parent,
+        )  # fmt: skip
+    loaded, folder = checked_policy(policy, secrets=False)
+    needs = engine_needs(loaded, folder, place, exit_with_parent=exit_with_parent)
+    if needs is None:
+        raise CannotServe("this policy needs no engine: it has neither a model with `engine: embedded` nor a probe")
+    return needs
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, source = text.partition("=")
+    if not (name and equals and source):
+        raise CannotServe(f"--model {text}: write NAME=SOURCE, e.g. base=bundled/base or qwen=/models/qwen3")
+    return name, source
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    if not (colon and port.isdigit() and int(port) < 65536):
+        raise CannotServe(f"--listen {text}: write HOST:PORT, e.g. 127.0.0.1:8100")
+    return host.strip("[]") or "127.0.0.1", int(port)
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,383 @@
+"""`leadline engine --listen`: the engine alone on a host, for whoever speaks OpenAI's API, and for gateways elsewhere.
+
+This process holds no model: it supervises the engine process and speaks HTTP. When the engine dies, what was in flight
+ends with a typed error (`engine_gone`), what comes meanwhile is a 503 with `Retry-After`, and a new engine is started.
+
+Beside chat, embeddings and models: `/score` (how probable are these continuations), `/probe` (how likely is a good
+answer), `/hidden` (hidden states of chosen layers at chosen tokens), `/embed`, `/health`, `/metrics`, and the load of
+the engine in the answer's `endpoint-load-metrics` header (ORCA) where a request asks for it.
+"""
+
+import asyncio
+import base64
+import hmac
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import CollectorRegistry, generate_latest
+from pydantic import BaseModel, ConfigDict, Field
+
+from gateway import __version__
+from gateway.edge.asgi import error_headers
+from gateway.edge.prompts import read_embedding
+from gateway.edge.wire import read_chat
+from gateway.engine_link import EngineConnection
+from gateway.engine_metrics import EngineMetrics
+from gateway.engine_needs import EngineNeeds
+from gateway.engine_process import EngineProcess
+from gateway.errors import (
+    ContextLengthExceeded,
+    InternalError,
+    InvalidRequest,
+    LeadlineError,
+    Unauthenticated,
+    Unavailable,
+    UnknownModel,
+    UpstreamTimeout,
+)
+from gateway.upstream.engines import LOAD_HEADER
+from gateway.upstream.local import LocalUpstream
+from gateway.upstream.sse import write_event
+from gateway.upstream.types import CallHeaders, ChatCall, Target, UpstreamError
+from local_engine.client import EngineClient
+from local_engine.errors import EngineFailure, EngineGone
+from local_engine.types import Delta, EngineStats, Finished, SamplingParams, TapSpec
+
+ANSWER_TIMEOUT_S = 600.0
+"""The whole of one answer."""
+MAX_BODY_BYTES = 32 << 20
+_json = msgspec.json.Encoder().encode
+_T = TypeVar("_T")
+
+
+class EngineService:
+    """The HTTP side. `token`: what callers must send as a bearer; None: nothing, for loopback addresses alone."""
+
+    def __init__(self, needs: EngineNeeds, token: str | None) -> None:
+        self._token = token
+        self._process = EngineProcess(needs)
+        registry = CollectorRegistry()
+        self._metrics = EngineMetrics(registry)
+        self._registry = registry
+        self._link = EngineConnection(Path(needs["socket_path"]), self._metrics)
+        self._upstream = LocalUpstream(self._link)
+        self.app = self._routes()
+
+    @asynccontextmanager
+    async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        self._process.start()
+        self._link.start()
+        try:
+            yield
+        finally:
+            await self._link.stop()
+            await self._process.stop()
+
+    def _routes(self) -> FastAPI:
+        app = FastAPI(
+            title="Leadline engine", version=__version__, lifespan=self._lifespan, docs_url=None, redoc_url=None
+        )
+        known = [Depends(self._authenticate)]
+        app.add_api_route("/health", self._health)
+        app.add_api_route("/metrics", self._show_metrics, dependencies=known)
+        app.add_api_route("/v1/models", self._models, dependencies=known)
+        app.add_api_route("/v1/chat/completions", self._chat, methods=["POST"], dependencies=known)
+        app.add_api_route("/v1/embeddings", self._embeddings, methods=["POST"], dependencies=known)
+        app.add_api_route("/embed", self._embeddings, methods=["POST"], dependencies=known)
+        app.add_api_route("/score", self._score, methods=["POST"], dependencies=known)
+        app.add_api_route("/probe", self._probe, methods=["POST"], dependencies=known)
+        app.add_api_route("/hidden", self._hidden, methods=["POST"], dependencies=known)
+        app.add_exception_handler(LeadlineError, _told)
+        app.add_exception_handler(RequestValidationError, _told_invalid)
+        return app
+
+    async def _authenticate(self, request: Request) -> None:
+        if self._token is None:
+            return
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._token.encode()):
+            raise Unauthenticated("authorization: send `Bearer TOKEN`, the token that the engine was started with.")
+
+    # what there is -------------------------------------------------------------------------------------------------
+
+    async def _health(self) -> Response:
+        """200 while the engine answers."""
+        up = self._link.client is not None
+        return JSONResponse({"status": "ready" if up else "starting"}, status_code=200 if up else 503)
+
+    async def _show_metrics(self) -> Response:
+        client = self._link.client
+        self._metrics.stats = await _asked(client.stats()) if client is not None else None
+        return Response(generate_latest(self._registry), media_type="text/plain; version=0.0.4")
+
+    async def _models(self) -> dict[str, Any]:
+        return {
+            "object": "list",
+            "data": [
+                {
+                    "id": card.name, "object": "model", "created": 0, "owned_by": "leadline",
+                    "max_model_len": card.context_window,
+                }
+                for card in self._client().hello.models
+            ],
+        }  # fmt: skip
+
+    # OpenAI's API --------------------------------------------------------------------------------------------------
+
+    async def _chat(self, request: Request) -> Response:
+        call = await self._read(request, read_chat)
+        target = self._target(call.model)
+        stream = await _attempted(self._upstream.stream(target, call)) if call.stream else None
+        headers = await self._load_headers(request)
+        if stream is None:
+            answer = await _until_gone(request, _attempted(self._upstream.complete(target, call)))
+            return Response(answer.body, media_type="application/json", headers=headers)
+
+        async def events() -> AsyncIterator[bytes]:
+            try:
+                async for group in stream:
+                    for event in group:
+                        if not event.usage_only or call.include_usage:
+                            yield write_event(event.data)
+            except UpstreamError as error:
+                yield write_event(_json(_error_of(error).body()))
+            else:
+                yield b"data: [DONE]\n\n"
+            finally:
+                await stream.close()
+
+        return StreamingResponse(
+            events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache", **headers}
+        )
+
+    async def _embeddings(self, request: Request) -> Response:
+        call = await self._read(request, read_embedding)
+        target = Target(call.model, "engine", call.model, None, 0, 0, ANSWER_TIMEOUT_S, 0)
+        self._client()
+        answer = await _attempted(self._upstream.complete(target, call))
+        return Response(answer.body, media_type="application/json")
+
+    async def _read(self, request: Request, read: Callable[[bytes, CallHeaders], ChatCall]) -> ChatCall:
+        body = await request.body()
+        if len(body) > MAX_BODY_BYTES:
+            raise InvalidRequest(f"The body is larger than {MAX_BODY_BYTES >> 20} MiB.")
+        call = read(body, CallHeaders(token=""))
+        salt = call.fields.get("cache_salt")
+        if salt is not None:
+            try:
+                call.tenant = msgspec.json.decode(salt, type=str)
+            except msgspec.ValidationError as error:
+                raise InvalidRequest(f"cache_salt: {error}.", param="cache_salt") from error
+        return call
+
+    # what no other server offers -----------------------------------------------------------------------------------
+
+    async def _score(self, asked: "ScoreRequest", request: Request) -> dict[str, Any]:
+        """Logprobs and entropies of each candidate's tokens, after the conversation."""
+        self._target(asked.model)
+        result = await _asked(
+            _until_gone(
+                request,
+                self._client().score(
+                    asked.model, _json(asked.messages), asked.candidates,
+                    prefix=asked.prefix, deadline_s=ANSWER_TIMEOUT_S, salt=asked.cache_salt,
+                ),
+            )
+        )  # fmt: skip
+        return {
+            "model": asked.model,
+            "scores": [
+                {
+                    "tokens": score.tokens, "logprobs": score.logprobs, "entropies": score.entropies,
+                    "logprob": sum(score.logprobs),
+                }
+                for score in result.candidates
+            ],
+            "usage": {
+                "prompt_tokens": result.input_tokens, "prompt_tokens_details": {"cached_tokens": result.cached_tokens},
+            },
+        }  # fmt: skip
+
+    async def _probe(self, asked: "ProbeRequest") -> dict[str, Any]:
+        """Calibrated chances of a good answer, and the prompt's length for each model."""
+        result = await _asked(self._client().probe(_json(asked.messages)))
+        return {"p_success": result.p_success, "prompt_tokens": result.input_tokens, "cost_us": result.cost_us}
+
+    async def _hidden(self, asked: "HiddenRequest", request: Request) -> dict[str, Any]:
+        """Hidden states as base64 of float16, little endian, row major: [tokens, layers, width]."""
+        self._target(asked.model)
+        taps = TapSpec(layers=tuple(asked.layers), where=asked.where, tokens=tuple(asked.tokens))
+        sampling = SamplingParams(max_tokens=asked.max_tokens, temperature=asked.temperature, seed=asked.seed)
+
+        async def gather() -> dict[str, Any]:
+            content = reasoning = ""
+            tapped: list[dict[str, Any]] = []
+            async with aclosing(
+                self._client().generate(
+                    asked.model, _json(asked.messages), sampling,
+                    deadline_s=ANSWER_TIMEOUT_S, salt=asked.cache_salt, taps=taps,
+                )
+            ) as events:  # fmt: skip
+                async for event in events:
+                    if isinstance(event, Delta):
+                        content, reasoning = content + event.content, reasoning + event.reasoning
+                        tapped += [
+                            {"positions": t.positions, "shape": t.shape, "data": base64.b64encode(t.data).decode()}
+                            for t in event.tapped
+                        ]
+                    else:
+                        end: Finished = event
+            return {
+                "model": asked.model, "content": content, "reasoning_content": reasoning,
+                "finish_reason": end.finish_reason, "layers": asked.layers, "hidden": tapped,
+            }  # fmt: skip
+
+        return await _asked(_until_gone(request, gather()))
+
+    # the engine ----------------------------------------------------------------------------------------------------
+
+    def _client(self) -> EngineClient:
+        client = self._link.client
+        if client is None:
+            raise _gone("The engine is being started; retry shortly.")
+        return client
+
+    def _target(self, model: str) -> Target:
+        """Raises UnknownModel, and Unavailable while there is no engine."""
+        cards = {card.name: card for card in self._client().hello.models}
+        if model not in cards:
+            raise UnknownModel(f"model: {model[:100]!r} is not loaded; there is {', '.join(cards)}.", param="model")
+        context = cards[model].context_window
+        return Target(
+            model, "engine", model, None, context, context, ANSWER_TIMEOUT_S, 0,
+            first_byte_timeout_s=ANSWER_TIMEOUT_S, idle_timeout_s=ANSWER_TIMEOUT_S,
+        )  # fmt: skip
+
+    async def _load_headers(self, request: Request) -> dict[str, str]:
+        if request.headers.get("endpoint-load-metrics-format", "").upper() != "JSON":
+            return {}
+        return {LOAD_HEADER.decode(): f"JSON {_json(load_of(await _asked(self._client().stats()))).decode()}"}
+
+
+class _Asked(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    cache_salt: str = ""
+
+
+class ScoreRequest(_Asked):
+    model: str
+    candidates: Annotated[list[str], Field(min_length=1, max_length=256)]
+    prefix: str = ""
+
+
+class ProbeRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+
+
+class HiddenRequest(_Asked):
+    model: str
+    layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=256)]
+    where: Literal["prompt", "generated", "tokens"] = "prompt"
+    tokens: list[int] = []
+    max_tokens: Annotated[int, Field(ge=1)] = 1
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
+    seed: int | None = None
+
+
+def load_of(stats: EngineStats) -> dict[str, dict[str, float]]:
+    """The ORCA named metrics, by vLLM's names."""
+    share = stats.kv_bytes / stats.kv_bytes_limit if stats.kv_bytes_limit else 0.0
+    return {
+        "named_metrics": {
+            "num_requests_running": stats.running, "num_requests_waiting": stats.waiting, "kv_cache_usage_perc": share,
+        }
+    }  # fmt: skip
+
+
+class EngineAway(Unavailable):
+    code = "engine_gone"
+
+
+def _gone(message: str) -> EngineAway:
+    return EngineAway(message, retry_after_s=1)
+
+
+def _error_of(error: UpstreamError) -> LeadlineError:
+    if error.cause == "context_length":
+        return ContextLengthExceeded(error.message, param="messages")
+    if error.cause == "refused":
+        return InvalidRequest(error.message, param=str((error.error or {}).get("param") or "") or None)
+    if error.cause == "engine_gone":
+        return _gone(f"The engine is gone: {error.message}; it is being started again.")
+    if error.cause == "timeout":
+        return UpstreamTimeout(error.message)
+    return InternalError(error.message)
+
+
+async def _attempted(work: Awaitable[_T]) -> _T:
+    try:
+        return await work
+    except UpstreamError as error:
+        raise _error_of(error) from error
+
+
+async def _asked(work: Awaitable[_T]) -> _T:
+    """`work` of the engine's client. Raises LeadlineError for what it raises."""
+    try:
+        return await work
+    except EngineGone as error:
+        raise _gone(f"The engine is gone: {error}; it is being started again.") from error
+    except EngineFailure as error:
+        if error.code == "context_length_exceeded":
+            raise ContextLengthExceeded(error.message, param="messages") from error
+        if error.code == "model_not_found":
+            raise UnknownModel(error.message, param="model") from error
+        if error.code == "deadline":
+            raise UpstreamTimeout(error.message) from error
+        if error.code == "invalid_request":
+            raise InvalidRequest(error.message) from error
+        raise InternalError(error.message) from error
+
+
+async def _until_gone(request: Request, work: Awaitable[_T]) -> _T:
+    """`work`, cancelled when the caller hangs up: the engine stops computing for nobody within a step."""
+    working = asyncio.ensure_future(work)
+    hearing = asyncio.ensure_future(_hang_up(request))
+    try:
+        await asyncio.wait((working, hearing), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise InvalidRequest("The caller hung up.")
+        return await working
+    finally:
+        working.cancel()
+        hearing.cancel()
+        await asyncio.gather(working, hearing, return_exceptions=True)
+
+
+async def _hang_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _told(_: Request, error: Exception) -> Response:
+    assert isinstance(error, LeadlineError)
+    headers = {name.decode(): value.decode() for name, value in error_headers(error)}
+    return JSONResponse(error.body(), status_code=error.http_status, headers=headers)
+
+
+async def _told_invalid(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"][1:]) or "body"
+    invalid = InvalidRequest(f"{where}: {first['msg']}.", param=where)
+    return JSONResponse(invalid.body(), status_code=400)

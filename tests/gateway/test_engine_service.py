@@ -1,0 +1,257 @@
+"""`leadline engine --listen` as its users meet it: a process of its own, over HTTP, killed now and then."""
+
+import asyncio
+import base64
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx2
+import openai
+import psutil
+import pytest
+
+from gateway.engine_alone import run_alone
+from gateway.policies import CannotServe
+from tests.conftest import free_port, stop
+from tests.gateway.conftest import running
+
+pytestmark = pytest.mark.anyio
+TOKEN = "a-token-of-the-test"
+SUM: list[Any] = [{"role": "user", "content": "What is 2 + 3?"}]
+START_S = 300
+
+
+class Service(NamedTuple):
+    url: str
+    process: "subprocess.Popen[bytes]"
+
+    def client(self) -> httpx2.AsyncClient:
+        return httpx2.AsyncClient(base_url=self.url, headers={"authorization": f"Bearer {TOKEN}"}, timeout=60)
+
+    @property
+    def engine(self) -> psutil.Process:
+        (child,) = psutil.Process(self.process.pid).children()
+        return child
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    port = free_port()
+    command = [
+        sys.executable, "-m", "gateway", "engine", "--listen", f"127.0.0.1:{port}", "--model", "base=bundled/base",
+    ]  # fmt: skip
+    log = (tmp_path_factory.mktemp("engine") / "log").open("wb")
+    process = subprocess.Popen(command, env={**os.environ, "LEADLINE_ENGINE_TOKEN": TOKEN}, stdout=log, stderr=log)
+    try:
+        wait(lambda: healthy(f"http://127.0.0.1:{port}"))
+        yield Service(f"http://127.0.0.1:{port}", process)
+    finally:
+        stop(process)
+        log.close()
+    assert process.returncode == 0
+
+
+def healthy(url: str) -> bool:
+    try:
+        return httpx2.get(f"{url}/health", timeout=5).status_code == 200
+    except httpx2.TransportError:
+        return False
+
+
+def wait(holds: Callable[[], bool]) -> None:
+    until = time.monotonic() + START_S
+    while not holds():
+        assert time.monotonic() < until, "it takes too long"
+        time.sleep(0.05)
+
+
+def sdk(service: Service) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=f"{service.url}/v1", api_key=TOKEN, max_retries=0)
+
+
+async def test_it_speaks_openais_api(service: Service) -> None:
+    async with sdk(service) as client:
+        assert [model.id async for model in client.models.list()] == ["base"]
+        asked: Any = {"model": "base", "messages": SUM, "temperature": 0, "max_tokens": 100}
+        whole = await client.chat.completions.create(**asked)
+        stream = await client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+        chunks = [chunk async for chunk in stream]
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert whole.usage is not None
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens > 0
+    assert whole.choices[0].finish_reason == "stop"
+
+
+async def test_without_its_token_nothing_is_told(service: Service) -> None:
+    async with httpx2.AsyncClient(base_url=service.url) as client:
+        for method, path in [
+            ("GET", "/v1/models"), ("GET", "/metrics"), ("POST", "/v1/chat/completions"), ("POST", "/score"),
+            ("POST", "/probe"), ("POST", "/hidden"), ("POST", "/embed"), ("POST", "/v1/embeddings"),
+        ]:  # fmt: skip
+            for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": f"Basic {TOKEN}"}):
+                answer = await client.request(method, path, headers=headers, json={"model": "base", "messages": SUM})
+                assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key"), path
+        assert (await client.get("/health")).status_code == 200
+
+
+async def test_scores_are_the_logprobs_of_what_it_writes(service: Service) -> None:
+    async with service.client() as client:
+        first = (
+            await client.post(
+                "/score", json={"model": "base", "messages": SUM, "candidates": ["The answer is 5.", "Cats."]}
+            )
+        ).json()
+        likely, unlikely = first["scores"]
+        assert likely["logprob"] / len(likely["tokens"]) > unlikely["logprob"] / len(unlikely["tokens"])
+        assert len(likely["logprobs"]) == len(likely["entropies"]) == len(likely["tokens"])
+        again = (await client.post("/score", json={"model": "base", "messages": SUM, "candidates": ["Cats."]})).json()
+        assert again["scores"][0]["logprob"] == pytest.approx(unlikely["logprob"], abs=1e-3)
+
+
+async def test_hidden_states_of_chosen_layers_at_chosen_tokens(service: Service) -> None:
+    async with service.client() as client:
+        asked = {"model": "base", "messages": SUM, "layers": [0, 2], "where": "prompt"}
+        (tapped,) = (await client.post("/hidden", json=asked)).json()["hidden"]
+        tokens, layers, width = tapped["shape"]
+        assert (tokens, layers) == (1, 2)
+        values = struct.unpack(f"<{layers * width}e", base64.b64decode(tapped["data"]))
+        assert any(values)
+        written = (await client.post("/hidden", json={**asked, "where": "generated", "max_tokens": 6})).json()["hidden"]
+        assert sum(piece["shape"][0] for piece in written) == 5, "the last token is never read"
+        wrong = await client.post("/hidden", json={**asked, "layers": [999]})
+        assert (wrong.status_code, "layers" in wrong.json()["error"]["message"]) == (400, True)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "code", "words"),
+    [
+        ("/v1/chat/completions", {"model": "nope", "messages": SUM}, 404, "model_not_found", "there is base"),
+        ("/v1/chat/completions", {"model": "base", "messages": []}, 400, "invalid_request", "messages"),
+        ("/v1/chat/completions", {"model": "base", "messages": SUM, "cache_salt": 7}, 400, "invalid_request",
+         "cache_salt"),
+        ("/score", {"model": "base", "messages": SUM, "candidates": []}, 400, "invalid_request", "candidates"),
+        ("/score", {"model": "base", "messages": SUM, "candidates": [""]}, 400, "invalid_request", "candidates[0]"),
+        ("/score", {"model": "base", "messages": SUM, "candidate": ["x"]}, 400, "invalid_request", "candidate"),
+        ("/hidden", {"model": "base", "messages": SUM, "layers": []}, 400, "invalid_request", "layers"),
+        ("/v1/chat/completions", {"model": "base", "messages": [{"role": "user", "content": "1 + 1 " * 900}]},
+         400, "context_length_exceeded", "1024"),
+    ],
+)  # fmt: skip
+async def test_bad_input_is_named(service: Service, path: str, body: Any, status: int, code: str, words: str) -> None:
+    async with service.client() as client:
+        answer = await client.post(path, json=body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (status, code), error
+    assert words in error["message"]
+
+
+async def test_load_and_metrics(service: Service) -> None:
+    async with service.client() as client:
+        asked = {"model": "base", "messages": SUM, "max_tokens": 3}
+        answer = await client.post("/v1/chat/completions", json=asked, headers={"endpoint-load-metrics-format": "JSON"})
+        assert answer.headers["endpoint-load-metrics"].startswith('JSON {"named_metrics":{"num_requests_running":')
+        assert "endpoint-load-metrics" not in (await client.post("/v1/chat/completions", json=asked)).headers
+        text = (await client.get("/metrics")).text
+    shown = {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if not line.startswith("#")}
+    assert shown["leadline_engine_up"] == 1
+    assert shown["leadline_engine_output_tokens_total"] >= 6
+    assert 0 < shown["leadline_engine_prefix_asked_tokens_total"] >= shown["leadline_engine_prefix_hit_tokens_total"]
+    assert shown["leadline_engine_requests_running"] == 0
+
+
+async def test_a_caller_who_leaves_ends_its_generation(service: Service) -> None:
+    async with service.client() as client:
+
+        async def cancelled() -> float:
+            text = (await client.get("/metrics")).text
+            (line,) = [line for line in text.splitlines() if line.startswith("leadline_engine_cancelled_total")]
+            return float(line.split()[1])
+
+        before = await cancelled()
+        for stream in (False, True):
+            asked = {"model": "base", "messages": SUM, "min_tokens": 900, "temperature": 1, "stream": stream, "n": 8}
+            task = asyncio.create_task(client.post("/v1/chat/completions", json=asked))
+            await asyncio.sleep(0.3)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        async with asyncio.timeout(60):
+            while "leadline_engine_requests_running 0.0" not in (await client.get("/metrics")).text:
+                await asyncio.sleep(0.1)
+        assert await cancelled() >= before
+
+
+async def test_an_engine_that_dies_is_replaced_and_its_callers_are_told(service: Service) -> None:
+    async with sdk(service) as client, service.client() as plain:
+        stream = await client.chat.completions.create(
+            model="base",
+            messages=SUM,
+            stream=True,
+            n=16,
+            temperature=1,
+        )
+        victim = service.engine
+        os.kill(victim.pid, signal.SIGKILL)
+        try:
+            with pytest.raises(openai.APIError) as told:
+                async for _ in stream:
+                    pass
+            assert told.value.code == "engine_gone"
+        except pytest.fail.Exception:
+            assert not victim.is_running(), "it had ended its answers before it was killed"
+        meanwhile = await plain.post("/v1/chat/completions", json={"model": "base", "messages": SUM, "max_tokens": 2})
+        if meanwhile.status_code != 200:
+            assert (meanwhile.status_code, meanwhile.json()["error"]["code"]) == (503, "engine_gone")
+            assert int(meanwhile.headers["retry-after"]) >= 1
+        await asyncio.to_thread(wait, lambda: healthy(service.url))
+        answer = await client.chat.completions.create(model="base", messages=SUM, max_tokens=2)
+        assert answer.choices
+        assert "leadline_engine_restarts_total 1.0" in (await plain.get("/metrics")).text
+
+
+async def test_a_gateway_in_front_of_it(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGINE_TOKEN", TOKEN)
+    policy = f"""
+version: 1
+providers:
+  gpu: {{server: leadline, base_url: "{service.url}/v1", api_key: env:ENGINE_TOKEN, timeout: 60s}}
+models:
+  base: {{provider: gpu, model: base, context: 1024, price: free}}
+"""
+    async with running(policy, tmp_path / "home") as gateway:
+        long = [{"role": "system", "content": "You are a careful calculator. " * 10}, *SUM]
+        asked = {"model": "base", "messages": long, "max_tokens": 4, "temperature": 1.0}
+        for _ in range(2):
+            assert (await gateway.chat(asked))[0] == 200
+        cold, warm = sorted(await gateway.rows(), key=lambda row: row["created_at_ms"])
+        assert cold["cached_input_tokens"] == 0
+        assert warm["cached_input_tokens"] >= 32
+        other = gateway.app.web.state.lifecycle.keys.create("other", tenant="elsewhere")
+        await gateway.chat(asked, Authorization=f"Bearer {other}")
+        assert sum(row["cached_input_tokens"] for row in await gateway.rows()) == warm["cached_input_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("socket", "listen", "models", "words"),
+    [
+        (None, None, [], "say where to listen"),
+        (None, "8100", [], "write HOST:PORT"),
+        (None, "0.0.0.0:8100", ["base=bundled/base"], "LEADLINE_ENGINE_TOKEN is not set"),
+        (None, "127.0.0.1:8100", ["base"], "write NAME=SOURCE"),
+        (None, "127.0.0.1:8100", ["base=bundled/nope"], "there is no model 'bundled/nope'"),
+    ],
+)
+async def test_what_cannot_be_served_is_said(
+    socket: Path | None, listen: str | None, models: list[str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LEADLINE_ENGINE_TOKEN", raising=False)
+    with pytest.raises(CannotServe, match=words):
+        run_alone(socket, listen, None, models)
