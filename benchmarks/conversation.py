@@ -1,11 +1,12 @@
-"""How long the event loop stands still for one request of a long agent conversation.
+"""How long one request of a long agent conversation keeps the event loop from everybody else.
 
     LEADLINE_HOME=… python benchmarks/conversation.py UPSTREAM_PORT SECONDS
 
 Prints one line of JSON. The real server runs in this process: protocol, edge, admission, cache key, decision, journal,
 upstream client. Every step of a request's application is timed (uvicorn's parser and the sockets' reads are not in it).
 The upstream waits 20 ms before its first event, so that what runs before then is what comes before the upstream has
-the request. Hot: eight requests in a row, as under load. Cold: one, after a while of nothing.
+the request. What others wait for is its longest step, as the loop turns to them between two; the sum of its steps is
+what it costs. Hot: eight requests in a row, as under load. Cold: one, after a while of nothing.
 """
 
 import asyncio
@@ -34,7 +35,7 @@ from routers.load import parse
 
 MESSAGES = 466
 BYTES = 148_000
-BEFORE_ANSWER_NS = 10_000_000
+BEFORE_ANSWER_NS = 18_000_000
 ROW = 8
 WORDS = (
     "the",
@@ -115,10 +116,10 @@ class Timed:
             except BaseException as error:
                 resume = partial(self._inner.throw, error)
 
-    def blocked_us(self) -> float:
-        """All of its steps before the upstream's answer."""
+    def steps_us(self) -> list[float]:
+        """Of each of its steps before the upstream's answer."""
         began = self._steps[0][0]
-        return sum(took for at, took in self._steps if at - began < BEFORE_ANSWER_NS) / 1000
+        return [took / 1000 for at, took in self._steps if at - began < BEFORE_ANSWER_NS]
 
 
 class TimedApp:
@@ -139,10 +140,10 @@ class TimedApp:
     def slow_client(self, phase: Literal["headers", "body", "read"]) -> None:
         self._app.slow_client(phase)
 
-    def take_us(self) -> list[float]:
-        """How long each call since the last time held the loop before its answer, in µs."""
+    def take_us(self) -> list[list[float]]:
+        """The steps of each call since the last time, before its answer, in µs."""
         calls, self.calls = self.calls, []
-        return [call.blocked_us() for call in calls]
+        return [call.steps_us() for call in calls]
 
 
 async def ask(port: int, key: str, body: bytes) -> None:
@@ -159,6 +160,11 @@ async def ask(port: int, key: str, body: bytes) -> None:
     writer.close()
     if b"data: [DONE]\n\n" not in answer:
         raise RuntimeError(f"no stream to its end: {answer[-300:]!r}")
+
+
+def warm_median(values: list[float]) -> float:
+    """Without the first tenth."""
+    return statistics.median(values[len(values) // 10 :])
 
 
 async def main(upstream: int, seconds: float) -> None:
@@ -185,19 +191,23 @@ async def main(upstream: int, seconds: float) -> None:
         numbered = {**second, "content": f"{serial:06d}{second['content'][6:]}"}  # nothing is answered from the cache
         return encoded({**body, "messages": [first, numbered, *rest]})
 
-    found: dict[str, list[float]] = {"cold_us": [], "hot_us": [], "short_us": [], "read_us": []}
+    steps: dict[str, list[list[float]]] = {"cold": [], "hot": [], "short": []}
+    read: list[float] = []
     ends = time.monotonic() + seconds
     while time.monotonic() < ends:
         await ask(port, key, fresh(long))
-        found["cold_us"] += timed.take_us()
-        found["read_us"].append(read_us(encoded(long)))
-        for name, body in (("hot_us", long), ("short_us", short)):
+        steps["cold"] += timed.take_us()
+        read.append(read_us(encoded(long)))
+        for name, body in (("hot", long), ("short", short)):
             await asyncio.gather(*[ask(port, key, data) for data in [fresh(body) for _ in range(ROW)]])
-            found[name] += timed.take_us()
+            steps[name] += timed.take_us()
     server.should_exit = True
     await serving
-    medians = {name: statistics.median(values[len(values) // 10 :]) for name, values in found.items()}
-    print(json.dumps({"bytes": len(fresh(long)), "requests": serial, **medians}))
+    found = {"bytes": len(fresh(long)), "requests": serial, "read_us": warm_median(read)}
+    for name, calls in steps.items():
+        found[f"{name}_longest_us"] = warm_median([max(call) for call in calls])
+        found[f"{name}_all_us"] = warm_median([sum(call) for call in calls])
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

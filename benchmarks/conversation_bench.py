@@ -21,20 +21,23 @@ def measure(seconds: float, into: Measured) -> None:
     found = json.loads(out.splitlines()[-1])
     into.add("leadline", "conversation_bytes", found["bytes"], "bytes")
     into.add("leadline", "conversation_read", found["read_us"] / 1000, "ms")
-    into.add("leadline", "conversation_blocked", found["hot_us"] / 1000, "ms")
-    into.add("leadline", "conversation_blocked_cold", found["cold_us"] / 1000, "ms")
-    into.add("leadline", "short_request_blocked", found["short_us"] / 1000, "ms")
-    print(f"  leadline: blocked for {found['hot_us'] / 1000:.3f} ms; {found['requests']} requests", flush=True)
+    into.add("leadline", "conversation_blocked", found["hot_longest_us"] / 1000, "ms")
+    into.add("leadline", "conversation_all_steps", found["hot_all_us"] / 1000, "ms")
+    into.add("leadline", "conversation_blocked_cold", found["cold_longest_us"] / 1000, "ms")
+    into.add("leadline", "short_request_blocked", found["short_longest_us"] / 1000, "ms")
+    blocked, steps = found["hot_longest_us"] / 1000, found["hot_all_us"] / 1000
+    print(f"  leadline: blocked for {blocked:.3f} ms, {steps:.3f} in all; {found['requests']} requests", flush=True)
 
 
 def tables(rows: list[Row]) -> None:
     columns = {
         "conversation_bytes": "bytes", "conversation_read": "read, checked, written anew, ms",
-        "conversation_blocked": "all steps, ms",
-        "conversation_blocked_cold": "after a pause, ms", "short_request_blocked": "a short request, ms",
+        "conversation_blocked": "loop blocked, ms", "conversation_all_steps": "all its steps, ms",
+        "conversation_blocked_cold": "blocked after a pause, ms", "short_request_blocked": "by a short request, ms",
     }  # fmt: skip
     note = (
-        "All steps: from the whole body in memory to the request handed to the socket, cache key and kernel included; "
-        "466 messages, tool calls, streamed."
+        "Loop blocked: the longest step of a request between two at which others have their turn. Steps: from the "
+        "whole body in memory to the last byte handed to the socket, cache key and kernel included; 466 messages, tool "
+        "calls, streamed. Not in them: receiving the body, whose pieces are turns of their own."
     )
     show(rows, "An agent's conversation", columns, note)

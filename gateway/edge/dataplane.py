@@ -1,5 +1,6 @@
 """The data plane: `POST /v1/chat/completions`, `/v1/completions` and `/v1/embeddings`, by path."""
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping
 
@@ -16,6 +17,8 @@ from gateway.errors import LeadlineError, MethodNotAllowed
 from gateway.lifecycle import Lifecycle, new_ledger_id
 from gateway.upstream.types import CallHeaders, ChatCall
 
+LONG_BODY_BYTES = 64 << 10
+"""Reading a longer one takes 0.05 ms and more: whoever else waits for the loop has a turn before it and after."""
 Reader = Callable[[bytes, CallHeaders], ChatCall]
 
 
@@ -36,7 +39,10 @@ class Endpoint:
             headers = read_headers(scope["headers"])
             principal = await self._lifecycle.keys.recognise(headers.token)  # before a byte of the body is kept
             body = await read_body(scope, receive, self._max_body_bytes)
-            call = self._read(body, headers)
+            if len(body) > LONG_BODY_BYTES:
+                call = await self._read_between(body, headers)
+            else:
+                call = self._read(body, headers)
             if headers.idempotency_key is not None:
                 await self._once(principal, headers.idempotency_key, scope["path"], body, call, send)
             else:
@@ -46,6 +52,13 @@ class Endpoint:
             await reply.fail(error, [(b"x-request-id", new_request_id())])
         except ClientGone:
             return
+
+    async def _read_between(self, body: bytes, headers: CallHeaders) -> ChatCall:
+        """In a turn of the loop of its own."""
+        await asyncio.sleep(0)
+        call = self._read(body, headers)
+        await asyncio.sleep(0)
+        return call
 
     async def _once(
         self, caller: Principal, idempotency_key: str, path: str, body: bytes, call: ChatCall, send: Send

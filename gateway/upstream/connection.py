@@ -111,6 +111,8 @@ class Connection(asyncio.Protocol):
         assert self._transport is not None
         view = memoryview(body)
         for at in range(0, len(body), WRITE_BYTES):
+            if at:
+                await asyncio.sleep(0)  # the kernel takes 0.03 ms for each, and its readers may take it all at once
             while self._full and not (self.answered or self.error):
                 await self.wait()
             if self.answered or self.error:
