@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
-SMALLEST_REPACKED: Final = 1 << 16
-"""Weights of a product. For fewer, a oneDNN product costs more to start than it saves."""
+SMALLEST_REPACKED: Final = {torch.float32: 1 << 17, torch.bfloat16: 1 << 14}
+"""Weights of a product. With fewer, starting oneDNN (12 µs) costs more than it saves at one row; torch's own bfloat16
+products start it anyway. Other types are not repacked."""
+_SMALLEST_SHARED: Final = 1 << 19
+"""As above, for float32 weights that stay as they are."""
 _EXPECTED_ROWS: Final = 8
 
 
@@ -84,7 +87,7 @@ class Columns(nn.Module):
 
 def best_product(weight: Tensor, bias: Tensor | None) -> Product:
     """The product to run weights with that nothing else reads."""
-    if weight.device.type == "cpu" and weight.numel() >= SMALLEST_REPACKED:
+    if weight.device.type == "cpu" and weight.numel() >= SMALLEST_REPACKED.get(weight.dtype, weight.numel() + 1):
         return OneDNNProduct(weight, bias, repack=True)
     return PlainProduct(weight, bias)
 
@@ -118,4 +121,9 @@ class Linears:
 
 def shared_product(weight: Tensor) -> Product:
     """The product for weights that something else reads too, as a tied embedding: where they are, without a copy."""
-    return OneDNNProduct(weight, None, repack=False) if weight.device.type == "cpu" else PlainProduct(weight, None)
+    gains = weight.dtype == torch.float32 and weight.numel() >= _SMALLEST_SHARED
+    return (
+        OneDNNProduct(weight, None, repack=False)
+        if weight.device.type == "cpu" and gains
+        else PlainProduct(weight, None)
+    )

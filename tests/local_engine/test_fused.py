@@ -12,8 +12,8 @@ from local_engine.runner import Runner, Segment, new_kv
 from tests.local_engine.engine_harness import ARCHITECTURES
 from tests.local_engine.runner_harness import BUDGET, FAMILIES, Pair, close, text, tiny_model, tiny_network
 
-WIDE = 288
-"""Width from which products are repacked."""
+WIDE = 384
+"""Wide enough for products to be repacked."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -108,3 +108,22 @@ def test_onednn_products_are_torch_products(rows: int, dtype: torch.dtype) -> No
         ):
             torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
         assert torch.equal(other, kept)
+
+
+def test_bfloat16_is_as_near_to_the_exact_logits_as_transformers_is(bundled: LocalModel) -> None:
+    model = tiny_model("qwen3", bundled, WIDE)
+    exact, rounded = tiny_network("qwen3", WIDE), tiny_network("qwen3", WIDE).to(torch.bfloat16)
+    model.network.to(torch.bfloat16)
+    kv = new_kv(model, BUDGET)
+    runner = Runner(model, kv)
+    texts = [text(length, seed=length) for length in (40, 33, 12)]
+    slots = [kv.open(64) for _ in texts]
+    pairs = list(zip(slots, texts, strict=True))
+    runner.run([Segment(slot, 0, tokens[:-1]) for slot, tokens in pairs])
+    logits = runner.run([Segment(slot, len(tokens) - 1, tokens[-1:], logits=1) for slot, tokens in pairs]).logits
+    with torch.no_grad():
+        expected, theirs = (
+            torch.cat([network(torch.tensor([tokens])).logits[0, -1:] for tokens in texts]).float()
+            for network in (exact, rounded)
+        )
+    assert float((logits - expected).abs().max()) <= 2 * float((theirs - expected).abs().max())
