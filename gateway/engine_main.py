@@ -8,8 +8,9 @@ import json
 import sys
 
 from gateway.engine_needs import EngineNeeds
+from gateway.settings import KVSettings, SettingsError
 from local_engine.config import EngineConfig, configure_process
-from local_engine.errors import ModelLoadError
+from local_engine.errors import ConfigError, ModelLoadError
 from local_engine.server import run_engine
 from local_engine.types import Prober
 from probes.errors import ProbeError
@@ -17,8 +18,17 @@ from probes.errors import ProbeError
 
 def main(argument: str) -> None:
     config: EngineNeeds = json.loads(argument)
+    try:
+        kept = KVSettings.from_env()
+    except SettingsError as error:
+        sys.exit(f"engine: {error}")
     engine = EngineConfig(
-        models=config["models"], socket_path=config["socket_path"], exit_with_parent=config["exit_with_parent"]
+        models=config["models"],
+        socket_path=config["socket_path"],
+        exit_with_parent=config["exit_with_parent"],
+        prefix_disk=kept.disk,
+        prefix_disk_bytes=kept.disk_bytes,
+        prefix_redis=kept.redis_url,
     )
     configure_process(engine.threads)
     try:
@@ -32,7 +42,7 @@ def main(argument: str) -> None:
 
             prober = TextEncoder.load(config["encoder"])
         run_engine(engine, prober)
-    except (ProbeError, ModelLoadError, ModuleNotFoundError) as error:
+    except (ProbeError, ModelLoadError, ConfigError, ModuleNotFoundError) as error:
         sys.exit(f"engine: {error}")
 
 

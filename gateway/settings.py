@@ -16,6 +16,26 @@ class SettingsError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class KVSettings:
+    """Where engines keep what they computed of prompts, beyond their memory. As confidential as the prompts."""
+
+    disk: Path | None = None
+    disk_bytes: int = 4 << 30
+    redis_url: str | None = None
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] | None = None) -> "KVSettings":
+        """Raises SettingsError."""
+        env = os.environ if env is None else env
+        folder = env.get("LEADLINE_KV_DISK")
+        return cls(
+            disk=Path(folder).expanduser().absolute() if folder else None,
+            disk_bytes=_mebibytes(env, "LEADLINE_KV_DISK_MIB", 4096),
+            redis_url=_redis_url(env.get("LEADLINE_KV_REDIS"), "LEADLINE_KV_REDIS"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     home: Path
     """State folder: ledger, journal, pepper, first key, engine socket."""
@@ -53,6 +73,7 @@ class Settings:
             engine=Path(env["LEADLINE_ENGINE"]).absolute() if env.get("LEADLINE_ENGINE") else None,
             durability=_durability(env.get("LEADLINE_DURABILITY", "process")),
         )
+        KVSettings.from_env(env)  # an engine reads it; what is wrong with it is said here
         asked = env.get("LEADLINE_SHARED") or "0"
         if asked not in ("0", "1"):
             raise SettingsError(f"LEADLINE_SHARED: {asked!r} is neither 1 nor 0")
@@ -106,9 +127,9 @@ def _database_url(url: str | None, home: Path) -> str:
     )
 
 
-def _redis_url(url: str | None) -> str | None:
+def _redis_url(url: str | None, name: str = "REDIS_URL") -> str | None:
     if url and not url.startswith(("redis://", "rediss://", "unix://")):
-        raise SettingsError(f"REDIS_URL: scheme {url.split(':', 1)[0]!r} is not supported; use redis://HOST:PORT/DB")
+        raise SettingsError(f"{name}: scheme {url.split(':', 1)[0]!r} is not supported; use redis://HOST:PORT/DB")
     return url or None
 
 

@@ -38,6 +38,11 @@ class EngineConfig:
     """Most bytes of keys and values of running sequences, for each model; when it is full, the last in line waits."""
     prefix_bytes: int = 1 << 29
     """Most bytes of keys and values kept for prompts that begin alike, for each model; 0 keeps none."""
+    prefix_disk: Path | None = None
+    """A folder for what is kept of prompts, so that it survives a restart; as confidential as the prompts."""
+    prefix_disk_bytes: int = 4 << 30
+    prefix_redis: str | None = None
+    """URL of a Redis for the same, shared by engines of several hosts; needs the redis package."""
     exit_with_parent: bool = True
     """Stop when the process that started this one is gone, so that no engine outlives its supervisor."""
 
@@ -47,7 +52,14 @@ class EngineConfig:
                 raise ValueError(f"models holds {name!r}: {source!r}; both the name and the path or hub id are needed")
         if not 0 < len(os.fsencode(self.socket_path)) <= _SOCKET_PATH_BYTES:
             raise ValueError(f"socket_path {self.socket_path!r} must have 1 to {_SOCKET_PATH_BYTES} bytes")
-        least_of = {"threads": 1, "max_running": 1, "prefill_chunk": 1, "kv_bytes": 1, "prefix_bytes": 0}
+        least_of = {
+            "threads": 1,
+            "max_running": 1,
+            "prefill_chunk": 1,
+            "kv_bytes": 1,
+            "prefix_bytes": 0,
+            "prefix_disk_bytes": 1,
+        }
         for key, least in least_of.items():
             if getattr(self, key) < least:
                 raise ValueError(f"{key} must be at least {least}, not {getattr(self, key)}")

@@ -22,7 +22,9 @@ from local_engine.kv import KVCache
 from local_engine.lane import Lane, Runs, Turn
 from local_engine.model import LocalModel
 from local_engine.prefix import PrefixStore
-from local_engine.prefix_identity import KVIdentity, KVLayout
+from local_engine.prefix_identity import KVIdentity, KVLayout, weights_fingerprint
+from local_engine.prefix_tiers import SlowTiers
+from local_engine.prefix_types import PrefixStats
 from local_engine.primitives import Controller, Primitives
 from local_engine.runner import Runner, new_kv
 from local_engine.sampler import sampling_problem
@@ -126,14 +128,16 @@ class Engine:
         prefill_chunk: int = 256,
         kv_bytes: int = 1 << 30,
         prefix_bytes: int = 1 << 29,
+        prefix_tiers: SlowTiers | None = None,
         step_s: float = 0.05,
         make_runner: Callable[[LocalModel, KVCache], Runs] = Runner,
     ) -> None:
         self._prober = prober
+        self._prefix_tiers = prefix_tiers
         self._lanes: dict[str, Lane] = {}
         for name, model in models.items():
             kv = new_kv(model, kv_bytes)
-            store = _prefix_store(name, kv, prefix_bytes) if prefix_bytes else None
+            store = _prefix_store(name, model, kv, prefix_bytes, prefix_tiers) if prefix_bytes else None
             self._lanes[name] = Lane(
                 model, kv, make_runner(model, kv), store,
                 max_running=max_running, prefill_chunk=prefill_chunk, step_s=step_s,
@@ -152,12 +156,14 @@ class Engine:
         self._thread.start()
 
     def stop(self) -> None:
-        """End everything as cancelled and wait for the thread. A second call does nothing."""
+        """End everything as cancelled, wait for the thread, write what is to be kept. A second call does nothing."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
         if self._thread.ident is not None:
             self._thread.join()
+        if self._prefix_tiers is not None:
+            self._prefix_tiers.close()
 
     @property
     def alive(self) -> bool:
@@ -193,6 +199,10 @@ class Engine:
             cancelled=self._cancelled,
             preemptions=sum(lane.scheduler.preemptions for lane in lanes),
         )
+
+    def prefix_stats(self) -> dict[str, PrefixStats]:
+        """What each model's prefix store has done, likewise; of those that have one."""
+        return {name: lane.store.stats() for name, lane in self._lanes.items() if lane.store is not None}
 
     # ---- everything below runs on the engine's thread, but for _enqueue ---------------------------------------------
 
@@ -442,8 +452,9 @@ class _Refused(Exception):
         self.code = code
 
 
-def _prefix_store(name: str, kv: KVCache, prefix_bytes: int) -> PrefixStore:
-    return PrefixStore(KVIdentity(name, "in memory", KVLayout.of(kv.shape)), bytes_limit=prefix_bytes)
+def _prefix_store(name: str, model: LocalModel, kv: KVCache, prefix_bytes: int, tiers: SlowTiers | None) -> PrefixStore:
+    weights = weights_fingerprint(model.network) if tiers is not None else "of this process"
+    return PrefixStore(KVIdentity(name, weights, KVLayout.of(kv.shape)), bytes_limit=prefix_bytes, slow=tiers)
 
 
 def _plain_tokens(model: LocalModel, text: str) -> list[int]:

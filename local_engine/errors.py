@@ -3,7 +3,8 @@
 EngineError
 ├── EngineGone       the link is closed: everything in flight ended here; connect again, then retry
 ├── EngineFailure    the engine answered `Failed`: one command, a code and a reason; the link is fine
-└── ModelLoadError   a configured model cannot be served: fix the configuration
+├── ModelLoadError   a configured model cannot be served: fix the configuration
+└── ConfigError      a setting cannot be used on this machine: fix the configuration
 """
 
 from typing import TYPE_CHECKING
@@ -31,3 +32,7 @@ class EngineFailure(EngineError):
 
 class ModelLoadError(EngineError):
     """A model cannot be loaded or is of a kind this engine does not run."""
+
+
+class ConfigError(EngineError):
+    """A setting cannot be used on this machine; the message names it."""

@@ -27,6 +27,9 @@ from local_engine.spec.verify import Window, verify
 HEADROOM: Final = 32
 """Tokens beyond its text for which a sequence gets room when it is let in, so that it comes forward before it asks."""
 
+_IDLE_S: Final = 0.002
+"""How long a lane without work waits at once for what is fetched: other lanes and cancels wait as long."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -115,7 +118,12 @@ class Lane:
     # ---- sequences come, change and go --------------------------------------------------------------------------
 
     def add(self, sequence: Sequence) -> None:
-        """Compute it from the next step on."""
+        """Compute it from the next step on, or from when a slower tier has brought what it has of its prefix."""
+        if self.store is not None and sequence.slot is None:
+            try:
+                sequence.arriving = self.store.prefetch(sequence.salt, sequence.ids[: sequence.scored_from])
+            except Exception:
+                logger.exception("fetching a prefix failed")
         self.scheduler.add(sequence)
 
     def drop(self, sequence: Sequence) -> None:
@@ -202,7 +210,17 @@ class Lane:
             self.computed_tokens += plan.tokens
             if plan.tokens > len(plan.work):
                 self._pace.observe(plan.tokens, self._clock() - began)
+                if self.store is not None:
+                    self.store.observe_prefill(plan.tokens, self._clock() - began)
+        else:
+            self._await_arrival()
         return turns
+
+    def _await_arrival(self) -> None:
+        """With nothing to compute: give the thread that fetches for the first in line some time."""
+        arriving = next((s.arriving for s in self.scheduler.waiting if s.arriving and not s.arriving.ready), None)
+        if arriving is not None:
+            arriving.wait(_IDLE_S)
 
     def _compute(self, work: list[tuple[Sequence, int]]) -> list[Turn]:
         """One forward pass; where it fails, one for each, so that a failure ends nothing but what caused it."""

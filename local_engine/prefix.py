@@ -38,6 +38,8 @@ Taps = Callable[[int, int], torch.Tensor | None]
 _TOKEN_BYTES: Final = 4
 _WEIGHT: Final = 0.2
 """Of the newest measurement in a running mean."""
+_LEAST_OBSERVED: Final = 64
+"""Tokens of a step whose time is taken."""
 _OVERHEAD_BYTES: Final = 1024
 """What one block costs beside its tensors, in Python and torch objects: measured."""
 
@@ -94,12 +96,11 @@ class PrefixStore:
         """How many tokens `lookup` would match now. Neither counted nor a use."""
         return len(self._walk(salt, token_bytes(tokens), self._matchable(tokens))) * self.block_tokens
 
-    def prefetch(self, salt: bytes, tokens: Sequence[int], wake: Callable[[], None] | None = None) -> Fetch | None:
+    def prefetch(self, salt: bytes, tokens: Sequence[int]) -> Fetch | None:
         """Bring what is missing in memory of the prefix of `tokens` from the slower tiers, where that may pay.
 
         None when there is nothing to wait for. Else `lookup` finds what has come once the fetch is `ready`: when all
         is read, or when waiting longer would take longer than computing the tokens or than the tiers' `wait_s`.
-        `wake` is called on another thread when all is read.
         """
         if self.slow is None:
             return None
@@ -125,11 +126,16 @@ class PrefixStore:
         fetch = Fetch(root, wanted, self.identity.layout, self.block_tokens, min(self.slow.wait_s, compute_s))
         self._hold(path)
         self._fetches.append((fetch, salt, path))
-        self.slow.fetch(fetch, wake)
+        self.slow.fetch(fetch)
         return fetch
 
     def observe_prefill(self, tokens: int, seconds: float) -> None:
-        """A step took `seconds` to compute `tokens` prompt tokens: what slower tiers are measured against."""
+        """A step took `seconds` to compute `tokens` prompt tokens: what slower tiers are measured against.
+
+        Steps of few tokens say more of what a step costs than of a token, and are not counted.
+        """
+        if tokens < _LEAST_OBSERVED:
+            return
         new = seconds / tokens
         self._compute_s = new if self._compute_s is None else self._compute_s + _WEIGHT * (new - self._compute_s)
 

@@ -75,8 +75,8 @@ def child_digest(parent: bytes, tokens: bytes) -> bytes:
 
 
 def token_bytes(tokens: Sequence[int]) -> bytes:
-    """Four bytes per token, in the machine's order; free of conversion for an `array('I')`."""
-    return (tokens if isinstance(tokens, array) and tokens.typecode == "I" else array("I", tokens)).tobytes()
+    """Four bytes per token, in the machine's order; free of conversion for an `array` of 32-bit integers."""
+    return (tokens if isinstance(tokens, array) and tokens.typecode in "Ii" else array("I", tokens)).tobytes()
 
 
 def weights_fingerprint(network: Any) -> str:

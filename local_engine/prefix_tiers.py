@@ -10,20 +10,27 @@ every RETRY_S.
 """
 
 import logging
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Protocol
 
+from local_engine.config import EngineConfig
+from local_engine.errors import ConfigError
 from local_engine.prefix_block import Block
+from local_engine.prefix_disk import DiskTier
 from local_engine.prefix_format import Loaded, Unusable, Wanted, decode
 from local_engine.prefix_identity import KVLayout
+from local_engine.prefix_redis import RedisTier
 from local_engine.prefix_types import TierStats
 
 RETRY_S: Final = 60.0
 FIRST_PAUSE_S: Final = 1.0
 MAX_PAUSE_S: Final = 60.0
+REDIS_TTL_S: Final = 24 * 3600
+REDIS_VALUE_BYTES: Final = 8 << 20
 _READ_AT_ONCE: Final = 16
 """Blocks read from a tier before it is seen whether anybody still waits for them."""
 _WEIGHT: Final = 0.2
@@ -91,9 +98,9 @@ class Fetch:
         """Whether the request should be admitted now, with what has come."""
         return self.finished or self.expired
 
-    def wait(self) -> None:
-        """Until it is ready."""
-        self._finished.wait(max(0.0, self._deadline - time.monotonic()))
+    def wait(self, timeout_s: float = math.inf) -> None:
+        """Until it is ready, or for `timeout_s`."""
+        self._finished.wait(max(0.0, min(timeout_s, self._deadline - time.monotonic())))
 
     def finish(self) -> None:
         """Nothing more will come. By the worker, once."""
@@ -157,7 +164,7 @@ class SlowTiers:
         self.wait_s = wait_s
         self._queue_bytes = queue_bytes
         self._tiers = [_Watched(tier, clock) for tier in tiers]
-        self._fetches: deque[tuple[Fetch, Callable[[], None] | None]] = deque()
+        self._fetches: deque[Fetch] = deque()
         self._jobs: deque[tuple[Callable[[], None], int]] = deque()
         """What to do when nobody waits for a fetch, and the bytes it keeps alive."""
         self._queued = 0
@@ -176,10 +183,10 @@ class SlowTiers:
             for watched in self._tiers
         )
 
-    def fetch(self, fetch: Fetch, wake: Callable[[], None] | None) -> None:
-        """Start it; it is finished whatever happens. `wake` is called then, on the worker's thread."""
+    def fetch(self, fetch: Fetch) -> None:
+        """Start it; it is finished whatever happens."""
         with self._changed:
-            self._fetches.append((fetch, wake))
+            self._fetches.append(fetch)
             self._changed.notify_all()
 
     def keep(
@@ -266,9 +273,9 @@ class SlowTiers:
 
     def _serve_waiting(self) -> None:
         while self._fetches:
-            self._serve(*self._fetches.popleft())
+            self._serve(self._fetches.popleft())
 
-    def _serve(self, fetch: Fetch, wake: Callable[[], None] | None) -> None:
+    def _serve(self, fetch: Fetch) -> None:
         try:
             for watched in self._tiers:
                 if not watched.away:
@@ -277,8 +284,6 @@ class SlowTiers:
             logger.exception("a fetch of the prefix tiers failed")
         finally:
             fetch.finish()
-            if wake is not None:
-                wake()
 
     def _read(self, watched: _Watched, fetch: Fetch) -> None:
         """Add to what is loaded the blocks that come next, as far as the tier has them."""
@@ -312,3 +317,19 @@ class SlowTiers:
             watched.tier.forget(root, [digest])
         except OSError as error:
             watched.failed(error)
+
+
+def open_tiers(config: EngineConfig) -> SlowTiers | None:
+    """What `config` asks for below memory; None for nothing. Raises ConfigError, ModuleNotFoundError without redis."""
+    tiers: list[Tier] = []
+    if config.prefix_disk is not None:
+        try:
+            tiers.append(DiskTier(config.prefix_disk, config.prefix_disk_bytes))
+        except OSError as error:
+            raise ConfigError(f"prefix_disk: {config.prefix_disk} cannot be used: {error.strerror}") from error
+    if config.prefix_redis is not None:
+        try:
+            tiers.append(RedisTier(config.prefix_redis, ttl_s=REDIS_TTL_S, value_bytes_limit=REDIS_VALUE_BYTES))
+        except ValueError as error:
+            raise ConfigError(f"prefix_redis cannot be used: {error}") from error
+    return SlowTiers(tiers) if tiers else None

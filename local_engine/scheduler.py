@@ -102,7 +102,7 @@ class Scheduler:
     def _admit(self, room: Room, plan: Plan) -> None:
         """Let the first in line in, while there is room, or somebody behind it has some."""
         active = [s for s in self.running if s.pending]
-        for sequence in [s for s in self.waiting if s.pending]:
+        for sequence in [s for s in self.waiting if s.pending and (s.arriving is None or s.arriving.ready)]:
             if len(active) >= self._max_running and active[self._max_running - 1].rank < sequence.rank:
                 return
             while not room.take(sequence, len(sequence.ids) + 1):

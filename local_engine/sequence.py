@@ -3,7 +3,7 @@
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from local_engine.types import TapSpec
 
@@ -14,6 +14,15 @@ if TYPE_CHECKING:
 
 AGING_S = 10.0
 """Waiting this long is worth one step of priority."""
+
+
+class Arriving(Protocol):
+    @property
+    def ready(self) -> bool: ...
+
+    def wait(self, timeout_s: float) -> None:
+        """Until it is ready, or for `timeout_s`."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -52,6 +61,8 @@ class Sequence:
     """Its place in the KV cache; None while it has none: then nothing is computed."""
     tapped: int = 0
     """Positions below this have had their hidden states told; computing them again tells nobody."""
+    arriving: "Arriving | None" = None
+    """What a slower store is fetching for it: it is let in once that is ready."""
     at_rest: bool = False
     """It has read all that it was given and has no sampler. It stays at rest when its KV is taken away."""
 

@@ -28,7 +28,8 @@ _FAREWELL_S: Final = 2.0  # for a client to read what it is still owed
 def run_engine(config: EngineConfig, prober: Prober | None) -> None:
     """Load the models and serve them until SIGTERM, SIGINT or the end of the parent process. Blocking.
 
-    Raises ModelLoadError when a model cannot be served, EngineError when the engine itself breaks.
+    Raises ModelLoadError when a model cannot be served, ConfigError for a setting that cannot be used, EngineError when
+    the engine itself breaks.
     """
     if not config.models and prober is None:
         from local_engine.errors import ModelLoadError
@@ -40,13 +41,19 @@ def run_engine(config: EngineConfig, prober: Prober | None) -> None:
 
     from local_engine.engine import Engine
     from local_engine.model import load_model
+    from local_engine.prefix_tiers import open_tiers
 
     torch.set_num_threads(config.threads)
     models = {name: load_model(name, source, config.dtype, config.device) for name, source in config.models.items()}
     engine = Engine(
-        models, prober, max_running=config.max_running, prefill_chunk=config.prefill_chunk,
-        kv_bytes=config.kv_bytes, prefix_bytes=config.prefix_bytes,
-    )  # fmt: skip
+        models,
+        prober,
+        max_running=config.max_running,
+        prefill_chunk=config.prefill_chunk,
+        kv_bytes=config.kv_bytes,
+        prefix_bytes=config.prefix_bytes,
+        prefix_tiers=open_tiers(config) if config.models and config.prefix_bytes else None,
+    )
     asyncio.run(_run_until_told(engine, config, parent))
 
 

@@ -58,4 +58,4 @@ class PrefixRules(RuleBasedStateMachine):
 
 
 TestPrefixRules = PrefixRules.TestCase
-TestPrefixRules.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, derandomize=True)
+TestPrefixRules.settings = settings(max_examples=40, stateful_step_count=30, deadline=None, derandomize=True)

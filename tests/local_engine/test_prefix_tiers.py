@@ -254,6 +254,9 @@ def test_the_disk_forgets_what_was_used_longest_ago_and_no_beginning_before_its_
     assert stored_after_flush(store, tmp_path) == 6
     assert fetched(new_store(slow=slow), A, old) == 12
     assert fetched(new_store(slow=slow), A, new) == 4
+    commit(store, A, [*new[:4], *range(8)])  # what it continues is the oldest of all
+    assert stored_after_flush(store, tmp_path) == 6
+    assert fetched(new_store(slow=slow), A, [*new[:4], *range(8), 0]) == 12
     commit(store, A, [4] * 40)
     assert stored_after_flush(store, tmp_path) == 6
     assert fetched(new_store(slow=slow), A, [4] * 41) == 24, "longer than the disk: its beginning is kept"
@@ -325,8 +328,7 @@ def test_no_step_waits_on_a_slow_tier(start_tiers: StartTiers) -> None:
     store = new_store(slow=start_tiers(tier))
     commit(store, A, SYSTEM)
     assert tier.entered.wait(AMPLE_S)  # the worker is stuck in a write from here on
-    woken = threading.Event()
-    fetch = store.prefetch(A, PROMPT, woken.set)
+    fetch = store.prefetch(A, PROMPT)
     assert fetch is not None
     assert not fetch.ready
     commit(store, A, PROMPT)
@@ -334,7 +336,6 @@ def test_no_step_waits_on_a_slow_tier(start_tiers: StartTiers) -> None:
     assert store.evict(B) == 0
     tier.gate.set()
     fetch.wait()
-    assert woken.wait(AMPLE_S)
     assert tier.calls[:3] == ["write", "read", "write"], "a fetch does not wait for what is to be written"
     assert matched(store, A, PROMPT) == 12
     assert store.problems() == []
@@ -355,6 +356,16 @@ def test_a_fetch_is_not_waited_for_longer_than_computing_takes(start_tiers: Star
     tier.gate.set()
     assert slow.flush(AMPLE_S)
     assert tier.calls == ["write", "write"], "nor read when it is too late"
+
+
+def test_small_steps_do_not_tell_what_a_token_costs(tmp_path: Path, start_tiers: StartTiers) -> None:
+    slow = start_tiers(DiskTier(tmp_path, DiskSize))
+    commit(new_store(slow=slow), A, PROMPT)
+    assert slow.flush(AMPLE_S)
+    assert fetched(new_store(slow=slow), A, PROMPT) == 12
+    store = new_store(slow=slow)
+    store.observe_prefill(1, 1e-9)
+    assert store.prefetch(A, PROMPT) is not None
 
 
 def test_what_a_fetch_continues_is_not_evicted_meanwhile(start_tiers: StartTiers) -> None:
@@ -403,7 +414,7 @@ def test_a_tier_is_read_only_where_that_is_quicker_than_computing(tmp_path: Path
 
     def asked(compute_s: float) -> bool:
         store = new_store(slow=slow)
-        store.observe_prefill(1, compute_s)
+        store.observe_prefill(100, 100 * compute_s)
         fetch = store.prefetch(A, PROMPT)
         assert slow.flush(AMPLE_S)
         return fetch is not None
@@ -420,7 +431,7 @@ def test_a_tier_that_does_not_pay_is_not_written_either(tmp_path: Path, start_ti
     commit(store, A, SYSTEM)
     assert slow.flush(AMPLE_S)
     assert fetched(new_store(slow=slow), A, PROMPT) == 8
-    store.observe_prefill(1, 1e-9)
+    store.observe_prefill(100, 1e-7)
     commit(store, A, [5] * 12)
     assert stored_after_flush(store, tmp_path) == 2
 
