@@ -3,6 +3,7 @@
 import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -205,6 +206,30 @@ async def test_a_redis_that_hangs_is_left_alone(tmp_path: Path) -> None:
     await link.close()
     server.close()
     await server.wait_closed()
+
+
+@anyio
+async def test_what_many_requests_ask_of_redis_at_once_is_one_round_trip(redis_url: str) -> None:
+    link = RedisLink(redis_url, lambda up: None)
+    assert await link.check()
+    cache = RedisCache(link)
+    trips = 0
+    call = link.call
+
+    async def counted(ask: Any, *, waited_s: float = 0.0) -> Any:
+        nonlocal trips
+        trips += 1
+        return await call(ask, waited_s=waited_s)
+
+    link.call = counted  # type: ignore[method-assign]
+    answers = [CachedAnswer(f"{i}".encode(), "m", "p") for i in range(20)]
+    await asyncio.gather(*(cache.put(b"k%d" % i, answer, 60.0) for i, answer in enumerate(answers)))
+    leaving = asyncio.create_task(cache.get(b"k0"))
+    await asyncio.sleep(0)
+    leaving.cancel()
+    assert await asyncio.gather(*(cache.get(b"k%d" % i) for i in range(21))) == [*answers, None]
+    assert trips == 2
+    await link.close()
 
 
 def test_tool_calls_survive_the_round_trip() -> None:
