@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from sqlalchemy import Engine, event, text
 from sqlalchemy.exc import DBAPIError
 
+from gateway.admission import budget_writer, shared_budgets
 from gateway.admission.budgets import Account, Reservation, degrade, tightest
 from gateway.admission.limits import BudgetLimit
 from gateway.admission.shared_budgets import DEAD_AFTER_S, TRUST_S
@@ -62,6 +63,13 @@ async def kept(worker: Worker, limit: BudgetLimit = MUCH, now_ms: int = NOON) ->
     (await account.reserve(CALL)).settle(0)
     assert slice_of(worker).keeps
     return account
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow this machine is now, the other worker's answer is waited for."""
+    monkeypatch.setattr(budget_writer, "RECALL_S", 20.0)
+    monkeypatch.setattr(shared_budgets, "WAIT_S", 30.0)
 
 
 class SliceMachine(RuleBasedStateMachine):
@@ -143,8 +151,8 @@ async def settle(hold: Reservation, cost: int) -> None:
     hold.settle(cost)
 
 
-TestSlices = SliceMachine.TestCase
-TestSlices.settings = settings(max_examples=15, stateful_step_count=20, deadline=None)
+TestSlices = pytest.mark.usefixtures("patient")(SliceMachine.TestCase)
+TestSlices.settings = settings(max_examples=12, stateful_step_count=20, deadline=None)
 
 
 @anyio
@@ -184,6 +192,7 @@ async def test_a_slice_is_filled_before_it_is_empty(url: str, engine: Engine, tm
 
 
 @anyio
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("busy", [0, 3])
 async def test_what_one_worker_does_not_use_is_there_for_another(
     url: str, engine: Engine, tmp_path: Path, busy: int
