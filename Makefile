@@ -11,7 +11,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: serve install test check fmt judges bench bench-client bench-gateway bench-probe demo soak clean
+.PHONY: serve install test check fmt judges bench bench-client bench-gateway bench-engine bench-probe demo soak clean
 
 serve: install ## Run the gateway on 127.0.0.1:8080 with embedded defaults
 	$(BIN)/leadline serve --port $(PORT)
@@ -72,6 +72,9 @@ bench-client: install ## One call to an upstream: our HTTP client beside aiohttp
 bench-gateway: install ## Speed, streams, memory, start, scaling, beside nginx, a bare aiohttp proxy and LiteLLM
 	sh scripts/ensure_services.sh nginx wrk redis-server postgresql
 	$(BIN)/python benchmarks/bench_gateway.py
+
+bench-engine: install ## The local engine beside the machine's bound, transformers, and vLLM where it is installed
+	$(BIN)/python benchmarks/bench_engine.py
 
 bench-probe: install
 	$(BIN)/python benchmarks/bench_probe.py

@@ -8,16 +8,15 @@ Random weights in Qwen3's shape; decode at several batch sizes over a context th
 import argparse
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Final
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from local_engine.calibrate import Calibration, calibrate
+from local_engine.bench import decode_steps
+from local_engine.calibrate import calibrate
 from local_engine.model import LocalModel, load_model
-from local_engine.runner import Runner, Segment, new_kv
+from local_engine.runner import Runner, new_kv
 from local_engine.types import ModelCard
 
 SHAPES: Final = {
@@ -26,15 +25,6 @@ SHAPES: Final = {
     "29m": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 9, "num_attention_heads": 8},
 }
 KV_BYTES: Final = 1 << 30
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class StepTime:
-    rows: int
-    seconds: float
-    bound_s: float
-    tapped_s: float
-    """The same step with the hidden states of every layer at every row."""
 
 
 def random_model(size: str, dtype: torch.dtype) -> LocalModel:
@@ -55,58 +45,6 @@ def random_model(size: str, dtype: torch.dtype) -> LocalModel:
     parameters = sum(parameter.numel() for parameter in network.parameters())
     card = ModelCard(size, config.max_position_embeddings, parameters, reasoning=False)
     return dataclasses.replace(load_model("m", "bundled/base", "float32", "cpu"), card=card, network=network)
-
-
-def decode_steps(
-    runner: Runner,
-    calibration: Calibration,
-    batches: Sequence[int],
-    context: int,
-    seconds: float,
-    clock: Callable[[], float] = time.perf_counter,
-) -> list[StepTime]:
-    """Least time of a decode step at each batch size, every row over `context` tokens; about `seconds` per size."""
-    times = []
-    for batch in batches:
-        slots = [runner.kv.open(context + 1) for _ in range(batch)]
-        for slot in slots:
-            runner.run([Segment(slot, 0, [0] * context)])
-        plain = [Segment(slot, context, [0], logits=1) for slot in slots]
-        tapped = [Segment(slot, context, [0], logits=1, taps=(0,)) for slot in slots]
-        every = range(runner.layers + 1)
-        plain_s, tapped_s = _interleaved(
-            [partial(runner.run, plain), partial(runner.run, tapped, tap_layers=every)],
-            partial(_truncate, runner, slots, context),
-            seconds,
-            clock,
-        )
-        bound_s = calibration.bound_s([(1, context + 1)] * batch)
-        times.append(StepTime(batch, plain_s, bound_s, tapped_s))
-        for slot in slots:
-            runner.kv.close(slot)
-    return times
-
-
-def _truncate(runner: Runner, slots: Sequence[int], length: int) -> None:
-    for slot in slots:
-        runner.kv.truncate(slot, length)
-
-
-def _interleaved(
-    runs: Sequence[Callable[[], object]], undo: Callable[[], object], seconds: float, clock: Callable[[], float]
-) -> list[float]:
-    """Least time of each, taken in turns, so that what else the machine does meets all of them alike."""
-    least = [float("inf")] * len(runs)
-    until = time.perf_counter() + seconds
-    first = True
-    while time.perf_counter() < until or first:
-        for index, run in enumerate(runs):
-            begin = clock()
-            run()
-            least[index] = min(least[index], clock() - begin)
-            undo()
-        first = False
-    return least
 
 
 def main() -> None:

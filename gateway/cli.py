@@ -84,6 +84,28 @@ def engine(
         _stop(str(error))
 
 
+@engine_app.command("bench")
+def bench_engine(
+    source: Annotated[str, typer.Argument(help="bundled/base, a folder, or a hub id.")],
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], typer.Option(help="Type of the weights.")] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where it runs.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: one core is left to others.")] = None,
+) -> None:
+    """Measure decode steps of a model on this machine, beside what memory and arithmetic allow. Takes half a minute."""
+    from local_engine.config import configure_process, default_threads
+
+    count = threads or default_threads()
+    configure_process(count)
+    from local_engine.bench import report
+    from local_engine.errors import ModelLoadError
+
+    try:
+        for line in report(source, dtype, device, count):
+            typer.echo(line)
+    except ModelLoadError as error:
+        _stop(str(error))
+
+
 @app.command()
 def check(file: Annotated[Path, typer.Argument(help="Policy file.")]) -> None:
     """Load a policy file strictly: every problem with its line and its fix, or a short summary."""

