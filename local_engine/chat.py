@@ -7,6 +7,9 @@ import msgspec
 
 from local_engine.types import Effort, Message
 
+Tool = dict[str, Any]
+"""One tool in OpenAI's shape: `{"type": "function", "function": {"name", "description", "parameters"}}`."""
+
 
 class InvalidRequest(Exception):
     """The request cannot be served; the message names the field, what is wrong with it and what would be right."""
@@ -27,12 +30,12 @@ def parse_messages(messages_json: bytes) -> list[Message]:
     return [_template_message(message, f"messages[{at}]") for at, message in enumerate(messages)]
 
 
-def parse_tools(tools_json: bytes | None) -> list[dict[str, Any]] | None:
+def parse_tools(tools_json: bytes | None) -> list[Tool] | None:
     """Decode an OpenAI `tools` array; None when there is none."""
     if tools_json is None:
         return None
     try:
-        tools = msgspec.json.decode(tools_json, type=list[dict[str, Any]]) or None
+        tools = msgspec.json.decode(tools_json, type=list[Tool]) or None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"tools is not a JSON array of objects: {error}", "tools") from error
     for at, tool in enumerate(tools or ()):
@@ -45,7 +48,7 @@ def parse_tools(tools_json: bytes | None) -> list[dict[str, Any]] | None:
 
 
 def prompt_tokens(
-    tokenizer: Any, messages: list[Message], tools: list[dict[str, Any]] | None = None, effort: Effort = "low"
+    tokenizer: Any, messages: list[Message], tools: list[Tool] | None = None, effort: Effort = "low"
 ) -> list[int]:
     """The prompt's tokens by the model's own chat template, ready for the assistant's turn.
 

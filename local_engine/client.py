@@ -5,6 +5,7 @@ import contextlib
 import itertools
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from typing import Literal
 
 import msgspec
 
@@ -112,6 +113,8 @@ class EngineClient:
         deadline_s: float | None = None,
         salt: str = "",
         taps: TapSpec | None = None,
+        tool_choice: Literal["none", "auto", "required"] = "auto",
+        tool: str = "",
     ) -> AsyncGenerator[Delta | Finished, None]:
         """Stream `n` answers, each of which ends with Finished. Leaving early (`aclose`, a cancelled task) cancels all.
 
@@ -123,7 +126,19 @@ class EngineClient:
             try:
                 self._send(
                     Generate(
-                        id, model, messages_json, sampling, tools_json, prefix, n, priority, deadline_s, salt, taps
+                        id,
+                        model,
+                        messages_json,
+                        sampling,
+                        tools_json,
+                        prefix,
+                        n,
+                        priority,
+                        deadline_s,
+                        salt,
+                        taps,
+                        tool_choice,
+                        tool,
                     )
                 )
                 while running:
@@ -258,7 +273,7 @@ class _Inbox:
             await self._changed.wait()
         event = self._events.popleft()
         if isinstance(event, Failed):
-            raise EngineFailure(event.code, event.message)
+            raise EngineFailure(event.code, event.message, event.param)
         return event
 
 
@@ -271,4 +286,5 @@ def _merged(first: Delta, then: Delta) -> Delta:
         [*first.logprobs, *then.logprobs],
         first.choice,
         [*first.tapped, *then.tapped],
+        [*first.tool_calls, *then.tool_calls],
     )

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from local_engine.chat import InvalidRequest, parse_messages, parse_tools, prompt_tokens
+from local_engine.chat import InvalidRequest, Tool, parse_messages, parse_tools, prompt_tokens
 from local_engine.generation import Generation
 from local_engine.kv import KVCache
 from local_engine.lane import Lane, Runs, Turn
@@ -260,18 +260,19 @@ class Engine:
             command.taps, model.network.config.num_hidden_layers
         )
         if problem is not None:
-            raise InvalidRequest(problem)
+            raise InvalidRequest(problem, problem.split()[0])
         if not 1 <= command.n <= MAX_CHOICES:
-            raise InvalidRequest(f"n must be from 1 to {MAX_CHOICES}, not {command.n}")
-        prompt = self._prompt(lane, command, "none" if command.prefix else command.sampling.effort)
+            raise InvalidRequest(f"n must be from 1 to {MAX_CHOICES}, not {command.n}", "n")
+        tools = parse_tools(command.tools_json) if command.tool_choice != "none" else None
+        prompt = self._prompt(lane, command, tools, "none" if command.prefix else command.sampling.effort)
         self._check_room(lane, command.model, len(prompt) + 1)
-        self._begin(job, command, Generation(command, model, prompt, lane.most_tokens))
+        self._begin(job, command, Generation(command, model, prompt, tools, lane.most_tokens))
 
     def _prepare_score(self, job: _Job, command: Score) -> None:
         lane = self._lane(command)
         if not 1 <= len(command.candidates) <= MAX_CANDIDATES:
             raise InvalidRequest(f"candidates must hold 1 to {MAX_CANDIDATES} texts, not {len(command.candidates)}")
-        prompt = self._prompt(lane, command, "none")
+        prompt = self._prompt(lane, command, parse_tools(command.tools_json), "none")
         candidates = [_plain_tokens(lane.model, text) for text in command.candidates]
         for at, tokens in enumerate(candidates):
             if not tokens:
@@ -285,8 +286,8 @@ class Engine:
             raise _Refused("model_not_found", f"no local model {command.model!r}; there are {self._names()}")
         return lane
 
-    def _prompt(self, lane: Lane, command: Generate | Score, effort: Effort) -> list[int]:
-        messages, tools = parse_messages(command.messages_json), parse_tools(command.tools_json)
+    def _prompt(self, lane: Lane, command: Generate | Score, tools: list[Tool] | None, effort: Effort) -> list[int]:
+        messages = parse_messages(command.messages_json)
         window = lane.model.card.context_window
         if len(command.messages_json) > window * MAX_BYTES_PER_TOKEN:
             reason = f"{len(command.messages_json)} bytes of messages cannot fit the {window} tokens of {command.model}"
@@ -418,13 +419,13 @@ class Engine:
         except _Refused as refusal:
             self._fail(job, refusal.code, str(refusal))
         except InvalidRequest as error:
-            self._fail(job, "invalid_request", str(error))
+            self._fail(job, "invalid_request", str(error), error.param)
         except Exception:
             logger.exception("command %d failed", job.command.id)
             self._fail(job, "internal", "the engine failed on this request; its log has the details")
 
-    def _fail(self, job: _Job, code: FailureCode, message: str) -> None:
-        self._end(job, Failed(job.command.id, code, message))
+    def _fail(self, job: _Job, code: FailureCode, message: str, param: str = "messages") -> None:
+        self._end(job, Failed(job.command.id, code, message, param))
 
     def _end(self, job: _Job, *events: Event) -> None:
         """Its last events; nothing of it is left in the engine."""

@@ -24,10 +24,11 @@ class EngineGone(EngineError):
 class EngineFailure(EngineError):
     """One command failed; `code` says what the caller can do about it."""
 
-    def __init__(self, code: "FailureCode", message: str) -> None:
+    def __init__(self, code: "FailureCode", message: str, param: str = "messages") -> None:
         super().__init__(message)
         self.code: FailureCode = code
         self.message = message
+        self.param = param
 
 
 class ModelLoadError(EngineError):

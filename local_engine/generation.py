@@ -5,12 +5,15 @@ from dataclasses import dataclass, field
 import msgspec
 import torch
 
+from local_engine.chat import InvalidRequest, Tool
+from local_engine.constrain import GrammarConstraint
 from local_engine.detok import Piece, TextStream
 from local_engine.lane import Hidden, Turn
 from local_engine.model import LocalModel
 from local_engine.primitives import Primitives
 from local_engine.sampler import Choice, Sampler
 from local_engine.sequence import Sequence
+from local_engine.tool_calls import ToolCallParser
 from local_engine.types import (
     Delta,
     Event,
@@ -27,14 +30,20 @@ from local_engine.types import (
 class Generation:
     """Controller of `n` choices of one prompt: choice 0 reads it, the others are forked from it once it is read."""
 
-    def __init__(self, command: Generate, model: LocalModel, prompt: list[int], most_tokens: int) -> None:
+    def __init__(
+        self, command: Generate, model: LocalModel, prompt: list[int], tools: list[Tool] | None, most_tokens: int
+    ) -> None:
+        """Raises InvalidRequest for a format or a tool choice that cannot be held."""
         self._command = command
         self._model = model
         self._prompt = prompt
         asked, room = command.sampling.max_tokens, most_tokens - len(prompt)
         self._max_tokens = room if asked is None else min(asked, room)
         self._engine: Primitives | None = None
-        self._answers = [_Answer(command, model, prompt, choice) for choice in range(command.n)]
+        if command.tool_choice == "required" and not tools:
+            raise InvalidRequest("tool_choice: a call is required, and there are no tools; send some", "tool_choice")
+        self._tools = tools
+        self._answers = [_Answer(command, model, prompt, self._sampler(n), bool(tools), n) for n in range(command.n)]
         self._answer_of: dict[Sequence, _Answer] = {}
 
     @property
@@ -44,7 +53,9 @@ class Generation:
     def begin(self, engine: Primitives) -> None:
         self._engine = engine
         limit = len(self._prompt) + self._max_tokens
-        first = engine.open(self._command.model, self._prompt, self._sampler(0), limit=limit, taps=self._command.taps)
+        first = engine.open(
+            self._command.model, self._prompt, self._answers[0].sampler, limit=limit, taps=self._command.taps
+        )
         self._answer_of[first] = self._answers[0]
 
     def stepped(self, turn: Turn) -> list[Event]:
@@ -62,6 +73,8 @@ class Generation:
             events += answer.take(choice, self._max_tokens)
             if answer.over:
                 break
+        if turn.choices and not answer.over and answer.sampler.done(sequence.ids):
+            events += answer.end("stop")
         if turn.out_of_room and not answer.over:
             events += answer.end("length") if answer.output_tokens else self._refuse(len(sequence.ids))
         if answer.over:
@@ -81,7 +94,7 @@ class Generation:
 
     def _fork(self, first: Sequence, engine: Primitives) -> None:
         for answer in self._answers[1:]:
-            fork = engine.fork(first, self._sampler(answer.choice), length=len(self._prompt))
+            fork = engine.fork(first, answer.sampler, length=len(self._prompt))
             fork.taps = self._command.taps if self._command.taps and self._command.taps.where != "prompt" else None
             self._answer_of[fork] = answer
 
@@ -89,7 +102,26 @@ class Generation:
         params = self._command.sampling
         if params.seed is not None:
             params = msgspec.structs.replace(params, seed=params.seed + choice)
-        return Sampler(params, self._model.device, prompt_tokens=len(self._prompt), end_tokens=self._model.end_tokens)
+        return Sampler(
+            params,
+            self._model.device,
+            self._constraint(),
+            prompt_tokens=len(self._prompt),
+            end_tokens=self._model.end_tokens,
+        )
+
+    def _constraint(self) -> GrammarConstraint | None:
+        command, grammars = self._command, self._model.grammars
+        calls, form = command.tool_choice == "required", command.sampling.response_format
+        if not calls and form is None:
+            return None
+        if command.prefix:
+            field = "tool_choice" if calls else "response_format"
+            raise InvalidRequest(f"{field}: cannot be held where the answer has begun; leave out one of them", field)
+        if calls and self._tools:
+            return grammars.tool_call(self._tools, command.tool, self._prompt)
+        assert form is not None
+        return grammars.formatted(form, self._prompt)
 
 
 @dataclass(slots=True, eq=False)
@@ -99,6 +131,8 @@ class _Answer:
     command: Generate
     model: LocalModel
     prompt: list[int]
+    sampler: Sampler
+    has_tools: bool
     choice: int
     over: bool = False
     cached_tokens: int = 0
@@ -111,7 +145,8 @@ class _Answer:
 
     def __post_init__(self) -> None:
         thinking = self.model.think_token in self.prompt[-2:]
-        self._text = TextStream(self.model, self._params.stop, thinking=thinking)
+        calls = ToolCallParser(self.model.tools) if self.has_tools and self.model.tools else None
+        self._text = TextStream(self.model, self._params.stop, thinking=thinking, tools=calls)
 
     @property
     def _params(self) -> SamplingParams:
@@ -138,8 +173,11 @@ class _Answer:
     def end(self, reason: FinishReason) -> list[Event]:
         """The closing events: what was held back, then the counts."""
         self.over = True
+        last = self.told(self._text.finish(), last=True)
+        if reason == "stop" and self._text.tool_calls:
+            reason = "tool_calls"
         return [
-            *self.told(self._text.finish(), last=True),
+            *last,
             Finished(
                 self.command.id,
                 reason,
@@ -152,7 +190,7 @@ class _Answer:
         ]
 
     def told(self, piece: Piece, *, last: bool = False) -> list[Event]:
-        if not (piece.content or piece.reasoning or self.tapped or (last and self._untold_logprobs)):
+        if piece == Piece() and not self.tapped and not (last and self._untold_logprobs):
             return []
         delta = Delta(
             self.command.id,
@@ -162,6 +200,7 @@ class _Answer:
             self._untold_logprobs,
             self.choice,
             self.tapped,
+            list(piece.tool_calls),
         )
         self._untold_tokens, self._untold_logprobs, self.tapped = 0, [], []
         return [delta]
@@ -173,6 +212,6 @@ class _Answer:
         self.tapped.append(Tapped(hidden.positions, (tokens, layers, width), data))
 
     def _logprob(self, choice: Choice) -> TokenLogprob:
-        decode = self.model.tokenizer.decode
-        top = [(decode([token]), logprob) for token, logprob in choice.top]
-        return TokenLogprob(decode([choice.token]), choice.logprob, top)
+        pieces = self.model.pieces
+        top = [(pieces[token], logprob) for token, logprob in choice.top]
+        return TokenLogprob(pieces[choice.token], choice.logprob, top, choice.entropy)

@@ -34,7 +34,7 @@ _CACHED: Final = 1 << 16
 
 
 def sampling_problem(params: SamplingParams, vocabulary: int | None = None) -> str | None:
-    """Why these parameters cannot be used, in words for the caller; None when they can.
+    """Why these parameters cannot be used, in words for the caller that begin with the field; None when they can.
 
     Token ids are checked where the size of the vocabulary is given.
     """

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import msgspec
 
 Effort = Literal["none", "low", "high"]
-FinishReason = Literal["stop", "length", "cancelled", "deadline"]
+FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "deadline"]
 FailureCode = Literal["context_length_exceeded", "model_not_found", "invalid_request", "deadline", "internal"]
 """`deadline`: of a command that has nothing to give before it is done; a generation ends with what it has."""
 Message = dict[str, Any]
@@ -104,6 +104,9 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     """The tenant: what was computed for one is never found by another."""
     taps: TapSpec | None = None
     """Hidden states to send back."""
+    tool_choice: Literal["none", "auto", "required"] = "auto"
+    tool: str = ""
+    """With `required`: the tool to call; any one where empty."""
 
 
 class Score(msgspec.Struct, frozen=True, tag="score"):
@@ -161,9 +164,13 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
-    token: str
+    token: bytes
+    """The token's own, which may be a part of a character."""
     logprob: float
-    top: list[tuple[str, float]] = []
+    """Natural; before temperature, penalties and constraints."""
+    top: list[tuple[bytes, float]] = []
+    entropy: float | None = None
+    """Of the distribution that the token was drawn from, as raw, in nats."""
 
 
 class Tapped(msgspec.Struct, frozen=True):
@@ -189,6 +196,7 @@ class Delta(msgspec.Struct, frozen=True, tag="delta"):
     choice: int = 0
     tapped: list[Tapped] = []
     """Where taps were asked for: a generated token's states come with the step after it, so the last token has none."""
+    tool_calls: list[ToolCallDelta] = []
 
 
 class Finished(msgspec.Struct, frozen=True, tag="finished"):
@@ -277,6 +285,8 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     id: int
     code: FailureCode
     message: str
+    param: str = "messages"
+    """Of an `invalid_request`: the field at fault."""
 
 
 Event = Hello | Delta | Finished | ScoreResult | ProbeResult | EmbedResult | StatsResult | Failed

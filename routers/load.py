@@ -235,12 +235,11 @@ class _Loader:
                 fix = f"write at most the context, {part.context}"
                 self._document.report((*path, "max_output"), "longer than the context", fix)
             tools = part.tools if part.tools is not None else not local
-            structured = part.structured if part.structured is not None else not local
             prefix = part.prefix if part.prefix is not None else local
             completes = part.completes if part.completes is not None else not local
             self._models[name] = Model(
-                name, part.provider, part.model, context, max_output, price, tools, structured, part.logprobs, prefix,
-                embeds=part.embeds, completes=completes,
+                name, part.provider, part.model, context, max_output, price, tools, part.structured, part.logprobs,
+                prefix, embeds=part.embeds, completes=completes,
             )  # fmt: skip
 
     def _read_signals(self) -> None:

@@ -138,9 +138,9 @@ class ModelFile(_Strict):
     """Default: free on the local engine, else from the price list. `unpriced`: not known, and not counted as zero; it
     cannot be used where a budget holds."""
     tools: bool | None = None
-    """Whether it can call tools. Default: yes, and no on the local engine."""
-    structured: bool | None = None
-    """Whether it can hold an answer to a JSON schema. Default: yes, and no on the local engine."""
+    """Whether it can call tools. Default: yes, and no on the local engine, where the chat template must know them."""
+    structured: bool = True
+    """Whether it can hold an answer to a JSON schema."""
     logprobs: bool = True
     """Whether it can return log probabilities."""
     prefix: bool | None = None

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from gateway.ledger.settle import Usage
+from gateway.upstream.local_params import refused
 from gateway.upstream.types import Answer, ChatCall, Target, UpstreamError
 from local_engine.client import EngineClient
 
@@ -20,7 +21,7 @@ async def embed(client: EngineClient, target: Target, call: ChatCall) -> Answer:
     try:
         given = _texts.decode(call.fields["input"])
     except msgspec.ValidationError as error:
-        raise _refused("input", f"{target.model} takes texts, not token ids of another tokenizer") from error
+        raise refused("input", f"{target.model} takes texts, not token ids of another tokenizer") from error
     try:
         async with asyncio.timeout(target.timeout_s):
             result = await client.embed([given] if isinstance(given, str) else given)
@@ -28,7 +29,7 @@ async def embed(client: EngineClient, target: Target, call: ChatCall) -> Answer:
         raise UpstreamError("timeout", f"the engine gave no vectors within {target.timeout_s:g} s") from error
     asked = call.fields.get("dimensions")
     if asked is not None and bytes(asked) not in (b"null", b"%d" % result.dims):
-        raise _refused("dimensions", f"{target.model} has {result.dims}, and no other number")
+        raise refused("dimensions", f"{target.model} has {result.dims}, and no other number")
     wants_base64 = bytes(call.fields.get("encoding_format", b"null")) == b'"base64"'
     size = result.dims * 4
     data: list[dict[str, Any]] = []
@@ -39,10 +40,3 @@ async def embed(client: EngineClient, target: Target, call: ChatCall) -> Answer:
     usage = {"prompt_tokens": result.tokens, "total_tokens": result.tokens}
     body = _encode({"object": "list", "data": data, "model": target.model, "usage": usage})
     return Answer(body, Usage(input=result.tokens), delivered_bytes=len(body))
-
-
-def _refused(param: str, message: str) -> UpstreamError:
-    error: dict[str, object] = {
-        "message": f"{param}: {message}.", "type": "invalid_request_error", "param": param, "code": "invalid_request",
-    }  # fmt: skip
-    return UpstreamError("refused", f"{param}: {message}", status=400, error=error)

@@ -15,17 +15,14 @@ import msgspec
 from gateway.ledger.settle import Usage
 from gateway.upstream.embed import embed
 from gateway.upstream.gather import Gathered
+from gateway.upstream.local_params import sampling_params, tool_choice
 from gateway.upstream.types import Answer, Cause, ChatCall, Event, StreamState, Target, UpstreamError
 from local_engine.client import EngineClient
 from local_engine.errors import EngineFailure, EngineGone
-from local_engine.types import Delta, Effort, Finished, SamplingParams, TokenLogprob
+from local_engine.types import Delta, Finished, TokenLogprob, ToolCallDelta
 
-MAX_SEED = (1 << 62) - 1
 LATE = "the engine did not end its answer in time"
 _encode = msgspec.json.Encoder().encode
-_EFFORTS: dict[str, Effort] = {
-    "none": "none", "minimal": "none", "low": "low", "medium": "high", "high": "high", "xhigh": "high",
-}  # fmt: skip
 
 
 class EngineLink(Protocol):
@@ -83,30 +80,22 @@ class LocalUpstream:
         return Answer(whole.body(), stream.state.usage, stream.state.delivered_bytes)
 
     def _generation(self, client: EngineClient, target: Target, call: ChatCall) -> AsyncIterator[Delta | Finished]:
-        asked = call.sampling
         messages = bytes(call.fields["messages"])
         if call.prefix:  # the engine takes it beside the conversation, not as its last message
             messages = _encode(msgspec.json.decode(messages, type=list[msgspec.Raw])[:-1])
-        seed = asked.seed if asked.seed is not None else next(self._seeds)
         tools = call.fields.get("tools")
+        choice = tool_choice(call)
         return client.generate(
             target.wire_model,
             messages,
-            SamplingParams(
-                max_tokens=asked.max_tokens,
-                temperature=asked.temperature,
-                top_p=asked.top_p,
-                seed=seed & MAX_SEED,
-                stop=asked.stop,
-                logprobs=asked.logprobs,
-                top_logprobs=asked.top_logprobs,
-                effort=_EFFORTS.get(asked.reasoning_effort or "low", "low"),
-            ),
+            sampling_params(call, next(self._seeds)),
             tools_json=bytes(tools) if tools is not None else None,
             prefix=call.prefix,
             n=call.choices,
             deadline_s=target.timeout_s,
             salt=call.tenant,
+            tool_choice=choice.mode,
+            tool=choice.tool,
         )
 
 
@@ -190,7 +179,10 @@ class LocalStream:
             fields["reasoning_content"] = delta.reasoning
         if delta.content:
             fields["content"] = delta.content
+        if delta.tool_calls:
+            fields["tool_calls"] = _tool_calls(delta.tool_calls)
         self.state.delivered_bytes += len(delta.reasoning.encode()) + len(delta.content.encode())
+        self.state.delivered_bytes += sum(len(call.arguments.encode()) for call in delta.tool_calls)
         self.state.deltas += delta.tokens
         logprobs = {"content": [_logprob(token) for token in delta.logprobs]} if self._wants_logprobs else None
         return self._chunk(delta.choice, fields, logprobs=logprobs)
@@ -233,11 +225,26 @@ class LocalStream:
 
 def _logprob(token: TokenLogprob) -> dict[str, Any]:
     return {
-        "token": token.token,
-        "logprob": token.logprob,
-        "bytes": list(token.token.encode()),
-        "top_logprobs": [{"token": t, "logprob": p, "bytes": list(t.encode())} for t, p in token.top],
+        **_token(token.token, token.logprob),
+        "top_logprobs": [_token(alternative, logprob) for alternative, logprob in token.top],
+        "entropy": token.entropy,
     }
+
+
+def _token(token: bytes, logprob: float) -> dict[str, Any]:
+    """A part of a character has no text of its own; `bytes` has it exactly."""
+    return {"token": token.decode(errors="replace"), "logprob": logprob, "bytes": list(token)}
+
+
+def _tool_calls(pieces: list[ToolCallDelta]) -> list[dict[str, Any]]:
+    """What arrived together of one call goes out together."""
+    calls: dict[int, dict[str, Any]] = {}
+    for piece in pieces:
+        call = calls.setdefault(piece.index, {"index": piece.index, "function": {"arguments": ""}})
+        if piece.name:
+            call |= {"id": piece.id, "type": "function", "function": {"name": piece.name, "arguments": ""}}
+        call["function"]["arguments"] += piece.arguments
+    return list(calls.values())
 
 
 def _upstream_error(error: Exception) -> Exception:
@@ -247,7 +254,7 @@ def _upstream_error(error: Exception) -> Exception:
     if isinstance(error, EngineFailure):
         if error.code in ("context_length_exceeded", "invalid_request"):
             body: dict[str, object] = {
-                "message": str(error), "type": "invalid_request_error", "param": "messages", "code": error.code,
+                "message": str(error), "type": "invalid_request_error", "param": error.param, "code": error.code,
             }  # fmt: skip
             cause: Cause = "context_length" if error.code == "context_length_exceeded" else "refused"
             return UpstreamError(cause, str(error), status=400, error=body)

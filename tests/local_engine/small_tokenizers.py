@@ -1,19 +1,26 @@
 """Small tokenizers of the kinds that model families have, trained here."""
 
 import json
+from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. Ein schöner Tag, 12 345 Äpfel! 日本語のテキスト, 🎉🎉 résumé naïve",
     '{"name": "Ann", "age": 42, "tags": ["a", "b"], "nested": {"x": null, "ok": true}}\n\treturn [1, 2.5e3]\n',
 ] * 3
 CHAT = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if tools %}<|im_start|>system\nTools, one per line, called as <tool_call> says:\n"
+    "{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{% for call in message.tool_calls %}<tool_call>\n{{ call.function | tojson }}\n</tool_call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+"""ChatML with Hermes' tool calls, as Qwen's."""
 
 
 def byte_level(size: int = 400, *, specials: tuple[str, ...] = ()) -> Any:
@@ -55,6 +62,20 @@ def word_pieces() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s"), "removed")
     tokenizer.decoder = decoders.WordPiece()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def save_model(folder: Path, *, vocabulary: int | None = None) -> Path:
+    """A checkpoint with random weights and a byte-level tokenizer: any token is about as likely as any other."""
+    tokenizer = byte_level()
+    torch.manual_seed(8)
+    config = Qwen3Config(
+        vocab_size=vocabulary or len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=2048, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=True,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def _finished(tokenizer: Tokenizer, specials: tuple[str, ...]) -> Any:

@@ -141,7 +141,7 @@ def test_logprobs_belong_to_the_content(bundled: LocalModel, start_engine: Start
     id = caller.generate("What is 3 + 4?", SamplingParams(temperature=0, logprobs=True, top_logprobs=3))
     caller.finished(id)
     entries = [entry for event in caller.wait(id) if isinstance(event, Delta) for entry in event.logprobs]
-    assert "".join(entry.token for entry in entries).strip() == caller.content(id)
+    assert b"".join(entry.token for entry in entries).decode().strip() == caller.content(id)
     for entry in entries:
         assert entry.top[0] == (entry.token, entry.logprob)
         assert entry.logprob <= 0

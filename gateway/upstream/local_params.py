@@ -1,0 +1,131 @@
+"""From a request's fields to what the local engine is asked: those that only it understands here are read here.
+
+Other providers get these fields as the caller's own bytes. Formats: OpenAI's `response_format`, and vLLM's
+`structured_outputs` with one of `json`, `regex`, `choice`.
+"""
+
+import re
+from typing import Any, Literal
+
+import msgspec
+
+from gateway.upstream.types import ChatCall, UpstreamError
+from local_engine.types import Effort, SamplingParams, TextFormat
+
+MAX_SEED = (1 << 62) - 1
+_EFFORTS: dict[str, Effort] = {
+    "none": "none", "minimal": "none", "low": "low", "medium": "high", "high": "high", "xhigh": "high",
+}  # fmt: skip
+_PUNCTUATION = re.compile(r"([\\.+*?()|\[\]{}^$#&~\-])")
+_Mode = Literal["none", "auto", "required"]
+
+
+class ToolChoice(msgspec.Struct, frozen=True):
+    mode: _Mode = "auto"
+    tool: str = ""
+    """With `required`: the one to call; any where empty."""
+
+
+class _JsonSchema(msgspec.Struct):
+    schema: msgspec.Raw = msgspec.Raw(b'{"type":"object"}')
+
+
+class _ResponseFormat(msgspec.Struct):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: _JsonSchema | None = None
+
+
+class _StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):
+    json: msgspec.Raw = msgspec.Raw(b"null")
+    regex: str | None = None
+    choice: list[str] | None = None
+
+
+class _Function(msgspec.Struct):
+    name: str
+
+
+class _NamedTool(msgspec.Struct):
+    function: _Function
+
+
+def sampling_params(call: ChatCall, seed: int) -> SamplingParams:
+    """What the engine samples by; `seed` where the caller gave none. Raises UpstreamError naming a bad field."""
+    asked = call.sampling
+    return SamplingParams(
+        max_tokens=asked.max_tokens,
+        min_tokens=_read(call, "min_tokens", int, 0),
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        top_k=_read(call, "top_k", int, 0),
+        min_p=_read(call, "min_p", float, 0.0),
+        presence_penalty=_read(call, "presence_penalty", float, 0.0),
+        frequency_penalty=_read(call, "frequency_penalty", float, 0.0),
+        repetition_penalty=_read(call, "repetition_penalty", float, 1.0),
+        logit_bias=_read(call, "logit_bias", dict[int, float], {}),
+        seed=(asked.seed if asked.seed is not None else seed) & MAX_SEED,
+        stop=asked.stop,
+        stop_token_ids=_read(call, "stop_token_ids", tuple[int, ...], ()),
+        logprobs=asked.logprobs,
+        top_logprobs=asked.top_logprobs,
+        response_format=_text_format(call),
+        effort=_EFFORTS.get(asked.reasoning_effort or "low", "low"),
+    )
+
+
+def tool_choice(call: ChatCall) -> ToolChoice:
+    """Raises UpstreamError for one of another shape."""
+    asked: _Mode | _NamedTool = _read(call, "tool_choice", _Mode | _NamedTool, "auto")
+    return ToolChoice("required", asked.function.name) if isinstance(asked, _NamedTool) else ToolChoice(asked)
+
+
+def refused(field: str, problem: str) -> UpstreamError:
+    """A request that no other try of this target would serve."""
+    message = f"{field}: {problem}"
+    error: dict[str, object] = {
+        "message": message, "type": "invalid_request_error", "param": field, "code": "invalid_request",
+    }  # fmt: skip
+    return UpstreamError("refused", message, status=400, error=error)
+
+
+def _text_format(call: ChatCall) -> TextFormat | None:
+    asked = _read(call, "response_format", _ResponseFormat, None)
+    structured = _read(call, "structured_outputs", _StructuredOutputs, None)
+    if structured is not None:
+        field = "structured_outputs"
+        given = [form for form in _structured(structured) if form is not None]
+        if len(given) != 1 or (asked is not None and asked.type != "text"):
+            raise refused(field, "send one of json, regex and choice, and no response_format beside it")
+        return given[0]
+    if asked is None or asked.type == "text":
+        return None
+    if asked.type == "json_object":
+        return TextFormat("json_object")
+    if asked.json_schema is None:
+        raise refused("response_format.json_schema", "is missing; send {name, schema}")
+    return TextFormat("json_schema", bytes(asked.json_schema.schema).decode(), "response_format.json_schema.schema")
+
+
+def _structured(asked: _StructuredOutputs) -> list[TextFormat | None]:
+    """Each of the fields as a format. A schema may come as JSON or as a text of JSON."""
+    schema = pattern = choice = None
+    if (raw := bytes(asked.json)) != b"null":
+        text = msgspec.json.decode(raw, type=str) if raw[:1] == b'"' else raw.decode()
+        schema = TextFormat("json_schema", text, "structured_outputs.json")
+    if asked.regex is not None:
+        pattern = TextFormat("regex", asked.regex, "structured_outputs.regex")
+    if asked.choice:
+        words = "|".join(_PUNCTUATION.sub(r"\\\1", word) for word in asked.choice)
+        choice = TextFormat("regex", words, "structured_outputs.choice")
+    return [schema, pattern, choice]
+
+
+def _read(call: ChatCall, field: str, type: Any, default: Any) -> Any:
+    raw = call.fields.get(field)
+    if raw is None or bytes(raw) == b"null":
+        return default
+    try:
+        return msgspec.json.decode(raw, type=type)
+    except msgspec.DecodeError as error:
+        problem, _, path = str(error).partition(" - at `$")
+        raise refused(field + path.strip("`"), f"{problem[0].lower()}{problem[1:]}") from error
