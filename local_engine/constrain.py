@@ -125,17 +125,16 @@ class GrammarConstraint:
     def done(self, output: Sequence[int]) -> bool:
         """Whether nothing but the end may come after `output`.
 
-        Raises InvalidRequest when the grammar became too complex to go on with, of which `mask` says nothing.
+        Raises InvalidRequest when the grammar became too complex to go on with: then `mask` leaves only the end.
         """
         answer = self._answer(output)
-        if answer is None or not self._follow(answer):
-            return False
+        allowed = answer is not None and self._follow(answer)
         if self._matcher.is_error():
             raise InvalidRequest(
                 f"response_format: too complex for this text ({_brief(self._matcher.get_error())}); simplify it",
                 "response_format",
             )
-        return self._matcher.is_stopped()
+        return allowed and self._matcher.is_stopped()
 
     def _answer(self, output: Sequence[int]) -> list[int] | None:
         """The output after its thinking block; None inside it."""

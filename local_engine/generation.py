@@ -68,12 +68,13 @@ class Generation:
             answer.cached_tokens = sequence.cached or 0
         if turn.hidden is not None:
             answer.reveal(turn.hidden)
+        complete = bool(turn.choices) and answer.sampler.done(sequence.ids)
         events: list[Event] = []
         for choice in turn.choices:
             events += answer.take(choice, self._max_tokens)
             if answer.over:
                 break
-        if turn.choices and not answer.over and answer.sampler.done(sequence.ids):
+        if complete and not answer.over:
             events += answer.end("stop")
         if turn.out_of_room and not answer.over:
             events += answer.end("length") if answer.output_tokens else self._refuse(len(sequence.ids))

@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llguidance import LLMatcher, LLParserLimits
+from llguidance.hf import from_tokenizer
 
 from local_engine.chat import InvalidRequest
 from local_engine.constrain import GrammarConstraint, Grammars
@@ -149,6 +151,21 @@ def write_after(constraint: GrammarConstraint, output: list[int]) -> list[int]:
     while not constraint.done(output + written):
         written.append(random.Random(1).choice(sorted(allowed(constraint, output + written))))
     return written
+
+
+def test_a_grammar_that_grows_too_complex_ends_with_an_error() -> None:
+    matcher = LLMatcher(
+        from_tokenizer(TOKENIZER, n_vocab=PADDED, eos_token=[END]),
+        LLMatcher.grammar_from_json_schema(SCHEMAS[0]),
+        log_level=0,
+        limits=LLParserLimits(step_lexer_fuel=500),
+    )
+    constraint = GrammarConstraint(matcher, PADDED, [END], None, [])
+    output = TOKENIZER.backend_tokenizer.encode('{"name": "Ann", "age": 4').ids
+    fine = next(at for at in range(len(output)) if allowed(constraint, output[:at]) == {END})
+    assert 0 < fine < len(output)
+    with pytest.raises(InvalidRequest, match="too complex"):
+        constraint.done([*output[:fine], END])
 
 
 TOOLS = [
