@@ -16,7 +16,7 @@ from pathlib import Path
 from gateway.admission.keys import KeyStore, PepperError, load_pepper
 from gateway.app import App, make_first_key
 from gateway.banner import announce, url_of
-from gateway.http_server import HttpServer, loop_factory, settle_memory
+from gateway.http_server import HttpServer, loop_factory, settle_memory, share_heap
 from gateway.ledger.store import LedgerUnreachable, connect
 from gateway.policies import CannotServe, checked_policy, engine_needs
 from gateway.settings import Settings, SettingsError, engine_socket
@@ -44,6 +44,7 @@ def serve(host: str, port: int, policy: Path | None, workers: int, drain_s: floa
     lock = _hold(settings.home)
     listeners = _listen(host, port, workers)
     if workers == 1:
+        share_heap()
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
             return runner.run(_serve_here(App(settings, loaded, folder), listeners[0], drain_s))
     needs = None

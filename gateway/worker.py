@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gateway.app import App
-from gateway.http_server import HttpServer, loop_factory, settle_memory
+from gateway.http_server import HttpServer, loop_factory, settle_memory, share_heap
 from gateway.policies import CannotServe, checked_policy
 from gateway.settings import Settings
 from gateway.telemetry.logs import configure_logs, get_logger
@@ -28,6 +28,7 @@ log = get_logger(__name__)
 def main(argument: str) -> int:
     order: Order = json.loads(argument)
     configure_logs(worker=order["worker"])
+    share_heap()
     try:
         policy, folder = checked_policy(Path(order["policy"]) if order["policy"] is not None else None)
     except CannotServe as error:

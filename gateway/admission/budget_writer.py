@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-import structlog
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -23,8 +22,9 @@ from gateway.admission.slices import Slice
 from gateway.errors import Unavailable
 from gateway.ledger import budget_rows
 from gateway.ledger.budget_rows import HoldRow, Key, Row
+from gateway.telemetry.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 WAIT_S = 2.0
 """How long a request waits for the database before it is refused."""

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from sqlalchemy import ColumnElement, Connection, Engine, Executable, Table, and_, bindparam, delete, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 from sqlmodel import col
 
 from gateway.errors import IdempotencyMismatch, OutcomeUnknown, RequestUnderWay, Unavailable
-from gateway.ledger.tables import IdempotencyRow, RequestRow
+from gateway.ledger.tables import IdempotencyRow, RequestRow, insert_into
 from gateway.telemetry.logs import get_logger
 
 log = get_logger(__name__)
@@ -65,8 +64,7 @@ class IdempotencyStore:
         self._lease_ms = int(lease_s * 1000)
         self._owner = uuid.uuid4().hex
         self._live: set[Claim] = set()
-        dialect = postgresql if engine.dialect.name == "postgresql" else sqlite
-        self._insert = dialect.insert(_table).on_conflict_do_nothing().returning(_row.request_id)
+        self._insert = insert_into(_table, engine.dialect.name).on_conflict_do_nothing().returning(_row.request_id)
         self._keeping: asyncio.Task[None] | None = None
 
     def start(self) -> None:

@@ -31,11 +31,10 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.dialects import postgresql, sqlite
 
 from gateway.ledger.records import RequestRecord
 from gateway.ledger.report import spent_by
-from gateway.ledger.tables import BudgetRow, WorkerHoldRow, WorkerRow
+from gateway.ledger.tables import BudgetRow, WorkerHoldRow, WorkerRow, insert_into
 from routers.units import Window
 
 Key = tuple[str, Window]
@@ -270,8 +269,7 @@ def write_holds(connection: Connection, holds: Sequence[HoldRow]) -> None:
     """Holds as they are now, of budgets that this transaction has locked."""
     if not holds:
         return
-    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
-    insert: Any = dialect.insert(_HOLD)
+    insert = insert_into(_HOLD, connection.dialect.name)
     statement = insert.on_conflict_do_update(
         index_elements=["worker", "scope", "window"], set_={name: insert.excluded[name] for name in _HOLD_CHANGES}
     )

@@ -196,3 +196,15 @@ class WorkerHoldRow(SQLModel, table=True):
     """The worker's last batch that changed this row."""
     spare_nanousd: int = _later()
     """Of `amount_nanousd`, what no request used when this was written: at least 1 while the worker keeps a slice."""
+
+
+def insert_into(table: Any, dialect: str) -> Any:
+    """`INSERT` as the database in use extends it (`ON CONFLICT`, `RETURNING`). What SQLAlchemy has for PostgreSQL is
+    2 MB that a worker on SQLite does not load."""
+    if dialect == "postgresql":
+        from sqlalchemy.dialects.postgresql import insert as on_postgresql
+
+        return on_postgresql(table)
+    from sqlalchemy.dialects.sqlite import insert as on_sqlite
+
+    return on_sqlite(table)
