@@ -21,9 +21,11 @@ from local_engine.prefix import PrefixStore
 from local_engine.runner import Segment, StepOutput
 from local_engine.sampler import Choice
 from local_engine.scheduler import Scheduler
-from local_engine.sequence import Scores, Sequence
+from local_engine.sequence import Scores, Sequence, common_prefix
 from local_engine.spec.verify import Window, verify
 
+WORTH_WAITING: Final = 32
+"""Tokens that are worth waiting for while another sequence computes them."""
 HEADROOM: Final = 32
 """Tokens beyond its text for which a sequence gets room when it is let in, so that it comes forward before it asks."""
 
@@ -180,6 +182,38 @@ class Lane:
         assert sequence.slot is not None, "only those with a slot are asked to give it"
         self.publish(sequence)
         self.kv.close(sequence.slot)
+
+    def soon(self, sequence: Sequence, running: list[Sequence]) -> bool:
+        """Prompts that come together and begin alike are read once: the others wait for the first, and find it stored.
+
+        They wait only for who is before them in line, so for somebody who comes forward.
+        """
+        if self.store is None:
+            return False
+        if sequence.awaited is None:
+            sequence.awaited = self._reader(sequence, running)
+        if sequence.awaited is None:
+            return False
+        reader, shared = sequence.awaited
+        if reader in running and reader.computed < shared:
+            return True
+        sequence.awaited = None
+        self.publish(reader)
+        return False
+
+    def _reader(self, sequence: Sequence, running: list[Sequence]) -> tuple[Sequence, int] | None:
+        """Who before it is computing the most of its prefix, and how much, where that is more than is stored."""
+        assert self.store is not None, "asked only where there is one"
+        text = sequence.ids[: sequence.scored_from]
+        best: tuple[Sequence, int] | None = None
+        least = self.store.peek(sequence.salt, text) + WORTH_WAITING
+        for other in running:
+            if other.rank < sequence.rank and other.salt == sequence.salt and other.scored_from is None:
+                shared = min(common_prefix(other.ids, text), len(text) - 1)
+                shared -= shared % self.store.block_tokens
+                if shared > max(least, other.computed + WORTH_WAITING):
+                    best, least = (other, shared), shared
+        return best
 
     def _recall(self, sequence: Sequence, slot: int) -> None:
         """Load the longest stored prefix; the last token, and what is to be scored, is left to compute."""

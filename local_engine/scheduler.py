@@ -31,6 +31,10 @@ class Room(Protocol):
         """Free everything it has."""
         ...
 
+    def soon(self, sequence: Sequence, running: list[Sequence]) -> bool:
+        """Whether somebody before it is computing a prefix of it, which it will be given if it waits."""
+        ...
+
 
 @dataclass(slots=True)
 class Plan:
@@ -105,6 +109,8 @@ class Scheduler:
         for sequence in [s for s in self.waiting if s.pending and (s.arriving is None or s.arriving.ready)]:
             if len(active) >= self._max_running and active[self._max_running - 1].rank < sequence.rank:
                 return
+            if room.soon(sequence, self.running):
+                continue
             while not room.take(sequence, len(sequence.ids) + 1):
                 victim = self._victim(sequence)
                 if victim is None:

@@ -63,6 +63,8 @@ class Sequence:
     """Positions below this have had their hidden states told; computing them again tells nobody."""
     arriving: "Arriving | None" = None
     """What a slower store is fetching for it: it is let in once that is ready."""
+    awaited: "tuple[Sequence, int] | None" = None
+    """Who is computing a prefix of it, and how long that is: it is let in when that is done."""
     at_rest: bool = False
     """It has read all that it was given and has no sampler. It stays at rest when its KV is taken away."""
 
@@ -88,6 +90,18 @@ class Sequence:
         """Nothing is to be verified."""
         self.draft.clear()
         self.drawn_from = None
+
+
+def common_prefix(left: "array[int]", right: "array[int]") -> int:
+    """How many tokens both begin with. O(n) with a small constant: slices are compared, not tokens."""
+    low, high = 0, min(len(left), len(right))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if left[low:middle] == right[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 @dataclass(slots=True)

@@ -157,6 +157,45 @@ def test_a_cached_answer_is_the_same_answer(bundled: LocalModel, start_engine: S
         assert said(caller, cold) == said(caller, warm)
 
 
+def test_prompts_that_come_together_and_begin_alike_are_read_once(
+    bundled: LocalModel, gate: Watch, start_engine: StartEngine
+) -> None:
+    """Four at once, none of whose prefix is stored yet: one reads it, the others the rest of theirs."""
+    caller = Caller(start_engine(bundled, prefill_chunk=32, make_runner=gate))
+    shared = "Anna has 12 apples. " * 12
+    texts = [shared + f"What is {n} + 4?" for n in range(4)]
+    first = caller.generate(texts[0], salt="a")
+    gate.wait_for_pass(1)  # held while the others come
+    others = [caller.generate(text, salt="a") for text in texts[1:]]
+    stranger = caller.generate(texts[0], salt="b")
+    gate.allow(10_000)
+    ends = [caller.finished(id) for id in (first, *others, stranger)]
+    assert [end.cached_tokens > 0 for end in ends] == [False, True, True, True, False]
+    read = sum(len(segment.tokens) for segments in gate.passes for segment in segments)
+    written = sum(end.output_tokens - 1 for end in ends)
+    assert read == written + sum(end.input_tokens - end.cached_tokens for end in ends), "each token once"
+    assert read - written < 3 * ends[0].input_tokens
+    alone = Caller(start_engine(bundled))
+    assert [said(caller, id) for id in others] == [said(alone, alone.generate(text)) for text in texts[1:]]
+
+
+def test_who_waits_for_a_prefix_goes_on_when_its_reader_leaves(
+    bundled: LocalModel, gate: Watch, start_engine: StartEngine
+) -> None:
+    caller = Caller(start_engine(bundled, prefill_chunk=32, make_runner=gate))
+    text = "Anna has 12 apples. " * 12
+    first = caller.generate(text)
+    gate.wait_for_pass(1)
+    second = caller.generate(text)
+    gate.allow(1)
+    gate.wait_for_pass(2)
+    caller.cancel(first)
+    gate.allow(10_000)
+    assert caller.finished(first).finish_reason == "cancelled"
+    ended = caller.finished(second)
+    assert 0 < ended.cached_tokens <= 64, "what two chunks had read is not lost either"
+
+
 # ---- order and time -------------------------------------------------------------------------------------------------
 
 

@@ -32,6 +32,9 @@ class Blocks:
     def give(self, sequence: Sequence) -> None:
         del self.taken[sequence]
 
+    def soon(self, sequence: Sequence, running: list[Sequence]) -> bool:
+        return False
+
 
 @dataclass
 class World:
