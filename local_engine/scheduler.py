@@ -83,8 +83,7 @@ class Scheduler:
         """The next step, of at most `budget` tokens, or one for each running sequence where that is more."""
         plan = Plan()
         self._keep(room, plan)
-        if not plan.preempted:
-            self._admit(room, plan)
+        self._admit(room, plan)
         active = [s for s in self.running if s.pending][: self._max_running]
         plan.work = list(_shared(active, max(budget, self._max_running)))
         return plan

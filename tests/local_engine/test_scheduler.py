@@ -63,7 +63,10 @@ class World:
         plan = self.scheduler.plan(self.room, self.budget)
         for sequence in plan.preempted:
             self.kv.pop(sequence, None)
-        assert plan.tokens <= max(self.budget, self.scheduler._max_running)
+        budget = max(self.budget, self.scheduler._max_running)
+        assert plan.tokens <= budget
+        if any(count < sequence.pending for sequence, count in plan.work):
+            assert plan.tokens == budget, "somebody could have had more"
         assert len({sequence for sequence, _ in plan.work}) == len(plan.work) <= self.scheduler._max_running
         for sequence, count in plan.work:
             self._compute(sequence, count)
