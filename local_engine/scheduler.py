@@ -84,7 +84,7 @@ class Scheduler:
         plan = Plan()
         self._keep(room, plan)
         self._admit(room, plan)
-        active = [s for s in self.running if s.pending][: self._max_running]
+        active = [s for s in self.running if s.pending and s not in plan.stuck][: self._max_running]
         plan.work = list(_shared(active, max(budget, self._max_running)))
         return plan
 
