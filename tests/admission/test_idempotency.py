@@ -141,7 +141,7 @@ async def test_sixty_keys_times_sixteen_repetitions_run_sixty_times(
     start_gateway: StartGateway, upstream: FakeUpstream, size: Size
 ) -> None:
     keys = size(KEYS, SOAK_KEYS)
-    async with start_gateway() as gateway:
+    async with start_gateway(timeout="60s") as gateway:
 
         async def insist(key: int) -> tuple[str, str]:
             body = ask(f"question {key}", model="uncached")

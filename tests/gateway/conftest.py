@@ -151,10 +151,14 @@ StartGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
 
 @pytest.fixture
 def start_gateway(upstream: FakeUpstream, tmp_path: Path) -> StartGateway:
-    """Start a gateway before the fake upstream; `limits` are the policy's limits section."""
+    """Start a gateway before the fake upstream; `limits` are the policy's limits section. Where many call at once, a
+    busy machine makes an upstream slower than the policy's `timeout` of a second, and calls are retried: give it more."""
 
-    def start(limits: str = "", home: Path | None = None, **options: Any) -> AbstractAsyncContextManager[Gateway]:
-        return running(POLICY.format(url=upstream.url, limits=limits), home or tmp_path / "home", **options)
+    def start(
+        limits: str = "", home: Path | None = None, *, timeout: str = "1s", **options: Any
+    ) -> AbstractAsyncContextManager[Gateway]:
+        policy = POLICY.replace("timeout: 1s", f"timeout: {timeout}").format(url=upstream.url, limits=limits)
+        return running(policy, home or tmp_path / "home", **options)
 
     return start
 
