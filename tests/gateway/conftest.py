@@ -151,8 +151,11 @@ StartGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
 
 @pytest.fixture
 def start_gateway(upstream: FakeUpstream, tmp_path: Path) -> StartGateway:
-    """Start a gateway before the fake upstream; `limits` are the policy's limits section. Where many call at once, a
-    busy machine makes an upstream slower than the policy's `timeout` of a second, and calls are retried: give it more."""
+    """Start a gateway before the fake upstream; `limits` are the policy's limits section.
+
+    Where many call at once, a busy machine makes the upstream slower than a `timeout` of a second, and calls are
+    retried: give it more.
+    """
 
     def start(
         limits: str = "", home: Path | None = None, *, timeout: str = "1s", **options: Any
