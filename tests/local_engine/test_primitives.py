@@ -20,7 +20,7 @@ from local_engine.primitives import Primitives
 from local_engine.runner import Runner, Segment, new_kv
 from local_engine.sampler import Sampler
 from local_engine.sequence import Sequence
-from local_engine.types import SamplingParams
+from local_engine.types import SamplingParams, TapSpec
 from tests.conftest import Size
 from tests.local_engine.runner_harness import CONTEXT, text, tiny_model, tiny_network
 
@@ -211,6 +211,54 @@ def test_forks_share_what_was_read(model: LocalModel, reference: Any) -> None:
     assert here.lane.computed_tokens - before == 2, "the last token of each, for its logits"
     assert {len(fork.ids) for fork in forks} == {len(PROMPTS[2]) + 1}
     assert prompt.ids.tolist() == PROMPTS[2]
+    here.leave()
+
+
+def test_who_has_read_can_be_told_to_write(model: LocalModel, reference: Any) -> None:
+    """At rest or in the middle of its text, held and let go again."""
+    here = world(model, reference)
+    sequence = here.engine.open("m", PROMPTS[2], limit=LIMIT)
+    while not sequence.at_rest:
+        here.lane.step()
+    for _ in range(2):
+        here.engine.write(sequence, greedy())
+        for _ in range(3):
+            here.lane.step()
+        here.engine.hold(sequence)
+        while not sequence.at_rest:
+            here.lane.step()
+    tokens = sequence.ids.tolist()
+    assert len(tokens) == len(PROMPTS[2]) + 6
+    best = here.logits(tokens)[len(PROMPTS[2]) - 1 : -1]
+    chosen = best.gather(1, torch.tensor(tokens[len(PROMPTS[2]) :]).unsqueeze(1))
+    assert (chosen[:, 0] >= best.amax(1) - CLOSE).all()
+    here.leave()
+
+
+def test_what_was_written_is_stored_for_whoever_goes_on_from_it(model: LocalModel, reference: Any) -> None:
+    here = world(model, reference)
+    first = here.engine.open("m", PROMPTS[1], greedy(), limit=60)
+    while not first.at_rest:
+        here.lane.step()
+    here.engine.close(first)
+    second = here.engine.open("m", [*first.ids, 7, 8, 9])
+    here.lane.step()
+    assert second.cached == 56, "all full blocks of its 59 computed tokens, answer included"
+    here.leave()
+
+
+def test_hidden_states_are_told_once_whatever_is_computed_again(model: LocalModel, reference: Any) -> None:
+    """Preempted after every token: a part of the text is computed again each time, and told to nobody."""
+    here = world(model, reference)
+    sequence = here.engine.open("m", PROMPTS[1], greedy(), limit=50, taps=TapSpec((0, 3), "generated"))
+    told: list[int] = []
+    while not sequence.at_rest:
+        for turn in here.lane.step():
+            told += turn.hidden.positions if turn.hidden is not None else []
+        if sequence.slot is not None and len(sequence.ids) > len(PROMPTS[1]):
+            here.lane.scheduler.preempt(sequence, here.lane)
+    assert told == list(range(len(PROMPTS[1]), 49))
+    assert here.lane.computed_tokens > 100
     here.leave()
 
 
