@@ -116,11 +116,14 @@ def test_what_can_never_fit_is_refused_at_once(bundled: LocalModel, start_engine
 
 
 @pytest.mark.parametrize("tokens", [256, 400], ids=["to the byte", "no longer row fits"])
-def test_an_answer_that_fills_all_room_ends_there(tokens: int, endless: LocalModel, start_engine: StartEngine) -> None:
+def test_an_answer_that_fills_all_room_ends_there(
+    tokens: int, endless: LocalModel, start_engine: StartEngine, caplog: pytest.LogCaptureFixture
+) -> None:
     caller = Caller(start_engine(endless, kv_bytes=rows(endless, 1, tokens)))
     finished = caller.finished(caller.generate("What is 3 + 4?"))
     assert finished.finish_reason == "length"
     assert 256 <= finished.input_tokens + finished.output_tokens <= 257
+    assert not caplog.records, "it is no failure"
 
 
 def test_room_that_is_too_little_for_a_row_is_said(bundled: LocalModel, start_engine: StartEngine) -> None:
