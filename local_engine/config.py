@@ -43,6 +43,13 @@ class EngineConfig:
     prefix_disk_bytes: int = 4 << 30
     prefix_redis: str | None = None
     """URL of a Redis for the same, shared by engines of several hosts; needs the redis package."""
+    speculation: Mapping[str, str] = field(default_factory=dict)
+    """How tokens are drafted, by the name of the model; `auto` for those not named. The text is the same, and its law.
+
+    `off`, or one or more of these, joined by `+`; the engine takes of them, at each step, what makes the most tokens
+    per second, and nothing where nothing pays. `ngram`: what followed the same tokens earlier in the text. `recycle`:
+    what the model itself held likely after the same few tokens. `auto`: both. `draft:SOURCE`: a smaller model with the
+    same tokenizer, named as in `models`. `exit:LAYER`: the first layers of the model itself. One of the last two."""
     exit_with_parent: bool = True
     """Stop when the process that started this one is gone, so that no engine outlives its supervisor."""
 
@@ -52,6 +59,13 @@ class EngineConfig:
                 raise ValueError(f"models holds {name!r}: {source!r}; both the name and the path or hub id are needed")
         if not 0 < len(os.fsencode(self.socket_path)) <= _SOCKET_PATH_BYTES:
             raise ValueError(f"socket_path {self.socket_path!r} must have 1 to {_SOCKET_PATH_BYTES} bytes")
+        for name, how in self.speculation.items():
+            if name not in self.models:
+                raise ValueError(f"speculation names {name!r}; the models are {', '.join(self.models) or 'none'}")
+            try:
+                read_speculation(how)
+            except ValueError as error:
+                raise ValueError(f"speculation of {name!r}: {error}") from None
         least_of = {
             "threads": 1,
             "max_running": 1,
@@ -63,6 +77,45 @@ class EngineConfig:
         for key, least in least_of.items():
             if getattr(self, key) < least:
                 raise ValueError(f"{key} must be at least {least}, not {getattr(self, key)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speculation:
+    """Who drafts for a model; by default nobody."""
+
+    ngram: bool = False
+    recycle: bool = False
+    draft: str | None = None
+    """A path, a hub id, or `bundled/<name>`."""
+    exit_layer: int | None = None
+
+
+def read_speculation(how: str) -> Speculation:
+    """What a value of `EngineConfig.speculation` says. Raises ValueError, with what may be said."""
+    if how == "off":
+        return Speculation()
+    ngram = recycle = False
+    draft: str | None = None
+    exit_layer: int | None = None
+    for part in how.split("+"):
+        kind, _, detail = part.partition(":")
+        slow = draft is not None or exit_layer is not None
+        if part == "auto" and not (ngram or recycle):
+            ngram = recycle = True
+        elif part == "ngram" and not ngram:
+            ngram = True
+        elif part == "recycle" and not recycle:
+            recycle = True
+        elif kind == "draft" and detail and not slow:
+            draft = detail
+        elif kind == "exit" and detail.isdecimal() and int(detail) > 0 and not slow:
+            exit_layer = int(detail)
+        else:
+            raise ValueError(
+                f"{how!r} is not off, or of auto, ngram, recycle and one of draft:SOURCE and exit:LAYER some, each"
+                " once, joined by +"
+            )
+    return Speculation(ngram=ngram, recycle=recycle, draft=draft, exit_layer=exit_layer)
 
 
 def configure_process(threads: int) -> None:

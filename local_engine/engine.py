@@ -29,6 +29,7 @@ from local_engine.primitives import Controller, Primitives
 from local_engine.runner import Runner, new_kv
 from local_engine.sampler import sampling_problem
 from local_engine.scoring import Scoring
+from local_engine.spec.build import MakeSpeculator, without_speculation
 from local_engine.types import (
     Cancel,
     Command,
@@ -130,6 +131,7 @@ class Engine:
         prefix_bytes: int = 1 << 29,
         prefix_tiers: SlowTiers | None = None,
         step_s: float = 0.05,
+        make_speculator: MakeSpeculator = without_speculation,
         make_runner: Callable[[LocalModel, KVCache], Runs] = Runner,
     ) -> None:
         self._prober = prober
@@ -140,6 +142,7 @@ class Engine:
             store = _prefix_store(name, model, kv, prefix_bytes, prefix_tiers) if prefix_bytes else None
             self._lanes[name] = Lane(
                 model, kv, make_runner(model, kv), store,
+                make_speculator(name, model, kv),
                 max_running=max_running, prefill_chunk=prefill_chunk, step_s=step_s,
             )  # fmt: skip
         self._inbox: deque[_Job] = deque()
@@ -198,6 +201,8 @@ class Engine:
             prefix_hit_tokens=sum(store.hit_tokens for store in stores),
             cancelled=self._cancelled,
             preemptions=sum(lane.scheduler.preemptions for lane in lanes),
+            drafted_tokens=sum(lane.drafted_tokens for lane in lanes),
+            accepted_tokens=sum(lane.accepted_tokens for lane in lanes),
         )
 
     def prefix_stats(self) -> dict[str, PrefixStats]:

@@ -64,18 +64,23 @@ class Generation:
         answer = self._answer_of[sequence]
         if turn.choices and len(self._answer_of) < len(self._answers):
             self._fork(sequence, self._engine)
+        answer.drafted_tokens, answer.accepted_tokens = sequence.drafted, sequence.accepted
         if answer.choice == 0:
             answer.cached_tokens = sequence.cached or 0
-        if turn.hidden is not None:
-            answer.reveal(turn.hidden)
-        complete = bool(turn.choices) and answer.sampler.done(sequence.ids)
         events: list[Event] = []
-        for choice in turn.choices:
+        hidden = turn.hidden
+        for at, choice in enumerate(turn.choices, len(sequence.ids) - len(turn.choices)):
+            if hidden is not None:  # of a run of tokens those before this one: an end in the run is the end
+                told, hidden = hidden.split(at - 1)
+                answer.reveal(told)
             events += answer.take(choice, self._max_tokens)
             if answer.over:
                 break
-        if complete and not answer.over:
-            events += answer.end("stop")
+            if answer.sampler.constraint is not None and answer.sampler.done(sequence.ids[: at + 1]):
+                events += answer.end("stop")
+                break
+        if hidden is not None and not turn.choices:
+            answer.reveal(hidden)
         if turn.out_of_room and not answer.over:
             events += answer.end("length") if answer.output_tokens else self._refuse(len(sequence.ids))
         if answer.over:
@@ -137,6 +142,8 @@ class _Answer:
     choice: int
     over: bool = False
     cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     tapped: list[Tapped] = field(default_factory=list)
     _text: TextStream = field(init=False)
     output_tokens: int = 0
@@ -187,6 +194,8 @@ class _Answer:
                 self._reasoning_tokens,
                 cached_tokens=self.cached_tokens,
                 choice=self.choice,
+                drafted_tokens=self.drafted_tokens,
+                accepted_tokens=self.accepted_tokens,
             ),
         ]
 
@@ -208,6 +217,8 @@ class _Answer:
 
     def reveal(self, hidden: Hidden) -> None:
         """Hidden states to go out with the next delta."""
+        if not hidden.positions:
+            return
         tokens, layers, width = hidden.states.shape
         data = hidden.states.to("cpu", torch.float16).numpy().astype("<f2").tobytes()
         self.tapped.append(Tapped(hidden.positions, (tokens, layers, width), data))

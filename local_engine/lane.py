@@ -6,6 +6,7 @@ that write (`sampler.py`), and a `Turn` for each sequence that has something to 
 
 import logging
 import time
+from bisect import bisect_right
 from collections.abc import Callable
 from collections.abc import Sequence as Sized
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from local_engine.runner import Segment, StepOutput
 from local_engine.sampler import Choice
 from local_engine.scheduler import Scheduler
 from local_engine.sequence import Scores, Sequence, common_prefix
+from local_engine.spec.draft import NOTHING
+from local_engine.spec.speculator import Speculator
 from local_engine.spec.verify import Window, verify
 
 WORTH_WAITING: Final = 32
@@ -48,6 +51,11 @@ class Hidden:
     positions: list[int]
     states: Tensor
     """[positions, layers asked for, width], as the model computed them."""
+
+    def split(self, position: int) -> "tuple[Hidden, Hidden]":
+        """(those up to `position`, those after it)."""
+        at = bisect_right(self.positions, position)
+        return Hidden(self.positions[:at], self.states[:at]), Hidden(self.positions[at:], self.states[at:])
 
 
 @dataclass(slots=True)
@@ -98,6 +106,7 @@ class Lane:
         kv: KVCache,
         runner: Runs,
         store: PrefixStore | None = None,
+        speculator: Speculator | None = None,
         *,
         max_running: int = 8,
         prefill_chunk: int = 256,
@@ -107,12 +116,15 @@ class Lane:
         self.model = model
         self.kv = kv
         self.store = store
+        self.speculator = speculator
         self.scheduler = Scheduler(max_running)
         self.most_tokens = min(model.card.context_window, kv.bytes_limit // kv.token_bytes)
         """Of one sequence: the window, or what the KV budget holds."""
         self.steps = 0
         self.computed_tokens = 0
         self.written_tokens = 0
+        self.drafted_tokens = 0
+        self.accepted_tokens = 0
         self._runner = runner
         self._pace = Pace(prefill_chunk, step_s)
         self._clock = clock
@@ -131,6 +143,8 @@ class Lane:
     def drop(self, sequence: Sequence) -> None:
         """Free all that it has; what it computed stays in the prefix store."""
         self.scheduler.remove(sequence)
+        if self.speculator is not None:
+            self.speculator.forget(sequence)
         if sequence.slot is not None:
             self.give(sequence)
             sequence.forget()
@@ -146,6 +160,12 @@ class Lane:
             except KVFull:
                 logger.debug("no room for a fork: it will read its text again")
         self.add(child)
+
+    def cut(self, sequence: Sequence, length: int) -> None:
+        """Its text has `length` tokens or fewer left, or is about to: forget the KV after them."""
+        if self.speculator is not None:
+            self.speculator.forget(sequence)
+        self.rewind(sequence, length)
 
     def rewind(self, sequence: Sequence, length: int) -> None:
         """Forget the KV after the first `length` tokens."""
@@ -233,6 +253,7 @@ class Lane:
 
     def step(self) -> list[Turn]:
         """Compute what is due; nothing where nothing is."""
+        self._draft()
         plan = self.scheduler.plan(self, self._pace.tokens)
         turns = [Turn(sequence, out_of_room=True) for sequence in plan.stuck]
         for sequence in plan.stuck:
@@ -246,6 +267,8 @@ class Lane:
                 self._pace.observe(plan.tokens, self._clock() - began)
                 if self.store is not None:
                     self.store.observe_prefill(plan.tokens, self._clock() - began)
+            if self.speculator is not None:
+                self.speculator.settle(plan.tokens)
         else:
             self._await_arrival()
         return turns
@@ -255,6 +278,22 @@ class Lane:
         arriving = next((s.arriving for s in self.scheduler.waiting if s.arriving and not s.arriving.ready), None)
         if arriving is not None:
             arriving.wait(_IDLE_S)
+
+    def _draft(self) -> None:
+        """Let guesses be made of what comes next in the sequences that write."""
+        if self.speculator is None:
+            return
+        active = self.scheduler.active
+        writing = [sequence for sequence in active if sequence.pending == 1 and sequence.sampler is not None]
+        reading = sum(sequence.pending for sequence in (*active, *self.scheduler.waiting)) - len(writing)
+        try:
+            drafts = self.speculator.propose(writing, min(reading, self._pace.tokens))
+        except Exception:
+            logger.exception("drafting failed; %s goes on without", self.model.card.name)
+            self.speculator = None
+            drafts = [NOTHING for _ in writing]
+        for sequence, draft in zip(writing, drafts, strict=True):
+            sequence.draft[:], sequence.drawn_from = draft.tokens, draft.distributions
 
     def _compute(self, work: list[tuple[Sequence, int]]) -> list[Turn]:
         """One forward pass; where it fails, one for each, so that a failure ends nothing but what caused it."""
@@ -303,7 +342,10 @@ class Lane:
     def _write(self, turns: list[Turn], logits: Tensor) -> None:
         """What comes next in every sequence that writes, all at once: what is kept of its draft, and one token more."""
         windows = [_window(turn.sequence) for turn in turns]
-        for turn, choices in zip(turns, self._choices(turns, windows, logits), strict=True):
+        learns = self.speculator is not None and self.speculator.learns
+        predictions = logits.argmax(-1).tolist() if learns else []
+        row = 0
+        for turn, window, choices in zip(turns, windows, self._choices(turns, windows, logits), strict=True):
             sequence, turn.choices = turn.sequence, choices
             self.written_tokens += len(choices)
             if len(sequence.ids) == sequence.prompt_len:
@@ -311,6 +353,19 @@ class Lane:
             sequence.ids.extend(choice.token for choice in choices)
             self.rewind(sequence, len(sequence.ids) - 1)
             sequence.at_rest = len(sequence.ids) >= sequence.limit
+            if choices:
+                self._count(sequence, window, choices, predictions[row : row + window.rows])
+            row += window.rows
+
+    def _count(self, sequence: Sequence, window: Window, choices: list[Choice], predictions: list[int]) -> None:
+        """What became of a draft, and what is to be learned from it."""
+        drafted, accepted = len(window.drafted), len(choices) - 1
+        sequence.drafted += drafted
+        sequence.accepted += accepted
+        self.drafted_tokens += drafted
+        self.accepted_tokens += accepted
+        if self.speculator is not None:
+            self.speculator.learn(sequence, drafted, [choice.token for choice in choices], predictions)
 
     def _choices(self, turns: list[Turn], windows: list[Window], logits: Tensor) -> list[list[Choice]]:
         """The choices of every window; none where choosing failed, which its turn then says."""

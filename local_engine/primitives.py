@@ -118,13 +118,13 @@ class Primitives:
         rested = sequence.at_rest and sequence.sampler is None
         del sequence.ids[length:]
         sequence.prompt_len = min(sequence.prompt_len, length)
-        self._lane_of[sequence].rewind(sequence, length - (sequence.sampler is not None))
+        self._lane_of[sequence].cut(sequence, length - (sequence.sampler is not None))
         sequence.at_rest = rested or (sequence.sampler is None and sequence.computed == length)
 
     def write(self, sequence: Sequence, sampler: Sampler) -> None:
         """Let it write from its end on, by this sampler."""
         sequence.sampler = sampler
-        self._lane_of[sequence].rewind(sequence, len(sequence.ids) - 1)
+        self._lane_of[sequence].cut(sequence, len(sequence.ids) - 1)
         sequence.at_rest = len(sequence.ids) >= sequence.limit
 
     def hold(self, sequence: Sequence) -> None:

@@ -79,6 +79,11 @@ class Scheduler:
         """Whether anything is left to compute."""
         return any(s.pending for s in self.running) or any(s.pending for s in self.waiting)
 
+    @property
+    def active(self) -> list[Sequence]:
+        """Those with a slot that take part in the next step, if nobody gets in before them."""
+        return [s for s in self.running if s.pending][: self._max_running]
+
     def plan(self, room: Room, budget: int) -> Plan:
         """The next step, of at most `budget` tokens, or one for each running sequence where that is more."""
         plan = Plan()

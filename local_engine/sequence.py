@@ -57,6 +57,10 @@ class Sequence:
     """Guesses of what comes after `ids`, to be verified in the next step."""
     drawn_from: "Tensor | None" = None
     """[draft, vocabulary]: the distributions that the draft was drawn from; None: it was certain."""
+    drafted: int = 0
+    """Tokens of drafts that were verified, so far."""
+    accepted: int = 0
+    """Of them, those that were kept."""
     slot: int | None = None
     """Its place in the KV cache; None while it has none: then nothing is computed."""
     tapped: int = 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from local_engine.config import EngineConfig, configure_process
+from local_engine.config import EngineConfig, configure_process, read_speculation
 from local_engine.errors import EngineError
 from local_engine.types import Event, Failed, Prober
 from local_engine.wire import FrameError, decode_command, encode_frame, read_frame
@@ -42,9 +42,17 @@ def run_engine(config: EngineConfig, prober: Prober | None) -> None:
     from local_engine.engine import Engine
     from local_engine.model import load_model
     from local_engine.prefix_tiers import open_tiers
+    from local_engine.spec.build import speculators
 
     torch.set_num_threads(config.threads)
     models = {name: load_model(name, source, config.dtype, config.device) for name, source in config.models.items()}
+    loaded = {config.models[name]: model for name, model in models.items()}
+    drafting = {read_speculation(how).draft for how in config.speculation.values()} - {None}
+    drafters = {
+        source: loaded.get(source) or load_model(source, source, config.dtype, config.device)
+        for source in drafting
+        if source is not None
+    }
     engine = Engine(
         models,
         prober,
@@ -52,6 +60,7 @@ def run_engine(config: EngineConfig, prober: Prober | None) -> None:
         prefill_chunk=config.prefill_chunk,
         kv_bytes=config.kv_bytes,
         prefix_bytes=config.prefix_bytes,
+        make_speculator=speculators(config.speculation, drafters),
         prefix_tiers=open_tiers(config) if config.models and config.prefix_bytes else None,
     )
     asyncio.run(_run_until_told(engine, config, parent))

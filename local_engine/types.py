@@ -210,6 +210,10 @@ class Finished(msgspec.Struct, frozen=True, tag="finished"):
     cached_tokens: int = 0
     """Of the input tokens, those whose KV the prefix store had. Choices share a prompt: choice 0 says it."""
     choice: int = 0
+    drafted_tokens: int = 0
+    """Tokens that speculation proposed and the model verified."""
+    accepted_tokens: int = 0
+    """Of them, those that were right."""
 
 
 class ProbeResult(msgspec.Struct, frozen=True, tag="probe_result"):

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-from local_engine.spec.draft import Context, Draft
+from local_engine.sequence import Sequence
+from local_engine.spec.draft import Draft
 
 _ANY = -1  # stands for all grades
 _PRIOR_TRIES = 4.0
@@ -38,25 +39,27 @@ class Acceptance:
 
     def __init__(self) -> None:
         self._shared: dict[tuple[str, int], _Rate] = {}
-        self._own: dict[Context, dict[str, _Rate]] = {}
+        self._own: dict[Sequence, dict[str, _Rate]] = {}
 
-    def chances(self, context: Context, proposer: str, grades: Iterable[int]) -> list[float]:
+    def chances(self, sequence: Sequence, proposer: str, grades: Iterable[int]) -> list[float]:
         """For each drafted token the chance that it and all before it are right: what it adds to the step's yield."""
-        factor = self._leaning(context, proposer)
+        factor = self._leaning(sequence, proposer)
         chance, found = 1.0, []
         for grade in grades:
             chance *= min(0.999, factor * self._rate(proposer, grade))
             found.append(chance)
         return found
 
-    def rate(self, context: Context, proposer: str) -> float:
+    def rate(self, sequence: Sequence, proposer: str) -> float:
         """P(right | those before it were) of a token of unknown grade."""
         overall = self._shared.get((proposer, _ANY))
-        return min(0.999, self._leaning(context, proposer) * (_PRIOR if overall is None else overall.shrunk(_PRIOR, 1)))
+        return min(
+            0.999, self._leaning(sequence, proposer) * (_PRIOR if overall is None else overall.shrunk(_PRIOR, 1))
+        )
 
-    def learn(self, context: Context, proposer: str, draft: Draft, accepted: int) -> None:
+    def learn(self, sequence: Sequence, proposer: str, draft: Draft, accepted: int) -> None:
         """Of the draft the first `accepted` tokens were right, and the next one, if there is one, was wrong."""
-        own = self._own.setdefault(context, {}).setdefault(proposer, _Rate())
+        own = self._own.setdefault(sequence, {}).setdefault(proposer, _Rate())
         for at, grade in enumerate(draft.grades[: accepted + 1]):
             expected = self._rate(proposer, grade)
             self._shared.setdefault((proposer, grade), _Rate()).add(at < accepted, _MEMORY)
@@ -68,14 +71,14 @@ class Acceptance:
             own.right *= _OWN_MEMORY / own.tries
             own.tries = _OWN_MEMORY
 
-    def forget(self, context: Context) -> None:
-        self._own.pop(context, None)
+    def forget(self, sequence: Sequence) -> None:
+        self._own.pop(sequence, None)
 
     def _rate(self, proposer: str, grade: int) -> float:
         rate = self._shared.get((proposer, grade))
         return _PRIOR if rate is None else rate.shrunk(_PRIOR, _PRIOR_TRIES)
 
-    def _leaning(self, context: Context, proposer: str) -> float:
+    def _leaning(self, sequence: Sequence, proposer: str) -> float:
         """How much more often than others of their grade this sequence's drafts are right."""
-        own = self._own.get(context, {}).get(proposer)
+        own = self._own.get(sequence, {}).get(proposer)
         return 1.0 if own is None else own.shrunk(1.0, _OWN_WEIGHT)

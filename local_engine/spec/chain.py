@@ -1,7 +1,8 @@
 """Drafting with forward passes: another, smaller model, or the first layers of the model itself."""
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Sized
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +13,8 @@ from local_engine.kv import KVFull
 from local_engine.model import LocalModel
 from local_engine.runner import Runner, Segment
 from local_engine.sampler import Sampler, distributions, draw, pick_all
-from local_engine.spec.draft import NOTHING, Context, Draft, Weigh, Worth
+from local_engine.sequence import Sequence
+from local_engine.spec.draft import NOTHING, Draft, Weigh, Worth
 from local_engine.spec.verify import DRAFT_STREAM
 
 _DOUBT = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7)
@@ -33,23 +35,23 @@ class ModelProposer:
         self._kv = runner.kv
         self._vocabulary = vocabulary
         self._read_chunk = read_chunk
-        self._followed: dict[Context, _Followed] = {}
+        self._followed: dict[Sequence, _Followed] = {}
 
-    def propose(self, contexts: Sequence[Context], most: int, weigh: Weigh) -> list[Draft]:
+    def propose(self, sequences: Sized[Sequence], most: int, weigh: Weigh) -> list[Draft]:
         ready: list[int] = []
         segments: list[Segment] = []
-        for at, context in enumerate(contexts):
-            segment = self._catching_up(context, most)
+        for at, sequence in enumerate(sequences):
+            segment = self._catching_up(sequence, most)
             if segment is not None:
                 segments.append(segment)
                 if segment.logits:
                     ready.append(at)
         if not segments:
-            return [NOTHING for _ in contexts]
+            return [NOTHING for _ in sequences]
         logits = self._run(segments)
-        following = [self._followed[contexts[at]] for at in ready]
+        following = [self._followed[sequences[at]] for at in ready]
 
-        def after(tokens: Sequence[int]) -> Tensor:
+        def after(tokens: Sized[int]) -> Tensor:
             for followed, token in zip(following, tokens, strict=True):
                 followed.drafted.append(token)
             starts = [self._kv.length(followed.slot) for followed in following]
@@ -60,40 +62,40 @@ class ModelProposer:
                 ]
             )
 
-        drafts = _chains([contexts[at] for at in ready], logits, after, most, weigh) if ready else []
+        drafts = _chains([sequences[at] for at in ready], logits, after, most, weigh) if ready else []
         found = dict(zip(ready, drafts, strict=True))
-        return [found.get(at, NOTHING) for at in range(len(contexts))]
+        return [found.get(at, NOTHING) for at in range(len(sequences))]
 
-    def observe(self, context: Context, start: int, drafted: Sequence[int], predictions: Sequence[int]) -> None:
+    def observe(self, sequence: Sequence, start: int, drafted: Sized[int], predictions: Sized[int]) -> None:
         """Nothing to learn: what was wrong is seen at the next proposal."""
 
-    def forget(self, context: Context) -> None:
-        followed = self._followed.pop(context, None)
+    def forget(self, sequence: Sequence) -> None:
+        followed = self._followed.pop(sequence, None)
         if followed is not None:
             self._kv.close(followed.slot)
 
-    def _catching_up(self, context: Context, most: int) -> Segment | None:
+    def _catching_up(self, sequence: Sequence, most: int) -> Segment | None:
         """What is to be read before the next token can be drafted, a chunk of it where it is much; None: no room."""
-        length = len(context.ids)
+        length = len(sequence.ids)
         if length + most > self._kv.shape.context:
             return None
         try:
-            followed = self._followed.get(context)
+            followed = self._followed.get(sequence)
             if followed is None:
-                followed = self._followed[context] = _Followed(self._kv.open(length + most))
-            kept = followed.agreeing(context.ids)
+                followed = self._followed[sequence] = _Followed(self._kv.open(length + most))
+            kept = followed.agreeing(sequence.ids)
             self._kv.truncate(followed.slot, min(kept, length - 1, self._kv.length(followed.slot)))
             start = self._kv.length(followed.slot)
             stop = min(length, start + self._read_chunk)
             self._kv.reserve(followed.slot, length + most)
         except KVFull:
-            self.forget(context)
+            self.forget(sequence)
             return None
         followed.base = stop
         followed.drafted.clear()
-        return Segment(followed.slot, start, context.ids[start:stop], int(stop == length))
+        return Segment(followed.slot, start, sequence.ids[start:stop], int(stop == length))
 
-    def _run(self, segments: Sequence[Segment]) -> Tensor:
+    def _run(self, segments: Sized[Segment]) -> Tensor:
         return _fitted(self._runner.run(segments).logits, self._vocabulary)
 
 
@@ -107,7 +109,7 @@ class _Followed:
     drafted: list[int] = field(default_factory=list)
     """Read after them: drafts."""
 
-    def agreeing(self, ids: Sequence[int]) -> int:
+    def agreeing(self, ids: Sized[int]) -> int:
         """How many of the tokens read are the sequence's."""
         kept = self.base
         for token in self.drafted:
@@ -132,39 +134,39 @@ class ExitProposer:
         self._runner = runner
         self._kv = runner.kv
 
-    def propose(self, contexts: Sequence[Context], most: int, weigh: Weigh) -> list[Draft]:
-        ready = [at for at, context in enumerate(contexts) if self._has_room(context, most)]
+    def propose(self, sequences: Sized[Sequence], most: int, weigh: Weigh) -> list[Draft]:
+        ready = [at for at, sequence in enumerate(sequences) if self._has_room(sequence, most)]
         if not ready:
-            return [NOTHING for _ in contexts]
-        drafting = [contexts[at] for at in ready]
+            return [NOTHING for _ in sequences]
+        drafting = [sequences[at] for at in ready]
         try:
-            logits = self._run(drafting, [context.ids[-1] for context in drafting])
+            logits = self._run(drafting, [sequence.ids[-1] for sequence in drafting])
             drafts = _chains(drafting, logits, lambda tokens: self._run(drafting, tokens), most, weigh)
         finally:
-            for context in drafting:
-                self._kv.truncate(_slot(context), len(context.ids) - 1)
+            for sequence in drafting:
+                self._kv.truncate(_slot(sequence), len(sequence.ids) - 1)
         found = dict(zip(ready, drafts, strict=True))
-        return [found.get(at, NOTHING) for at in range(len(contexts))]
+        return [found.get(at, NOTHING) for at in range(len(sequences))]
 
-    def observe(self, context: Context, start: int, drafted: Sequence[int], predictions: Sequence[int]) -> None:
+    def observe(self, sequence: Sequence, start: int, drafted: Sized[int], predictions: Sized[int]) -> None:
         """Nothing to learn."""
 
-    def forget(self, context: Context) -> None:
+    def forget(self, sequence: Sequence) -> None:
         """Nothing is kept."""
 
-    def _has_room(self, context: Context, most: int) -> bool:
-        if context.slot is None or self._kv.length(context.slot) != len(context.ids) - 1:
+    def _has_room(self, sequence: Sequence, most: int) -> bool:
+        if sequence.slot is None or self._kv.length(sequence.slot) != len(sequence.ids) - 1:
             return False
         try:
-            self._kv.reserve(context.slot, len(context.ids) + most)
+            self._kv.reserve(sequence.slot, len(sequence.ids) + most)
         except (KVFull, ValueError):  # the byte budget, the model's context
             return False
         return True
 
-    def _run(self, contexts: Sequence[Context], tokens: Sequence[int]) -> Tensor:
+    def _run(self, sequences: Sized[Sequence], tokens: Sized[int]) -> Tensor:
         segments = [
-            Segment(_slot(context), self._kv.length(_slot(context)), [token], 1)
-            for context, token in zip(contexts, tokens, strict=True)
+            Segment(_slot(sequence), self._kv.length(_slot(sequence)), [token], 1)
+            for sequence, token in zip(sequences, tokens, strict=True)
         ]
         return self._runner.run(segments, layers=self._layers).logits
 
@@ -179,30 +181,30 @@ def check_vocabulary(drafter: LocalModel, model: LocalModel) -> None:
 
 
 def _chains(
-    contexts: Sequence[Context],
+    sequences: Sized[Sequence],
     logits: Tensor,
-    after: Callable[[Sequence[int]], Tensor],
+    after: Callable[[Sized[int]], Tensor],
     most: int,
     weigh: Weigh,
 ) -> list[Draft]:
-    """Drafts of one length: `logits` are those after each context, `after` reads a token more of each.
+    """Drafts of one length: `logits` are those after each sequence, `after` reads a token more of each.
 
     How long they get depends on how sure the drafter is, which is known before a token is drawn: never on a token that
     was drawn and then left out (see `Draft.cut`).
     """
-    samplers = [_required(context) for context in contexts]
+    samplers = [_required(sequence) for sequence in sequences]
     drawn = [at for at, sampler in enumerate(samplers) if _is_drawn(sampler)]
-    histories = [array("i", context.ids) for context in contexts]
-    tokens: list[list[int]] = [[] for _ in contexts]
-    grades: list[list[int]] = [[] for _ in contexts]
-    proposed: list[list[Tensor]] = [[] for _ in contexts]
+    histories = [array("i", sequence.ids) for sequence in sequences]
+    tokens: list[list[int]] = [[] for _ in sequences]
+    grades: list[list[int]] = [[] for _ in sequences]
+    proposed: list[list[Tensor]] = [[] for _ in sequences]
     for length in range(most):
         if length:
             logits = after([chain[-1] for chain in tokens])
         doubts = (1 - torch.softmax(logits, -1).amax(-1)).tolist()
         for chain, doubt in zip(grades, doubts, strict=True):
             chain.append(sum(doubt > bound for bound in _DOUBT))
-        worth = weigh(contexts, grades)
+        worth = weigh(sequences, grades)
         if worth is Worth.LEAVE:
             break
         chosen = [choice.token for choice in pick_all(logits, samplers, histories)]
@@ -234,11 +236,11 @@ def _fitted(logits: Tensor, vocabulary: int) -> Tensor:
     return logits[:, :vocabulary] if missing <= 0 else torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
 
 
-def _required(context: Context) -> Sampler:
-    assert context.sampler is not None, "only those that write are drafted for"
-    return context.sampler
+def _required(sequence: Sequence) -> Sampler:
+    assert sequence.sampler is not None, "only those that write are drafted for"
+    return sequence.sampler
 
 
-def _slot(context: Context) -> int:
-    assert context.slot is not None, "it has room"
-    return context.slot
+def _slot(sequence: Sequence) -> int:
+    assert sequence.slot is not None, "it has room"
+    return sequence.slot

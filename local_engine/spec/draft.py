@@ -1,13 +1,14 @@
 """The words of speculation: what a proposer sees of a sequence, and what it hands to verification."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Sized
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
 import torch
 
-from local_engine.sampler import Sampler
+from local_engine.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,19 +37,6 @@ class Draft:
 NOTHING = Draft([], [])
 
 
-@dataclass(slots=True, eq=False)
-class Context:
-    """One running sequence as proposers see it. Compared by identity: proposers keep what they know of it by it."""
-
-    ids: Sequence[int]
-    """Prompt and answer so far; the engine's own list, which grows. It holds no token that was not accepted."""
-    sampler: Sampler | None
-    slot: int | None = None
-    """Of the KV cache of its model."""
-    salt: bytes = b""
-    """The tenant. What one tenant's sequences teach is never proposed to another's: speed would tell of it."""
-
-
 class Worth(Enum):
     """What to do about the next token of every draft, before it is drawn."""
 
@@ -59,7 +47,7 @@ class Worth(Enum):
     GO_ON = 2
 
 
-Weigh = Callable[[Sequence[Context], Sequence[Sequence[int]]], Worth]
+Weigh = Callable[[Sized[Sequence], Sized[Sized[int]]], Worth]
 """Takes what is drafted for and the grades of each draft, that of its next token the last."""
 
 
@@ -69,23 +57,23 @@ class Proposer(Protocol):
     @property
     def name(self) -> str: ...
 
-    def propose(self, contexts: Sequence[Context], most: int, weigh: Weigh) -> list[Draft]:
-        """A draft of at most `most` tokens for each context, in order; an empty one where there is none.
+    def propose(self, sequences: Sized[Sequence], most: int, weigh: Weigh) -> list[Draft]:
+        """A draft of at most `most` tokens for each sequence, in order; an empty one where there is none.
 
         A proposer that spends a forward pass on each token asks `weigh` before.
         """
         ...
 
-    def observe(self, context: Context, start: int, drafted: Sequence[int], predictions: Sequence[int]) -> None:
-        """Learn from a step: `predictions[i]` is what the model holds most likely after `context.ids[:start]` and the
+    def observe(self, sequence: Sequence, start: int, drafted: Sized[int], predictions: Sized[int]) -> None:
+        """Learn from a step: `predictions[i]` is what the model holds most likely after `sequence.ids[:start]` and the
         first i of the drafted tokens, right or wrong ones."""
         ...
 
-    def forget(self, context: Context) -> None:
+    def forget(self, sequence: Sequence) -> None:
         """The sequence ended, or was cut back: drop what is kept for it."""
         ...
 
 
-def unweighed(contexts: Sequence[Context], grades: Sequence[Sequence[int]]) -> Worth:
+def unweighed(sequences: Sized[Sequence], grades: Sized[Sized[int]]) -> Worth:
     """Drafts as long as they may be."""
     return Worth.GO_ON

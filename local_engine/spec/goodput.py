@@ -55,13 +55,21 @@ class Goodput:
             best = max(range(len(kept)), key=lambda at: kept[at] * token_s - mixed[at])
         return Offer(best, token_s)
 
-    def settle(self, seconds: float, sequences: int, emitted: int, other_rows: int = 0, *, drafted: bool) -> None:
-        """Account for a step of `seconds`, drafting included, in which `sequences` got `emitted` tokens together."""
+    def settle(
+        self, seconds: float, sequences: int, emitted: int, verified: int, other_rows: int = 0, drafting_s: float = 0.0
+    ) -> None:
+        """Account for a step of `seconds` in which `sequences` got `emitted` tokens together, `verified` drafted ones
+        among its rows, after `drafting_s` of looking for drafts.
+
+        Steps are charged by what they usually take, not by this one's seconds: a busy machine is no loss.
+        """
         self._loss_s = max(0.0, self._loss_s - LOSS_SHARE * seconds)
-        if drafted and sequences:
-            prompts_s = self._step_time(other_rows, sequences) if other_rows else 0.0
-            plain_s = self._step_time(other_rows + sequences, sequences) - prompts_s
-            self._loss_s = max(0.0, self._loss_s + (seconds - prompts_s) - plain_s * emitted / sequences)
+        if not sequences:
+            return
+        prompts_s = self._step_time(other_rows, sequences) if other_rows else 0.0
+        plain_s = self._step_time(other_rows + sequences, sequences) - prompts_s
+        step_s = self._step_time(other_rows + sequences + verified, sequences) - prompts_s
+        self._loss_s = max(0.0, self._loss_s + drafting_s + step_s - plain_s * emitted / sequences)
 
 
 def expected(chances: Sequence[Sequence[float]], most: int) -> list[float]:

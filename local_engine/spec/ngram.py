@@ -1,9 +1,10 @@
 """Prompt lookup: what followed the last time these same tokens were there (Saxena 2023; LLMA, Yang et al. 2023)."""
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Sequence as Sized
 
-from local_engine.spec.draft import NOTHING, Context, Draft, Weigh, unweighed
+from local_engine.sequence import Sequence
+from local_engine.spec.draft import NOTHING, Draft, Weigh, unweighed
 
 _SHORTEST = 2  # tokens that must agree before a match counts
 _LONGEST = 32  # agreement beyond this is not measured
@@ -37,7 +38,7 @@ class SuffixIndex:
         """Tokens in the index now."""
         return len(self._tokens)
 
-    def extend(self, tokens: Sequence[int]) -> None:
+    def extend(self, tokens: Sized[int]) -> None:
         for token in tokens:
             self._push(token)
             if len(self._tokens) > self._most:
@@ -108,22 +109,22 @@ class NGramProposer:
 
     def __init__(self, most_tokens: int = 32768) -> None:
         self._most_tokens = most_tokens
-        self._indexes: dict[Context, SuffixIndex] = {}
+        self._indexes: dict[Sequence, SuffixIndex] = {}
 
-    def propose(self, contexts: Sequence[Context], most: int, weigh: Weigh = unweighed) -> list[Draft]:
-        return [self._draft(context, most) for context in contexts]
+    def propose(self, sequences: Sized[Sequence], most: int, weigh: Weigh = unweighed) -> list[Draft]:
+        return [self._draft(sequence, most) for sequence in sequences]
 
-    def observe(self, context: Context, start: int, drafted: Sequence[int], predictions: Sequence[int]) -> None:
+    def observe(self, sequence: Sequence, start: int, drafted: Sized[int], predictions: Sized[int]) -> None:
         """Nothing to learn: the next proposal reads the sequence itself."""
 
-    def forget(self, context: Context) -> None:
-        self._indexes.pop(context, None)
+    def forget(self, sequence: Sequence) -> None:
+        self._indexes.pop(sequence, None)
 
-    def _draft(self, context: Context, most: int) -> Draft:
-        index = self._indexes.get(context)
+    def _draft(self, sequence: Sequence, most: int) -> Draft:
+        index = self._indexes.get(sequence)
         if index is None:
-            index = self._indexes[context] = SuffixIndex(self._most_tokens)
-        index.extend(context.ids[len(index) :])
+            index = self._indexes[sequence] = SuffixIndex(self._most_tokens)
+        index.extend(sequence.ids[len(index) :])
         tokens, length = index.following(most)
         if not tokens:
             return NOTHING

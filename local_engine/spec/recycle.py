@@ -8,9 +8,10 @@ says little about the next.
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Sequence as Sized
 
-from local_engine.spec.draft import Context, Draft, Weigh, unweighed
+from local_engine.sequence import Sequence
+from local_engine.spec.draft import Draft, Weigh, unweighed
 
 ORDERS = (8, 4, 2, 1)
 """Context lengths in tokens, the most telling first."""
@@ -33,7 +34,7 @@ class RecycleTable:
         arrays = (*self._checks.values(), *self._tokens.values(), *self._counts.values())
         return sum(len(held) * held.itemsize for held in arrays)
 
-    def learn(self, salt: int, context: Sequence[int], token: int) -> None:
+    def learn(self, salt: int, context: Sized[int], token: int) -> None:
         """The model's favourite after `context`, of which at most the last eight tokens matter, is `token`."""
         for order in ORDERS:
             if len(context) < order:
@@ -47,7 +48,7 @@ class RecycleTable:
             else:
                 self._checks[order][slot], tokens[slot], counts[slot] = check, token, 1
 
-    def favourite(self, salt: int, context: Sequence[int]) -> tuple[int, int] | None:
+    def favourite(self, salt: int, context: Sized[int]) -> tuple[int, int] | None:
         """(token, grade) by the longest known context. The grade tells its length and how often it was confirmed."""
         for rank, order in enumerate(ORDERS):
             if len(context) < order:
@@ -58,7 +59,7 @@ class RecycleTable:
                 return self._tokens[order][slot], rank * _SURE + _SURE - count
         return None
 
-    def _place(self, salt: int, context: Sequence[int], order: int) -> tuple[int, int]:
+    def _place(self, salt: int, context: Sized[int], order: int) -> tuple[int, int]:
         key = hash((salt, *context[-order:]))
         return key % self._slots, (key >> 32) & 0x7FFFFFFF
 
@@ -71,22 +72,22 @@ class RecycleProposer:
     def __init__(self, slots: int = 32768) -> None:
         self._table = RecycleTable(slots)
 
-    def propose(self, contexts: Sequence[Context], most: int, weigh: Weigh = unweighed) -> list[Draft]:
-        return [self._draft(context, most) for context in contexts]
+    def propose(self, sequences: Sized[Sequence], most: int, weigh: Weigh = unweighed) -> list[Draft]:
+        return [self._draft(sequence, most) for sequence in sequences]
 
-    def observe(self, context: Context, start: int, drafted: Sequence[int], predictions: Sequence[int]) -> None:
-        salt = hash(context.salt)
-        recent = list(context.ids[max(0, start - ORDERS[0]) : start])
+    def observe(self, sequence: Sequence, start: int, drafted: Sized[int], predictions: Sized[int]) -> None:
+        salt = hash(sequence.salt)
+        recent = list(sequence.ids[max(0, start - ORDERS[0]) : start])
         for at, token in enumerate(predictions):
             self._table.learn(salt, recent, token)
             recent.extend(drafted[at : at + 1])
 
-    def forget(self, context: Context) -> None:
+    def forget(self, sequence: Sequence) -> None:
         """Nothing is kept for one sequence; what it taught stays."""
 
-    def _draft(self, context: Context, most: int) -> Draft:
-        salt = hash(context.salt)
-        recent = list(context.ids[-ORDERS[0] :])
+    def _draft(self, sequence: Sequence, most: int) -> Draft:
+        salt = hash(sequence.salt)
+        recent = list(sequence.ids[-ORDERS[0] :])
         tokens: list[int] = []
         grades: list[int] = []
         while len(tokens) < most:

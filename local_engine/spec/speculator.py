@@ -2,11 +2,13 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Sized
 from dataclasses import dataclass, field
 
+from local_engine.sequence import Sequence
 from local_engine.spec.acceptance import Acceptance
-from local_engine.spec.draft import NOTHING, Context, Draft, Proposer, Weigh, Worth, unweighed
+from local_engine.spec.draft import NOTHING, Draft, Proposer, Weigh, Worth, unweighed
 from local_engine.spec.goodput import Goodput, Offer, expected
 from local_engine.spec.steptime import StepTime
 
@@ -22,21 +24,23 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class SpeculationStats:
-    """Since the start."""
-
-    drafted: int = 0
-    """Tokens verified."""
-    accepted: int = 0
-    """Of them, those kept."""
-
-
-@dataclass(slots=True)
 class _Look:
     """What was proposed for one sequence in this step: every free draft, for all of them teach."""
 
     drafts: list[tuple[str, Draft]] = field(default_factory=list)
     verified: Draft = NOTHING
+
+
+@dataclass(slots=True)
+class _Step:
+    looked: bool = False
+    propose_s: float = 0.0
+    writing: int = 0
+    """Sequences that a draft was thought of for."""
+    written: int = 0
+    """Tokens that they wrote."""
+    verified: int = 0
+    """Drafted tokens of theirs."""
 
 
 class Speculator:
@@ -48,127 +52,137 @@ class Speculator:
 
     def __init__(
         self,
-        free: Sequence[Proposer] = (),
+        free: Sized[Proposer] = (),
         drafter: Proposer | None = None,
         *,
         step_time: StepTime | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.stats = SpeculationStats()
         self._free = list(free)
         self._drafter = drafter
         self._step_time = step_time or StepTime()
         self._goodput = Goodput(self._step_time)
         self._acceptance = Acceptance()
         self._clock = clock
-        self._looks: dict[Context, _Look] = {}
-        self._looked = False  # in this step
-        self._propose_s = 0.0  # that it took
-        self._verified = 0  # drafted tokens in this step
+        self._looks: dict[Sequence, _Look | None] = {}
+        self._step = _Step()
         self._rest = 0  # steps left without a look
         self._fruitless = 0  # looks in a row that found nothing worth drafting
         self._pass_s: dict[int, float] = {}  # seconds of a drafting pass, by doublings of the sequences
         self._untried = 0  # steps since the drafter was last asked
 
-    def propose(self, contexts: Sequence[Context], rooms: Sequence[int], other_rows: int = 0) -> list[Draft]:
-        """The draft to verify for each context; at most as many tokens as its `room`, none where that pays.
+    def propose(self, sequences: Sized[Sequence], other_rows: int = 0) -> list[Draft]:
+        """The draft to verify for each sequence that writes; none where that pays.
 
         `other_rows`: what else the step computes, prompt chunks above all.
         """
-        self._looks.clear()
-        if self._rest or not contexts or len(contexts) > _MOST_ROWS:
+        self._looks = dict.fromkeys(sequences)
+        self._step = _Step()
+        if self._rest or not sequences or len(sequences) > _MOST_ROWS:
             self._rest = max(0, self._rest - 1)
-            return [NOTHING for _ in contexts]
+            return [NOTHING for _ in sequences]
         began = self._clock()
-        self._looked = True
-        drafts = [draft.cut(room) for draft, room in zip(self._best(contexts, other_rows), rooms, strict=True)]
-        for context, draft in zip(contexts, drafts, strict=True):
-            self._looks[context].verified = draft
+        best = self._best(sequences, other_rows)
+        drafts = [draft.cut(sequence.room) for sequence, draft in zip(sequences, best, strict=True)]
+        for sequence, draft in zip(sequences, drafts, strict=True):
+            self._look(sequence).verified = draft
         self._fruitless = 0 if any(draft.tokens for draft in drafts) else self._fruitless + 1
         if self._fruitless >= _IDLE_LOOKS:
             self._rest = _IDLE_STEPS - 1
-        self._propose_s = self._clock() - began
+        self._step = _Step(looked=True, propose_s=self._clock() - began)
         return drafts
 
-    def learn(self, context: Context, verified: int, written: Sequence[int], predictions: Sequence[int]) -> None:
-        """A context was given `written`, with `verified` tokens of its draft in the step.
+    def learn(self, sequence: Sequence, verified: int, written: Sized[int], predictions: Sized[int]) -> None:
+        """A sequence was given `written`, now the end of its ids, with `verified` tokens of its draft in the step.
 
         `predictions[i]`: what the model holds most likely after the first i of them.
         """
-        look = self._looks.pop(context, None)
+        if sequence not in self._looks:
+            return
+        look = self._looks.pop(sequence)
+        self._step.writing += 1
+        self._step.written += len(written)
+        self._step.verified += verified
         if look is None:
             return
-        start = len(context.ids) - len(written)
-        self._verified += verified
-        self.stats.drafted += verified
-        self.stats.accepted += len(written) - 1
         for name, draft in look.drafts:
             # Also drafts that were not verified are judged by the tokens that came, unless they were drawn.
             known = min(len(draft.tokens), len(written) if draft.distributions is None else verified)
             right = next((at for at in range(known) if draft.tokens[at] != written[at]), known)
-            self._acceptance.learn(context, name, draft.cut(min(known, right + 1)), right)
+            self._acceptance.learn(sequence, name, draft.cut(min(known, right + 1)), right)
+        start = len(sequence.ids) - len(written)
         for proposer in self._proposers:
-            proposer.observe(context, start, look.verified.tokens[:verified], predictions)
+            proposer.observe(sequence, start, look.verified.tokens[:verified], predictions)
 
-    def settle(self, seconds: float, rows: int, writing: int, written: int) -> None:
-        """A step of `rows` rows took `seconds`, `propose` included; `writing` sequences wrote `written` tokens."""
-        others = rows - writing - self._verified
-        self._step_time.observe(rows, max(seconds - self._propose_s, 1e-9), max(1, writing))
-        self._goodput.settle(seconds, writing, written, others, drafted=self._looked)
-        self._looked, self._propose_s, self._verified = False, 0.0, 0
+    @property
+    def learns(self) -> bool:
+        """Whether `learn` wants predictions of this step."""
+        return self._step.looked
 
-    def forget(self, context: Context) -> None:
+    def settle(self, seconds: float, rows: int) -> None:
+        """The step of `rows` rows took `seconds`, `propose` included."""
+        step = self._step
+        others = rows - step.writing - step.verified
+        self._step_time.observe(rows, max(seconds - step.propose_s, 1e-9), max(1, step.writing))
+        self._goodput.settle(seconds, step.writing, step.written, step.verified, others, step.propose_s)
+        self._step = _Step()
+
+    def forget(self, sequence: Sequence) -> None:
         """The sequence ended, or was changed by another hand than `propose` and verification."""
-        self._looks.pop(context, None)
-        self._acceptance.forget(context)
+        self._looks.pop(sequence, None)
+        self._acceptance.forget(sequence)
         for proposer in self._proposers:
-            proposer.forget(context)
+            proposer.forget(sequence)
 
     @property
     def _proposers(self) -> list[Proposer]:
         return self._free if self._drafter is None else [*self._free, self._drafter]
 
-    def _best(self, contexts: Sequence[Context], other_rows: int) -> list[Draft]:
-        count = len(contexts)
+    def _look(self, sequence: Sequence) -> _Look:
+        look = self._looks[sequence]
+        if look is None:
+            look = self._looks[sequence] = _Look()
+        return look
+
+    def _best(self, sequences: Sized[Sequence], other_rows: int) -> list[Draft]:
+        count = len(sequences)
         most = max(1, min(_LONGEST, _MOST_ROWS // count))
-        drafts = self._free_drafts(contexts, most)
-        pairs = zip(contexts, drafts, strict=True)
-        chances = [self._acceptance.chances(context, name, draft.grades) for context, (name, draft) in pairs]
+        drafts = self._free_drafts(sequences, most)
+        pairs = zip(sequences, drafts, strict=True)
+        chances = [self._acceptance.chances(sequence, name, draft.grades) for sequence, (name, draft) in pairs]
         offer = self._goodput.best(expected(chances, most), count, other_rows)
         if self._goodput.paused(count) or not (other_rows or self._step_time.fresh(count, count)):
-            return [NOTHING for _ in contexts]
+            return [NOTHING for _ in sequences]
         if self._drafter is not None:
-            by_drafter = self._asked(self._drafter, contexts, most, offer, other_rows)
+            by_drafter = self._asked(self._drafter, sequences, most, offer, other_rows)
             if by_drafter is not None:
                 return by_drafter
         return [draft.cut(offer.length) for _, draft in drafts]
 
-    def _free_drafts(self, contexts: Sequence[Context], most: int) -> list[tuple[str, Draft]]:
-        """The most promising draft for each context."""
-        for context in contexts:
-            self._looks[context] = _Look()
+    def _free_drafts(self, sequences: Sized[Sequence], most: int) -> list[tuple[str, Draft]]:
+        """The most promising draft for each sequence."""
         for proposer in self._free:
-            for context, draft in zip(contexts, proposer.propose(contexts, most, unweighed), strict=True):
-                self._looks[context].drafts.append((proposer.name, draft))
-        return [self._most_promising(context) for context in contexts]
+            for sequence, draft in zip(sequences, proposer.propose(sequences, most, unweighed), strict=True):
+                self._look(sequence).drafts.append((proposer.name, draft))
+        return [self._most_promising(sequence) for sequence in sequences]
 
-    def _most_promising(self, context: Context) -> tuple[str, Draft]:
+    def _most_promising(self, sequence: Sequence) -> tuple[str, Draft]:
         def promise(named: tuple[str, Draft]) -> float:
             name, draft = named
-            return sum(self._acceptance.chances(context, name, draft.grades))
+            return sum(self._acceptance.chances(sequence, name, draft.grades))
 
-        drafts = self._looks[context].drafts
+        drafts = self._look(sequence).drafts
         if len(drafts) == 1:
             return drafts[0]
         return max(drafts, key=promise, default=("", NOTHING))
 
     def _asked(
-        self, drafter: Proposer, contexts: Sequence[Context], most: int, rival: Offer, other_rows: int
+        self, drafter: Proposer, sequences: Sized[Sequence], most: int, rival: Offer, other_rows: int
     ) -> list[Draft] | None:
         """The drafter's drafts where they promise more than `rival`, or where it is time to try it; else None."""
-        count = len(contexts)
+        count = len(sequences)
         pass_s = self._pass_s.get(count.bit_length())
-        rate = sum(self._acceptance.rate(context, drafter.name) for context in contexts) / count
+        rate = sum(self._acceptance.rate(sequence, drafter.name) for sequence in sequences) / count
         chances = [rate**length for length in range(1, most + 1)]
         offer = self._goodput.best(expected([chances] * count, most), count, other_rows, pass_s or 0.0)
         self._untried += 1
@@ -182,20 +196,20 @@ class Speculator:
             return None
         self._untried = 0
         began = self._clock()
-        drafts = drafter.propose(contexts, length, weigh)
+        drafts = drafter.propose(sequences, length, weigh)
         passes = min(length, 1 + max(len(draft.tokens) for draft in drafts))
         self._time_pass(count, (self._clock() - began) / passes)
-        for context, draft in zip(contexts, drafts, strict=True):
-            self._looks[context].drafts.append((drafter.name, draft))
+        for sequence, draft in zip(sequences, drafts, strict=True):
+            self._look(sequence).drafts.append((drafter.name, draft))
         return drafts
 
     def _weigher(self, drafter: Proposer, token_s: float, pass_s: float, other_rows: int) -> Weigh:
         """Tokens are drafted while their rows are worth verifying, and passes made while they pay for themselves."""
 
-        def weigh(contexts: Sequence[Context], grades: Sequence[Sequence[int]]) -> Worth:
-            pairs = zip(contexts, grades, strict=True)
-            kept = sum(self._acceptance.chances(context, drafter.name, chain)[-1] for context, chain in pairs)
-            count = len(contexts)
+        def weigh(sequences: Sized[Sequence], grades: Sized[Sized[int]]) -> Worth:
+            pairs = zip(sequences, grades, strict=True)
+            kept = sum(self._acceptance.chances(sequence, drafter.name, chain)[-1] for sequence, chain in pairs)
+            count = len(sequences)
             rows = other_rows + count * len(grades[0])
             gain_s = kept * token_s - (self._step_time(rows + count, count) - self._step_time(rows, count))
             if gain_s <= 0:

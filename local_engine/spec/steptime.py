@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from itertools import pairwise
 
 _KNOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
-_RATE = 0.1  # of a surprise, how much moves its own knots; half of that moves all others
+_RATE = 0.1  # of a surprise, how much moves its own knots at least (the first one: all of it)
+_SHARED_RATE = 0.05  # and how much moves all others
+_MEASURED_WEIGHT = 4.0  # a calibration counts for as many steps
 _CLIP = math.log(2)  # no single step counts for more than twice or half of what was expected: machines hiccup
 _FRESH_STEPS = 200  # a knot that was last seen longer ago is worth another look
 _ROWS_FOR_FREE = 16.0  # where nothing was measured: rows that cost as much as starting a step
@@ -27,7 +29,8 @@ class StepTime:
         for (rows, sequences), seconds in (measured or {}).items():
             by_bucket.setdefault(sequences.bit_length(), {})[rows] = seconds
         for bucket, points in by_bucket.items():
-            self._curves[bucket] = _Curve([math.log(_interpolate(sorted(points.items()), rows)) for rows in _KNOTS])
+            logs = [math.log(_interpolate(sorted(points.items()), rows)) for rows in _KNOTS]
+            self._curves[bucket] = _Curve(logs, _MEASURED_WEIGHT)
 
     def __call__(self, rows: int, sequences: int = 1) -> float:
         return self._curve(sequences)(rows)
@@ -49,10 +52,11 @@ class StepTime:
 
 
 class _Curve:
-    def __init__(self, logs: list[float] | None) -> None:
+    def __init__(self, logs: list[float] | None, weight: float = 0.0) -> None:
         self._known = logs is not None
         self.logs = list(logs or (math.log(1e-3 * (1 + rows / _ROWS_FOR_FREE)) for rows in _KNOTS))
         """Natural logarithm of the seconds at each knot."""
+        self._weights = [weight] * len(_KNOTS)  # steps that were timed near each knot
         self._steps = 0
         self._seen = [-_FRESH_STEPS] * len(_KNOTS)
 
@@ -64,17 +68,20 @@ class _Curve:
 
     def observe(self, rows: int, seconds: float) -> None:
         surprise = math.log(max(seconds, 1e-9) / self(rows))
+        clipped = max(-_CLIP, min(_CLIP, surprise))
         at, share = _between(rows)
         self._steps += 1
         self._seen[at] = self._steps
-        if not self._known:
-            self._known = True
-            self.logs = [log + surprise for log in self.logs]
-            return
-        surprise = max(-_CLIP, min(_CLIP, surprise)) * _RATE
-        for knot in range(len(self.logs)):
-            near = (1 - share) * (knot == at) + share * (knot == at + 1)
-            self.logs[knot] += surprise * max(near, 0.5)
+        shared = clipped * _SHARED_RATE if self._known else surprise
+        self._known = True
+        moves = [shared] * len(_KNOTS)
+        for knot, near in ((at, 1 - share), (at + 1, share)):
+            if near > 0:
+                before = self._weights[knot]
+                self._weights[knot] += near
+                rate = near * max(_RATE, 1 / (1 + before))
+                moves[knot] = max(rate * (clipped if before >= 1 else surprise), shared, key=abs)
+        self.logs = [log + move for log, move in zip(self.logs, moves, strict=True)]
 
     def fresh(self, rows: int) -> bool:
         return self._steps - self._seen[_between(rows)[0]] < _FRESH_STEPS

@@ -1,73 +1,108 @@
 """Decoding with drafts over a real runner, step by step, on a clock that the test owns."""
 
-from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable
+from collections.abc import Sequence as Sized
+from dataclasses import dataclass
 
 from local_engine.kv import KVCache
 from local_engine.runner import Runner, Segment
 from local_engine.sampler import Sampler
-from local_engine.spec.draft import Context
+from local_engine.sequence import Sequence, token_ids
+from local_engine.spec.draft import NOTHING, Proposer
 from local_engine.spec.speculator import Speculator
 from local_engine.spec.steptime import StepTime
 from local_engine.spec.verify import Window, verify
 
-FLAT = {(rows, sequences): 1e-3 for rows in (1, 512) for sequences in (1, 2, 4, 8)}
-"""Step times of a machine on which verification is free."""
+
+class FreeVerification(StepTime):
+    """A machine on which steps of all sizes take the same time, whatever the clock says."""
+
+    def __call__(self, rows: int, sequences: int = 1) -> float:
+        return 1e-3
+
+    def fresh(self, rows: int, sequences: int = 1) -> bool:
+        return True
 
 
-def flat_speculator(*free: object, drafter: object = None) -> Speculator:
-    """Drafts as long as it can: verification is free here, and no time ever passes."""
-    return Speculator(free, drafter, step_time=StepTime(FLAT), clock=lambda: 0.0)  # type: ignore[arg-type]
+def flat_speculator(*free: Proposer, drafter: Proposer | None = None) -> Speculator:
+    """Drafts as long as it can."""
+    return Speculator(free, drafter, step_time=FreeVerification(), clock=lambda: 0.0)
+
+
+def writing(ids: Iterable[int], sampler: Sampler, slot: int | None = None, salt: bytes = b"") -> Sequence:
+    """A sequence that has read all but the last of its tokens."""
+    tokens = token_ids(ids)
+    return Sequence(tokens, (0.0, 0), 1 << 20, sampler=sampler, slot=slot, salt=salt, computed=len(tokens) - 1)
 
 
 def decode(
     runner: Runner,
-    prompts: Sequence[Sequence[int]],
-    samplers: Sequence[Sampler],
+    prompts: Sized[Sized[int]],
+    samplers: Sized[Sampler],
     count: int,
     speculator: Speculator | None = None,
-) -> tuple[list[list[int]], int]:
-    """(`count` tokens after each prompt, forward passes that wrote), all prompts side by side."""
+) -> "Decoded":
+    """`count` tokens after each prompt, all prompts side by side."""
     kv: KVCache = runner.kv
-    contexts = [
-        Context(array("i", prompt), sampler, kv.open(len(prompt)))
-        for prompt, sampler in zip(prompts, samplers, strict=True)
+    sequences = [
+        writing(prompt, sampler, kv.open(len(prompt))) for prompt, sampler in zip(prompts, samplers, strict=True)
     ]
-    limits = [len(prompt) + count for prompt in prompts]
-    runner.run([Segment(context.slot or 0, 0, context.ids[:-1]) for context in contexts])
+    for sequence in sequences:
+        sequence.limit = len(sequence.ids) + count
+    runner.run([Segment(slot(sequence), 0, sequence.ids[:-1]) for sequence in sequences])
     passes = 0
-    while writing := [at for at, context in enumerate(contexts) if len(context.ids) < limits[at]]:
-        active = [contexts[at] for at in writing]
-        rooms = [limits[at] - len(contexts[at].ids) - 1 for at in writing]
-        drafts = speculator.propose(active, rooms) if speculator else None
-        windows = []
-        for at, context in enumerate(active):
-            ids, draft = context.ids, drafts[at] if drafts else None
-            assert isinstance(ids, array)
-            assert context.sampler is not None
-            window = Window(context.sampler, ids)
-            windows.append(Window(context.sampler, ids, draft.tokens, draft.distributions) if draft else window)
+    while active := [sequence for sequence in sequences if len(sequence.ids) < sequence.limit]:
+        drafts = speculator.propose(active) if speculator else [NOTHING for _ in active]
+        windows = [
+            Window(sampler_of(sequence), sequence.ids, draft.tokens, draft.distributions)
+            for sequence, draft in zip(active, drafts, strict=True)
+        ]
         output = runner.run(
             [
-                Segment(context.slot or 0, len(context.ids) - 1, [context.ids[-1], *window.drafted], window.rows)
-                for context, window in zip(active, windows, strict=True)
+                Segment(slot(sequence), len(sequence.ids) - 1, [sequence.ids[-1], *window.drafted], window.rows)
+                for sequence, window in zip(active, windows, strict=True)
             ]
         )
         passes += 1
         predictions = output.logits.argmax(-1).tolist()
-        row = written = 0
-        for context, window, run in zip(active, windows, verify(output.logits, windows), strict=True):
+        row = 0
+        for sequence, window, run in zip(active, windows, verify(output.logits, windows), strict=True):
             tokens = [choice.token for choice in run]
-            window.history.extend(tokens)
-            kv.truncate(context.slot or 0, len(window.history) - 1)
+            sequence.ids.extend(tokens)
+            kv.truncate(slot(sequence), len(sequence.ids) - 1)
+            sequence.drafted += len(window.drafted)
+            sequence.accepted += len(tokens) - 1
             if speculator:
-                speculator.learn(context, len(window.drafted), tokens, predictions[row : row + window.rows])
+                speculator.learn(sequence, len(window.drafted), tokens, predictions[row : row + window.rows])
             row += window.rows
-            written += len(tokens)
         if speculator:
-            speculator.settle(1e-3, row, len(active), written)
-    for context in contexts:
+            speculator.settle(1e-3, row)
+    for sequence in sequences:
         if speculator:
-            speculator.forget(context)
-        kv.close(context.slot or 0)
-    return [list(context.ids[len(prompt) :]) for context, prompt in zip(contexts, prompts, strict=True)], passes
+            speculator.forget(sequence)
+        kv.close(slot(sequence))
+    return Decoded(
+        texts=[list(sequence.ids[sequence.prompt_len :]) for sequence in sequences],
+        passes=passes,
+        drafted=sum(sequence.drafted for sequence in sequences),
+        accepted=sum(sequence.accepted for sequence in sequences),
+    )
+
+
+@dataclass(frozen=True)
+class Decoded:
+    texts: list[list[int]]
+    passes: int
+    """Forward passes that wrote."""
+    drafted: int
+    accepted: int
+
+
+def slot(sequence: Sequence) -> int:
+    assert sequence.slot is not None
+    return sequence.slot
+
+
+def sampler_of(sequence: Sequence) -> Sampler:
+    assert sequence.sampler is not None
+    return sequence.sampler

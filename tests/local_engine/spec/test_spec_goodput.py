@@ -8,10 +8,11 @@ import torch
 
 from local_engine.sampler import Sampler
 from local_engine.spec.acceptance import Acceptance
-from local_engine.spec.draft import Context, Draft
+from local_engine.spec.draft import Draft
 from local_engine.spec.goodput import Goodput, expected
 from local_engine.spec.steptime import StepTime
 from local_engine.types import SamplingParams
+from tests.local_engine.spec.spec_harness import writing
 
 SAMPLER = Sampler(SamplingParams(temperature=0), torch.device("cpu"))
 ROWS = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -48,7 +49,7 @@ def simulate(
         emitted = 0
         for _ in range(sequences):
             emitted += 1 + next((at for at in range(length) if rng.random() >= rate), length)
-        goodput.settle(step_s, sequences, emitted, drafted=length > 0)
+        goodput.settle(step_s, sequences, emitted, sequences * length)
         seconds += step_s
         tokens += emitted
     return tokens / seconds
@@ -89,19 +90,19 @@ def test_a_drafting_model_is_asked_as_often_as_its_time_is_worth(pass_s: float, 
 
 def test_rates_are_learned_by_grade_and_lean_to_the_sequence() -> None:
     acceptance = Acceptance()
-    lucky, unlucky = (Context([1], SAMPLER) for _ in range(2))
+    lucky, unlucky = (writing([1], SAMPLER) for _ in range(2))
     rng = random.Random(4)
     for _ in range(400):
-        for context, factor in ((lucky, 1.0), (unlucky, 0.5)):
+        for sequence, factor in ((lucky, 1.0), (unlucky, 0.5)):
             draft = Draft([5, 6], [0, 1])
             first, second = rng.random() < 0.9 * factor, rng.random() < 0.6 * factor
-            acceptance.learn(context, "p", draft, first * (1 + second))
-    good, bad = (acceptance.chances(context, "p", [0, 1]) for context in (lucky, unlucky))
+            acceptance.learn(sequence, "p", draft, first * (1 + second))
+    good, bad = (acceptance.chances(sequence, "p", [0, 1]) for sequence in (lucky, unlucky))
     assert good[0] == pytest.approx(0.9, abs=0.12)
     assert good[1] == pytest.approx(0.54, abs=0.12)
     assert bad[0] == pytest.approx(0.45, abs=0.12)
     assert bad[1] < 0.25
-    stranger = acceptance.chances(Context([1], SAMPLER), "p", [0, 1])
+    stranger = acceptance.chances(writing([1], SAMPLER), "p", [0, 1])
     assert bad[0] < stranger[0] < good[0]
     acceptance.forget(unlucky)
     assert acceptance.chances(unlucky, "p", [0, 1]) == stranger
@@ -122,7 +123,7 @@ def test_step_times_are_learned_without_a_calibration() -> None:
 def test_a_machine_that_slows_down_is_followed_and_one_hiccup_is_not() -> None:
     step_time = StepTime({(1, 1): 1e-3, (64, 1): 4e-3})
     step_time.observe(1, 10.0)
-    assert step_time(1) < 1.1e-3
+    assert step_time(1) < 1.2e-3
     for _ in range(200):
         step_time.observe(1, 3e-3)
     assert step_time(1) == pytest.approx(3e-3, rel=0.05)

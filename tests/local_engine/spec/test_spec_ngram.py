@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from local_engine.sampler import Sampler
-from local_engine.spec.draft import Context
 from local_engine.spec.ngram import NGramProposer, SuffixIndex
 from local_engine.types import SamplingParams
+from tests.local_engine.spec.spec_harness import writing
 
 SAMPLER = Sampler(SamplingParams(temperature=0), torch.device("cpu"))
 
@@ -75,14 +75,13 @@ def test_the_index_stays_within_its_cap_and_still_finds_what_is_near() -> None:
 
 
 def test_proposals_follow_the_sequence_and_end_with_it() -> None:
-    tokens = [4, 5, 6, 7]
-    context = Context(tokens, SAMPLER)
+    sequence = writing([4, 5, 6, 7], SAMPLER)
     proposer = NGramProposer()
-    assert proposer.propose([context], 4)[0].tokens == []
-    tokens += [4, 5]
-    draft = proposer.propose([context], 3)[0]
+    assert proposer.propose([sequence], 4)[0].tokens == []
+    sequence.ids.extend([4, 5])
+    draft = proposer.propose([sequence], 3)[0]
     assert draft.tokens == [6, 7, 4]
     assert draft.cut(1).tokens == [6]
-    del tokens[3:]
-    proposer.forget(context)
-    assert proposer.propose([context], 4)[0].tokens == []
+    del sequence.ids[3:]
+    proposer.forget(sequence)
+    assert proposer.propose([sequence], 4)[0].tokens == []

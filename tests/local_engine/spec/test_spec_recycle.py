@@ -1,11 +1,11 @@
-"""Token recycling: what was likely is proposed again, by the longest context known, to the same tenant only."""
+"""Token recycling: what was likely is proposed again, by the longest sequence known, to the same tenant only."""
 
 import torch
 
 from local_engine.sampler import Sampler
-from local_engine.spec.draft import Context
 from local_engine.spec.recycle import UNKNOWN, RecycleProposer, RecycleTable
 from local_engine.types import SamplingParams
+from tests.local_engine.spec.spec_harness import writing
 
 SAMPLER = Sampler(SamplingParams(temperature=0), torch.device("cpu"))
 
@@ -13,21 +13,21 @@ SAMPLER = Sampler(SamplingParams(temperature=0), torch.device("cpu"))
 def test_a_chain_is_proposed_again_from_its_first_tokens() -> None:
     proposer = RecycleProposer()
     tokens = [1, 2, 3, 4, 5, 6]
-    context = Context(tokens, SAMPLER)
+    sequence = writing(tokens, SAMPLER)
     for start in range(2, 6):
-        proposer.observe(context, start, [], tokens[start : start + 1])
-    other = Context([9, 1, 2], SAMPLER)
+        proposer.observe(sequence, start, [], tokens[start : start + 1])
+    other = writing([9, 1, 2], SAMPLER)
     assert proposer.propose([other], 3)[0].tokens == [3, 4, 5]
-    assert proposer.propose([Context([77], SAMPLER)], 3)[0].grades == [UNKNOWN] * 3
+    assert proposer.propose([writing([77], SAMPLER)], 3)[0].grades == [UNKNOWN] * 3
 
 
 def test_rows_behind_a_wrong_draft_teach_too() -> None:
     proposer = RecycleProposer()
-    context = Context([1, 2], SAMPLER)
-    proposer.observe(context, 2, drafted=[50, 51], predictions=[3, 60, 61])
-    assert proposer.propose([Context([1, 2], SAMPLER)], 1)[0].tokens == [3]
-    assert proposer.propose([Context([1, 2, 50], SAMPLER)], 1)[0].tokens == [60]
-    assert proposer.propose([Context([1, 2, 50, 51], SAMPLER)], 1)[0].tokens == [61]
+    sequence = writing([1, 2], SAMPLER)
+    proposer.observe(sequence, 2, drafted=[50, 51], predictions=[3, 60, 61])
+    assert proposer.propose([writing([1, 2], SAMPLER)], 1)[0].tokens == [3]
+    assert proposer.propose([writing([1, 2, 50], SAMPLER)], 1)[0].tokens == [60]
+    assert proposer.propose([writing([1, 2, 50, 51], SAMPLER)], 1)[0].tokens == [61]
 
 
 def test_the_longest_known_context_decides() -> None:
@@ -56,9 +56,9 @@ def test_a_confirmed_favourite_outlives_one_surprise_but_not_two_more() -> None:
 
 def test_one_tenant_does_not_learn_from_another() -> None:
     proposer = RecycleProposer()
-    proposer.observe(Context([1, 2], SAMPLER, salt=b"one"), 2, [], [3])
-    assert proposer.propose([Context([1, 2], SAMPLER, salt=b"two")], 1)[0].grades == [UNKNOWN]
-    assert proposer.propose([Context([1, 2], SAMPLER, salt=b"one")], 1)[0].tokens == [3]
+    proposer.observe(writing([1, 2], SAMPLER, salt=b"one"), 2, [], [3])
+    assert proposer.propose([writing([1, 2], SAMPLER, salt=b"two")], 1)[0].grades == [UNKNOWN]
+    assert proposer.propose([writing([1, 2], SAMPLER, salt=b"one")], 1)[0].tokens == [3]
 
 
 def test_the_table_takes_less_than_two_megabytes_and_never_more() -> None:

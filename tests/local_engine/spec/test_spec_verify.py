@@ -9,11 +9,12 @@ import torch
 from scipy.stats import chisquare
 
 from local_engine.sampler import Sampler, distributions, draw
-from local_engine.spec.draft import Context, Draft, Proposer, unweighed
+from local_engine.spec.draft import Draft, Proposer, unweighed
 from local_engine.spec.ngram import NGramProposer
 from local_engine.spec.recycle import RecycleProposer
 from local_engine.spec.verify import DRAFT_STREAM, Window, verify
 from local_engine.types import SamplingParams
+from tests.local_engine.spec.spec_harness import writing
 
 CPU = torch.device("cpu")
 VOCABULARY = 5
@@ -57,12 +58,12 @@ def from_proposer(make: Callable[[], Proposer]) -> Drafting:
     """Drafts of a real proposer, which learned from what the model holds likely."""
     proposer = make()
     for first, second in itertools.product(range(VOCABULARY), repeat=2):
-        taught = Context([*PROMPT, first, second], SAMPLER)
+        taught = writing([*PROMPT, first, second], SAMPLER)
         proposer.observe(taught, len(taught.ids), [], [int(MODEL[first, second].argmax())])
 
     def drafts(samplers: Sequence[Sampler], histories: Sequence["array[int]"]) -> list[Draft]:
-        contexts = [Context(history, sampler) for sampler, history in zip(samplers, histories, strict=True)]
-        return proposer.propose(contexts, 3, unweighed)
+        sequences = [writing(history, sampler) for sampler, history in zip(samplers, histories, strict=True)]
+        return proposer.propose(sequences, 3, unweighed)
 
     return drafts
 
