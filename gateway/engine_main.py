@@ -24,6 +24,7 @@ def main(argument: str) -> None:
         sys.exit(f"engine: {error}")
     engine = EngineConfig(
         models=config["models"],
+        speculation=config["speculation"],
         socket_path=config["socket_path"],
         exit_with_parent=config["exit_with_parent"],
         prefix_disk=kept.disk,

@@ -9,6 +9,8 @@ class EngineNeeds(TypedDict):
 
     models: Mapping[str, str]
     """The engine's name of a model → a path or a hub id."""
+    speculation: Mapping[str, str]
+    """The engine's name of a model → how it drafts."""
     probe: str | None
     encoder: str
     embeds: bool

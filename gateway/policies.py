@@ -11,7 +11,7 @@ from typing import Literal
 
 from gateway.engine_needs import EngineNeeds
 from gateway.ledger import prices
-from local_engine.config import locate
+from local_engine.config import locate, read_speculation
 from local_engine.errors import ModelLoadError
 from probes.errors import ArtifactError
 from probes.manifest import default_artifact_path, read_manifest
@@ -107,12 +107,24 @@ def engine_needs(
     probe = probe_folder(policy, folder)
     return EngineNeeds(
         models=models,
+        speculation=_speculation(policy, folder),
         probe=str(probe) if probe is not None else None,
         encoder=encoder(policy, folder),
         embeds=embeds,
         socket_path=str(socket_path),
         exit_with_parent=exit_with_parent,
     )
+
+
+def _speculation(policy: Policy, folder: Path) -> dict[str, str]:
+    """How the engine's models draft; paths of drafting models made absolute."""
+    completing = [model for model in policy.models.values() if not model.embeds]
+    said = {model.upstream: model.speculation for model in completing if model.speculation is not None}
+    return {name: "+".join(_drafting(part, folder) for part in how.split("+")) for name, how in said.items()}
+
+
+def _drafting(part: str, folder: Path) -> str:
+    return f"draft:{_placed(part.removeprefix('draft:'), folder)}" if part.startswith("draft:") else part
 
 
 def _placed(source: str, folder: Path) -> str:
@@ -149,4 +161,11 @@ def unloadable_models(sources: Mapping[str, str]) -> list[str]:
             locate(source)
         except ModelLoadError as error:
             found.append(f"models: {name}: {error}")
+    for name, how in _speculation(policy, folder).items():
+        try:
+            drafter = read_speculation(how).draft
+            if drafter is not None:
+                locate(drafter)
+        except (ModelLoadError, ValueError) as error:
+            found.append(f"models: {name}: speculation: {error}")
     return found

@@ -9,6 +9,8 @@ from routers import units
 from routers.addresses import check_base_url
 from routers.units import UnitError
 
+_DRAFTER = "(auto|ngram|recycle|draft:[^+]+|exit:[1-9][0-9]*)"
+_SPECULATION = rf"^(off|{_DRAFTER}(\+{_DRAFTER})*)$"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}$"
 
 
@@ -97,6 +99,16 @@ def _secret_name(value: object) -> str:
     return value.removeprefix("env:")
 
 
+def _speculation(value: object) -> str:
+    text = _text(value)
+    if not re.match(_SPECULATION, text):
+        raise UnitError(
+            "not a way to draft",
+            "write off, or some of `auto`, `ngram`, `recycle`, `draft:MODEL` and `exit:LAYER`, joined by +",
+        )
+    return text
+
+
 def _one_or_many(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
@@ -128,6 +140,7 @@ BaseUrl = Annotated[str, BeforeValidator(_base_url), _schema(r"^https?://[^@?#\s
 SecretName = Annotated[
     str, BeforeValidator(_secret_name), _schema(r"^env:[A-Za-z_][A-Za-z0-9_]*$", "env:OPENAI_API_KEY")
 ]
+Speculation = Annotated[str, BeforeValidator(_speculation), _schema(_SPECULATION, "auto")]
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Tokens = Annotated[int, Field(ge=1, le=100_000_000)]
 Names = Annotated[list[Text], Field(min_length=1)]

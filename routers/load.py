@@ -234,12 +234,16 @@ class _Loader:
             if part.max_output and part.context and part.max_output > part.context:
                 fix = f"write at most the context, {part.context}"
                 self._document.report((*path, "max_output"), "longer than the context", fix)
+            if part.speculation is not None and not local:
+                fix = f"remove it, or let the model run on the local engine; {part.provider} drafts as it is set up to"
+                self._document.report((*path, "speculation"), "only the local engine is told how to draft", fix)
             tools = part.tools if part.tools is not None else not local
             prefix = part.prefix if part.prefix is not None else local
             completes = part.completes if part.completes is not None else not local
             self._models[name] = Model(
                 name, part.provider, part.model, context, max_output, price, tools, part.structured, part.logprobs,
                 prefix, embeds=part.embeds, completes=completes,
+                speculation=part.speculation or ("auto" if local else None),
             )  # fmt: skip
 
     def _read_signals(self) -> None:

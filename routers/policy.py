@@ -132,6 +132,8 @@ class Model:
     """Turns texts into vectors, and does nothing else."""
     completes: bool = True
     """Takes a raw text to continue, beside conversations."""
+    speculation: str | None = None
+    """How the local engine drafts for it; None: it runs elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from routers.fields import (
     RateText,
     SecretName,
     Share,
+    Speculation,
     Text,
     TokenPrice,
     TokenRateText,
@@ -150,6 +151,10 @@ class ModelFile(_Strict):
     """Whether it turns texts into vectors; such a model answers no conversation."""
     completes: bool | None = None
     """Whether it continues a raw text (`/v1/completions`). Default: yes, and no on the local engine."""
+    speculation: Speculation | None = None
+    """How the local engine drafts tokens for it; what it writes stays the same. `off`, or some of `ngram`, `recycle`,
+    `auto` (both) and one of `draft:MODEL` (a smaller one with the same tokenizer) and `exit:LAYER` (its own first
+    layers), joined by `+`. Default: `auto`."""
 
     @property
     def unpriced(self) -> bool:

@@ -111,7 +111,7 @@ class Speculator:
             right = next((at for at in range(known) if draft.tokens[at] != written[at]), known)
             self._acceptance.learn(sequence, name, draft.cut(min(known, right + 1)), right)
         start = len(sequence.ids) - len(written)
-        for proposer in self._proposers:
+        for proposer in self.proposers:
             proposer.observe(sequence, start, look.verified.tokens[:verified], predictions)
 
     @property
@@ -131,11 +131,11 @@ class Speculator:
         """The sequence ended, or was changed by another hand than `propose` and verification."""
         self._looks.pop(sequence, None)
         self._acceptance.forget(sequence)
-        for proposer in self._proposers:
+        for proposer in self.proposers:
             proposer.forget(sequence)
 
     @property
-    def _proposers(self) -> list[Proposer]:
+    def proposers(self) -> list[Proposer]:
         return self._free if self._drafter is None else [*self._free, self._drafter]
 
     def _look(self, sequence: Sequence) -> _Look:

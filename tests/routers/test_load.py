@@ -129,6 +129,10 @@ CASES = [
     case("context: 1024", "context: 0", 6, "models.local.context", "too small", "1 or more"),
     case("context: 1024", "context: true", 6, "models.local.context", "not a whole number", "whole number"),
     case("context: 1024", "context: 9, max_output: 10", 6, "models.local.max_output", "longer than the context", "9"),
+    case("context: 1024", "speculation: fast", 6, "models.local.speculation", "not a way to draft", "`auto`"),
+    case(
+        "model: gpt-5-mini", "model: m, speculation: auto", 7, "models.weak.speculation", "only the local", "remove it"
+    ),
     case("context: 1024", "tools: off", 6, "models.local.tools", "neither true nor false", "true or false"),
     case("model: gpt-5-mini", "model: 5", 7, "models.weak.model", "not text", "in quotes"),
     case(f", price: {WEAK_PRICE}", "", 7, "models.weak", "missing price", "price: {input:"),
