@@ -1,5 +1,6 @@
 """From what a configuration says of speculation to who drafts."""
 
+import time
 from collections.abc import Callable, Mapping
 
 from local_engine.config import Speculation, read_speculation
@@ -47,7 +48,8 @@ def new_speculator(how: str, model: LocalModel, kv: KVCache, drafters: Mapping[s
         drafter = ExitProposer(wanted.exit_layer, Runner(model, kv))
     elif wanted.draft is not None:
         drafter = _by_model(wanted.draft, drafters[wanted.draft], model, kv)
-    return Speculator(free, drafter)
+    clock = time.thread_time if model.device.type == "cpu" else time.perf_counter
+    return Speculator(free, drafter, clock=clock)
 
 
 def _by_model(source: str, drafter: LocalModel, model: LocalModel, kv: KVCache) -> ModelProposer:

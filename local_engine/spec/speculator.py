@@ -33,6 +33,7 @@ class _Look:
 
 @dataclass(slots=True)
 class _Step:
+    began: float
     looked: bool = False
     propose_s: float = 0.0
     writing: int = 0
@@ -56,8 +57,10 @@ class Speculator:
         drafter: Proposer | None = None,
         *,
         step_time: StepTime | None = None,
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Callable[[], float] = time.thread_time,
     ) -> None:
+        """`clock`: what a step costs. The processor time of the engine's thread, by default: what else a machine runs
+        tells nothing of what a longer draft costs. Where another device computes, time that passes is meant."""
         self._free = list(free)
         self._drafter = drafter
         self._step_time = step_time or StepTime()
@@ -65,7 +68,7 @@ class Speculator:
         self._acceptance = Acceptance()
         self._clock = clock
         self._looks: dict[Sequence, _Look | None] = {}
-        self._step = _Step()
+        self._step = _Step(0.0)
         self._rest = 0  # steps left without a look
         self._fruitless = 0  # looks in a row that found nothing worth drafting
         self._pass_s: dict[int, float] = {}  # seconds of a drafting pass, by doublings of the sequences
@@ -77,11 +80,11 @@ class Speculator:
         `other_rows`: what else the step computes, prompt chunks above all.
         """
         self._looks = dict.fromkeys(sequences)
-        self._step = _Step()
+        began = self._clock()
+        self._step = _Step(began)
         if self._rest or not sequences or len(sequences) > _MOST_ROWS:
             self._rest = max(0, self._rest - 1)
             return [NOTHING for _ in sequences]
-        began = self._clock()
         best = self._best(sequences, other_rows)
         drafts = [draft.cut(sequence.room) for sequence, draft in zip(sequences, best, strict=True)]
         for sequence, draft in zip(sequences, drafts, strict=True):
@@ -89,7 +92,7 @@ class Speculator:
         self._fruitless = 0 if any(draft.tokens for draft in drafts) else self._fruitless + 1
         if self._fruitless >= _IDLE_LOOKS:
             self._rest = _IDLE_STEPS - 1
-        self._step = _Step(looked=True, propose_s=self._clock() - began)
+        self._step = _Step(began, looked=True, propose_s=self._clock() - began)
         return drafts
 
     def learn(self, sequence: Sequence, verified: int, written: Sized[int], predictions: Sized[int]) -> None:
@@ -119,13 +122,16 @@ class Speculator:
         """Whether `learn` wants predictions of this step."""
         return self._step.looked
 
-    def settle(self, seconds: float, rows: int) -> None:
-        """The step of `rows` rows took `seconds`, `propose` included."""
+    def settle(self, rows: int) -> None:
+        """The step of `rows` rows, which began with `propose`, is over."""
         step = self._step
+        seconds = self._clock() - step.began
         others = rows - step.writing - step.verified
-        self._step_time.observe(rows, max(seconds - step.propose_s, 1e-9), max(1, step.writing))
+        if step.writing:
+            spent = max(seconds - step.propose_s, 1e-9)
+            self._step_time.observe(rows, spent, step.writing, mixed=others > 0)
         self._goodput.settle(seconds, step.writing, step.written, step.verified, others, step.propose_s)
-        self._step = _Step()
+        self._step = _Step(0.0)
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence ended, or was changed by another hand than `propose` and verification."""

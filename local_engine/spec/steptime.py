@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from itertools import pairwise
 
 _KNOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
-_RATE = 0.1  # of a surprise, how much moves its own knots at least (the first one: all of it)
-_SHARED_RATE = 0.05  # and how much moves all others
+_SHARED_RATE = 0.1  # of a surprise, how much moves the whole curve
+_OWN_RATE = 0.2  # and how much moves its own knots at least; more while little is known of them
 _MEASURED_WEIGHT = 4.0  # a calibration counts for as many steps
 _CLIP = math.log(2)  # no single step counts for more than twice or half of what was expected: machines hiccup
-_FRESH_STEPS = 200  # a knot that was last seen longer ago is worth another look
+_FRESH_STEPS = 64  # a knot that was last seen longer ago, or less than this often, is worth another look
+_FRESH_WEIGHT = 3.0
 _ROWS_FOR_FREE = 16.0  # where nothing was measured: rows that cost as much as starting a step
 
 
@@ -35,12 +36,12 @@ class StepTime:
     def __call__(self, rows: int, sequences: int = 1) -> float:
         return self._curve(sequences)(rows)
 
-    def observe(self, rows: int, seconds: float, sequences: int = 1) -> None:
-        """A step over so many rows took so long."""
-        self._curve(sequences).observe(rows, seconds)
+    def observe(self, rows: int, seconds: float, sequences: int = 1, *, mixed: bool = False) -> None:
+        """A step over so many rows took so long. `mixed`: prompts were among them; that tells of this size alone."""
+        self._curve(sequences).observe(rows, seconds, mixed=mixed)
 
     def fresh(self, rows: int, sequences: int = 1) -> bool:
-        """Whether steps of about so many rows were timed lately."""
+        """Whether steps of about so many rows were timed lately, and often enough."""
         return self._curve(sequences).fresh(rows)
 
     def _curve(self, sequences: int) -> "_Curve":
@@ -66,25 +67,27 @@ class _Curve:
             return math.exp(self.logs[at]) * rows / _KNOTS[at]
         return (1 - share) * math.exp(self.logs[at]) + share * math.exp(self.logs[at + 1])
 
-    def observe(self, rows: int, seconds: float) -> None:
+    def observe(self, rows: int, seconds: float, *, mixed: bool) -> None:
         surprise = math.log(max(seconds, 1e-9) / self(rows))
         clipped = max(-_CLIP, min(_CLIP, surprise))
         at, share = _between(rows)
         self._steps += 1
         self._seen[at] = self._steps
-        shared = clipped * _SHARED_RATE if self._known else surprise
+        shared = 0.0 if mixed else clipped * _SHARED_RATE if self._known else surprise
         self._known = True
         moves = [shared] * len(_KNOTS)
         for knot, near in ((at, 1 - share), (at + 1, share)):
             if near > 0:
                 before = self._weights[knot]
                 self._weights[knot] += near
-                rate = near * max(_RATE, 1 / (1 + before))
-                moves[knot] = max(rate * (clipped if before >= 1 else surprise), shared, key=abs)
+                moves[knot] = max(near * max(_OWN_RATE, 1 / (2 + before)) * clipped, shared, key=abs)
         self.logs = [log + move for log, move in zip(self.logs, moves, strict=True)]
+        for knot in reversed(range(len(self.logs) - 1)):
+            self.logs[knot] = min(self.logs[knot], self.logs[knot + 1])  # fewer rows never take longer
 
     def fresh(self, rows: int) -> bool:
-        return self._steps - self._seen[_between(rows)[0]] < _FRESH_STEPS
+        at, _ = _between(rows)
+        return self._steps - self._seen[at] < _FRESH_STEPS and self._weights[at] >= _FRESH_WEIGHT
 
 
 def _between(rows: int) -> tuple[int, float]:

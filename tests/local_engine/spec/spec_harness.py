@@ -76,7 +76,7 @@ def decode(
                 speculator.learn(sequence, len(window.drafted), tokens, predictions[row : row + window.rows])
             row += window.rows
         if speculator:
-            speculator.settle(1e-3, row)
+            speculator.settle(row)
     for sequence in sequences:
         if speculator:
             speculator.forget(sequence)
