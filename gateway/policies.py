@@ -150,7 +150,7 @@ def unloadable(policy: Policy, folder: Path) -> list[str]:
                         f"signals.difficulty.heads.{model}: the probe has no head {head!r}; {meant}"
                         f"it has {', '.join(heads)}"
                     )
-    return found + unloadable_models(local_models(policy, folder))
+    return found + unloadable_models(local_models(policy, folder)) + _undraftable(_speculation(policy, folder))
 
 
 def unloadable_models(sources: Mapping[str, str]) -> list[str]:
@@ -161,7 +161,13 @@ def unloadable_models(sources: Mapping[str, str]) -> list[str]:
             locate(source)
         except ModelLoadError as error:
             found.append(f"models: {name}: {error}")
-    for name, how in _speculation(policy, folder).items():
+    return found
+
+
+def _undraftable(speculation: Mapping[str, str]) -> list[str]:
+    """A sentence for each drafting model that is not there."""
+    found = []
+    for name, how in speculation.items():
         try:
             drafter = read_speculation(how).draft
             if drafter is not None:

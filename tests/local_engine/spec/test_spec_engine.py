@@ -56,18 +56,14 @@ def drafted(request: pytest.FixtureRequest, bundled: LocalModel, start_engine: S
 
 
 def told(caller: Caller, id: int) -> list[Event]:
-    """All that was told, without the counts of drafts, and logprobs to what rounding leaves of them."""
+    """All that was told, without the counts of drafts and the numbers of logprobs."""
     events: list[Event] = []
     for event in caller.wait(id):
         if isinstance(event, Finished):
             event = msgspec.structs.replace(event, id=0, drafted_tokens=0, accepted_tokens=0, cached_tokens=0)
         elif isinstance(event, Delta):
             logprobs = [
-                msgspec.structs.replace(
-                    token,
-                    logprob=round(token.logprob, 2) + 0.0,
-                    top=[(text, round(logprob, 2) + 0.0) for text, logprob in token.top],
-                )
+                msgspec.structs.replace(token, logprob=0.0, entropy=None, top=[(text, 0.0) for text, _ in token.top])
                 for token in event.logprobs
             ]
             event = msgspec.structs.replace(event, id=0, logprobs=logprobs)
@@ -93,6 +89,24 @@ def test_every_event_is_that_of_plain_decoding(sampling: SamplingParams, plain: 
         ids = [caller.generate(question, sampling) for question in QUESTIONS]
         expected = [plain.generate(question, sampling) for question in QUESTIONS]
         assert [told(caller, id) for id in ids] == [told(plain, id) for id in expected]
+
+
+def test_logprobs_are_those_of_plain_decoding(plain: Caller, drafted: Drafted) -> None:
+    caller, _ = drafted
+    caller.finished(caller.generate(QUESTIONS[0]))
+    sampling = SamplingParams(temperature=0, logprobs=True, top_logprobs=2)
+    found = [
+        [
+            number
+            for event in one.wait(one.generate(QUESTIONS[0], sampling))
+            if isinstance(event, Delta)
+            for token in event.logprobs
+            for number in (token.logprob, token.entropy or 0.0, *(logprob for _, logprob in token.top))
+        ]
+        for one in (caller, plain)
+    ]
+    assert found[0]
+    assert found[0] == pytest.approx(found[1], abs=1e-3)
 
 
 def test_max_tokens_end_a_run_of_accepted_tokens(plain: Caller, drafted: Drafted) -> None:
