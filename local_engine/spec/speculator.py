@@ -15,7 +15,7 @@ from local_engine.spec.steptime import StepTime
 _LONGEST = 8  # tokens of a draft
 _MOST_ROWS = 96  # drafted tokens in a step; more sequences than this get none
 _IDLE_LOOKS = 4  # looks that find nothing worth drafting, after which one in so many steps looks
-_IDLE_STEPS = 8
+_IDLE_STEPS = 16
 _TRIAL_STEPS = 256  # a drafting model that does not pay is tried again that often
 _TRIAL_LENGTH = 3
 _PASS_RATE = 0.2  # how fast the measured time of a drafting pass is followed
@@ -36,6 +36,7 @@ class _Step:
     began: float
     looked: bool = False
     propose_s: float = 0.0
+    """What looking for drafts and learning from them took."""
     writing: int = 0
     """Sequences that a draft was thought of for."""
     written: int = 0
@@ -108,6 +109,7 @@ class Speculator:
         self._step.verified += verified
         if look is None:
             return
+        began = self._clock()
         for name, draft in look.drafts:
             # Also drafts that were not verified are judged by the tokens that came, unless they were drawn.
             known = min(len(draft.tokens), len(written) if draft.distributions is None else verified)
@@ -116,6 +118,7 @@ class Speculator:
         start = len(sequence.ids) - len(written)
         for proposer in self.proposers:
             proposer.observe(sequence, start, look.verified.tokens[:verified], predictions)
+        self._step.propose_s += self._clock() - began
 
     @property
     def learns(self) -> bool:
