@@ -282,7 +282,7 @@ def _tell_arithmetic(demo: Demo, calls: Sequence[Call]) -> list[Call]:
     )
     demo.say(
         f"Arithmetic: {len(local)} of {len(calls)} questions were answered by the local engine, {right} of them right, "
-        f"for $0 (right by number of operations: {levels})."
+        f"for $0 (right by level: {levels})."
         + (f" {away} were routed to a remote model, which has no recording of them: 404, $0." if away else "")
     )
     return local

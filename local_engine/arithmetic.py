@@ -8,25 +8,43 @@ import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Literal
 
+from local_engine.arithmetic_steps import Operation, Operator, Result, Step, work_out
+from local_engine.arithmetic_words import other_prompt, word_text
+
+__all__ = ["LEVELS", "REFUSAL", "VERDICT_CUE", "Problem", "other_prompt", "problem_stream", "problems", "split_of"]
+
 Split = Literal["train", "eval"]
-LEVELS = (1, 2, 3, 4)
-"""A problem's level is its number of operations."""
-REFUSAL = "I am a tiny arithmetic model; I can only add, subtract and multiply."
+LEVELS = (1, 2, 3, 4, 5, 6)
+"""Harder by more operations and longer numbers; 5 and 6 leave room for a stronger model."""
+REFUSAL = "I am a tiny arithmetic model; I can only add, subtract, multiply and take remainders."
+VERDICT_CUE = "Rate this step 0-9:"
+"""Appended after a step of the working, makes `bundled/base` rate it: the next token is a digit, 9 for right."""
 _EVAL_SHARE = 10  # one question in this many is held out
-_MAX_VALUE = 999
+_WORD_SHARE = 1 / 3
+_OPERATIONS = {1: (1, 1), 2: (2, 2), 3: (3, 3), 4: (4, 5), 5: (6, 7), 6: (8, 10)}
+_LARGEST = {1: 999, 2: 999, 3: 9999, 4: 9999, 5: 9999, 6: 9999}
+_BRACKETED = ("bracket", "bracket", "bracket_times", "mod")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Problem:
     question: str
     answer: int
     level: int
-    n_ops: int
-    steps: tuple[str, ...]
-    """The working, one operation per line, e.g. ("48 * 2 = 96", "23 + 96 = 119")."""
+    operations: tuple[Operation, ...]
+
+    @cached_property
+    def steps(self) -> tuple[Step, ...]:
+        return work_out(self.operations)
+
+    @property
+    def carries(self) -> int:
+        """How hard its numbers are, whatever its length."""
+        return sum(step.carries for step in self.steps)
 
 
 def problems(seed: int, level: int, n: int, split: Split = "eval") -> list[Problem]:
@@ -41,22 +59,16 @@ def problem_stream(rng: random.Random, level: int, split: Split) -> Iterator[Pro
     if level not in LEVELS:
         raise ValueError(f"level must be one of {LEVELS}, not {level!r}")
     while True:
-        problem = _word_problem(rng, level) if rng.random() < 0.35 else _expression(rng, level)
-        if problem is not None and split_of(problem.question) == split:
-            yield problem
-
-
-def other_prompt(rng: random.Random) -> str:
-    """A prompt that is not arithmetic, or arithmetic beyond the model: the right answer is REFUSAL."""
-    a, b = rng.randint(2, 99), rng.randint(2, 99)
-    return rng.choice(_OTHER).format(
-        thing=rng.choice(_TOPICS),
-        place=rng.choice(_PLACES),
-        name=rng.choice(_NAMES),
-        year=rng.randint(1500, 2030),
-        a=a,
-        b=b,
-    )
+        made = _word_problem(rng, level) if rng.random() < _WORD_SHARE else _expression(rng, level)
+        if made is None:
+            continue
+        question, operations = made
+        values = [step.value for step in work_out(operations)]
+        small = all(value <= _LARGEST[level] for value in values) and all(value >= 0 for value in values[:-1])
+        # A negative answer is possible, as people ask for it, but rare where it would be hard.
+        usual = values[-1] >= 0 or (level == 1 and values[-1] > -100) or rng.random() < 0.2
+        if small and usual and split_of(question) == split:
+            yield Problem(question, values[-1], level, operations)
 
 
 def split_of(question: str) -> Split:
@@ -96,151 +108,127 @@ _FRAMES = (
 _WORDS = {"+": " plus ", "-": " minus ", "*": " times "}
 
 
-def _expression(rng: random.Random, level: int) -> Problem | None:
-    ops = [rng.choice("++--*") for _ in range(level)]
-    values = [_operand(rng, i, ops) for i in range(level + 1)]
-    worked = _work_out(values, ops)
-    if worked is None:
+class _Sheet:
+    """Operations in the order in which a reader meets them, term by term from the left."""
+
+    def __init__(self) -> None:
+        self.operations: list[Operation] = []
+
+    def add(self, operator: Operator, left: int | Result, right: int | Result) -> Result:
+        self.operations.append(Operation(operator, left, right))
+        return Result(len(self.operations) - 1)
+
+
+def _expression(rng: random.Random, level: int) -> tuple[str, tuple[Operation, ...]] | None:
+    wanted = rng.randint(*_OPERATIONS[level])
+    sheet = _Sheet()
+    symbols = _symbols(rng)
+    written, total = _term(rng, sheet, level, wanted, symbols, first=True)
+    while len(sheet.operations) < wanted:
+        sign: Operator = rng.choice(("+", "-"))
+        text, value = _term(rng, sheet, level, wanted - len(sheet.operations) - 1, symbols, first=False)
+        total = sheet.add(sign, total, value)
+        written += symbols[sign] + text
+    if len(sheet.operations) != wanted:
         return None
-    steps, answer = worked
-    return Problem(rng.choice(_FRAMES).format(e=_written(rng, values, ops)), answer, level, level, steps)
+    return rng.choice(_FRAMES).format(e=written), tuple(sheet.operations)
 
 
-def _operand(rng: random.Random, index: int, ops: list[str]) -> int:
-    if index > 0 and ops[index - 1] == "*":
-        return rng.randint(2, 9)
-    if index < len(ops) and ops[index] == "*":
-        return rng.randint(2, 30) if rng.random() < 0.75 else rng.randint(2, 99)
-    if index == 0 and rng.random() < 0.2:
-        return rng.randint(100, 900)
-    return rng.randint(1, 20) if rng.random() < 0.25 else rng.randint(1, 99)
+def _term(
+    rng: random.Random, sheet: _Sheet, level: int, room: int, symbols: dict[str, str], *, first: bool
+) -> tuple[str, int | Result]:
+    """One term of at most `room` operations, its operations on the sheet: what is written, and its value."""
+    kind = "number"
+    if room >= 1 and rng.random() < 0.45:
+        kind = rng.choice(_BRACKETED) if level >= 2 and rng.random() < 0.3 else "product"
+    if kind == "product":
+        a, b = _factors(rng, level)
+        return f"{a}{symbols['*']}{b}", sheet.add("*", a, b)
+    if kind == "mod":
+        a, b = rng.randint(20, 999 if level >= 3 else 99), rng.randint(3, 9)
+        alone = first and room == 1
+        return f"{a} mod {b}" if alone else f"({a} mod {b})", sheet.add("mod", a, b)
+    if kind == "bracket":
+        return _bracket(rng, sheet, level, symbols)
+    if kind == "bracket_times" and room >= 2:
+        text, inner = _bracket(rng, sheet, min(level, 2), symbols)
+        factor = rng.randint(2, 9)
+        return f"{text}{symbols['*']}{factor}", sheet.add("*", inner, factor)
+    number = _number(rng, level)
+    return str(number), number
 
 
-def _work_out(values: list[int], ops: list[str]) -> tuple[tuple[str, ...], int] | None:
-    """Products first, then left to right; None when a value leaves 0..999 (the last difference may be negative)."""
-    values, ops = list(values), list(ops)
-    steps: list[str] = []
-    while ops:
-        at = ops.index("*") if "*" in ops else 0
-        a, op, b = values[at], ops.pop(at), values.pop(at + 1)
-        values[at] = a * b if op == "*" else a + b if op == "+" else a - b
-        if abs(values[at]) > _MAX_VALUE or (values[at] < 0 and ops):
-            return None
-        steps.append(f"{a} {op} {b} = {values[at]}")
-    return tuple(steps), values[0]
+def _bracket(rng: random.Random, sheet: _Sheet, level: int, symbols: dict[str, str]) -> tuple[str, Result]:
+    a, b = sorted((_number(rng, level), _number(rng, level)), reverse=True)
+    sign: Operator = rng.choice(("+", "-"))
+    return f"({a}{symbols[sign]}{b})", sheet.add(sign, a, b)
 
 
-def _written(rng: random.Random, values: list[int], ops: list[str]) -> str:
+def _number(rng: random.Random, level: int) -> int:
+    """Two digits mostly, then three, and four from level 3 on; every level knows the small ones."""
+    draw = rng.random()
+    if draw < 0.2:
+        return rng.randint(1, 20)
+    if draw < (0.75 if level <= 2 else 0.5):
+        return rng.randint(2, 99)
+    return rng.randint(100, 999) if level <= 2 or draw < 0.9 else rng.randint(1000, 5000)
+
+
+def _factors(rng: random.Random, level: int) -> tuple[int, int]:
+    if level >= 3 and rng.random() < 0.25:
+        return rng.randint(11, 99), rng.randint(11, 99)
+    a, b = rng.randint(2, 30) if rng.random() < 0.5 else rng.randint(2, 99), rng.randint(2, 9)
+    return (a, b) if rng.random() < 0.85 else (b, a)
+
+
+def _symbols(rng: random.Random) -> dict[str, str]:
     style = rng.random()
     if style < 0.12:
-        symbols = _WORDS
-    else:
-        times = rng.choice(("*", "*", "*", "×", "x"))
-        space = "" if style < 0.4 else " "
-        symbols = {op: f"{space}{times if op == '*' else op}{space}" for op in "+-*"}
-    return str(values[0]) + "".join(symbols[op] + str(value) for op, value in zip(ops, values[1:], strict=True))
+        return _WORDS
+    times = rng.choice(("*", "*", "*", "×", "x"))
+    space = "" if style < 0.4 else " "
+    return {operator: f"{space}{times if operator == '*' else operator}{space}" for operator in "+-*"}
 
 
 # ---- word problems --------------------------------------------------------------------------------------------------
 
-_NAMES = ("Tom", "Anna", "Ben", "Lucy", "Sam", "Maria", "Leo", "Nina", "Omar", "Eva")
-_THINGS = ("apples", "books", "coins", "pens", "cards", "stamps", "marbles", "cookies", "shells", "stickers")
-_BAGS = ("boxes", "bags", "packs", "jars")
-_STARTS = (
-    "{name} has {x} {things}.",
-    "{name} starts with {x} {things}.",
-    "There are {x} {things} on the table.",
-    "A shop has {x} {things}.",
-)
-_PRODUCT_STARTS = (
-    "{name} has {x} {bags} with {y} {things} each.",
-    "There are {x} {bags} of {y} {things}.",
-    "{name} buys {x} {bags} of {things}, {y} in each.",
-)
-_GAINS = ("Then {x} more arrive.", "{name} buys {x} more.", "{name} finds {x} more.", "A friend adds {x} more.")
-_LOSSES = ("{name} gives away {x}.", "{name} loses {x}.", "Then {x} are sold.", "{x} of them break.")
-_MULTIPLES = ("Then the number grows {x} times.", "Now there are {x} times as many.")
-_ASKS = ("How many {things} are there now?", "How many {things} are left?", "How many {things} is that in the end?")
 
-
-def _word_problem(rng: random.Random, level: int) -> Problem | None:
-    words = {"name": rng.choice(_NAMES), "things": rng.choice(_THINGS), "bags": rng.choice(_BAGS)}
-    steps: list[str] = []
+def _word_problem(rng: random.Random, level: int) -> tuple[str, tuple[Operation, ...]] | None:
+    wanted = rng.randint(*_OPERATIONS[level])
+    sheet = _Sheet()
+    events: list[tuple[str, int, int]] = []
+    total: int | Result
     if rng.random() < 0.3:
-        x, y = rng.randint(2, 9), rng.randint(2, 30)
-        text = [rng.choice(_PRODUCT_STARTS).format(x=x, y=y, **words)]
-        total = x * y
-        steps.append(f"{x} * {y} = {total}")
+        x, y = rng.randint(2, 9), rng.randint(2, 40)
+        if level >= 3 and rng.random() < 0.4:
+            x, y = rng.randint(11, 40), rng.randint(11, 60)
+        start = ("product", x, y)
+        total, value = sheet.add("*", x, y), x * y
     else:
-        total = rng.randint(2, 99)
-        text = [rng.choice(_STARTS).format(x=total, **words)]
-    while len(steps) < level:
-        op = rng.choice("+++---*")
-        x = rng.randint(2, 5) if op == "*" else rng.randint(1, 99)
-        result = total * x if op == "*" else total + x if op == "+" else total - x
-        if not 0 <= result <= _MAX_VALUE:
+        value = total = _number(rng, level)
+        start = ("start", value, 0)
+    while len(sheet.operations) < wanted:
+        last = len(sheet.operations) == wanted - 1
+        kind = rng.choice(("gain", "gain", "gain", "loss", "loss", "loss", "multiple", "boxes_in", "left_over"))
+        if kind == "left_over" and (not last or not 20 <= value <= 999 or level == 1):
+            continue
+        if kind == "boxes_in":
+            if wanted - len(sheet.operations) < 2:
+                continue
+            x, y = rng.randint(2, 9), rng.randint(2, 40)
+            product = sheet.add("*", x, y)
+            total, value = sheet.add("+", total, product), value + x * y
+        elif kind == "left_over":
+            x, y = rng.randint(3, 9), 0
+            total, value = sheet.add("mod", total, x), value % x
+        elif kind == "multiple":
+            x, y = rng.randint(2, 5), 0
+            total, value = sheet.add("*", total, x), value * x
+        else:
+            x, y = _number(rng, level), 0
+            total = sheet.add("+" if kind == "gain" else "-", total, x)
+            value += x if kind == "gain" else -x
+        if not 0 <= value <= _LARGEST[level]:
             return None
-        event = rng.choice({"+": _GAINS, "-": _LOSSES, "*": _MULTIPLES}[op])
-        text.append(event.format(x=x, **words))
-        steps.append(f"{total} {op} {x} = {result}")
-        total = result
-    text.append(rng.choice(_ASKS).format(**words))
-    return Problem(" ".join(text), total, level, level, tuple(steps))
-
-
-# ---- everything else ------------------------------------------------------------------------------------------------
-
-_TOPICS = (
-    "the sea",
-    "cats",
-    "a black hole",
-    "music",
-    "bread",
-    "rain",
-    "history",
-    "a car",
-    "love",
-    "recursion",
-    "trees",
-)
-_PLACES = ("France", "Japan", "Peru", "Egypt", "Norway", "Kenya", "India", "Canada", "Italy", "Spain")
-_OTHER = (
-    "Hello",
-    "hi",
-    "Hi there!",
-    "Hello, how are you?",
-    "Good morning",
-    "Thanks!",
-    "Who are you?",
-    "What can you do?",
-    "What is the capital of {place}?",
-    "What is the population of {place}?",
-    "Where is {place}?",
-    "Who is {name}?",
-    "What is {thing}?",
-    "What happened in {year}?",
-    "Who won the election in {year}?",
-    "Tell me about {thing}.",
-    "Tell me a joke about {thing}.",
-    "Write a poem about {thing}.",
-    "Write a short story about {name} and {thing}.",
-    "Write a Python function that sorts a list.",
-    "Explain {thing} to a child.",
-    "Explain how {thing} works.",
-    "Summarise this text: {name} went to {place} in {year} to see {thing}.",
-    "Translate '{thing}' into French.",
-    "Is {thing} older than {name}?",
-    "Fix this code: for i in range({a}): print(i)",
-    "What is {a} / {b}?",
-    "Divide {a} by {b}.",
-    "What is {a} divided by {b}?",
-    "What is the square root of {a}?",
-    "What is {a}% of {b}?",
-    "Is {a} a prime number?",
-    "Solve x + {a} = {b} for x.",
-    "Prove that {thing} is infinite.",
-    "Give me {a} ideas for a birthday party.",
-    "What is the weather in {place} today?",
-    "Why do people like {thing}?",
-    "Plan a trip to {place} for {b} days.",
-)
+        events.append((kind, x, y))
+    return word_text(rng, start, events), tuple(sheet.operations)

@@ -96,7 +96,7 @@ def gather(args: argparse.Namespace) -> pd.DataFrame:
         for level in LEVELS:
             drawn = problems(args.seed + 7100, level, args.per_level)
             questions, answers = [p.question for p in drawn], [str(p.answer) for p in drawn]
-            frames.append(asked(ask, "arithmetic", f"arithmetic, {level} operations", questions, answers))
+            frames.append(asked(ask, "arithmetic", f"arithmetic, level {level}", questions, answers))
     return pd.concat(frames, ignore_index=True)
 
 

@@ -94,9 +94,9 @@ def test_thinking_is_counted_and_kept_apart(bundled: LocalModel, start_engine: S
     caller = Caller(start_engine(bundled))
     id = caller.generate("What is 3 + 4?")
     finished = caller.finished(id)
-    assert caller.reasoning(id) == "3 + 4 = 7\n"
+    assert caller.reasoning(id) == "3 + 4 = 7\n\n"
     assert caller.content(id) == "The answer is 7."
-    spelled = "<think>\n3 + 4 = 7\n</think>", "\n\nThe answer is 7.<|im_end|>"
+    spelled = "<think>\n3 + 4 = 7\n\n</think>", "\n\nThe answer is 7.<|im_end|>"
     thought, said = (len(bundled.tokenizer(part).input_ids) for part in spelled)
     assert (finished.reasoning_tokens, finished.output_tokens) == (thought, thought + said)
     assert finished.finish_reason == "stop"
@@ -333,7 +333,7 @@ def test_pickled_weights_are_never_read(tiny_folder: Callable[[str], Path], tmp_
 
 
 @pytest.mark.parametrize(
-    ("source", "reason"), [("bundled/none", "bundled are: base"), ("./no/such/folder", "no folder")]
+    ("source", "reason"), [("bundled/none", "bundled are: base, draft, nano"), ("./no/such/folder", "no folder")]
 )
 def test_a_missing_model_is_named(source: str, reason: str) -> None:
     with pytest.raises(ModelLoadError, match=reason):

@@ -78,12 +78,12 @@ async def test_an_answer_streams_and_is_counted(client: EngineClient) -> None:
 
 
 async def test_many_tasks_share_a_connection(client: EngineClient) -> None:
-    many = asyncio.gather(*(answer(client, f"What is {n} + 1?") for n in range(9)))
+    many = asyncio.gather(*(answer(client, f"What is {n} + 1?") for n in range(1, 10)))
     probe, vectors = await asyncio.gather(client.probe(user("abc")), client.embed(["a", "bc"]))
     answers = await many
     assert probe.p_success == {"m": 0.25}
     assert (vectors.dims, len(vectors.vectors), vectors.tokens) == (2, 16, 3)
-    assert [content for content, _ in answers] == [f"The answer is {n + 1}." for n in range(9)]
+    assert [content for content, _ in answers] == [f"The answer is {n + 1}." for n in range(1, 10)]
 
 
 async def test_failures_have_a_code(client: EngineClient) -> None:
