@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
 
-_BOUNDS = (*range(0, 4096, 256), *range(4096, 16384, 1024), 16384)
+_BOUNDS = (*range(0, 512, 64), *range(512, 4096, 256), *range(4096, 16384, 1024), 16384)
 _LATER = 4096
 MAX_BLOCKS = 65_536
 """Keys remembered; about 10 MB."""

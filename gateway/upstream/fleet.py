@@ -28,7 +28,7 @@ log = get_logger(__name__)
 LOAD_AGE_S = 1.0
 """How old a load may be before it is asked for anew, beside the calls."""
 DOWN_S = (1.0, 30.0)
-"""How long a replica that cannot be reached is passed over: from the first to the second, doubling."""
+"""How long a replica that does not serve is passed over: from the first to the second, doubling."""
 _LOAD_TIMEOUTS = Timeouts(1.0, 2.0, 2.0, 2.0)
 _MAX_LOAD_BYTES = 1 << 20
 _T = TypeVar("_T")
@@ -54,7 +54,7 @@ class Replica:
 
 
 class Fleet:
-    """An upstream made of replicas. A replica that cannot be reached is passed over within the same attempt."""
+    """An upstream made of replicas. One that does not serve now is passed over within the same attempt."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class Fleet:
         return await self._first(call, ask)
 
     async def _first(self, call: ChatCall, ask: Callable[[Replica], Awaitable[_T]]) -> _T:
-        """The answer of the best replica that can be reached. `ask` counts it out of flight."""
+        """The answer of the best replica that serves. `ask` counts it out of flight."""
         keys = _keys_of(call) if len(self.replicas) > 1 else []
         ranked = self._ranked(keys)
         for left, at in zip(reversed(range(len(ranked))), ranked, strict=True):
@@ -116,7 +116,7 @@ class Fleet:
             try:
                 answer = await ask(replica)
             except UpstreamError as error:
-                if error.cause != "connect":
+                if not _serves_nobody(error):
                     raise
                 self._lost(at, error)
                 if not left:
@@ -127,7 +127,7 @@ class Fleet:
         raise AssertionError("a fleet has a replica")
 
     def _ranked(self, keys: Sequence[int]) -> list[int]:
-        """Replicas by score, best first; those that could not be reached of late come last."""
+        """Replicas by score, best first; those that did not serve of late come last."""
         now = time.monotonic()
         matched = self._prefixes.matched(keys, len(self.replicas))
         for replica in self.replicas:
@@ -149,7 +149,7 @@ class Fleet:
         replica.down_until = time.monotonic() + pause_s
         replica.told = 0.0
         self._prefixes.forget(at)
-        log.warning("replica.unreachable", replica=replica.name, error=error.kept, passed_over_s=pause_s)
+        log.warning("replica.passed_over", replica=replica.name, error=error.kept, passed_over_s=pause_s)
 
     def _refresh(self, replica: Replica, now: float) -> None:
         """Forget a load that is old; ask for it where the server has a path for it."""
@@ -172,6 +172,11 @@ class Fleet:
                 response.release()
         replica.told = max(0.0, load - sent) if load is not None else 0.0
         replica.told_at = time.monotonic()
+
+
+def _serves_nobody(error: UpstreamError) -> bool:
+    """Nobody listens, or there is no engine behind who does: nothing was computed, and retries would meet the same."""
+    return error.cause == "connect" or error.status == 503
 
 
 class _Counted:

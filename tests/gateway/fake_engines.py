@@ -26,6 +26,8 @@ class FakeEngine:
         self.headers: list[dict[str, str]] = []
         self.waiting = 0
         self.running = 0
+        self.starting = False
+        """It listens, and its engine is not there: 503, at once."""
         self.loads_asked = 0
         self.aborted = asyncio.Event()
         self.hold = asyncio.Event()
@@ -51,6 +53,8 @@ class FakeEngine:
         body = await request.json()
         self.bodies.append(body)
         self.headers.append(dict(request.headers))
+        if self.starting:
+            return web.json_response({"error": {"message": "no engine"}}, status=503, headers={"Retry-After": "1"})
         tokens, cached = self._had(body)
         usage: dict[str, Any] = {"prompt_tokens": tokens, "completion_tokens": 3, "total_tokens": tokens + 3}
         beside: dict[str, Any] = {}

@@ -80,6 +80,16 @@ async def test_a_conversation_stays_where_its_prefix_is(engines: Engines) -> Non
 
 
 @anyio
+async def test_a_short_conversation_stays_too(engines: Engines) -> None:
+    said: list[dict[str, str]] = [{"role": "system", "content": "You are a careful calculator."}]
+    for seed in "abc":
+        messages = [*said, {"role": "user", "content": f"{seed} asks: what is 23 + 48 - 7, in words, if you please?"}]
+        at = await engines.served_by({"model": "auto", "messages": messages})
+        messages += [{"role": "assistant", "content": "64"}, {"role": "user", "content": "And 5 more?"}]
+        assert await engines.served_by({"model": "auto", "messages": messages}) == at
+
+
+@anyio
 async def test_a_busy_replica_gives_a_conversation_up(engines: Engines) -> None:
     at = await engines.served_by(conversation("a"))
     assert await engines.served_by(conversation("a", 3)) == at
@@ -123,6 +133,23 @@ async def test_a_replica_that_is_away_costs_no_request(engines: Engines) -> None
     assert fleet.replicas[at].failures >= 1
     rows = await engines.gateway.rows()
     assert {(row["outcome"], len(row["attempt_rows"])) for row in rows} == {("ok", 1)}
+
+
+@anyio
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_replica_without_its_engine_costs_no_request(engines: Engines, stream: bool) -> None:
+    at = await engines.served_by(conversation("a"))
+    engines.servers[at].starting = True
+    request = engines.gateway.stream if stream else engines.gateway.chat
+    for _ in range(4):
+        assert (await request({**conversation("a", 3), "stream": stream}))[0] == 200
+    assert len(engines.servers[at].bodies) > 1, "it was asked, in vain"
+    rows = await engines.gateway.rows()
+    assert {(row["outcome"], len(row["attempt_rows"])) for row in rows} == {("ok", 1)}
+    assert [replica.in_flight for replica in engines.fleet.replicas] == [0, 0, 0]
+    for server in engines.servers:
+        server.starting = True
+    assert (await engines.gateway.chat(conversation("a", 3)))[0] in (502, 503)
 
 
 @anyio
@@ -174,7 +201,7 @@ def test_prompts_share_keys_exactly_as_far_as_they_are_equal(text: str, cut: int
     keys, others = block_keys("t", [one]), block_keys("t", [two])
     common = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
     shared = sum(a == b for a, b in zip(keys, others, strict=False))
-    assert shared >= sum(bound <= common for bound in range(256, 4097, 256)) - (common < 256) * 0
+    assert shared >= sum(bound <= common for bound in [*range(64, 512, 64), *range(512, 4097, 256)])
     assert not set(block_keys("u", [one])) & set(keys), "tenants have keys of their own"
 
 
