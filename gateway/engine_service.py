@@ -10,23 +10,24 @@ the engine in the answer's `endpoint-load-metrics` header (ORCA) where a request
 
 import asyncio
 import base64
-import hmac
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from fastapi import Depends, FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CollectorRegistry, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 
 from gateway import __version__
-from gateway.edge.asgi import error_headers
+from gateway.edge.asgi import Receive, Scope, Send
 from gateway.edge.prompts import read_embedding
+from gateway.edge.refused import tell_refusals
 from gateway.edge.wire import read_chat
+from gateway.engine_door import Door
 from gateway.engine_link import EngineConnection
 from gateway.engine_metrics import EngineMetrics
 from gateway.engine_needs import EngineNeeds
@@ -36,24 +37,24 @@ from gateway.errors import (
     InternalError,
     InvalidRequest,
     LeadlineError,
-    Unauthenticated,
     Unavailable,
     UnknownModel,
     UpstreamTimeout,
 )
 from gateway.upstream.engines import LOAD_HEADER
 from gateway.upstream.local import LocalUpstream
+from gateway.upstream.local_params import MAX_SEED
 from gateway.upstream.sse import write_event
-from gateway.upstream.types import CallHeaders, ChatCall, Target, UpstreamError
+from gateway.upstream.types import AnswerStream, CallHeaders, ChatCall, Target, UpstreamError
 from local_engine.client import EngineClient
 from local_engine.errors import EngineFailure, EngineGone
 from local_engine.types import Delta, EngineStats, Finished, SamplingParams, TapSpec
 
 ANSWER_TIMEOUT_S = 600.0
 """The whole of one answer."""
-MAX_BODY_BYTES = 32 << 20
 _json = msgspec.json.Encoder().encode
 _T = TypeVar("_T")
+_Small = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
 class EngineService:
@@ -83,26 +84,18 @@ class EngineService:
         app = FastAPI(
             title="Leadline engine", version=__version__, lifespan=self._lifespan, docs_url=None, redoc_url=None
         )
-        known = [Depends(self._authenticate)]
+        app.add_middleware(Door, token=self._token)
         app.add_api_route("/health", self._health)
-        app.add_api_route("/metrics", self._show_metrics, dependencies=known)
-        app.add_api_route("/v1/models", self._models, dependencies=known)
-        app.add_api_route("/v1/chat/completions", self._chat, methods=["POST"], dependencies=known)
-        app.add_api_route("/v1/embeddings", self._embeddings, methods=["POST"], dependencies=known)
-        app.add_api_route("/embed", self._embeddings, methods=["POST"], dependencies=known)
-        app.add_api_route("/score", self._score, methods=["POST"], dependencies=known)
-        app.add_api_route("/probe", self._probe, methods=["POST"], dependencies=known)
-        app.add_api_route("/hidden", self._hidden, methods=["POST"], dependencies=known)
-        app.add_exception_handler(LeadlineError, _told)
-        app.add_exception_handler(RequestValidationError, _told_invalid)
+        app.add_api_route("/metrics", self._show_metrics)
+        app.add_api_route("/v1/models", self._models)
+        app.add_api_route("/v1/chat/completions", self._chat, methods=["POST"])
+        app.add_api_route("/v1/embeddings", self._embeddings, methods=["POST"])
+        app.add_api_route("/embed", self._embeddings, methods=["POST"])
+        app.add_api_route("/score", self._score, methods=["POST"])
+        app.add_api_route("/probe", self._probe, methods=["POST"])
+        app.add_api_route("/hidden", self._hidden, methods=["POST"])
+        tell_refusals(app)
         return app
-
-    async def _authenticate(self, request: Request) -> None:
-        if self._token is None:
-            return
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._token.encode()):
-            raise Unauthenticated("authorization: send `Bearer TOKEN`, the token that the engine was started with.")
 
     # what there is -------------------------------------------------------------------------------------------------
 
@@ -133,28 +126,12 @@ class EngineService:
     async def _chat(self, request: Request) -> Response:
         call = await self._read(request, read_chat)
         target = self._target(call.model)
-        stream = await _attempted(self._upstream.stream(target, call)) if call.stream else None
         headers = await self._load_headers(request)
-        if stream is None:
-            answer = await _until_gone(request, _attempted(self._upstream.complete(target, call)))
-            return Response(answer.body, media_type="application/json", headers=headers)
-
-        async def events() -> AsyncIterator[bytes]:
-            try:
-                async for group in stream:
-                    for event in group:
-                        if not event.usage_only or call.include_usage:
-                            yield write_event(event.data)
-            except UpstreamError as error:
-                yield write_event(_json(_error_of(error).body()))
-            else:
-                yield b"data: [DONE]\n\n"
-            finally:
-                await stream.close()
-
-        return StreamingResponse(
-            events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache", **headers}
-        )
+        if call.stream:
+            stream = await _until_gone(request, _attempted(self._upstream.stream(target, call)))
+            return EventStream(stream, include_usage=call.include_usage, headers=headers)
+        answer = await _until_gone(request, _attempted(self._upstream.complete(target, call)))
+        return Response(answer.body, media_type="application/json", headers=headers)
 
     async def _embeddings(self, request: Request) -> Response:
         call = await self._read(request, read_embedding)
@@ -164,14 +141,11 @@ class EngineService:
         return Response(answer.body, media_type="application/json")
 
     async def _read(self, request: Request, read: Callable[[bytes, CallHeaders], ChatCall]) -> ChatCall:
-        body = await request.body()
-        if len(body) > MAX_BODY_BYTES:
-            raise InvalidRequest(f"The body is larger than {MAX_BODY_BYTES >> 20} MiB.")
-        call = read(body, CallHeaders(token=""))
+        call = read(await request.body(), CallHeaders(token=""))
         salt = call.fields.get("cache_salt")
         if salt is not None:
             try:
-                call.tenant = msgspec.json.decode(salt, type=str)
+                call.tenant = msgspec.json.decode(salt, type=str | None) or ""
             except msgspec.ValidationError as error:
                 raise InvalidRequest(f"cache_salt: {error}.", param="cache_salt") from error
         return call
@@ -185,8 +159,8 @@ class EngineService:
             _until_gone(
                 request,
                 self._client().score(
-                    asked.model, _json(asked.messages), asked.candidates,
-                    prefix=asked.prefix, deadline_s=ANSWER_TIMEOUT_S, salt=asked.cache_salt,
+                    asked.model, _bytes_of(asked.messages), asked.candidates,
+                    prefix=asked.prefix, deadline_s=ANSWER_TIMEOUT_S, salt=asked.cache_salt or "",
                 ),
             )
         )  # fmt: skip
@@ -206,22 +180,26 @@ class EngineService:
 
     async def _probe(self, asked: "ProbeRequest") -> dict[str, Any]:
         """Calibrated chances of a good answer, and the prompt's length for each model."""
-        result = await _asked(self._client().probe(_json(asked.messages)))
+        result = await _asked(self._client().probe(_bytes_of(asked.messages)))
         return {"p_success": result.p_success, "prompt_tokens": result.input_tokens, "cost_us": result.cost_us}
 
     async def _hidden(self, asked: "HiddenRequest", request: Request) -> dict[str, Any]:
         """Hidden states as base64 of float16, little endian, row major: [tokens, layers, width]."""
         self._target(asked.model)
         taps = TapSpec(layers=tuple(asked.layers), where=asked.where, tokens=tuple(asked.tokens))
-        sampling = SamplingParams(max_tokens=asked.max_tokens, temperature=asked.temperature, seed=asked.seed)
+        sampling = SamplingParams(
+            max_tokens=asked.max_tokens,
+            temperature=asked.temperature,
+            seed=asked.seed & MAX_SEED if asked.seed is not None else None,
+        )
 
         async def gather() -> dict[str, Any]:
             content = reasoning = ""
             tapped: list[dict[str, Any]] = []
             async with aclosing(
                 self._client().generate(
-                    asked.model, _json(asked.messages), sampling,
-                    deadline_s=ANSWER_TIMEOUT_S, salt=asked.cache_salt, taps=taps,
+                    asked.model, _bytes_of(asked.messages), sampling,
+                    deadline_s=ANSWER_TIMEOUT_S, salt=asked.cache_salt or "", taps=taps,
                 )
             ) as events:  # fmt: skip
                 async for event in events:
@@ -265,11 +243,39 @@ class EngineService:
         return {LOAD_HEADER.decode(): f"JSON {_json(load_of(await _asked(self._client().stats()))).decode()}"}
 
 
+class EventStream(StreamingResponse):
+    """An answer as server-sent events. Closes `stream` however it ends, even before the first event is asked for."""
+
+    def __init__(self, stream: AnswerStream, *, include_usage: bool, headers: dict[str, str]) -> None:
+        self._stream = stream
+        self._include_usage = include_usage
+        super().__init__(
+            self._events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache", **headers}
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._stream.close()
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        try:
+            async for group in self._stream:
+                for event in group:
+                    if not event.usage_only or self._include_usage:
+                        yield write_event(event.data)
+        except UpstreamError as error:
+            yield write_event(_json(_error_of(error).body()))
+        else:
+            yield b"data: [DONE]\n\n"
+
+
 class _Asked(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    cache_salt: str = ""
+    cache_salt: str | None = None
 
 
 class ScoreRequest(_Asked):
@@ -286,12 +292,12 @@ class ProbeRequest(BaseModel):
 
 class HiddenRequest(_Asked):
     model: str
-    layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=256)]
+    layers: Annotated[list[_Small], Field(min_length=1, max_length=256)]
     where: Literal["prompt", "generated", "tokens"] = "prompt"
-    tokens: list[int] = []
-    max_tokens: Annotated[int, Field(ge=1)] = 1
+    tokens: list[_Small] = []
+    max_tokens: Annotated[int, Field(ge=1, le=1 << 31)] = 1
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
 
 
 def load_of(stats: EngineStats) -> dict[str, dict[str, float]]:
@@ -302,6 +308,11 @@ def load_of(stats: EngineStats) -> dict[str, dict[str, float]]:
             "num_requests_running": stats.running, "num_requests_waiting": stats.waiting, "kv_cache_usage_perc": share,
         }
     }  # fmt: skip
+
+
+def _bytes_of(messages: list[dict[str, Any]]) -> bytes:
+    """As JSON, whatever stands in it: what cannot be read of it, the engine refuses by its place."""
+    return json.dumps(messages).encode()
 
 
 class EngineAway(Unavailable):
@@ -345,7 +356,8 @@ async def _asked(work: Awaitable[_T]) -> _T:
         if error.code == "deadline":
             raise UpstreamTimeout(error.message) from error
         if error.code == "invalid_request":
-            raise InvalidRequest(error.message) from error
+            message, param = error.message.removeprefix("taps."), error.param.removeprefix("taps.")  # the body, here
+            raise InvalidRequest(message, param=param) from error
         raise InternalError(error.message) from error
 
 
@@ -367,17 +379,3 @@ async def _until_gone(request: Request, work: Awaitable[_T]) -> _T:
 async def _hang_up(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-async def _told(_: Request, error: Exception) -> Response:
-    assert isinstance(error, LeadlineError)
-    headers = {name.decode(): value.decode() for name, value in error_headers(error)}
-    return JSONResponse(error.body(), status_code=error.http_status, headers=headers)
-
-
-async def _told_invalid(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"][1:]) or "body"
-    invalid = InvalidRequest(f"{where}: {first['msg']}.", param=where)
-    return JSONResponse(invalid.body(), status_code=400)

@@ -261,8 +261,9 @@ class Engine:
         """Check everything that can be checked before work is spent, and join the line."""
         lane = self._lane(command)
         model = lane.model
-        problem = sampling_problem(command.sampling, model.network.config.vocab_size) or _tap_problem(
-            command.taps, model.network.config.num_hidden_layers
+        sizes = model.network.config
+        problem = sampling_problem(command.sampling, sizes.vocab_size) or _tap_problem(
+            command.taps, sizes.num_hidden_layers, sizes.vocab_size
         )
         if problem is not None:
             raise InvalidRequest(problem, problem.split()[0])
@@ -276,12 +277,14 @@ class Engine:
     def _prepare_score(self, job: _Job, command: Score) -> None:
         lane = self._lane(command)
         if not 1 <= len(command.candidates) <= MAX_CANDIDATES:
-            raise InvalidRequest(f"candidates must hold 1 to {MAX_CANDIDATES} texts, not {len(command.candidates)}")
+            raise InvalidRequest(
+                f"candidates must hold 1 to {MAX_CANDIDATES} texts, not {len(command.candidates)}", "candidates"
+            )
         prompt = self._prompt(lane, command, parse_tools(command.tools_json), "none")
         candidates = [_plain_tokens(lane.model, text) for text in command.candidates]
         for at, tokens in enumerate(candidates):
             if not tokens:
-                raise InvalidRequest(f"candidates[{at}] has no tokens: there is nothing to score")
+                raise InvalidRequest(f"candidates[{at}] has no tokens: there is nothing to score", "candidates")
         self._check_room(lane, command.model, len(prompt) + max(map(len, candidates)))
         self._begin(job, command, Scoring(command, prompt, candidates))
 
@@ -374,7 +377,8 @@ class Engine:
         if job.cancelled:
             return self._end(job, Finished(job.command.id, "cancelled", 0, 0, 0))
         if self._prober is None:
-            return self._fail(job, "invalid_request", "this engine has no embedding model")
+            problem = "this engine has no embedding model; load one, by a policy with a model that `embeds`"
+            return self._fail(job, "invalid_request", problem, "model")
         vectors, dims, tokens = self._prober.embed(texts)
         self._end(job, EmbedResult(job.command.id, dims, vectors, tokens))
 
@@ -469,11 +473,13 @@ def _plain_tokens(model: LocalModel, text: str) -> list[int]:
     return tokens
 
 
-def _tap_problem(taps: TapSpec | None, layers: int) -> str | None:
+def _tap_problem(taps: TapSpec | None, layers: int, vocabulary: int) -> str | None:
     if taps is None:
         return None
     if not taps.layers or not all(0 <= layer <= layers for layer in taps.layers):
         return f"taps.layers must name layers from 0 (the embeddings) to {layers}, not {list(taps.layers)}"
     if taps.where == "tokens" and not taps.tokens:
         return "taps.tokens is empty: name the token ids whose hidden states are wanted"
+    if strange := [token for token in taps.tokens if not 0 <= token < vocabulary]:
+        return f"taps.tokens names token {strange[0]}, and the model has tokens 0 to {vocabulary - 1}"
     return None

@@ -2,18 +2,13 @@
 
 import asyncio
 import time
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, FastAPI, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
-from fastapi.routing import APIRoute
 from msgspec.structs import replace
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.exceptions import HTTPException
-from starlette.routing import BaseRoute, Route
 
 from gateway import __version__
 from gateway.admission.keys import Principal
@@ -21,12 +16,12 @@ from gateway.admission.limits import MAX_PATH, RUN_PATTERN
 from gateway.edge import answers
 from gateway.edge.admin import ChangeRate
 from gateway.edge.admin import router as admin_router
-from gateway.edge.asgi import error_headers
 from gateway.edge.budgets import budgets_of, shown
 from gateway.edge.caller import Caller, TheLifecycle
 from gateway.edge.openapi import completed, refusals
+from gateway.edge.refused import tell_refusals
 from gateway.edge.wire import read_chat
-from gateway.errors import InvalidRequest, LeadlineError, MethodNotAllowed, NotFound
+from gateway.errors import InvalidRequest, NotFound
 from gateway.ledger import report
 from gateway.ledger.store import BATCH_WAIT_S
 from gateway.query import query_of
@@ -218,51 +213,6 @@ def _scope(principal: Principal) -> str | None:
     return None if principal.role == "admin" else principal.tenant
 
 
-async def _error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, LeadlineError)
-    response = JSONResponse(error.body(), status_code=error.http_status)
-    response.raw_headers += error_headers(error)
-    return response
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    """Starlette's own refusals (no such path, wrong method), in the shape of all others."""
-    assert isinstance(error, HTTPException)
-    if isinstance(error.__cause__, LeadlineError):  # raised while the body was read
-        return await _error(request, error.__cause__)
-    where = f"{request.method} {request.url.path[:200]}"
-    if error.status_code == 404:
-        known: LeadlineError = NotFound(f"{where}: no such path; /openapi.json lists them.")
-    elif error.status_code == 405:
-        allowed = methods_of(request.app.routes, request.url.path)
-        known = MethodNotAllowed(f"{where}: this path takes {' or '.join(sorted(allowed))} alone.", allowed=allowed)
-    else:
-        known = InvalidRequest(f"{where}: {error.detail}.")
-    return await _error(request, known)
-
-
-def methods_of(routes: Iterable[BaseRoute], path: str) -> set[str]:
-    """The methods that some route takes at `path`."""
-    found: set[str] = set()
-    for route in routes:
-        inner = getattr(route, "original_router", None)  # FastAPI keeps the routers that it includes
-        if inner is not None:
-            found |= methods_of(inner.routes, path)
-        elif isinstance(route, Route | APIRoute) and route.path_regex.match(path):
-            found |= route.methods or set()
-    return found
-
-
-async def _invalid(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    path = ".".join(str(part) for part in first["loc"][1:])
-    if not path:
-        words = f"body: {first['msg']}; send a JSON object with Content-Type: application/json."
-        return await _error(request, InvalidRequest(words))
-    return await _error(request, InvalidRequest(f"{path}: {first['msg']}.", param=path))
-
-
 class Web(FastAPI):
     """Describes the data plane too, which it does not serve."""
 
@@ -277,7 +227,5 @@ def build_web() -> FastAPI:
     web.include_router(router)
     web.include_router(admin_router)
     web.state.change_rate = ChangeRate()
-    web.add_exception_handler(LeadlineError, _error)
-    web.add_exception_handler(HTTPException, _http_error)
-    web.add_exception_handler(RequestValidationError, _invalid)
+    tell_refusals(web)
     return web

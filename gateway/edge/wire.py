@@ -64,6 +64,7 @@ class _ChatRequest(msgspec.Struct):
 _fields_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _request_decoder = msgspec.json.Decoder(_ChatRequest)
 _PATH = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
+_MISSING = re.compile(r"^Object missing required field `(?P<name>[^`]*)`")
 _TEXT_PARTS = frozenset({"text", "refusal"})
 MAX_TOKENS = 1 << 31
 MAX_MESSAGES = 100_000
@@ -208,4 +209,7 @@ def _invalid(message: str) -> InvalidRequest:
     found = _PATH.search(message)
     path = found["path"] if found else None
     sentence = message[: found.start()] if found else message
+    if missing := _MISSING.match(sentence):
+        path = f"{path}.{missing['name']}" if path else missing["name"]
+        sentence = "is missing"
     return InvalidRequest(f"{path}: {sentence}." if path else f"{sentence}.", param=path)

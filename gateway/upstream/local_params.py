@@ -127,5 +127,6 @@ def _read(call: ChatCall, field: str, type: Any, default: Any) -> Any:
     try:
         return msgspec.json.decode(raw, type=type)
     except msgspec.DecodeError as error:
-        problem, _, path = str(error).partition(" - at `$")
-        raise refused(field + path.strip("`"), f"{problem[0].lower()}{problem[1:]}") from error
+        problem, _, path = str(error).partition(" - at `")
+        where = path.strip("`").removeprefix("$") if path.startswith("$") else ""
+        raise refused(field + where, f"{problem[0].lower()}{problem[1:]}") from error

@@ -8,7 +8,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,10 @@ import psutil
 import pytest
 
 from gateway.engine_alone import run_alone
+from gateway.engine_door import MAX_BODY_BYTES, Door
+from gateway.engine_service import EventStream
 from gateway.policies import CannotServe
+from gateway.upstream.types import Event, StreamState
 from tests.conftest import free_port, stop
 from tests.gateway.conftest import running
 
@@ -103,6 +106,19 @@ async def test_without_its_token_nothing_is_told(service: Service) -> None:
         assert (await client.get("/health")).status_code == 200
 
 
+async def test_no_body_is_read_for_a_stranger() -> None:
+    async def never(*_: Any) -> Any:
+        raise AssertionError("it was let in")
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await Door(never, TOKEN)({"type": "http", "path": "/score", "headers": []}, never, send)
+    assert sent[0]["status"] == 401
+
+
 async def test_scores_are_the_logprobs_of_what_it_writes(service: Service) -> None:
     async with service.client() as client:
         first = (
@@ -141,6 +157,20 @@ async def test_hidden_states_of_chosen_layers_at_chosen_tokens(service: Service)
         ("/score", {"model": "base", "messages": SUM, "candidates": []}, 400, "invalid_request", "candidates"),
         ("/score", {"model": "base", "messages": SUM, "candidates": [""]}, 400, "invalid_request", "candidates[0]"),
         ("/score", {"model": "base", "messages": SUM, "candidate": ["x"]}, 400, "invalid_request", "candidate"),
+        ("/score", {"model": "base", "messages": [{"role": "user", "content": 10**30}], "candidates": ["x"]}, 400,
+         "invalid_request", "messages[0].content"),
+        ("/score", b"x", 400, "invalid_request", "send a JSON object"),
+        ("/score", b" " * (MAX_BODY_BYTES + 1), 413, "body_too_large", "32 MiB"),
+        ("/v1/chat/completions", b" " * (MAX_BODY_BYTES + 1), 413, "body_too_large", "32 MiB"),
+        ("/v1/chat/completions", {"model": "base"}, 400, "invalid_request", "messages: is missing"),
+        ("/v1/chat/completions", {"model": "base", "messages": SUM, "logit_bias": {"x": 1}}, 400, "invalid_request",
+         "logit_bias: expected `int`, got `str`"),
+        ("/v1/embeddings", {"model": "base", "input": "x"}, 400, "invalid_request", "no embedding model; load one"),
+        ("/v1/completions", {"model": "base", "prompt": "x"}, 404, "not_found", "no such path"),
+        ("/hidden", {"model": "base", "messages": SUM, "layers": [10**30]}, 400, "invalid_request", "layers.0"),
+        ("/hidden", {"model": "base", "messages": SUM, "layers": [1], "seed": 10**30}, 400, "invalid_request", "seed"),
+        ("/hidden", {"model": "base", "messages": SUM, "layers": [1], "where": "tokens", "tokens": [99999]}, 400,
+         "invalid_request", "tokens names token 99999"),
         ("/hidden", {"model": "base", "messages": SUM, "layers": []}, 400, "invalid_request", "layers"),
         ("/v1/chat/completions", {"model": "base", "messages": [{"role": "user", "content": "1 + 1 " * 900}]},
          400, "context_length_exceeded", "1024"),
@@ -148,7 +178,8 @@ async def test_hidden_states_of_chosen_layers_at_chosen_tokens(service: Service)
 )  # fmt: skip
 async def test_bad_input_is_named(service: Service, path: str, body: Any, status: int, code: str, words: str) -> None:
     async with service.client() as client:
-        answer = await client.post(path, json=body)
+        sent: Any = {"content": body} if isinstance(body, bytes) else {"json": body}
+        answer = await client.post(path, **sent, headers={"content-type": "application/json"})
     error = answer.json()["error"]
     assert (answer.status_code, error["code"]) == (status, code), error
     assert words in error["message"]
@@ -187,6 +218,47 @@ async def test_a_caller_who_leaves_ends_its_generation(service: Service) -> None
             while "leadline_engine_requests_running 0.0" not in (await client.get("/metrics")).text:
                 await asyncio.sleep(0.1)
         assert await cancelled() >= before
+
+
+class Waiting:
+    """A stream whose next event never comes."""
+
+    def __init__(self) -> None:
+        self.state = StreamState()
+        self.closed = False
+
+    async def __aiter__(self) -> AsyncIterator[list[Event]]:
+        yield [Event(b"{}")]
+        await asyncio.Event().wait()
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize("heard", [0, 1])
+async def test_a_stream_ends_with_its_caller_even_before_its_first_event(heard: int) -> None:
+    stream = Waiting()
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, str]:
+        while len(sent) <= heard * 2 - 1:
+            await asyncio.sleep(0)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    answer = EventStream(stream, include_usage=False, headers={})
+    async with asyncio.timeout(20):
+        await answer({"type": "http"}, receive, send)
+    assert stream.closed
+
+
+async def test_no_salt_may_be_said_by_null(service: Service) -> None:
+    async with service.client() as client:
+        for path, more in (("/v1/chat/completions", {"max_tokens": 1}), ("/score", {"candidates": ["x"]})):
+            asked = {"model": "base", "messages": SUM, "cache_salt": None, **more}
+            assert (await client.post(path, json=asked)).status_code == 200
 
 
 async def test_an_engine_that_dies_is_replaced_and_its_callers_are_told(service: Service) -> None:

@@ -321,6 +321,7 @@ def test_scores_are_those_of_transformers(bundled: LocalModel, network: Any, sta
         ({"taps": TapSpec(())}, "taps.layers"),
         ({"taps": TapSpec((99,))}, "taps.layers"),
         ({"taps": TapSpec((1,), "tokens")}, "taps.tokens"),
+        ({"taps": TapSpec((1,), "tokens", (1 << 30,))}, "taps.tokens"),
     ],
 )
 def test_what_makes_no_sense_is_refused(

@@ -1,0 +1,74 @@
+"""Refusals of the parts that a web framework serves, its own included, in the shape of all other errors."""
+
+from collections.abc import Iterable
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute, Route
+
+from gateway.edge.asgi import error_headers
+from gateway.errors import InternalError, InvalidRequest, LeadlineError, MethodNotAllowed, NotFound
+
+
+def refusal(error: LeadlineError) -> Response:
+    response = JSONResponse(error.body(), status_code=error.http_status)
+    response.raw_headers += error_headers(error)
+    return response
+
+
+def tell_refusals(web: FastAPI) -> None:
+    """Every error of `web` is told as ours from here on."""
+    web.add_exception_handler(LeadlineError, _error)
+    web.add_exception_handler(HTTPException, _http_error)
+    web.add_exception_handler(RequestValidationError, _invalid)
+    web.add_exception_handler(Exception, _fault)
+
+
+def methods_of(routes: Iterable[BaseRoute], path: str) -> set[str]:
+    """The methods that some route takes at `path`."""
+    found: set[str] = set()
+    for route in routes:
+        inner = getattr(route, "original_router", None)  # FastAPI keeps the routers that it includes
+        if inner is not None:
+            found |= methods_of(inner.routes, path)
+        elif isinstance(route, Route | APIRoute) and route.path_regex.match(path):
+            found |= route.methods or set()
+    return found
+
+
+async def _error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, LeadlineError)
+    return refusal(error)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Starlette's own refusals: no such path, wrong method."""
+    assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, LeadlineError):  # raised while the body was read
+        return refusal(error.__cause__)
+    where = f"{request.method} {request.url.path[:200]}"
+    if error.status_code == 404:
+        return refusal(NotFound(f"{where}: no such path; /openapi.json lists them."))
+    if error.status_code == 405:
+        allowed = methods_of(request.app.routes, request.url.path)
+        return refusal(
+            MethodNotAllowed(f"{where}: this path takes {' or '.join(sorted(allowed))} alone.", allowed=allowed)
+        )
+    return refusal(InvalidRequest(f"{where}: {error.detail}."))
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"][1:])
+    if not path or first["type"] == "json_invalid":
+        return refusal(InvalidRequest(f"body: {first['msg']}; send a JSON object with Content-Type: application/json."))
+    return refusal(InvalidRequest(f"{path}: {first['msg']}.", param=path))
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    """Starlette raises it again once it is told, for the log."""
+    return refusal(InternalError("The server failed at this request; it is in its log."))
