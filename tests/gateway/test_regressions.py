@@ -315,9 +315,8 @@ async def test_a_conversation_far_too_long_holds_up_nobody(home: Gateway, upstre
 @anyio
 @pytest.mark.engine
 async def test_what_the_local_model_cannot_do_goes_elsewhere(home: Gateway) -> None:
-    schema = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}}
     function = {"name": "f", "parameters": {"type": "object"}}
-    for more in ({"response_format": schema}, {"functions": [function]}, {"response_format": {"type": "json_object"}}):
+    for more in ({"functions": [function]}, {"tools": [{"type": "function", "function": function}]}):
         _, headers, _ = await home.chat(ask_local("What is 2 + 3?", model="auto", **more))
         assert headers["x-leadline-model"] == "cheap", more
         status, _, body = await home.chat(ask_local("What is 2 + 3?", **more))
