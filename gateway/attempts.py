@@ -378,7 +378,7 @@ def failed(errors: list[UpstreamError], ticket: Ticket, tried: list[str]) -> Lea
         return UpstreamRefused(
             last.message, upstream_status=last.status or 400, error=last.error, provider=provider, before=before
         )
-    words = "; then ".join(dict.fromkeys(error.message for error in errors))
+    words = "; then ".join(dict.fromkeys(error.message.rstrip(".") for error in errors))
     if last.cause == "context_length":
         return ContextLengthExceeded(f"No target takes a prompt of this length: {words}.", param="messages")
     waits = [ticket.world.breakers[model].closed_in_s() for model in tried]
@@ -402,7 +402,7 @@ _KINDS: dict[Cause, type[UpstreamFailed]] = {"timeout": UpstreamTimeout, "rate_l
 def stream_failed(error: UpstreamError, model: str) -> LeadlineError:
     """The event that ends a stream which broke after its first byte."""
     kind = UpstreamTimeout if error.cause == "timeout" else UpstreamFailed
-    return kind(f"The answer of {model} broke off: {error.message}.")
+    return kind(f"The answer of {model} broke off: {error.message.rstrip('.')}.")
 
 
 def deadline_passed(ticket: Ticket) -> LeadlineError:

@@ -3,6 +3,7 @@
 Relative paths in a policy (`probe: ./mine`, `model: ./checkpoint`) are relative to the policy file.
 """
 
+import json
 import os
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -150,7 +151,8 @@ def unloadable(policy: Policy, folder: Path) -> list[str]:
                         f"signals.difficulty.heads.{model}: the probe has no head {head!r}; {meant}"
                         f"it has {', '.join(heads)}"
                     )
-    return found + unloadable_models(local_models(policy, folder)) + _undraftable(_speculation(policy, folder))
+    models = local_models(policy, folder)
+    return found + unloadable_models(models) + _undraftable(_speculation(policy, folder), models)
 
 
 def unloadable_models(sources: Mapping[str, str]) -> list[str]:
@@ -164,14 +166,32 @@ def unloadable_models(sources: Mapping[str, str]) -> list[str]:
     return found
 
 
-def _undraftable(speculation: Mapping[str, str]) -> list[str]:
-    """A sentence for each drafting model that is not there."""
+def _undraftable(speculation: Mapping[str, str], models: Mapping[str, str]) -> list[str]:
+    """A sentence for each drafting model, or layer to draft at, that is not there."""
     found = []
     for name, how in speculation.items():
         try:
-            drafter = read_speculation(how).draft
-            if drafter is not None:
-                locate(drafter)
+            wanted = read_speculation(how)
+            if wanted.draft is not None:
+                locate(wanted.draft)
+            layers = _layers_of(models[name]) if wanted.exit_layer is not None else None
         except (ModelLoadError, ValueError) as error:
             found.append(f"models: {name}: speculation: {error}")
+            continue
+        if wanted.exit_layer is not None and layers is not None and wanted.exit_layer >= layers:
+            found.append(
+                f"models: {name}: speculation: exit:{wanted.exit_layer} must name a layer from 1 to {layers - 1}: "
+                f"the model has {layers}"
+            )
     return found
+
+
+def _layers_of(source: str) -> int | None:
+    """Decoder layers of a model; None where its files do not say so, or are not here."""
+    try:
+        path, here = locate(source)
+        config = json.loads((Path(path) / "config.json").read_bytes()) if here else {}
+        layers = config.get("num_hidden_layers")
+    except (ModelLoadError, OSError, ValueError, AttributeError):
+        return None
+    return layers if isinstance(layers, int) else None

@@ -112,8 +112,8 @@ def read_speculation(how: str) -> Speculation:
             exit_layer = int(detail)
         else:
             raise ValueError(
-                f"{how!r} is not off, or of auto, ngram, recycle and one of draft:SOURCE and exit:LAYER some, each"
-                " once, joined by +"
+                f"{how!r} is neither off nor a sum of auto (or ngram, recycle), each once, and at most one of "
+                "draft:SOURCE and exit:LAYER, joined by +"
             )
     return Speculation(ngram=ngram, recycle=recycle, draft=draft, exit_layer=exit_layer)
 

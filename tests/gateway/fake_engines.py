@@ -54,7 +54,9 @@ class FakeEngine:
         self.bodies.append(body)
         self.headers.append(dict(request.headers))
         if self.starting:
-            return web.json_response({"error": {"message": "no engine"}}, status=503, headers={"Retry-After": "1"})
+            return web.json_response(
+                {"error": {"message": "There is no engine."}}, status=503, headers={"Retry-After": "1"}
+            )
         tokens, cached = self._had(body)
         usage: dict[str, Any] = {"prompt_tokens": tokens, "completion_tokens": 3, "total_tokens": tokens + 3}
         beside: dict[str, Any] = {}

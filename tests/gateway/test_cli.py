@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from gateway.policies import load_policy, unloadable
 from tests.conftest import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +46,28 @@ def test_check_names_line_value_and_fix(tmp_path: Path) -> None:
     done = leadline("check", str(policy), home=tmp_path)
     assert done.returncode != 0
     assert "bad.yaml:5: models.m: missing price" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("speculation", "words"),
+    [
+        ("exit:1", None),
+        ("exit:99", "speculation: exit:99 must name a layer from 1 to "),
+        ("exit:1+exit:2", "at most one of draft:SOURCE and exit:LAYER"),
+        ("draft:./none", "there is no folder"),
+    ],
+)
+def test_drafting_that_cannot_be_is_named_before_the_start(tmp_path: Path, speculation: str, words: str | None) -> None:
+    policy = tmp_path / "p.yaml"
+    policy.write_text(
+        "version: 1\nproviders:\n  p: {engine: embedded}\n"
+        f"models:\n  m: {{provider: p, model: bundled/base, speculation: '{speculation}'}}\n"
+        "routes:\n  - {name: r, when: {model: auto}, use: [m]}\n"
+    )
+    loaded, folder = load_policy(policy), tmp_path
+    problems = unloadable(loaded, folder)
+    assert len(problems) == (words is not None), problems
+    assert words is None or words in problems[0]
 
 
 def test_check_of_a_file_that_is_not_there(tmp_path: Path) -> None:

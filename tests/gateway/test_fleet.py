@@ -149,7 +149,10 @@ async def test_a_replica_without_its_engine_costs_no_request(engines: Engines, s
     assert [replica.in_flight for replica in engines.fleet.replicas] == [0, 0, 0]
     for server in engines.servers:
         server.starting = True
-    assert (await engines.gateway.chat(conversation("a", 3)))[0] in (502, 503)
+    status, _, answer = await engines.gateway.chat(conversation("a", 3))
+    assert status in (502, 503)
+    assert answer["error"]["message"].endswith("There is no engine.")
+    assert not answer["error"]["message"].endswith("..")
 
 
 @anyio
