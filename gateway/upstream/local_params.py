@@ -52,6 +52,9 @@ class _NamedTool(msgspec.Struct):
 def sampling_params(call: ChatCall, seed: int) -> SamplingParams:
     """What the engine samples by; `seed` where the caller gave none. Raises UpstreamError naming a bad field."""
     asked = call.sampling
+    effort = asked.reasoning_effort or "low"
+    if effort not in _EFFORTS:
+        raise refused("reasoning_effort", f"{effort[:40]!r} is none of {', '.join(_EFFORTS)}")
     return SamplingParams(
         max_tokens=asked.max_tokens,
         min_tokens=_read(call, "min_tokens", int, 0),
@@ -69,7 +72,7 @@ def sampling_params(call: ChatCall, seed: int) -> SamplingParams:
         logprobs=asked.logprobs,
         top_logprobs=asked.top_logprobs,
         response_format=_text_format(call),
-        effort=_EFFORTS.get(asked.reasoning_effort or "low", "low"),
+        effort=_EFFORTS[effort],
     )
 
 

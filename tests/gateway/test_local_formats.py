@@ -162,6 +162,7 @@ def test_a_tool_choice_is_read_in_every_shape() -> None:
         ({"structured_outputs": {}}, "structured_outputs"),
         ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs"),
         ({"tool_choice": "sometimes"}, "tool_choice"),
+        ({"reasoning_effort": "ultra"}, "reasoning_effort"),
     ],
 )
 def test_a_field_of_another_shape_is_named(fields: dict[str, Any], param: str) -> None:
