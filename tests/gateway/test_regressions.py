@@ -315,7 +315,7 @@ async def test_a_conversation_far_too_long_holds_up_nobody(home: Gateway, upstre
 @anyio
 @pytest.mark.engine
 async def test_what_the_local_model_cannot_do_goes_elsewhere(home: Gateway) -> None:
-    function = {"name": "f", "parameters": {"type": "object"}}
+    function: dict[str, Any] = {"name": "f", "parameters": {"type": "object"}}
     for more in ({"functions": [function]}, {"tools": [{"type": "function", "function": function}]}):
         _, headers, _ = await home.chat(ask_local("What is 2 + 3?", model="auto", **more))
         assert headers["x-leadline-model"] == "cheap", more
