@@ -71,7 +71,6 @@ async def work(url: str, name: str, seconds: float) -> None:
         for kind in ("no budget", "one budget", "budgets apart"):
             sys.stdout.write(await drive(budgets, ledger, name, kind, seconds) + "\n")
         await ledger.stop()
-        await budgets.stop()
 
 
 def main() -> None:

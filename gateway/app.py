@@ -92,19 +92,17 @@ class App:
             stack.callback(claimed.close)
         journal = Journal(settings.journal, sync=to_disk if settings.durability == "full" else None)
         shared = SharedBudgets(connect_budgets(settings.database_url)) if settings.shared else None
-        if shared is not None:
-            stack.push_async_callback(shared.stop)
-        else:  # alone on this database: what this process inserts is booked nowhere but in its memory
+        if shared is None:  # alone on this database: what this process inserts is booked nowhere but in its memory
             with database.begin() as connection:
                 budget_rows.clear(connection)
         ledger = LedgerStore(
             database, journal, journals=settings.journal.parent, durability=settings.durability, booking=shared
         )
+        stack.push_async_callback(ledger.stop)
         replayed = ledger.replay()
         if replayed:
             log.warning("ledger.replayed", requests=replayed)
         ledger.start()
-        stack.push_async_callback(ledger.stop)
         keys = KeyStore(database, pepper)
         self.first_key = make_first_key(keys, settings.home)
         cache: ExactCache = MemoryCache(settings.cache_bytes)

@@ -50,6 +50,8 @@ class Batch:
     waiting: list[Take] = field(default_factory=list)
     """Of its orders, those that wait for a recall: they are neither done nor refused."""
     in_sql: bool = False
+    in_doubt: bool = False
+    """Its commit was not answered, and its requests were told so."""
     recalled: set[Key] = field(default_factory=set)
 
     @property
@@ -171,6 +173,8 @@ class BudgetWriter:
                 return
             if now_s >= self._next_beat_s:
                 self._beat()
+                if self._doubt is not None:
+                    self._serve([])
 
     def _serve(self, orders: list[Order]) -> bool:
         """One batch, with the requests that wait for a recall. False when the database did not take it."""
@@ -186,11 +190,13 @@ class BudgetWriter:
             failed = away()
             self.heard_s = -1e9
             self.engine.dispose()
-            if self._doubt is not batch and not batch.in_sql:
+            if batch.in_doubt:
+                return False
+            if not batch.in_sql:
                 self._undo(batch)
             batch.waiting = []
         self._waiting = batch.waiting
-        self._tell(batch, failed, self._doubt is not batch)
+        self._tell(batch, failed, True)
         if batch.recalled and failed is None:
             self._ring(batch.recalled)
         return failed is None
@@ -214,7 +220,7 @@ class BudgetWriter:
             late: dict[Key, int] = {}
             if not changing:
                 batch.read_at_s = time.monotonic()
-                with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                with self._reading() as connection:
                     batch.rows = budget_rows.read(connection, batch.scopes, lock=False)
                 self.heard_s = batch.read_at_s
                 late = _late(batch.rows, orders)
@@ -224,7 +230,13 @@ class BudgetWriter:
                     batch.waiting = takes
             if changing:
                 with self.lock:
-                    late = self._change(batch, orders)
+                    try:
+                        late = self._change(batch, orders)
+                    except Exception:
+                        if self._doubt is batch:  # told before another thread can find out what came of it
+                            batch.waiting, batch.in_doubt = [], True
+                            self._tell(batch, away(), False)
+                        raise
             if not late:
                 return
             with self.engine.begin() as connection:
@@ -239,12 +251,12 @@ class BudgetWriter:
     def _ripe(self, batch: Batch, waiting: list[Take]) -> bool:
         """Whether one of those who wait for a recall would now be decided."""
         now_s = time.monotonic()
-        return any(
-            now_s >= (take.recall_until_s or 0)
-            or (key := _short(batch.rows, take)) is None
-            or not batch.rows[key].spare_nanousd
-            for take in waiting
-        )
+        for take in waiting:
+            short = _short(batch.rows, take)
+            waits = short and all(key in take.recalled and batch.rows[key].spare_nanousd for key in short)
+            if not waits or now_s >= (take.recall_until_s or 0):
+                return True
+        return False
 
     def _change(self, batch: Batch, orders: Sequence[Order]) -> dict[Key, int]:
         """One transaction; where a budget has to be started first it does nothing, and returns which."""
@@ -279,21 +291,27 @@ class BudgetWriter:
 
     def _take(self, changed: "_Changes", batch: Batch, take: Take) -> None:
         short = _short(changed.budgets, take)
-        if short is None:
+        if not short:
             changed.take(take)
             return
         changed.put_back(take)
-        row, now_s = changed.budgets[short], time.monotonic()
-        one = next(one for one in take.account.slices if one.key == short)
-        if row.spare_nanousd and row.spare_nanousd != one.given_up:
-            if take.recall_until_s is None:
-                take.recall_until_s = now_s + RECALL_S
-                batch.recalled.add(short)
-            if now_s < take.recall_until_s:
-                batch.waiting.append(take)
+        now_s = time.monotonic()
+        slices = {one.key: one for one in take.account.slices}
+        for key in short:
+            spare = changed.budgets[key].spare_nanousd
+            if not spare or spare == slices[key].given_up:
+                take.short = key
                 return
-            one.given_up = row.spare_nanousd
-        take.short = short
+        if take.recall_until_s is None:
+            take.recall_until_s = now_s + RECALL_S
+        if now_s < take.recall_until_s:
+            batch.recalled.update(key for key in short if key not in take.recalled)
+            take.recalled.update(short)
+            batch.waiting.append(take)
+            return
+        for key in short:
+            slices[key].given_up = changed.budgets[key].spare_nanousd
+        take.short = short[0]
 
     def _fill(self, changed: "_Changes", batch: Batch, orders: Sequence[Order]) -> None:
         """What the worker may keep unused of the budgets that it has asked more of."""
@@ -304,7 +322,7 @@ class BudgetWriter:
                 unused |= {one: one.free for one in order.account.slices if one.divisible}
         for one, free in unused.items():
             row, limit = changed.budgets[one.key], one.limit_nanousd
-            recalled = now_s < one.exact_until_s or 0 <= one.recalls < row.recalls
+            recalled = now_s < one.exact_until_s or one.recalls < row.recalls
             size = 0 if recalled else one.fits(row, limit, self.workers)
             added = max(0, size - max(0, free))
             batch.filled[one.key] = (added, size, limit)
@@ -321,19 +339,25 @@ class BudgetWriter:
                     with self.engine.begin() as connection:
                         budget_rows.ring(connection, worker)
 
+    def _reading(self) -> Connection:
+        return self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+
     def _poll(self) -> None:
         """Whether somebody wants back what this worker does not use."""
         now_s = time.monotonic()
         self._next_poll_s = now_s + POLL_S
         try:
-            with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            with self._reading() as connection:
                 rung = budget_rows.rung(connection, self.life)
-                if rung != self._rung:
-                    rows = budget_rows.read(connection, {scope for scope, _ in self._keeping}, lock=False)
-                    with self.lock:
-                        self.note(rows, {}, list(self._keeping.values()))
-                    self._rung = rung
-                    self._tell(Batch(0, [], rows, now_s), None, True)
+            if rung != self._rung:
+                with self.lock:  # the ledger's thread changes what is kept
+                    scopes = {scope for scope, _ in self._keeping}
+                with self._reading() as connection:
+                    rows = budget_rows.read(connection, scopes, lock=False)
+                with self.lock:
+                    self.note(rows, {}, list(self._keeping.values()))
+                self._rung = rung
+                self._tell(Batch(0, [], rows, now_s), None, True)
             self.heard_s = now_s
         except SQLAlchemyError as error:
             self.heard_s = -1e9
@@ -448,15 +472,16 @@ def _moves_first(order: Order) -> tuple[bool, bool]:
     return not isinstance(order, Move), isinstance(order, Move) and order.amount < 0
 
 
-def _short(rows: dict[Key, Row], take: Take) -> Key | None:
-    """The budget that has not enough left."""
+def _short(rows: dict[Key, Row], take: Take) -> list[Key]:
+    """The budgets that have not enough left."""
+    short = []
     for one in take.account.slices:
         row, limit = rows[one.key], take.account.limits[one.key]
         bounds = [b for b in (limit.nanousd, row.given_nanousd) if b is not None]
         need = take.amount - take.own.get(one.key, 0)
         if need > 0 and need > min(bounds) - row.spent_nanousd - row.reserved_nanousd:
-            return one.key
-    return None
+            short.append(one.key)
+    return short
 
 
 def _late(rows: dict[Key, Row], orders: Sequence[Order]) -> dict[Key, int]:

@@ -6,7 +6,7 @@ is in the ledger, and gives it back in the same transaction (`gateway.admission.
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from gateway.admission.budgets import Budget, window_start_ms
@@ -100,6 +100,8 @@ class Take:
     """Whoever asked has it."""
     recall_until_s: float | None = None
     """It waits for other workers to give back what they do not use."""
+    recalled: set[Key] = field(default_factory=set)
+    """Of which budgets."""
 
 
 @dataclass(slots=True, eq=False)

@@ -230,17 +230,21 @@ class SharedBudgets:
         self._loop = asyncio.get_running_loop()
         self._writer.start()
 
-    async def stop(self) -> None:
+    async def stop(self) -> bool:
         """After the ledger's last insertion: what waits is done once more, then nothing is held.
 
-        A worker that ends in order leaves nothing to reclaim; what the ledger still lacks, its journal names.
+        A worker that ends in order leaves nothing to reclaim. False: it holds what the ledger still lacks, or the
+        database did not take it back.
         """
+        ended = False
         self._level_all()
         await asyncio.to_thread(self._writer.stop)
         if not self._open:
             with contextlib.suppress(SQLAlchemyError):
                 await asyncio.to_thread(self._writer.forget, self.life)
+                ended = True
         self._engine.dispose()
+        return ended
 
     def statistics(self) -> dict[str, int]:
         return {"open": len(self._open), "waiting": len(self._writer.queue)}

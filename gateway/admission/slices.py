@@ -49,7 +49,8 @@ class Slice:
     used_s: float = 0.0
     told: int = 0
     """What SQL says is unused of it: not 0 while it is kept."""
-    recalls: int = -1
+    recalls: int = 0
+    """Those that it knows of. Whoever meets a budget that has ever been recalled is exact: it may be so just now."""
     exact_until_s: float = 0.0
     given_up: int = -1
     """What all workers together had unused when a recall was last given up."""
@@ -115,6 +116,8 @@ class Slice:
 
     def heard(self, row: Row, now_s: float) -> None:
         """For the writers: a recall that this worker has not heard of makes it exact."""
-        if self.recalls >= 0 and row.recalls > self.recalls:
+        if row.recalls > self.recalls:
             self.exact_until_s = now_s + EXACT_S
         self.recalls = row.recalls
+        if row.spare_nanousd != self.given_up:
+            self.given_up = -1

@@ -208,6 +208,11 @@ class Journal:
             (self._folder / f"{LIFE}{life}").unlink(missing_ok=True)
         self._old, self.lives = [], []
 
+    def unsign(self) -> None:
+        """This process holds nothing more of shared budgets."""
+        if self._life is not None:
+            self._life.unlink(missing_ok=True)
+
     def close(self) -> None:
         """Release the folder. Segments with nothing uncommitted are deleted, the rest stays for the next start."""
         for segment in self._segments:
@@ -215,8 +220,6 @@ class Journal:
             os.close(segment.fd)
             if segment.uncommitted == 0 and not self._segment_of:
                 segment.path.unlink(missing_ok=True)
-        if self._life is not None and not self._segment_of:
-            self._life.unlink(missing_ok=True)
         self._segments.clear()
         if self._syncer is not None:
             self._syncer.shutdown()

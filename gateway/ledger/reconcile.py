@@ -51,7 +51,7 @@ def adopt_orphans(root: Path) -> list[Orphan]:
     `root` itself is one where a version of one worker alone, without folders per worker, has left its segments there.
     """
     found = []
-    for folder in sorted(path for path in root.iterdir() if path.is_dir() and segments(path)):
+    for folder in sorted(path for path in root.iterdir() if path.is_dir() and (segments(path) or lives(path))):
         fd = try_lock(folder)
         if fd is None:
             continue

@@ -197,6 +197,8 @@ class LedgerStore:
         self._wake.set()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, 5)
+        if self._booking is not None and await self._booking.stop():
+            self.journal.unsign()
         self.journal.close()
 
     @property

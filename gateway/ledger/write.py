@@ -43,6 +43,10 @@ class Booking(Protocol):
         """The database refuses this row for what it is."""
         ...
 
+    async def stop(self) -> bool:
+        """Nothing more is inserted. Whether this process holds nothing any more: else its journal keeps its name."""
+        ...
+
     def forget(self, lives: Sequence[str]) -> None:
         """The journals of these are in the ledger: what they held is given back."""
         ...

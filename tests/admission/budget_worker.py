@@ -59,7 +59,6 @@ class Worker:
 
     async def stop(self) -> None:
         await self.ledger.stop()
-        await self.budgets.stop()
 
     def record(self, key: str, path: str | None) -> RequestRecord:
         self.serial += 1

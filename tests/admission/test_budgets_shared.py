@@ -77,7 +77,6 @@ class Worker:
 
     async def stop(self) -> None:
         await self.ledger.stop()
-        await self.budgets.stop()
         self.ledger.engine.dispose()
 
 
