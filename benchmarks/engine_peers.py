@@ -37,6 +37,7 @@ NEW: Final = 64
 START_S: Final = 300
 VLLM: Final = Path(".bench/vllm")
 ONE_THREAD: Final = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+VLLM_MODEL: Final = "vllm-model"
 GENERATE, SERVE = "transformers generate", "transformers serve"
 OURS, OURS_HTTP, VLLM_NAME = "leadline engine", "leadline engine, HTTP", "vLLM"
 
@@ -137,8 +138,10 @@ async def over_http(url: str, model: str, batch: int, seed: int) -> float:
 
         async def ask(at: int) -> int:
             body: dict[str, Any] = {
-                "model": model, "messages": messages(at), "max_tokens": NEW, "temperature": 0, "ignore_eos": True,
+                "model": model, "messages": messages(at), "max_tokens": NEW, "temperature": 0,
             }  # fmt: skip
+            if model == VLLM_MODEL:  # it takes the tokenizer's end of turn for the model's
+                body["ignore_eos"] = True
             answer = await client.post("/chat/completions", json=body)
             answer.raise_for_status()
             return int(answer.json()["usage"]["completion_tokens"])
@@ -185,7 +188,7 @@ def vllm(folder: Path) -> Iterator[tuple[str, str]]:
     port = free_port()
     command = [
         str(VLLM.absolute() / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server", "--model",
-        str(folder / "model"), "--served-model-name", "m", "--host", "127.0.0.1", "--port", str(port),
+        str(folder / "model"), "--served-model-name", VLLM_MODEL, "--host", "127.0.0.1", "--port", str(port),
         "--enforce-eager", "--block-size", "32", "--max-model-len", "1024", "--max-num-seqs", "32",
         "--dtype", "float32",
     ]  # fmt: skip
@@ -194,7 +197,7 @@ def vllm(folder: Path) -> Iterator[tuple[str, str]]:
         "VLLM_LOGGING_LEVEL": "WARNING",
     }  # fmt: skip
     with _serving(command, f"http://127.0.0.1:{port}/health", folder / "vllm.log", env):
-        yield f"http://127.0.0.1:{port}/v1", "m"
+        yield f"http://127.0.0.1:{port}/v1", VLLM_MODEL
 
 
 @contextlib.contextmanager
