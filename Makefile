@@ -74,6 +74,7 @@ bench-gateway: install ## Speed, streams, memory, start, scaling, beside nginx, 
 	$(BIN)/python benchmarks/bench_gateway.py
 
 bench-engine: install ## The local engine beside the machine's bound, transformers, and vLLM where it is installed
+	$(PIP) install accelerate==1.15.0
 	$(BIN)/python benchmarks/bench_engine.py
 
 bench-probe: install

@@ -155,21 +155,24 @@ async def over_http(url: str, model: str, batch: int, seed: int) -> float:
         return rate
 
 
+POLICY: Final = """
+version: 1
+providers: {{home: {{engine: embedded}}}}
+models: {{m: {{provider: home, model: "{model}", context: 1024, speculation: off}}}}
+"""
+
+
 @contextlib.contextmanager
 def leadline(folder: Path) -> Iterator[tuple[str, str]]:
-    port = free_port()
+    """Without drafts: what a random model writes repeats itself, and is drafted far better than what people ask for."""
+    port, model = free_port(), str(folder / "model")
+    policy = folder / "policy.yaml"
+    policy.write_text(POLICY.format(model=model))
     command = [
-        sys.executable,
-        "-m",
-        "gateway",
-        "engine",
-        "--listen",
-        f"127.0.0.1:{port}",
-        "--model",
-        f"m={folder / 'model'}",
-    ]
+        sys.executable, "-m", "gateway", "engine", "--listen", f"127.0.0.1:{port}", "--policy", str(policy),
+    ]  # fmt: skip
     with _serving(command, f"http://127.0.0.1:{port}/health", folder / "leadline.log"):
-        yield f"http://127.0.0.1:{port}/v1", "m"
+        yield f"http://127.0.0.1:{port}/v1", model
 
 
 @contextlib.contextmanager

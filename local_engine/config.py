@@ -29,7 +29,7 @@ class EngineConfig:
     dtype: Dtype = "auto"
     """auto: float32 on CPU (bfloat16 gains nothing there for one row), the checkpoint's own type on CUDA."""
     device: Device = "auto"
-    max_running: int = 8
+    max_running: int = 32
     """Sequences decoded at the same time; more wait in line."""
     prefill_chunk: int = 256
     """Most tokens of one step, the one of each decoding sequence counted first; bounds the time to honour a cancel.
