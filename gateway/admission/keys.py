@@ -12,6 +12,7 @@ import hmac
 import os
 import re
 import secrets
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,17 +108,19 @@ class KeyStore:
         self._change = -1
         self._polled_at = 0.0
         self._looking = asyncio.Lock()
+        self._reading = threading.Lock()
         _start_counting(engine)
         self.reload()
 
     def reload(self) -> None:
-        """Read all keys again, whether they have changed or not."""
-        with Session(self._engine) as session:
-            change = _last_change(session)  # before the rows: what changes meanwhile is read again next time
-            rows = session.exec(select(ApiKey).where(col(ApiKey.revoked_at_ms).is_(None))).all()
-        self._keys = {row.id: (row.hash, _principal(row)) for row in rows}
-        self._proven = {}
-        self._change = change
+        """Read all keys again, whether they have changed or not. One thread at a time: what is read last counts."""
+        with self._reading:
+            with Session(self._engine) as session:
+                change = _last_change(session)  # before the rows: what changes meanwhile is read again next time
+                rows = session.exec(select(ApiKey).where(col(ApiKey.revoked_at_ms).is_(None))).all()
+            self._keys = {row.id: (row.hash, _principal(row)) for row in rows}
+            self._proven = {}
+            self._change = change
 
     def poll(self) -> bool:
         """Read all keys again if one has changed since; says whether that was so. One row of SQL where it was not."""

@@ -1,6 +1,7 @@
 """Keys: roles and teams, recognised cheaply, and every change seen by every process within a second."""
 
 import hashlib
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,3 +147,32 @@ async def test_a_key_revoked_at_one_gateway_is_refused_by_the_other(
         seen_after_s = time.monotonic() - revoked_at
         assert (await two.chat(ask(), **headers))[0] == 401
         assert seen_after_s < 5, "a poll each half second; the machine may be busy"
+
+
+def test_a_slow_read_never_brings_a_revoked_key_back(stores: tuple[KeyStore, KeyStore]) -> None:
+    """Two threads read the keys, and the one that read before the revocation ends after the one that read it."""
+    here, there = stores
+    token = there.create("doomed")
+    here.poll()
+    principal = here.authenticate(token)
+    read, go_on = threading.Event(), threading.Event()
+
+    @event.listens_for(here._engine, "after_cursor_execute")
+    def wait(*call: object) -> None:
+        if "FROM api_key" in str(call[2]) and threading.current_thread().name == "slow":
+            read.set()
+            go_on.wait(30)
+
+    slow = threading.Thread(target=here.reload, name="slow")
+    slow.start()
+    assert read.wait(30)
+    there.revoke(principal.key_id)
+    quick = threading.Thread(target=here.reload)
+    quick.start()
+    quick.join(0.3)  # without an order it is done by now
+    go_on.set()
+    slow.join(30)
+    quick.join(30)
+    event.remove(here._engine, "after_cursor_execute", wait)
+    with pytest.raises(Unauthenticated):
+        here.authenticate(token)
