@@ -46,7 +46,10 @@ def run_alone(socket: Path | None, listen: str | None, policy: Path | None, mode
         from gateway.engine_service import EngineService
         from gateway.http_server import HttpServer
 
-        asyncio.run(HttpServer(EngineService(needs, token).app, DRAIN_S).serve_on(listener))
+        service = EngineService(needs, token)
+        asyncio.run(HttpServer(service.app, DRAIN_S).serve_on(listener))
+        if service.never_up:
+            raise CannotServe("the engine did not come up; its own words above say why")
 
 
 def _needs(place: Path, policy: Path | None, models: list[str], *, exit_with_parent: bool) -> EngineNeeds:

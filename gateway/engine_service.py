@@ -11,6 +11,7 @@ the engine in the answer's `endpoint-load-metrics` header (ORCA) where a request
 import asyncio
 import base64
 import json
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -68,17 +69,33 @@ class EngineService:
         self._registry = registry
         self._link = EngineConnection(Path(needs["socket_path"]), self._metrics)
         self._upstream = LocalUpstream(self._link)
+        self.never_up = False
+        """The engine failed before it ever answered: what it was told to load or to use is wrong."""
         self.app = self._routes()
 
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         self._process.start()
         self._link.start()
+        starting = asyncio.create_task(self._give_up_on_a_false_start(), name="engine-first-start")
         try:
             yield
         finally:
+            starting.cancel()
             await self._link.stop()
             await self._process.stop()
+
+    async def _give_up_on_a_false_start(self) -> None:
+        """Stop the server if the engine's first start fails; one that has answered once is started again for ever."""
+        waits = [asyncio.create_task(event.wait()) for event in (self._link.ready, self._process.failed)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if not self._link.ready.is_set():
+                self.never_up = True
+                signal.raise_signal(signal.SIGTERM)
+        finally:
+            for wait in waits:
+                wait.cancel()
 
     def _routes(self) -> FastAPI:
         app = FastAPI(

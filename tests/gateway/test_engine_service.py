@@ -327,3 +327,16 @@ async def test_what_cannot_be_served_is_said(
     monkeypatch.delenv("LEADLINE_ENGINE_TOKEN", raising=False)
     with pytest.raises(CannotServe, match=words):
         run_alone(socket, listen, None, models)
+
+
+def test_an_engine_that_cannot_start_ends_the_command() -> None:
+    command = [
+        sys.executable, "-m", "gateway", "engine", "--listen", f"127.0.0.1:{free_port()}", "--model",
+        "base=bundled/base",
+    ]  # fmt: skip
+    ended = subprocess.run(
+        command, env={**os.environ, "LEADLINE_KV_DISK": os.devnull}, capture_output=True, text=True, timeout=150
+    )
+    assert ended.returncode not in (0, -signal.SIGTERM)
+    assert f"{os.devnull} cannot be used" in ended.stderr
+    assert "the engine did not come up" in ended.stderr
