@@ -21,7 +21,7 @@ from local_engine.prefix_tiers import SlowTiers, open_tiers
 from local_engine.types import SamplingParams
 from tests.local_engine.engine_harness import PATIENCE_S, Caller, StartEngine, Watch
 
-SHARED = "You add numbers and show each step. " * 75
+SHARED = "You add numbers and show each step. " * 100
 FEW = SamplingParams(temperature=0, max_tokens=6)
 BLOCK = 16
 

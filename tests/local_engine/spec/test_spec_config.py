@@ -36,7 +36,10 @@ def test_what_is_no_way_to_draft_is_refused(how: str) -> None:
 
 @pytest.mark.parametrize(
     ("speculation", "message"),
-    [({"n": "auto"}, "speculation names 'n'; the models are m"), ({"m": "fast"}, "speculation of 'm': 'fast' is not")],
+    [
+        ({"n": "auto"}, "speculation names 'n'; the models are m"),
+        ({"m": "fast"}, "speculation of 'm': 'fast' is neither"),
+    ],
 )
 def test_a_configuration_says_what_is_wrong(speculation: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
