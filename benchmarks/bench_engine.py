@@ -1,8 +1,8 @@
 """The local engine beside its bounds and its peers: `make bench-engine`. Prints tables, writes results/engine.json.
 
 Sections: steps (decode steps over the machine's bound, taps), peers (tokens per second beside transformers and vLLM),
-prefix (first token of a shared prompt; cost where nothing hits), speculation (beside plain decoding), cancel (from the
-caller's leaving to freed rows). Values are medians over rounds, ratios are taken within a round.
+prefix (first token of a shared prompt; cost where nothing hits), cancel (from the caller's leaving to freed rows).
+Values are medians over rounds, ratios are taken within a round. Speculation has a command of its own: engine_spec.
 """
 
 import argparse

@@ -8,6 +8,7 @@ so that no prefix cache helps anybody; each answer is NEW tokens long.
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import queue
@@ -83,8 +84,6 @@ def save(model: LocalModel, folder: Path) -> None:
 
 
 def ours(model: LocalModel, batches: tuple[int, ...], seed: int) -> dict[int, float]:
-    import dataclasses
-
     engine = Engine({"m": dataclasses.replace(model, end_tokens=frozenset())}, max_running=max(batches))
     engine.start()
     arrived: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()

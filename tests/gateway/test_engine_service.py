@@ -211,13 +211,16 @@ async def test_a_caller_who_leaves_ends_its_generation(service: Service) -> None
         for stream in (False, True):
             asked = {"model": "base", "messages": SUM, "min_tokens": 900, "temperature": 1, "stream": stream, "n": 8}
             task = asyncio.create_task(client.post("/v1/chat/completions", json=asked))
-            await asyncio.sleep(0.3)
+            async with asyncio.timeout(60):
+                while "leadline_engine_requests_running 1.0" not in (await client.get("/metrics")).text:
+                    assert not task.done(), "it ended before it could be left"
+                    await asyncio.sleep(0.01)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        async with asyncio.timeout(60):
-            while "leadline_engine_requests_running 0.0" not in (await client.get("/metrics")).text:
-                await asyncio.sleep(0.1)
-        assert await cancelled() >= before
+            async with asyncio.timeout(60):
+                while "leadline_engine_requests_running 0.0" not in (await client.get("/metrics")).text:
+                    await asyncio.sleep(0.1)
+        assert await cancelled() == before + 2
 
 
 class Waiting:
