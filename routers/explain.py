@@ -1,11 +1,12 @@
 """A decision told: as lines for a person, and as plain data for the ledger and the dashboard."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from routers.cost import worst_case_nanousd
 from routers.policy import Policy
-from routers.types import Candidate, Decision, Query, Single
+from routers.types import Accept, Candidate, Cascade, Decision, Plan, Query, Single, Speculate, Vote
 from routers.units import format_money
 
 Asked = tuple[Policy, Query]
@@ -15,7 +16,7 @@ Asked = tuple[Policy, Query]
 def to_lines(decision: Decision, asked: Asked | None = None) -> list[str]:
     """What was decided and why, one fact per line, without colours or wrapping."""
     width = max(len(candidate.model) for candidate in decision.candidates)
-    lines = [f"{decision.plan.model}, by route {decision.route}: {decision.rule}"]
+    lines = [f"{decision.plan.name}, by route {decision.route}: {decision.rule}"]
     if decision.degraded:
         lines.append(f"degraded: {decision.degraded}")
     lines += [
@@ -37,21 +38,10 @@ def to_dict(decision: Decision, asked: Asked | None = None) -> dict[str, Any]:
     bound = {} if asked is None else {"worst_case_nanousd": worst_case_nanousd(asked[0], decision, asked[1])}
     return {
         **bound,
-        "plan": {"model": decision.plan.model, "effort": decision.plan.effort, "kind": decision.plan.kind},
+        "plan": _plain(asdict(decision.plan)),
         "route": decision.route,
         "rule": decision.rule,
-        "candidates": [
-            {
-                "model": candidate.model,
-                "p_success": candidate.p_success,
-                "p_low": candidate.p_low,
-                "p_high": candidate.p_high,
-                "expected_cost_nanousd": candidate.expected_cost_nanousd,
-                "worst_cost_nanousd": candidate.worst_cost_nanousd,
-                "rejected": candidate.rejected,
-            }
-            for candidate in decision.candidates
-        ],
+        "candidates": [asdict(candidate) for candidate in decision.candidates],
         "fallbacks": list(decision.fallbacks),
         "on_cause": {cause: list(names) for cause, names in decision.on_cause.items()},
         "resume": list(decision.resume),
@@ -59,17 +49,17 @@ def to_dict(decision: Decision, asked: Asked | None = None) -> dict[str, Any]:
         "probe_version": decision.probe_version,
         "seed": decision.seed,
         "degraded": decision.degraded,
+        "propensity": decision.propensity,
+        "explored": decision.explored,
+        "shadow": list(decision.shadow),
     }
 
 
 def from_dict(data: Mapping[str, Any]) -> Decision:
-    """The decision that `to_dict` wrote, in this version or the one before. Raises KeyError or ValueError for anything
-    else."""
-    plan = data["plan"]
-    if plan["kind"] != "single":
-        raise ValueError(f"a plan of kind {plan['kind']!r} cannot be read by this version")
+    """The decision that `to_dict` wrote, in this version or one before. Raises KeyError, TypeError or ValueError for
+    anything else."""
     return Decision(
-        plan=Single(plan["model"], plan["effort"]),
+        plan=_plan(data["plan"]),
         route=data["route"],
         rule=data["rule"],
         candidates=tuple(Candidate(**candidate) for candidate in data["candidates"]),
@@ -80,7 +70,33 @@ def from_dict(data: Mapping[str, Any]) -> Decision:
         probe_version=data["probe_version"],
         seed=data["seed"],
         degraded=data["degraded"],
+        propensity=data.get("propensity", 1.0),
+        explored=data.get("explored", False),
+        shadow=tuple(data.get("shadow", ())),
     )
+
+
+def _plan(data: Mapping[str, Any]) -> Plan:
+    match data["kind"]:
+        case "single":
+            return Single(**data)
+        case "cascade":
+            accept = dict(data["accept"])
+            accept["weights"] = tuple((feature, weight) for feature, weight in accept["weights"])
+            return Cascade(tuple(Single(**stage) for stage in data["stages"]), Accept(**accept))
+        case "speculate":
+            return Speculate(**{key: value for key, value in data.items() if key != "model"})
+        case "vote":
+            return Vote(**data)
+        case kind:
+            raise ValueError(f"a plan of kind {kind!r} cannot be read by this version")
+
+
+def _plain(node: Any) -> Any:
+    """With lists for tuples, as JSON has them."""
+    if isinstance(node, dict):
+        return {key: _plain(value) for key, value in node.items()}
+    return [_plain(item) for item in node] if isinstance(node, list | tuple) else node
 
 
 def _p(candidate: Candidate) -> str:
@@ -99,7 +115,7 @@ def _cost(candidate: Candidate) -> str:
 
 def verdict(candidate: Candidate, decision: Decision) -> str:
     """What became of the candidate: `chosen`, its place in reserve, or why it was rejected."""
-    if candidate.model == decision.plan.model:
+    if candidate.model == decision.plan.name:
         return "chosen"
     if candidate.model in decision.fallbacks:
         return f"in reserve, number {decision.fallbacks.index(candidate.model) + 1}"

@@ -7,8 +7,23 @@ from typing import Literal
 from probes.types import Estimate
 
 Effort = Literal["none", "low", "high"]
+"""How much a model thinks before it answers; as an option of a model that can be told."""
 Endpoint = Literal["chat.completions", "completions", "embeddings"]
 """What is asked for: an answer to a conversation, the raw continuation of a text, or vectors of texts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """What one request asks of its own decision. Each hint can only narrow what the policy allows."""
+
+    max_cost_nanousd: int | None = None
+    """At most this expected cost."""
+    min_p_success: float | None = None
+    """At least this chance of a good answer."""
+    effort: Effort | None = None
+    """At most this effort."""
+    models: frozenset[str] | None = None
+    """Only these models; None: any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,30 +50,85 @@ class Query:
     """No tokenizer makes more prompt tokens than this (the bytes of the body); None: not bounded but by the context."""
     text: bytes | memoryview | None = field(default=None, repr=False, compare=False)
     """The prompt as JSON, where all of it is text: read only when it may not fit, for the fewest tokens it can have."""
+    session: str | None = None
+    """The conversation this request goes on with; None: not known."""
+    run: str | None = None
+    """The agent run it belongs to; None: none."""
+    hints: Hints | None = None
+    reasoning: str | None = None
+    """The effort that the caller's own body states, in the provider's words; it stands, whatever the policy says."""
 
 
 @dataclass(frozen=True, slots=True)
 class Signals:
     """What was measured for this query. Absent is absent, never zero."""
 
-    p_success: dict[str, Estimate] = field(default_factory=dict)
-    """Per model of the policy."""
-    input_tokens: dict[str, int] = field(default_factory=dict)
+    p_success: Mapping[str, Estimate] = field(default_factory=dict)
+    """Per model of the policy; `model+effort` where a head speaks of a model at one effort."""
+    input_tokens: Mapping[str, int] = field(default_factory=dict)
     """Exact prompt tokens, for the models that could count them."""
     probe: Literal["ok", "unavailable", "not_asked"] = "not_asked"
+    out_tokens: Mapping[str, Estimate] = field(default_factory=dict)
+    """Tokens of the answer, thinking included; by the same names as `p_success`."""
+    domain: Mapping[str, float] = field(default_factory=dict)
+    """Probability of each domain; they sum to one."""
+    needs_reasoning: Estimate | None = None
+    """The chance that thinking before the answer pays."""
+    cached_tokens: Mapping[str, int] = field(default_factory=dict)
+    """Tokens of this prompt that the model's provider, or the engine, still holds from the conversation so far."""
+    clusters: tuple[tuple[int, float], ...] = ()
+    """The nearest clusters of queries, each with its weight; the weights sum to one."""
+    difficulty: Estimate | None = None
+    """From 0, easy, to 1, hard."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a target is doing now; None: not known."""
+
+    queue: int = 0
+    """Requests that wait for a place."""
+    running: int = 0
+    """Requests under way."""
+    slots: int | None = None
+    """Requests that run side by side before any waits."""
+    tokens_per_s: float | None = None
+    """Of one answer, while it is written."""
+    prefill_tokens_per_s: float | None = None
+    ttft_ms_p50: float | None = None
+    """Time to the first token, queue included, of the last answers."""
+    ttft_ms_p95: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """What one model has earned in one cluster of queries."""
+
+    pulls: float
+    """Answers with feedback; not whole where older ones count less."""
+    reward: float
+    """The sum of their rewards, each from 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class State:
     """A snapshot of the world at decision time."""
 
-    unavailable: dict[str, str] = field(default_factory=dict)
+    unavailable: Mapping[str, str] = field(default_factory=dict)
     """Models that cannot serve now, each with the reason (`engine down`, `breaker open until …`)."""
     budget_remaining_nanousd: int | None = None
     """What the caller may still spend; None: no budget applies."""
     degrade: Literal["cheaper", "local"] | None = None
     """What the fullest of the caller's budgets turns routing to; `degrade_reason` says which."""
     degrade_reason: str = ""
+    now_ms: int = 0
+    """The wall clock, milliseconds since 1970 UTC."""
+    load: Mapping[str, Load] = field(default_factory=dict)
+    """By model of the policy."""
+    session_model: str | None = None
+    """The model that answered this conversation last; None: a new one, or not known."""
+    arms: Mapping[tuple[int, str], Arm] = field(default_factory=dict)
+    """By cluster and model: what bandits have learned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +137,106 @@ class Single:
 
     model: str
     effort: Effort | None = None
+    """None: as the model does by itself, or as the caller's body says."""
+    max_thinking_tokens: int | None = None
     kind: Literal["single"] = "single"
 
+    @property
+    def name(self) -> str:
+        """As a policy writes it, e.g. `local`, `local+high`."""
+        return self.model if self.effort is None else f"{self.model}+{self.effort}"
 
-Plan = Single
+
+AnswerFeature = Literal["mean_logprob", "min_logprob", "log_tokens"]
+"""Measured on an answer: over its tokens' log probabilities (nats), or the natural logarithm of their number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Accept:
+    """When an answer is good enough to be sent: P(correct) = 1 / (1 + exp(-(bias + sum of weight x feature)))."""
+
+    weights: tuple[tuple[AnswerFeature, float], ...]
+    bias: float
+    at_least: float
+    """Accepted from this P(correct) on."""
+    keeps_right: float = 1.0
+    """The share of right answers that are accepted, as measured on held-out answers."""
+    keeps_wrong: float = 0.0
+    """The share of wrong answers that are accepted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cascade:
+    """A plan: the first stage answers, and where its answer is not accepted the next one does."""
+
+    stages: tuple[Single, ...]
+    """From the cheapest to the strongest; at least two."""
+    accept: Accept
+    kind: Literal["cascade"] = "cascade"
+    model: str = field(init=False)
+    """Of the first stage."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", self.stages[0].model)
+
+    @property
+    def effort(self) -> Effort | None:
+        return self.stages[0].effort
+
+    @property
+    def name(self) -> str:
+        """As a policy writes it, e.g. `weak>strong`."""
+        return ">".join(stage.name for stage in self.stages)
+
+
+@dataclass(frozen=True, slots=True)
+class Speculate:
+    """A plan: `draft` writes reasoning steps, `base` judges them and writes those that do not pass."""
+
+    draft: str
+    base: str
+    method: str
+    """How steps are judged, e.g. `spec_reason`, `entropy`."""
+    effort: Effort | None = None
+    max_thinking_tokens: int | None = None
+    kind: Literal["speculate"] = "speculate"
+    model: str = field(init=False)
+    """The base."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", self.base)
+
+    @property
+    def name(self) -> str:
+        return f"{self.draft}~{self.base}"
+
+
+@dataclass(frozen=True, slots=True)
+class Vote:
+    """A plan: one model answers up to `n_max` times, and the answers vote; `stop` says when enough agree."""
+
+    model: str
+    n_max: int
+    stop: str
+    effort: Effort | None = None
+    max_thinking_tokens: int | None = None
+    kind: Literal["vote"] = "vote"
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}*{self.n_max}"
+
+
+Plan = Single | Cascade | Speculate | Vote
+"""What to run. Of each kind, `model` is the one that is billed first, and `name` what the policy calls the plan."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One considered model, and why it lost (empty for the one chosen)."""
+    """One considered plan, and why it lost (empty for the one chosen)."""
 
     model: str
+    """The name of the plan: a model, or what the policy makes of several, e.g. `weak>strong`."""
     p_success: float | None
     p_low: float | None
     p_high: float | None
@@ -86,6 +245,12 @@ class Candidate:
     worst_cost_nanousd: int | None
     rejected: str = ""
     """Empty: chosen, or a fallback kept in reserve. Otherwise the constraint or comparison it lost, in words."""
+    expected_ms: int | None = None
+    """Expected time to the end of the answer; None: not known, or not asked for."""
+    switch_nanousd: int = 0
+    """What leaving the conversation's model for this one costs; it counts in every comparison of costs."""
+    utility_nanousd: int | None = None
+    """What the objective `utility` makes of it; None: another objective, or something in it is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,3 +277,13 @@ class Decision:
     degraded: str = ""
     """Why this decision is less than the policy wanted, or empty: `probe_unavailable`, `budget`, `unavailable`, and
     where `on_failure` steps in because no candidate can run, also `context_length` or `capability`."""
+    propensity: float = field(default=1.0, kw_only=True)
+    """The probability, over seeds, with which these inputs lead to this plan; 1: nothing is explored."""
+    explored: bool = field(default=False, kw_only=True)
+    """Whether the plan was drawn to learn from it, not chosen as the best."""
+    shadow: tuple[str, ...] = field(default=(), kw_only=True)
+    """Models to be called beside the plan; nobody is shown their answers."""
+
+    @property
+    def effort(self) -> Effort | None:
+        return self.plan.effort
