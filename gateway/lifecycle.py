@@ -231,7 +231,7 @@ class Lifecycle:
         decision = await self._decide(ticket.query, ticket.world, messages, ticket.account)
         ticket.decision = decision
         ticket.record.route = decision.route
-        ticket.record.decision = _encode(decision).decode()  # as `routers.explain.to_dict` has it
+        ticket.record.decision = _encode(decision).decode()  # `routers.explain.from_dict` reads it
         ticket.baseline_price = ticket.world.dearest(tuple(candidate.model for candidate in decision.candidates))
 
     async def _decide(

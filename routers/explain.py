@@ -1,12 +1,13 @@
 """A decision told: as lines for a person, and as plain data for the ledger and the dashboard."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
+
+import msgspec
 
 from routers.cost import worst_case_nanousd
 from routers.policy import Policy
-from routers.types import Accept, Candidate, Cascade, Decision, Plan, Query, Single, Speculate, Vote
+from routers.types import Candidate, Decision, Plan, Query
 from routers.units import format_money
 
 Asked = tuple[Policy, Query]
@@ -36,65 +37,22 @@ def to_dict(decision: Decision, asked: Asked | None = None) -> dict[str, Any]:
     """JSON-able, with stable keys: the fields of a `Decision` and of what it holds. `from_dict` reads it back. With
     `asked`, also `worst_case_nanousd`, which is null where a model that may answer is unpriced."""
     bound = {} if asked is None else {"worst_case_nanousd": worst_case_nanousd(asked[0], decision, asked[1])}
-    return {
-        **bound,
-        "plan": _plain(asdict(decision.plan)),
-        "route": decision.route,
-        "rule": decision.rule,
-        "candidates": [asdict(candidate) for candidate in decision.candidates],
-        "fallbacks": list(decision.fallbacks),
-        "on_cause": {cause: list(names) for cause, names in decision.on_cause.items()},
-        "resume": list(decision.resume),
-        "policy_version": decision.policy_version,
-        "probe_version": decision.probe_version,
-        "seed": decision.seed,
-        "degraded": decision.degraded,
-        "propensity": decision.propensity,
-        "explored": decision.explored,
-        "shadow": list(decision.shadow),
-    }
+    told: dict[str, Any] = _plain(decision)
+    return bound | told
 
 
 def from_dict(data: Mapping[str, Any]) -> Decision:
-    """The decision that `to_dict` wrote, in this version or one before. Raises KeyError, TypeError or ValueError for
+    """The decision that `to_dict` wrote, or that was encoded, in this version or one before. Raises ValueError for
     anything else."""
-    return Decision(
-        plan=_plan(data["plan"]),
-        route=data["route"],
-        rule=data["rule"],
-        candidates=tuple(Candidate(**candidate) for candidate in data["candidates"]),
-        fallbacks=tuple(data["fallbacks"]),
-        on_cause={cause: tuple(names) for cause, names in data.get("on_cause", {}).items()},
-        resume=tuple(data.get("resume", ())),
-        policy_version=data["policy_version"],
-        probe_version=data["probe_version"],
-        seed=data["seed"],
-        degraded=data["degraded"],
-        propensity=data.get("propensity", 1.0),
-        explored=data.get("explored", False),
-        shadow=tuple(data.get("shadow", ())),
-    )
-
-
-def _plan(data: Mapping[str, Any]) -> Plan:
-    match data["kind"]:
-        case "single":
-            return Single(**data)
-        case "cascade":
-            accept = dict(data["accept"])
-            accept["weights"] = tuple((feature, weight) for feature, weight in accept["weights"])
-            return Cascade(tuple(Single(**stage) for stage in data["stages"]), Accept(**accept))
-        case "speculate":
-            return Speculate(**{key: value for key, value in data.items() if key != "model"})
-        case "vote":
-            return Vote(**data)
-        case kind:
-            raise ValueError(f"a plan of kind {kind!r} cannot be read by this version")
+    return msgspec.convert(data, Decision)
 
 
 def _plain(node: Any) -> Any:
-    """With lists for tuples, as JSON has them."""
-    if isinstance(node, dict):
+    """As JSON has it, with all fields."""
+    if isinstance(node, msgspec.Struct):
+        kind = {"kind": node.kind} if isinstance(node, Plan) else {}
+        return kind | {name: _plain(value) for name, value in msgspec.structs.asdict(node).items()}
+    if isinstance(node, Mapping):
         return {key: _plain(value) for key, value in node.items()}
     return [_plain(item) for item in node] if isinstance(node, list | tuple) else node
 

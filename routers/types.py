@@ -1,8 +1,14 @@
-"""The words that cross the routers' border: what is asked, what was measured, what was decided."""
+"""The words that cross the routers' border: what is asked, what was measured, what was decided.
+
+Structs of msgspec, as each request makes several with many fields: a frozen dataclass takes 1.9 µs where one of these
+takes 0.3. Of decisions, fields that equal their defaults are left out where they are encoded.
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
+
+from msgspec import Struct, field
+from msgspec.structs import force_setattr
 
 from probes.types import Estimate
 
@@ -12,8 +18,7 @@ Endpoint = Literal["chat.completions", "completions", "embeddings"]
 """What is asked for: an answer to a conversation, the raw continuation of a text, or vectors of texts."""
 
 
-@dataclass(frozen=True, slots=True)
-class Hints:
+class Hints(Struct, frozen=True):
     """What one request asks of its own decision. Each hint can only narrow what the policy allows."""
 
     max_cost_nanousd: int | None = None
@@ -26,8 +31,7 @@ class Hints:
     """Only these models; None: any."""
 
 
-@dataclass(frozen=True, slots=True)
-class Query:
+class Query(Struct, frozen=True):
     """One request as the routers see it: wire formats stay at the edge."""
 
     model: str
@@ -48,7 +52,7 @@ class Query:
     """Texts to complete or to embed, each with a context window of its own."""
     input_tokens_max: int | None = None
     """No tokenizer makes more prompt tokens than this (the bytes of the body); None: not bounded but by the context."""
-    text: bytes | memoryview | None = field(default=None, repr=False, compare=False)
+    text: bytes | memoryview | None = None
     """The prompt as JSON, where all of it is text: read only when it may not fit, for the fewest tokens it can have."""
     session: str | None = None
     """The conversation this request goes on with; None: not known."""
@@ -59,8 +63,7 @@ class Query:
     """The effort that the caller's own body states, in the provider's words; it stands, whatever the policy says."""
 
 
-@dataclass(frozen=True, slots=True)
-class Signals:
+class Signals(Struct, frozen=True):
     """What was measured for this query. Absent is absent, never zero."""
 
     p_success: Mapping[str, Estimate] = field(default_factory=dict)
@@ -82,8 +85,7 @@ class Signals:
     """From 0, easy, to 1, hard."""
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(Struct, frozen=True):
     """What a target is doing now; None: not known."""
 
     queue: int = 0
@@ -100,8 +102,7 @@ class Load:
     ttft_ms_p95: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Arm:
+class Arm(Struct, frozen=True):
     """What one model has earned in one cluster of queries."""
 
     pulls: float
@@ -110,8 +111,7 @@ class Arm:
     """The sum of their rewards, each from 0 to 1."""
 
 
-@dataclass(frozen=True, slots=True)
-class State:
+class State(Struct, frozen=True):
     """A snapshot of the world at decision time."""
 
     unavailable: Mapping[str, str] = field(default_factory=dict)
@@ -131,15 +131,14 @@ class State:
     """By cluster and model: what bandits have learned."""
 
 
-@dataclass(frozen=True, slots=True)
-class Single:
+class Single(Struct, frozen=True, tag_field="kind", tag="single"):
     """A plan: one model answers."""
 
+    kind: ClassVar[Literal["single"]] = "single"
     model: str
     effort: Effort | None = None
     """None: as the model does by itself, or as the caller's body says."""
     max_thinking_tokens: int | None = None
-    kind: Literal["single"] = "single"
 
     @property
     def name(self) -> str:
@@ -151,8 +150,7 @@ AnswerFeature = Literal["mean_logprob", "min_logprob", "log_tokens"]
 """Measured on an answer: over its tokens' log probabilities (nats), or the natural logarithm of their number."""
 
 
-@dataclass(frozen=True, slots=True)
-class Accept:
+class Accept(Struct, frozen=True):
     """When an answer is good enough to be sent: P(correct) = 1 / (1 + exp(-(bias + sum of weight x feature)))."""
 
     weights: tuple[tuple[AnswerFeature, float], ...]
@@ -165,19 +163,18 @@ class Accept:
     """The share of wrong answers that are accepted."""
 
 
-@dataclass(frozen=True, slots=True)
-class Cascade:
+class Cascade(Struct, frozen=True, tag_field="kind", tag="cascade"):
     """A plan: the first stage answers, and where its answer is not accepted the next one does."""
 
+    kind: ClassVar[Literal["cascade"]] = "cascade"
     stages: tuple[Single, ...]
     """From the cheapest to the strongest; at least two."""
     accept: Accept
-    kind: Literal["cascade"] = "cascade"
-    model: str = field(init=False)
+    model: str = ""
     """Of the first stage."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "model", self.stages[0].model)
+        force_setattr(self, "model", self.stages[0].model)
 
     @property
     def effort(self) -> Effort | None:
@@ -189,38 +186,36 @@ class Cascade:
         return ">".join(stage.name for stage in self.stages)
 
 
-@dataclass(frozen=True, slots=True)
-class Speculate:
+class Speculate(Struct, frozen=True, tag_field="kind", tag="speculate"):
     """A plan: `draft` writes reasoning steps, `base` judges them and writes those that do not pass."""
 
+    kind: ClassVar[Literal["speculate"]] = "speculate"
     draft: str
     base: str
     method: str
     """How steps are judged, e.g. `spec_reason`, `entropy`."""
     effort: Effort | None = None
     max_thinking_tokens: int | None = None
-    kind: Literal["speculate"] = "speculate"
-    model: str = field(init=False)
+    model: str = ""
     """The base."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "model", self.base)
+        force_setattr(self, "model", self.base)
 
     @property
     def name(self) -> str:
         return f"{self.draft}~{self.base}"
 
 
-@dataclass(frozen=True, slots=True)
-class Vote:
+class Vote(Struct, frozen=True, tag_field="kind", tag="vote"):
     """A plan: one model answers up to `n_max` times, and the answers vote; `stop` says when enough agree."""
 
+    kind: ClassVar[Literal["vote"]] = "vote"
     model: str
     n_max: int
     stop: str
     effort: Effort | None = None
     max_thinking_tokens: int | None = None
-    kind: Literal["vote"] = "vote"
 
     @property
     def name(self) -> str:
@@ -231,8 +226,7 @@ Plan = Single | Cascade | Speculate | Vote
 """What to run. Of each kind, `model` is the one that is billed first, and `name` what the policy calls the plan."""
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(Struct, frozen=True, omit_defaults=True):
     """One considered plan, and why it lost (empty for the one chosen)."""
 
     model: str
@@ -253,8 +247,7 @@ class Candidate:
     """What the objective `utility` makes of it; None: another objective, or something in it is not known."""
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(Struct, frozen=True, omit_defaults=True):
     """What will run and why. A pure function of (Query, Signals, Policy, State, seed)."""
 
     plan: Plan
@@ -265,23 +258,23 @@ class Decision:
     candidates: tuple[Candidate, ...]
     fallbacks: tuple[str, ...]
     """Models to try, in order, when the plan's model fails before its first byte."""
-    on_cause: Mapping[str, tuple[str, ...]] = field(default_factory=dict, kw_only=True)
-    """Fallbacks for one cause of failure, in place of `fallbacks`; complete for `context_length` and `content_filter`:
-    where they are not named here, there is none. For `context_length`, only models whose context is not known to be
-    as short."""
-    resume: tuple[str, ...] = field(default=(), kw_only=True)
-    """Models that may go on with a stream that broke, best first, each once; empty unless the route says `resume`."""
     policy_version: str
     probe_version: str | None
     seed: int
     degraded: str = ""
     """Why this decision is less than the policy wanted, or empty: `probe_unavailable`, `budget`, `unavailable`, and
     where `on_failure` steps in because no candidate can run, also `context_length` or `capability`."""
-    propensity: float = field(default=1.0, kw_only=True)
+    on_cause: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Fallbacks for one cause of failure, in place of `fallbacks`; complete for `context_length` and `content_filter`:
+    where they are not named here, there is none. For `context_length`, only models whose context is not known to be
+    as short."""
+    resume: tuple[str, ...] = ()
+    """Models that may go on with a stream that broke, best first, each once; empty unless the route says `resume`."""
+    propensity: float = 1.0
     """The probability, over seeds, with which these inputs lead to this plan; 1: nothing is explored."""
-    explored: bool = field(default=False, kw_only=True)
+    explored: bool = False
     """Whether the plan was drawn to learn from it, not chosen as the best."""
-    shadow: tuple[str, ...] = field(default=(), kw_only=True)
+    shadow: tuple[str, ...] = ()
     """Models to be called beside the plan; nobody is shown their answers."""
 
     @property

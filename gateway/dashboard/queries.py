@@ -206,7 +206,7 @@ def _decision(text: str | None) -> tuple[Decision | None, bool]:
         return None, False
     try:
         return from_dict(msgspec.json.decode(text, type=dict[str, Any])), False
-    except (KeyError, TypeError, ValueError):
+    except ValueError:
         return None, True
 
 

@@ -27,7 +27,7 @@ from gateway.ledger.store import BATCH_WAIT_S
 from gateway.query import query_of
 from gateway.telemetry.peers import Peers
 from gateway.upstream.types import CallHeaders
-from routers.explain import to_dict, to_lines
+from routers.explain import from_dict, to_dict, to_lines
 
 if TYPE_CHECKING:
     from gateway.redis_link import RedisLink
@@ -145,7 +145,16 @@ async def receipt(request: Request, request_id: str, principal: Caller, lifecycl
         raise NotFound(f"request: {request_id[:60]!r} is not in the ledger.")
     row, attempts = found
     decision = row.pop("decision")
-    return {**row, "decision": msgspec.json.decode(decision) if decision else None, "attempt_rows": attempts}
+    return {**row, "decision": _whole(decision) if decision else None, "attempt_rows": attempts}
+
+
+def _whole(decision: str) -> dict[str, Any]:
+    """A decision of the ledger with all its fields; one that another version wrote, as it stands there."""
+    kept: dict[str, Any] = msgspec.json.decode(decision)
+    try:
+        return to_dict(from_dict(kept))
+    except ValueError:
+        return kept
 
 
 @router.get("/leadline/v1/spend", tags=["receipts"], response_model=answers.Spend, responses=refusals())

@@ -104,7 +104,7 @@ class Writer(ABC):
 
 
 class _SQLite(Writer):
-    """The driver lets go of the GIL for every statement and has to wait for it afterwards, so rows go in by the hundred.
+    """The driver lets go of the GIL for every statement and then waits for it, so rows go in by the hundred.
 
     It also looks for an adapter of every None and bool it is given: without one, that search takes longer than the
     insertion of the value.

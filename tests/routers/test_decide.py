@@ -49,7 +49,7 @@ def routes(text: str) -> Policy:
 
 def query(model: str = "auto", **options: object) -> Query:
     base = Query(model, "tenant", input_tokens_estimate=100, max_output_tokens=None, input_tokens_max=100)
-    return dataclasses.replace(base, **options)  # type: ignore[arg-type]  # checked when it runs
+    return msgspec.structs.replace(base, **options)
 
 
 def measured(**p: float) -> Signals:
@@ -263,7 +263,7 @@ def test_what_certainly_does_not_fit_is_not_sent() -> None:
     fewest = query("local", input_tokens_estimate=1300, text=b"word " * 1023)
     assert run(policy(), fewest).plan.model == "local"
     with pytest.raises(NoCandidate) as caught:
-        run(policy(), dataclasses.replace(fewest, text=b"word " * 1024))
+        run(policy(), msgspec.structs.replace(fewest, text=b"word " * 1024))
     assert caught.value.kind == "context_length"
 
 
@@ -418,7 +418,7 @@ def test_every_decision_is_sound(policy: Policy, query: Query, signals: Signals,
         return
     assert decision == attempt(policy, query, signals, state), "the same inputs, the same decision"
     assert from_dict(json.loads(json.dumps(to_dict(decision)))) == decision
-    assert json.loads(msgspec.json.encode(decision)) == to_dict(decision), "as the gateway keeps it in the ledger"
+    assert from_dict(json.loads(msgspec.json.encode(decision))) == decision, "as the gateway keeps it in the ledger"
     assert to_lines(decision)[0].startswith(decision.plan.model)
     by_name = {candidate.model: candidate for candidate in decision.candidates}
     assert len(by_name) == len(decision.candidates)
@@ -498,7 +498,7 @@ def test_told_to_a_person() -> None:
 
 def test_a_plan_of_another_version_is_refused() -> None:
     data = to_dict(run(policy())) | {"plan": {"kind": "oracle"}}
-    with pytest.raises(ValueError, match="kind 'oracle'"):
+    with pytest.raises(ValueError, match="'oracle' - at"):
         from_dict(data)
 
 
@@ -515,9 +515,11 @@ PLANS: dict[str, Plan] = {
 
 @pytest.mark.parametrize("name", PLANS)
 def test_every_kind_of_plan_is_kept_whole_under_its_name_and_its_first_model(name: str) -> None:
-    decision = dataclasses.replace(run(policy()), plan=PLANS[name], propensity=0.25, explored=True, shadow=("strong",))
+    decision = msgspec.structs.replace(
+        run(policy()), plan=PLANS[name], propensity=0.25, explored=True, shadow=("strong",)
+    )
     kept = json.loads(json.dumps(to_dict(decision)))
     assert from_dict(kept) == decision
-    assert json.loads(msgspec.json.encode(decision)) == kept, "as the gateway keeps it in the ledger"
+    assert from_dict(json.loads(msgspec.json.encode(decision))) == decision, "as the gateway keeps it in the ledger"
     assert (decision.plan.name, kept["plan"]["model"]) == (name, "weak" if ">" in name else "local")
     assert decision.effort == (None if name in ("weak>local+high", "local*5") else "high")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -62,12 +63,12 @@ def test_cheaper_goes_before_a_refusal_and_takes_only_what_can_run() -> None:
     with pytest.raises(NoCandidate):
         run(refusing)
     assert run(refusing, state=CHEAPER).plan.model == "weak"
-    away = dataclasses.replace(CHEAPER, unavailable={"weak": "down"})
+    away = msgspec.structs.replace(CHEAPER, unavailable={"weak": "down"})
     assert run(refusing, state=away).plan.model == "strong"
 
 
 def test_cheaper_leaves_a_named_model_alone() -> None:
-    named = run(policy("use: [strong, weak]"), dataclasses.replace(ASKED, model="strong"), CHEAPER)
+    named = run(policy("use: [strong, weak]"), msgspec.structs.replace(ASKED, model="strong"), CHEAPER)
     assert (named.plan.model, named.rule, named.degraded) == ("strong", "the caller named strong", "")
 
 
@@ -82,7 +83,7 @@ def test_local_leaves_what_costs_nothing() -> None:
     }
     for model in ("auto", "weak"):
         with pytest.raises(NoCandidate, match="95% of its budget") as caught:
-            run(policy("use: [strong, weak]"), dataclasses.replace(ASKED, model=model), LOCAL)
+            run(policy("use: [strong, weak]"), msgspec.structs.replace(ASKED, model=model), LOCAL)
         assert caught.value.kind == "budget"
 
 
