@@ -3,6 +3,7 @@
 ProbeError
 ├── EncoderError    the encoder cannot be found, or is not the one that was asked for
 ├── ArtifactError   a probe artifact must not be used: damaged, of another format, or made for another encoder
+├── CertificateError  these rows prove nothing, or a certificate belongs to another artifact
 └── TableError      a training table cannot be used as given
 """
 
@@ -17,6 +18,10 @@ class EncoderError(ProbeError):
 
 class ArtifactError(ProbeError):
     """Refit or restore the artifact; it was not loaded."""
+
+
+class CertificateError(ProbeError):
+    """Give more or better rows, ask for a larger alpha, or certify the artifact anew."""
 
 
 class TableError(ProbeError):

@@ -27,12 +27,21 @@ def default_probe() -> EncoderProbe:
     return EncoderProbe.load()
 
 
-@pytest.fixture
-def routellm_mmlu() -> Path:
-    path = DATA / "routellm_mmlu.parquet"
+def table(name: str) -> Path:
+    path = DATA / name
     if not path.is_file():
         pytest.skip(f"no {path.name} in {DATA}: set LEADLINE_DATA to the folder of routing tables")
     return path
+
+
+@pytest.fixture
+def routellm_mmlu() -> Path:
+    return table("routellm_mmlu.parquet")
+
+
+@pytest.fixture
+def routellm_gsm8k() -> Path:
+    return table("routellm_gsm8k.parquet")
 
 
 @pytest.fixture
