@@ -33,7 +33,7 @@ def test_check_and_explain_need_nothing_but_the_base(tmp_path: object) -> None:
     """As after plain `pip install leadline`: neither the server's libraries nor the engine's can be imported."""
     code = """
 import sys
-for name in ("torch", "numpy", "msgspec", "aiohttp", "fastapi", "sqlalchemy", "sqlmodel", "structlog", "uvicorn"):
+for name in ("torch", "numpy", "aiohttp", "fastapi", "sqlalchemy", "sqlmodel", "structlog", "uvicorn"):
     sys.modules[name] = None
 from typer.testing import CliRunner
 from gateway.cli import app
