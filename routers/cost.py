@@ -20,16 +20,6 @@ ESTIMATED_BYTES_PER_TOKEN = 4
 _PER_TOKENS = 1_000_000
 
 
-def max_output_tokens(model: Model, query: Query, input_tokens: int) -> int:
-    """The longest answer the model can give to this query: the least of the caller's cap, its own, its context."""
-    longest = ASSUMED_MAX_OUTPUT_TOKENS if model.max_output is None else model.max_output
-    if query.max_output_tokens is not None:
-        longest = min(longest, query.max_output_tokens)
-    if model.context is not None:
-        longest = min(longest, model.context - input_tokens // query.inputs)
-    return max(longest, 0)
-
-
 def least_input_tokens(query: Query) -> int:
     """No tokenizer in use makes fewer tokens of the prompt (of several texts: of their average) than this; 0: unknown.
 
@@ -42,27 +32,58 @@ def least_input_tokens(query: Query) -> int:
     return (text.count(b" ") - 2 * text.count(b"  ")) // query.inputs
 
 
-def expected_nanousd(model: Model, query: Query, input_tokens: int) -> int | None:
-    """Of all choices of one call: the prompt at the input price and, per choice, `EXPECTED_OUTPUT_TOKENS` (or the cap,
-    if lower) at the output price."""
-    if model.price is None:
-        return None
-    prompt = input_tokens if model.context is None else min(input_tokens, model.context * query.inputs)
-    price = model.price.at(prompt)
-    output = min(max_output_tokens(model, query, prompt), EXPECTED_OUTPUT_TOKENS) * query.choices
-    return -(-(prompt * price.input + output * price.output) // _PER_TOKENS)
+def costs_nanousd(
+    model: Model,
+    query: Query,
+    input_tokens: int,
+    output_tokens: int = EXPECTED_OUTPUT_TOKENS,
+    cached_tokens: int = 0,
+) -> tuple[int | None, int | None]:
+    """Of all choices of one call, the expected and the worst cost; None, both of them: the price is not known.
+
+    Expected: the prompt at the input price, but `cached_tokens` of it at the price of cached input, and per choice
+    `output_tokens` (or the longest answer, if that is shorter) at the output price. Worst: the most tokens that the
+    prompt can have, in their dearest class, and the longest answer in its dearest class; never below the expected cost.
+    """
+    price = model.price
+    if price is None:
+        return None, None
+    inputs, asked, most = query.inputs, query.max_output_tokens, query.input_tokens_max
+    longest = ASSUMED_MAX_OUTPUT_TOKENS if model.max_output is None else model.max_output
+    if asked is not None and asked < longest:
+        longest = asked
+    if model.context is None:
+        prompt, answer = input_tokens, longest
+        if most is None or most > ASSUMED_CONTEXT * inputs:
+            most = ASSUMED_CONTEXT * inputs
+    else:
+        whole = model.context * inputs
+        prompt = input_tokens if input_tokens < whole else whole
+        answer = model.context - prompt // inputs
+        if longest < answer:
+            answer = longest
+        elif longest > model.context:
+            longest = model.context
+        if most is None or most > whole:
+            most = whole
+    if prompt > most:
+        most = prompt
+    at = price.at(prompt) if price.tiers else price
+    cost = prompt * at.input + (answer if answer < output_tokens else output_tokens) * query.choices * at.output
+    if cached_tokens:
+        cost -= min(cached_tokens, prompt) * (at.input - at.cached_input)
+    at = price.at(most) if price.tiers else price
+    dearest_in = at.cached_input if at.cached_input > at.input else at.input
+    if at.cache_write > dearest_in:
+        dearest_in = at.cache_write
+    dearest_out = at.reasoning if at.reasoning > at.output else at.output
+    return -(-cost // _PER_TOKENS), -(-(most * dearest_in + longest * query.choices * dearest_out) // _PER_TOKENS)
 
 
 def worst_nanousd(model: Model, query: Query, input_tokens: int | None = None) -> int | None:
-    """Of all choices of one call: the most tokens that the prompt can have, in their dearest class, and the longest
-    answer in its dearest class. Never below the expected cost. `input_tokens`: the prompt, where it is known or
-    estimated; None: as the query estimates."""
-    context = _context(model, query)
-    most = context if query.input_tokens_max is None else min(query.input_tokens_max, context)
-    known = query.input_tokens_estimate if input_tokens is None else input_tokens
-    if model.context is not None:
-        known = min(known, context)
-    return _dearest(model, query, max(most, known))
+    """The worst of `costs_nanousd`. `input_tokens`: the prompt, where it is known or estimated; None: as the query
+    estimates."""
+    return costs_nanousd(model, query, query.input_tokens_estimate if input_tokens is None else input_tokens)[1]
 
 
 def worst_case_nanousd(policy: Policy, decision: Decision, query: Query) -> int | None:
@@ -94,21 +115,9 @@ def worst_case_nanousd(policy: Policy, decision: Decision, query: Query) -> int 
         total += max(worst_nanousd(policy.models[name], query) or 0 for name in hedged)
     for name in decision.resume:
         model = policy.models[name]
-        worst = _dearest(model, query, _context(model, query))
+        context = (ASSUMED_CONTEXT if model.context is None else model.context) * query.inputs
+        worst = worst_nanousd(model, query, context)
         if worst is None:
             return None
         total += worst
     return total
-
-
-def _context(model: Model, query: Query) -> int:
-    return (ASSUMED_CONTEXT if model.context is None else model.context) * query.inputs
-
-
-def _dearest(model: Model, query: Query, input_tokens: int) -> int | None:
-    if model.price is None:
-        return None
-    price = model.price.at(input_tokens)
-    worst = input_tokens * max(price.input, price.cached_input, price.cache_write)
-    worst += max_output_tokens(model, query, 0) * query.choices * max(price.output, price.reasoning)
-    return -(-worst // _PER_TOKENS)

@@ -17,89 +17,15 @@ A model whose price is not known is never cheaper than one whose price is, meets
 where a budget holds.
 """
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 
-from routers.cost import expected_nanousd, least_input_tokens, worst_nanousd
 from routers.errors import NoCandidate, NoCandidateKind
-from routers.policy import FREE, FailureCause, Model, Policy, Route
-from routers.types import Candidate, Decision, Query, Signals, Single, State
+from routers.options import Option
+from routers.policy import FailureCause, Model, Policy, Route
+from routers.types import Decision, Query, Signals, Single, State
 from routers.units import format_money
 
 _CLOSEST_FIRST: tuple[NoCandidateKind, ...] = ("unavailable", "budget", "context_length", "capability")
-
-
-class _Option:
-    """One model under consideration."""
-
-    __slots__ = ("doubt", "expected", "index", "model", "obstacle", "p", "reason", "worst")
-
-    def __init__(self, model: Model, index: int, query: Query, signals: Signals, state: State) -> None:
-        name = model.name
-        estimate = signals.p_success.get(name)
-        exact = signals.input_tokens.get(name)
-        tokens = query.input_tokens_estimate if exact is None else exact
-        self.model = model
-        self.index = index
-        self.p = None if estimate is None else estimate.value
-        self.expected = expected_nanousd(model, query, tokens)
-        self.worst = worst_nanousd(model, query, tokens)
-        self.obstacle: NoCandidateKind | None = None
-        self.reason = ""
-        self.doubt = ""
-        """Why it will probably not fit; empty: it will, or it cannot."""
-        self._look_for_obstacle(query, exact, state)
-
-    def _look_for_obstacle(self, query: Query, exact: int | None, state: State) -> None:
-        """The lasting obstacles first: what is only unavailable would run if it came back."""
-        model, asked = self.model, query.max_output_tokens
-        if model.embeds != (query.endpoint == "embeddings"):
-            self.obstacle, self.reason = "capability", "only embeds" if model.embeds else "cannot embed"
-        elif query.endpoint == "completions" and not model.completes:
-            self.obstacle, self.reason = "capability", "takes conversations only, no raw prompt"
-        elif query.needs_tools and not model.tools:
-            self.obstacle, self.reason = "capability", "cannot call tools"
-        elif query.needs_format and not model.structured:
-            self.obstacle, self.reason = "capability", "cannot hold to a JSON format"
-        elif query.needs_logprobs and not model.logprobs:
-            self.obstacle, self.reason = "capability", "cannot return log probabilities"
-        elif asked is not None and model.max_output is not None and asked > model.max_output:
-            self.obstacle = "context_length"
-            self.reason = f"answers at most {model.max_output} tokens, {asked} asked"
-        elif does_not_fit := self._does_not_fit(query, exact):
-            self.obstacle, self.reason = "context_length", does_not_fit
-        elif over_budget := self._over_budget(query, state):
-            self.obstacle, self.reason = "budget", over_budget
-        elif model.name in state.unavailable:
-            self.obstacle, self.reason = "unavailable", f"unavailable: {state.unavailable[model.name]}"
-
-    def _does_not_fit(self, query: Query, exact: int | None) -> str:
-        context, out = self.model.context, query.max_output_tokens or 1
-        if context is None:
-            return ""
-        tokens = (query.input_tokens_estimate if exact is None else exact) // query.inputs
-        if tokens + out <= context:
-            return ""
-        if exact is not None:
-            return f"does not fit: {tokens} tokens in and {out} out, context {context}"
-        least = least_input_tokens(query)
-        if least + out > context:
-            return f"does not fit: at least {least} tokens in and {out} out, context {context}"
-        self.doubt = f"likely does not fit: about {tokens} tokens in and {out} out, context {context}"
-        return ""
-
-    def _over_budget(self, query: Query, state: State) -> str:
-        remaining = state.budget_remaining_nanousd
-        if state.degrade == "local" and self.model.price != FREE:
-            what = "its price is not known" if self.model.price is None else "costs money"
-            return f"{what}, and {state.degrade_reason}"
-        if remaining is None:
-            return ""
-        if self.worst is None:
-            return "its price is not known, and a budget cannot hold for it"
-        if self.worst <= max(remaining, 0):
-            return ""
-        words = f"may cost {format_money(self.worst)}, budget left {format_money(remaining)}"
-        return words if query.max_output_tokens is not None else f"{words}; send max_tokens to reserve less"
 
 
 def decide(query: Query, signals: Signals, policy: Policy, state: State, seed: int) -> Decision:
@@ -108,7 +34,7 @@ def decide(query: Query, signals: Signals, policy: Policy, state: State, seed: i
     targets = _targets(query, policy, route)
     if route is None:
         return _named(policy.models[targets[0]], query, signals, policy, state, seed)
-    options = [_Option(policy.models[name], index, query, signals, state) for index, name in enumerate(targets)]
+    options = [Option(policy.models[name], index, query, signals, state) for index, name in enumerate(targets)]
     by_name = {option.model.name: option for option in options}
     reserve = _reserve(route, by_name, policy, query, signals, state)
     considered = list(by_name.values())
@@ -147,7 +73,7 @@ def decide(query: Query, signals: Signals, policy: Policy, state: State, seed: i
         plan=Single(chosen.model.name),
         route=route.name,
         rule=rule,
-        candidates=tuple([_candidate(option, signals, running) for option in considered]),
+        candidates=tuple([option.candidate(signals, option.model.name in running) for option in considered]),
         fallbacks=fallbacks,
         on_cause=on_cause,
         resume=_resume(route, fallbacks, options, chosen, by_name),
@@ -160,14 +86,14 @@ def decide(query: Query, signals: Signals, policy: Policy, state: State, seed: i
 
 def _named(model: Model, query: Query, signals: Signals, policy: Policy, state: State, seed: int) -> Decision:
     """The one model that the caller named, where no route speaks of it: nothing is compared, nothing is in reserve."""
-    option = _Option(model, 0, query, signals, state)
+    option = Option(model, 0, query, signals, state)
     if option.obstacle is not None:
         raise NoCandidate(option.obstacle, "no model can run this", ((model.name, option.reason),))
     return Decision(
         plan=Single(model.name),
         route="named",
         rule=f"the caller named {model.name}",
-        candidates=(_candidate(option, signals, {model.name}),),
+        candidates=(option.candidate(signals, running=True),),
         fallbacks=(),
         policy_version=policy.version_hash,
         probe_version=_probe_version(signals),
@@ -176,8 +102,8 @@ def _named(model: Model, query: Query, signals: Signals, policy: Policy, state: 
 
 
 def _reserve(
-    route: Route, by_name: dict[str, _Option], policy: Policy, query: Query, signals: Signals, state: State
-) -> dict[FailureCause, list[_Option]]:
+    route: Route, by_name: dict[str, Option], policy: Policy, query: Query, signals: Signals, state: State
+) -> dict[FailureCause, list[Option]]:
     """What to turn to, by cause: those with a list of their own, and those that do not share the engine's default.
 
     Adds the options that are not candidates to `by_name`.
@@ -192,11 +118,11 @@ def _reserve(
     }
     for name in dict.fromkeys(name for names in lists.values() for name in names):
         if name not in by_name:
-            by_name[name] = _Option(policy.models[name], len(by_name), query, signals, state)
+            by_name[name] = Option(policy.models[name], len(by_name), query, signals, state)
     return {cause: [by_name[name] for name in names] for cause, names in lists.items()}
 
 
-def _steps_in(options: Sequence[_Option], reserve: dict[FailureCause, list[_Option]]) -> Sequence[_Option]:
+def _steps_in(options: Sequence[Option], reserve: dict[FailureCause, list[Option]]) -> Sequence[Option]:
     """The reserve for the case that no candidate can run: by what stands in the way of the closest."""
     if not reserve or any(option.obstacle is None and not option.doubt for option in options):
         return ()
@@ -204,7 +130,7 @@ def _steps_in(options: Sequence[_Option], reserve: dict[FailureCause, list[_Opti
     return reserve["context_length" if too_long else "error"]
 
 
-def _settle_doubts(considered: Sequence[_Option], first: Sequence[_Option]) -> None:
+def _settle_doubts(considered: Sequence[Option], first: Sequence[Option]) -> None:
     """What will probably not fit is left out where one of `first` can run that will."""
     if any(option.obstacle is None and not option.doubt for option in first):
         for option in considered:
@@ -212,7 +138,7 @@ def _settle_doubts(considered: Sequence[_Option], first: Sequence[_Option]) -> N
                 option.obstacle, option.reason = "context_length", option.doubt
 
 
-def _longer(names: tuple[str, ...], chosen: _Option, by_name: dict[str, _Option]) -> tuple[str, ...]:
+def _longer(names: tuple[str, ...], chosen: Option, by_name: dict[str, Option]) -> tuple[str, ...]:
     """Those whose context may be longer than the chosen one's."""
     short = chosen.model.context
     if short is None:
@@ -223,9 +149,9 @@ def _longer(names: tuple[str, ...], chosen: _Option, by_name: dict[str, _Option]
 def _resume(
     route: Route,
     fallbacks: tuple[str, ...],
-    options: Sequence[_Option],
-    chosen: _Option,
-    by_name: dict[str, _Option],
+    options: Sequence[Option],
+    chosen: Option,
+    by_name: dict[str, Option],
 ) -> tuple[str, ...]:
     """Who may go on with a broken stream: fallbacks, the other candidates, and last the chosen model once more."""
     if route.on_stream_failure != "resume":
@@ -256,8 +182,8 @@ def _targets(query: Query, policy: Policy, route: Route | None) -> tuple[str, ..
 
 
 def _choose(
-    route: Route, usable: Sequence[_Option], query: Query, cheaper: str | None = None
-) -> tuple[_Option, str, bool]:
+    route: Route, usable: Sequence[Option], query: Query, cheaper: str | None = None
+) -> tuple[Option, str, bool]:
     """(the choice, the sentence that made it, whether it wanted a p_success that nobody knows).
 
     `cheaper`: why the cheapest is wanted, whatever the route says; None: it is not.
@@ -287,11 +213,11 @@ def _choose(
     return _first_by(route.otherwise, within, all_known), rule, not all_known
 
 
-def _by_cost(option: _Option) -> tuple[bool, int, int]:
+def _by_cost(option: Option) -> tuple[bool, int, int]:
     return option.expected is None, option.expected or 0, option.index
 
 
-def _first_by(objective: str, options: Sequence[_Option], all_known: bool) -> _Option:
+def _first_by(objective: str, options: Sequence[Option], all_known: bool) -> Option:
     if objective == "cheapest":
         return min(options, key=_by_cost)
     if all_known:
@@ -299,7 +225,7 @@ def _first_by(objective: str, options: Sequence[_Option], all_known: bool) -> _O
     return options[-1]
 
 
-def _violation(route: Route, option: _Option, usable: Sequence[_Option]) -> str:
+def _violation(route: Route, option: Option, usable: Sequence[Option]) -> str:
     """The first bound that the option does not meet, in words; empty if it meets them all."""
     bounds, p = route.constraints, option.p
     if bounds.p_success is not None:
@@ -322,7 +248,7 @@ def _violation(route: Route, option: _Option, usable: Sequence[_Option]) -> str:
     return ""
 
 
-def _missed(route: Route, options: Sequence[_Option], chosen: _Option, query: Query) -> str:
+def _missed(route: Route, options: Sequence[Option], chosen: Option, query: Query) -> str:
     """The passing obstacle without which the choice would have been another one; empty: none."""
     for kind in ("budget", "unavailable"):
         wished = [option for option in options if option.obstacle in (None, kind)]
@@ -335,7 +261,7 @@ def _missed(route: Route, options: Sequence[_Option], chosen: _Option, query: Qu
     return ""
 
 
-def _why_not(route: Route, option: _Option, chosen: _Option, usable: Sequence[_Option], cheaper: str | None) -> str:
+def _why_not(route: Route, option: Option, chosen: Option, usable: Sequence[Option], cheaper: str | None) -> str:
     if cheaper is not None:
         return _dearer(option, chosen)
     if route.use:
@@ -343,7 +269,7 @@ def _why_not(route: Route, option: _Option, chosen: _Option, usable: Sequence[_O
     return _violation(route, option, usable) or _comparison(route, option, chosen)
 
 
-def _comparison(route: Route, option: _Option, chosen: _Option) -> str:
+def _comparison(route: Route, option: Option, chosen: Option) -> str:
     """Why an option that meets the bounds lost to the chosen one."""
     name = chosen.model.name
     if route.objective == "best":
@@ -354,7 +280,7 @@ def _comparison(route: Route, option: _Option, chosen: _Option) -> str:
     return _dearer(option, chosen)
 
 
-def _dearer(option: _Option, chosen: _Option) -> str:
+def _dearer(option: Option, chosen: Option) -> str:
     name = chosen.model.name
     if chosen.expected is not None and option.expected is None:
         return f"its price is not known, {name} costs {format_money(chosen.expected)}"
@@ -363,17 +289,9 @@ def _dearer(option: _Option, chosen: _Option) -> str:
     return f"as good as {name}, listed later"
 
 
-def _closest(options: Sequence[_Option]) -> NoCandidateKind:
+def _closest(options: Sequence[Option]) -> NoCandidateKind:
     obstacles = {option.obstacle for option in options}
     return next(kind for kind in _CLOSEST_FIRST if kind in obstacles)
-
-
-def _candidate(option: _Option, signals: Signals, running: Set[str]) -> Candidate:
-    name = option.model.name
-    estimate = signals.p_success.get(name)
-    low, high = (None, None) if estimate is None else (estimate.low, estimate.high)
-    rejected = "" if name in running else option.reason
-    return Candidate(name, option.p, low, high, option.expected, option.worst, rejected)
 
 
 def _probe_version(signals: Signals) -> str | None:

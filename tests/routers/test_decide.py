@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from probes.types import Estimate
-from routers.cost import expected_nanousd, least_input_tokens, worst_nanousd
+from routers.cost import costs_nanousd, least_input_tokens
 from routers.decide import decide
 from routers.errors import NoCandidate
 from routers.explain import from_dict, to_dict, to_lines
@@ -331,14 +331,18 @@ def test_which_heads_to_ask() -> None:
 def test_costs_are_rounded_up_and_count_the_dearest_class() -> None:
     model = Model("m", "p", "m", 1000, None, Price(1, 0, 3, 2, 5), True, True, True)
     two = query(input_tokens_estimate=100, choices=2)
-    assert expected_nanousd(model, two, 100) == 1  # (100*1 + 2*400*2) / 1e6, up
-    assert worst_nanousd(model, two, 100) == 1  # (100*3 + 2*1000*5) / 1e6, up
+    assert costs_nanousd(model, two, 100) == (1, 1)  # (100*1 + 2*400*2) / 1e6 and (100*3 + 2*1000*5) / 1e6, up
     dear = dataclasses.replace(model, price=Price(10**6, 0, 3 * 10**6, 2 * 10**6, 5 * 10**6))
-    assert (expected_nanousd(dear, two, 100), worst_nanousd(dear, two, 100)) == (100 + 1600, 300 + 10000)
+    assert costs_nanousd(dear, two, 100) == (100 + 1600, 300 + 10000)
     short = query(max_output_tokens=10)
-    assert (expected_nanousd(dear, short, 100), worst_nanousd(dear, short, 100)) == (100 + 20, 300 + 50)
+    assert costs_nanousd(dear, short, 100) == (100 + 20, 300 + 50)
+    cached = dataclasses.replace(dear, price=Price(10**6, 10**5, 10**6, 2 * 10**6, 2 * 10**6))
+    assert costs_nanousd(cached, short, 100, 3, 60) == (40 + 6 + 6, 100 + 20), "60 of 100 cached, 3 tokens expected"
+    assert costs_nanousd(cached, short, 100, 50, 600) == (10 + 20, 100 + 20), (
+        "no more cached than there are, none longer"
+    )
     unpriced = dataclasses.replace(model, price=None)
-    assert (expected_nanousd(unpriced, two, 100), worst_nanousd(unpriced, two, 100)) == (None, None)
+    assert costs_nanousd(unpriced, two, 100) == (None, None)
 
 
 # Properties
