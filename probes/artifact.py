@@ -14,7 +14,7 @@ from safetensors.numpy import load, save
 from probes.calibrate import Calibrator, Isotonic, Platt
 from probes.errors import ArtifactError
 from probes.heads import Heads
-from probes.manifest import MANIFEST, Manifest, read_manifest
+from probes.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 
 TENSORS = "probe.safetensors"
 
@@ -28,8 +28,10 @@ class Artifact:
 
     @property
     def version(self) -> str:
-        """Name and content hash; equal versions answer alike. Dates, metrics and library versions do not enter."""
-        meaning = self.manifest.model_dump_json(exclude={"created", "versions", "metrics", "tensors_sha256"})
+        """Name and content hash; equal versions answer alike. What is only said of an artifact does not enter."""
+        meaning = self.manifest.model_dump_json(
+            exclude={"created", "versions", "metrics", "tensors_sha256", "certificates"}
+        )
         digest = hashlib.sha256(meaning.encode() + _tensor_bytes(self.heads))
         return f"{self.manifest.name}@{digest.hexdigest()[:8]}"
 
@@ -49,7 +51,7 @@ def write(artifact: Artifact, folder: Path) -> None:
     tensors = _tensor_bytes(artifact.heads)
     manifest = artifact.manifest.model_copy(update={"tensors_sha256": hashlib.sha256(tensors).hexdigest()})
     (folder / TENSORS).write_bytes(tensors)
-    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    write_manifest(manifest, folder)
 
 
 def read(folder: Path) -> Artifact:

@@ -1,6 +1,8 @@
 """`probe.json`: what a fitted probe is, for those who need not run it. Light: gateway workers import this."""
 
 import json
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +12,10 @@ from probes.errors import ArtifactError
 
 FORMAT = 1
 MANIFEST = "probe.json"
+BELOW_ALL = -2.0
+"""A threshold that every score exceeds: probabilities and their differences lie in [-1, 1]."""
+
+Loss = Literal["weak_wrong_strong_right", "accepted_wrong"]
 
 
 def default_artifact_path() -> Path:
@@ -27,6 +33,60 @@ class HeadInfo(BaseModel):
     n: int
     base_rate: float
     calibration: Literal["platt", "isotonic"]
+
+
+class Certificate(BaseModel):
+    """A threshold on calibrated probabilities, what is proven of it, and by which rows.
+
+    With several `heads`, cheapest first, a query goes to the first whose probability is more than `threshold` above the
+    last one's, else to the last: a loss is "that one wrong, the last one right". With one head its answer is accepted
+    iff its probability is above `threshold`: a loss is "accepted and wrong".
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    loss: Loss
+    heads: tuple[str, ...] = Field(min_length=1)
+    method: Literal["crc", "ltt"]
+    """Conformal risk control (the mean loss is at most alpha), or Learn-then-Test (so it is with chance 1 - delta)."""
+    alpha: float = Field(gt=0, lt=1)
+    delta: float | None = Field(gt=0, lt=1)
+    horizon: int | None = Field(ge=1)
+    """Number of queries whose realised loss is bounded; None: the expected loss is."""
+    threshold: float = Field(ge=BELOW_ALL, le=1)
+    n: int = Field(ge=1)
+    risk: float = Field(ge=0, le=1)
+    """Loss on the n rows."""
+    shares: dict[str, float]
+    """Of the n rows, the share that goes to each head; with one head, the share accepted."""
+    rows: Literal["held_out", "out_of_fold"]
+    """Rows that the heads were not fitted on, or rows scored by heads of other folds: the promise is exact for the
+    former, and for the latter as good as the folds' heads are like the final ones."""
+    data_sha256: str
+    tensors_sha256: str
+    encoder_sha256: str
+    """Of the artifact that made the probabilities: the threshold is worth nothing for another one's."""
+    created: str
+    """Date, ISO 8601."""
+
+    def accepts(self, probabilities: Mapping[str, float]) -> bool:
+        """Whether the first head's answer may be taken."""
+        reference = probabilities[self.heads[-1]] if len(self.heads) > 1 else 0.0
+        return probabilities[self.heads[0]] - reference > self.threshold
+
+    def choose(self, probabilities: Mapping[str, float]) -> str:
+        """The head that a query goes to; of a certificate of one head always that one."""
+        *cheaper, last = self.heads
+        reference = probabilities[last]
+        return next((head for head in cheaper if probabilities[head] - reference > self.threshold), last)
+
+    def __str__(self) -> str:
+        what = (
+            "accepted and wrong" if self.loss == "accepted_wrong" else f"{self.heads[0]} wrong, {self.heads[-1]} right"
+        )
+        over = "" if self.horizon is None else f" over {self.horizon} queries"
+        sure = "on average" if self.delta is None else f"with {1 - self.delta:.4g} confidence{over}"
+        return f"at most {self.alpha:.4g} {what}, {sure} ({self.method}, {self.n} {self.rows.replace('_', '-')} rows)"
 
 
 class Manifest(BaseModel):
@@ -50,6 +110,35 @@ class Manifest(BaseModel):
     versions: dict[str, str]
     metrics: dict[str, Any]
     tensors_sha256: str = ""
+    certificates: tuple[Certificate, ...] = ()
+
+    def certificate_for(
+        self,
+        alpha: float,
+        loss: Loss = "weak_wrong_strong_right",
+        heads: Sequence[str] | None = None,
+        method: Literal["crc", "ltt"] | None = None,
+    ) -> Certificate | None:
+        """The certificate that proves a loss of at most alpha with the loosest threshold, or None.
+
+        A smaller alpha than asked for is proof enough. Where no method is named, confidence goes before the mean.
+        """
+        fit = [
+            one
+            for one in self.certificates
+            if one.loss == loss
+            and one.alpha <= alpha
+            and (heads is None or one.heads == tuple(heads))
+            and (method is None or one.method == method)
+        ]
+        return min(fit, key=lambda one: (one.method != "ltt", one.threshold, one.created), default=None)
+
+
+def write_manifest(manifest: Manifest, folder: Path) -> None:
+    """Replace `probe.json` whole: a reader finds the old one or the new one."""
+    part = folder / f"{MANIFEST}.part"
+    part.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    os.replace(part, folder / MANIFEST)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -66,8 +155,24 @@ def read_manifest(folder: Path) -> Manifest:
     if version != FORMAT:
         raise ArtifactError(f"{folder / MANIFEST}: format {version!r} is unknown, this release reads {FORMAT}; refit")
     try:
-        return Manifest.model_validate(found)
+        manifest = Manifest.model_validate(found)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
         raise ArtifactError(f"{folder / MANIFEST}: {field}: {first['msg']} (got {first['input']!r})") from None
+    names = [head.name for head in manifest.heads]
+    for i, certificate in enumerate(manifest.certificates):
+        for field in ("tensors_sha256", "encoder_sha256"):
+            theirs, ours = getattr(certificate, field), getattr(manifest, field)
+            if theirs != ours:
+                raise ArtifactError(
+                    f"{folder / MANIFEST}: certificates.{i}: {field} is {theirs}, the artifact's is {ours}: "
+                    "the threshold is one for other probabilities; run `leadline probe certify` anew"
+                )
+        for head in certificate.heads:
+            if head not in names:
+                raise ArtifactError(
+                    f"{folder / MANIFEST}: certificates.{i}: head {head!r} is not of this artifact, which has "
+                    f"{', '.join(names)}; run `leadline probe certify` anew"
+                )
+    return manifest
