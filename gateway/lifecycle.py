@@ -47,6 +47,7 @@ from gateway.upstream.types import Answer, AnswerStream, ChatCall, Event, Upstre
 from gateway.world import World
 from routers.decide import decide
 from routers.errors import NoCandidate
+from routers.policy import DEFAULT_CACHE_TTL_MS
 from routers.types import Decision, Query, State
 
 log = get_logger(__name__)
@@ -161,7 +162,7 @@ class Lifecycle:
                 "The ledger cannot be written; nothing is admitted until it can.", retry_after_s=1
             ) from error
         call.tenant = principal.tenant
-        query = query_of(call, principal.tenant)
+        query = query_of(call, principal, at_ms=now_ms, request_id=request_id)
         ticket = Ticket(call, query, world, account, grant, record, self.ledger, self.metrics)
         route = ticket.route = world.policy.route_for(query)
         ticket.deadline_s = call.headers.timeout_s
@@ -180,22 +181,22 @@ class Lifecycle:
 
     async def _recall(self, ticket: Ticket, reply: Reply) -> bool:
         """Answer from the exact cache, if the policy, the caller and the request allow it and the answer is there."""
-        call, record, policy = ticket.call, ticket.record, ticket.world.policy
-        ttl_ms = policy.cache_ttl_ms_for(ticket.query)
+        call, record, route = ticket.call, ticket.record, ticket.route
+        ttl_ms = route.cache_ttl_ms if route is not None else DEFAULT_CACHE_TTL_MS
         if ttl_ms is None or call.headers.no_store or not cacheable(call.fields):
             return False
         if call.endpoint == "completions" and call.stream:  # what is stored is replayed in chat's chunks
             return False
-        route = ticket.route
         route_name = route.name if route is not None else "named"
         ticket.cache_ttl_s = ttl_ms / 1000
         ticket.cache_key = cache_key(
             self._cache_secret,
             tenant=record.tenant,
-            policy_version=policy.version_hash,
+            policy_version=ticket.world.policy.version_hash,
             route=route_name,
             fields=call.fields,
             endpoint=call.endpoint,
+            hints=call.headers.hints,
         )
         record.cache = "miss"
         answer = None if call.headers.no_cache else await self._cache.get(ticket.cache_key)
@@ -245,6 +246,7 @@ class Lifecycle:
             budget_remaining_nanousd=budget.remaining_nanousd if budget is not None else None,
             degrade=degraded[0] if degraded is not None else None,
             degrade_reason=degraded[1] if degraded is not None else "",
+            now_ms=query.at_ms,
         )
         try:
             return decide(query, signals, world.policy, state, seed=0)

@@ -1,5 +1,6 @@
 """A request as the routers see it: what was asked and what bounds its prompt, without any wire format."""
 
+from gateway.admission.keys import Principal
 from gateway.upstream.types import ChatCall
 from routers.cost import ESTIMATED_BYTES_PER_TOKEN, PROMPT_MARGIN
 from routers.types import Query
@@ -7,15 +8,16 @@ from routers.types import Query
 _PROMPTS = {"chat.completions": "messages", "completions": "prompt", "embeddings": "input"}
 
 
-def query_of(call: ChatCall, tenant: str) -> Query:
-    """The same for a request that runs and for one that `explain` is asked about."""
+def query_of(call: ChatCall, caller: Principal, *, at_ms: int, request_id: str = "") -> Query:
+    """The same for a request that runs and for one that `explain` is asked about. `at_ms`: when it was asked."""
+    headers = call.headers
     return Query(
         model=call.model,
-        tenant=tenant,
+        tenant=caller.tenant,
         input_tokens_estimate=-(-call.body_bytes // ESTIMATED_BYTES_PER_TOKEN),
         input_tokens_max=call.body_bytes + PROMPT_MARGIN if call.text_only else None,
         max_output_tokens=call.sampling.max_tokens,
-        tags=call.headers.tags,
+        tags=headers.tags,
         needs_tools=call.has_tools,
         needs_format=call.has_format,
         needs_logprobs=call.sampling.logprobs,
@@ -23,4 +25,12 @@ def query_of(call: ChatCall, tenant: str) -> Query:
         endpoint=call.endpoint,
         inputs=call.inputs,
         text=memoryview(call.fields[_PROMPTS[call.endpoint]]) if call.text_only else None,
+        session=headers.session,
+        run=headers.scope,
+        hints=headers.hints,
+        reasoning=call.sampling.reasoning_effort,
+        key=caller.key_name,
+        team=caller.team,
+        id=request_id,
+        at_ms=at_ms,
     )

@@ -5,9 +5,11 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from routers import units
+from routers import sentences, units
 from routers.addresses import check_base_url
+from routers.types import Endpoint
 from routers.units import UnitError
+from routers.when import Need
 
 _DRAFTER = "(auto|ngram|recycle|draft:[^+]+|exit:[1-9][0-9]*)"
 _SPECULATION = rf"^(off|{_DRAFTER}(\+{_DRAFTER})*)$"
@@ -109,6 +111,24 @@ def _speculation(value: object) -> str:
     return text
 
 
+def _days(value: object) -> frozenset[int]:
+    return sentences.parse_days(_text(value))
+
+
+def _hours(value: object) -> tuple[int, int]:
+    return sentences.parse_hours(_text(value))
+
+
+def _zone(value: object) -> str:
+    return sentences.parse_zone(_text(value))
+
+
+def _token_range(value: object) -> tuple[int, int | None]:
+    if not isinstance(value, str):
+        raise UnitError("a range without its sign", 'write ">= 1000", "<= 8000" or ">= 1000 and <= 8000"')
+    return sentences.parse_token_range(value)
+
+
 def _one_or_many(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
@@ -145,3 +165,17 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Tokens = Annotated[int, Field(ge=1, le=100_000_000)]
 Names = Annotated[list[Text], Field(min_length=1)]
 NameOrNames = Annotated[Names, BeforeValidator(_one_or_many, json_schema_input_type=Text | Names)]
+Days = Annotated[frozenset[int], BeforeValidator(_days), _schema(sentences.DAYS_PATTERN, "mon-fri")]
+Hours = Annotated[tuple[int, int], BeforeValidator(_hours), _schema(sentences.HOURS_PATTERN, "09:00-18:00")]
+Zone = Annotated[str, BeforeValidator(_zone), _schema(sentences.ZONE_PATTERN, "Europe/Berlin")]
+TokenRange = Annotated[
+    tuple[int, int | None], BeforeValidator(_token_range), _schema(sentences.TOKEN_RANGE_PATTERN, ">= 8000")
+]
+_ManyDays = Annotated[list[Days], Field(min_length=1)]
+_ManyHours = Annotated[list[Hours], Field(min_length=1)]
+_Endpoints = Annotated[list[Endpoint], Field(min_length=1)]
+_Needs = Annotated[list[Need], Field(min_length=1)]
+DaysOrMany = Annotated[_ManyDays, BeforeValidator(_one_or_many, json_schema_input_type=Days | _ManyDays)]
+HoursOrMany = Annotated[_ManyHours, BeforeValidator(_one_or_many, json_schema_input_type=Hours | _ManyHours)]
+EndpointOrMany = Annotated[_Endpoints, BeforeValidator(_one_or_many, json_schema_input_type=Endpoint | _Endpoints)]
+NeedOrMany = Annotated[_Needs, BeforeValidator(_one_or_many, json_schema_input_type=Need | _Needs)]

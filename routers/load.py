@@ -37,6 +37,7 @@ from routers.schema import (
 )
 from routers.shape import NAME_FIX, did_you_mean, validated
 from routers.units import format_duration
+from routers.when import When
 from routers.yaml import Document, Path, concealed, read
 
 PriceLookup = Callable[[Provider, str], Listing | None]
@@ -301,7 +302,7 @@ def _classes(part: PriceFile | TierFile) -> Price:
 def _canonical(route: Route) -> dict[str, object]:
     return {
         "name": route.name,
-        "when": [sorted(route.when.tags), sorted(route.when.models), sorted(route.when.tenants)],
+        "when": _canonical_when(route.when),
         "use": route.use,
         "candidates": route.candidates,
         "objective": route.objective,
@@ -313,4 +314,17 @@ def _canonical(route: Route) -> dict[str, object]:
         "deadline_ms": route.deadline_ms,
         "hedge": route.hedge and asdict(route.hedge),
         "on_stream_failure": route.on_stream_failure,
+    }
+
+
+def _canonical_when(when: When) -> dict[str, object]:
+    schedule = when.schedule
+    return {
+        "names": [sorted(names) for names in (when.tags, when.models, when.tenants, when.keys, when.teams)],
+        "endpoints": sorted(when.endpoints),
+        "needs": sorted(when.needs),
+        "tokens": [when.least_tokens, when.most_tokens],
+        "schedule": schedule and [sorted(schedule.days), schedule.hours, schedule.zone],
+        "share": when.share,
+        "none_of": _canonical_when(when.none_of) if when.none_of is not None else None,
     }

@@ -1,11 +1,12 @@
 """A loaded policy: frozen, checked, and ready for the hot path. `routers.load` makes it from a file."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from routers.types import Query
 from routers.units import Budget, Rate, format_money
+from routers.when import When
 
 Objective = Literal["cheapest", "best"]
 Otherwise = Literal["best", "cheapest", "refuse"]
@@ -149,18 +150,6 @@ class Difficulty:
 
 
 @dataclass(frozen=True, slots=True)
-class When:
-    """Conditions that must all hold; within one, any of its values. Empty: no condition."""
-
-    tags: frozenset[str] = frozenset()
-    models: frozenset[str] = frozenset()
-    tenants: frozenset[str] = frozenset()
-
-    def __bool__(self) -> bool:
-        return bool(self.tags or self.models or self.tenants)
-
-
-@dataclass(frozen=True, slots=True)
 class Constraints:
     """What a candidate must satisfy; None: not asked."""
 
@@ -248,6 +237,10 @@ class Limit:
     """By rising percent; only with a budget. At 100% what costs money is refused in any case."""
 
 
+_Taker = tuple[frozenset[str], frozenset[str], Callable[[Query], bool] | None, Route]
+"""Its tags, its tenants, what else it asks (None: nothing), and the route."""
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
     """One version of what the operator allows."""
@@ -265,6 +258,9 @@ class Policy:
     """Models that a route names in its `when`: they are reached through a matching route, or not at all."""
     _limits: Mapping[tuple[LimitScope, str], tuple[Limit, ...]] = field(init=False, repr=False, compare=False)
     """What holds for each name that has limits of its own, and for `*`, any other."""
+    _takers: dict[str, tuple[_Taker, ...]] = field(init=False, repr=False, compare=False)
+    """The routes that can take a request for each model and alias."""
+    _takers_of_others: tuple[_Taker, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         asked = [name for route in self.routes for name in sorted(route.when.models) if name not in self.models]
@@ -273,25 +269,24 @@ class Policy:
         object.__setattr__(self, "guarded", guarded)
         named = dict.fromkeys((limit.scope, limit.name) for limit in self.limits)
         object.__setattr__(self, "_limits", {(s, n): _limits_of(self.limits, s, n) for s, n in named})
+        names = (*self.models, *self.aliases)
+        object.__setattr__(self, "_takers", {n: _takers(self.routes, n, n in self.models) for n in names})
+        object.__setattr__(self, "_takers_of_others", _takers(self.routes, None, False))
 
     def route_for(self, query: Query) -> Route | None:
         """The first route whose conditions hold.
 
-        A model named by the caller skips a route without conditions: it goes straight to that model. A route on tags
-        or tenants holds for named models too, so that `private` stays private.
+        A model named by the caller skips a route that does not speak of it and does not say who asks: it goes straight
+        to that model. A route on tags, tenants, keys or teams holds for named models too, so that `private` stays
+        private.
         """
-        for route in self.routes:
-            when = route.when
-            if when.models:
-                if query.model not in when.models:
-                    continue
-            elif not when and query.model in self.models:
+        for tags, tenants, rest_holds, route in self._takers.get(query.model, self._takers_of_others):
+            if tenants and query.tenant not in tenants:
                 continue
-            if when.tenants and query.tenant not in when.tenants:
+            if tags and tags.isdisjoint(query.tags):
                 continue
-            if when.tags and when.tags.isdisjoint(query.tags):
-                continue
-            return route
+            if rest_holds is None or rest_holds(query):
+                return route
         return None
 
     def heads_for(self, query: Query) -> Mapping[str, str]:
@@ -317,6 +312,15 @@ class Policy:
         of_team = (get(("team", team)) or get(("team", "*"), ())) if team is not None else ()
         of_tenant = get(("tenant", tenant)) or get(("tenant", "*"), ())
         return of_key + of_team + of_tenant + get(("run", "*"), ())
+
+
+def _takers(routes: tuple[Route, ...], name: str | None, is_model: bool) -> tuple[_Taker, ...]:
+    """The routes that a request for `name` may come to, in order; None: for a name that no route and no model has."""
+    return tuple(
+        (route.when.tags, route.when.tenants, route.when.rest_holds if route.when.beyond_names else None, route)
+        for route in routes
+        if name in route.when.models or (not route.when.models and (route.when.binds_named or not is_model))
+    )
 
 
 def _limits_of(limits: tuple[Limit, ...], scope: LimitScope, name: str) -> tuple[Limit, ...]:

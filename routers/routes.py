@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from itertools import product
+from dataclasses import replace
 from types import MappingProxyType
 from typing import get_args
 
@@ -14,11 +14,12 @@ from routers.policy import (
     Hedge,
     Model,
     Route,
-    When,
 )
-from routers.schema import OnFailureFile, RouteFile, WhenFile
+from routers.reach import takers_of
+from routers.schema import ConditionsFile, OnFailureFile, RouteFile, ScheduleFile, WhenFile
 from routers.shape import did_you_mean, validated
 from routers.units import format_duration
+from routers.when import MINUTES_PER_DAY, Schedule, When
 from routers.yaml import Document, Path, concealed
 
 _CAUSES: tuple[FailureCause, ...] = get_args(FailureCause)
@@ -56,16 +57,29 @@ class RoutesReader:
                 self._document.report((*path, "name"), taken, "give this route a name of its own")
             names.setdefault(part.name, index)
             self._check_route(part, path)
-            when = _when(part.when)
+            if part.when is not None and part.when.not_ is not None and not part.when.not_.model_fields_set:
+                fix = "write at least one condition, such as `tag: urgent`, or remove it"
+                self._document.report((*path, "when", "not"), "empty", fix)
+            when = _when(part.when, part.name)
             if not when and index < len(items) - 1:
                 fix = "move this route to the end, or give it a `when`"
                 message = "a route without conditions leaves nothing to the routes after it: they are unreachable"
                 self._document.report(path, message, fix)
-            elif when and (before := self._covered_by(when, routes)):
-                fix = f"move it before {before}, or change its `when`"
-                self._document.report((*path, "when"), f"unreachable: all of this is already taken by {before}", fix)
+            elif when:
+                self._check_reach(when, routes, path)
             routes.append(self._route(part, when))
         return routes
+
+    def _check_reach(self, when: When, routes: list[Route], path: Path) -> None:
+        takers = takers_of(when, [(route.name, route.when) for route in routes if route.when])
+        if takers is None:
+            return
+        if takers:
+            before = " and ".join(f"`{concealed(name)}`" for name in takers)
+            message, fix = f"all of this is already taken by {before}", f"move it before {before}, or change its `when`"
+        else:
+            message, fix = "these conditions never hold together", "remove one of them"
+        self._document.report((*path, "when"), f"unreachable: {message}", fix)
 
     def _check_route(self, part: RouteFile, path: Path) -> None:
         if (part.use is None) == (part.candidates is None):
@@ -153,24 +167,6 @@ class RoutesReader:
                 fix = "add one to `on_failure`, such as a local model, or say `prefix: true` of a model that can"
                 self._document.report((*path, "on_stream_failure"), message, fix)
 
-    def _covered_by(self, when: When, routes: list[Route]) -> str | None:
-        """The names of the earlier routes that together take every query this condition can take, if they do."""
-        takers: dict[str, None] = {}
-        for tag, model, tenant in product(_each(when.tags), _each(when.models), _each(when.tenants)):
-            for route in routes:
-                earlier = route.when
-                if (
-                    earlier
-                    and (not earlier.tags or tag in earlier.tags)
-                    and (not earlier.models or model in earlier.models)
-                    and (not earlier.tenants or tenant in earlier.tenants)
-                ):
-                    takers[route.name] = None
-                    break
-            else:
-                return None
-        return " and ".join(f"`{concealed(name)}`" for name in takers)
-
     def _route(self, part: RouteFile, when: When) -> Route:
         bounds = part.subject_to
         constraints = (
@@ -205,12 +201,29 @@ class RoutesReader:
         )
 
 
-def _each(values: frozenset[str]) -> list[str | None]:
-    """The values of a condition; None stands for any."""
-    return [*sorted(values)] or [None]
-
-
-def _when(part: WhenFile | None) -> When:
+def _when(part: WhenFile | None, route: str) -> When:
     if part is None:
         return When()
-    return When(frozenset(part.tag or ()), frozenset(part.model or ()), frozenset(part.tenant or ()))
+    none_of = None if part.not_ is None else _conditions(part.not_)
+    return replace(_conditions(part), share=part.share or 1.0, salt=route, none_of=none_of)
+
+
+def _conditions(part: ConditionsFile) -> When:
+    least, most = part.input_tokens or (0, None)
+    return When(
+        tags=frozenset(part.tag or ()),
+        models=frozenset(part.model or ()),
+        tenants=frozenset(part.tenant or ()),
+        keys=frozenset(part.key or ()),
+        teams=frozenset(part.team or ()),
+        endpoints=frozenset(part.endpoint or ()),
+        needs=frozenset(part.needs or ()),
+        least_tokens=least,
+        most_tokens=most,
+        schedule=None if part.schedule is None else _schedule(part.schedule),
+    )
+
+
+def _schedule(part: ScheduleFile) -> Schedule:
+    days = frozenset[int]().union(*part.days) if part.days is not None else frozenset(range(7))
+    return Schedule(days, tuple(sorted(part.hours)) if part.hours else ((0, MINUTES_PER_DAY),), part.zone)

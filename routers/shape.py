@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from routers.units import UnitError
@@ -91,7 +92,11 @@ def did_you_mean(given: str, known: list[str]) -> str:
 def _known_keys(kind: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:
     """The keys that exist beside an unknown one."""
     for step in location[:-1]:
-        annotation = kind.model_fields[str(step)].annotation
+        annotation = _by_key(kind)[str(step)].annotation
         parts = [annotation, *(inner for outer in get_args(annotation) for inner in (outer, *get_args(outer)))]
         kind = next(part for part in parts if isinstance(part, type) and issubclass(part, BaseModel))
-    return list(kind.model_fields)
+    return list(_by_key(kind))
+
+
+def _by_key(kind: type[BaseModel]) -> dict[str, FieldInfo]:
+    return {field.alias or name: field for name, field in kind.model_fields.items()}

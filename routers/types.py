@@ -61,6 +61,14 @@ class Query(Struct, frozen=True):
     hints: Hints | None = None
     reasoning: str | None = None
     """The effort that the caller's own body states, in the provider's words; it stands, whatever the policy says."""
+    key: str = ""
+    """The name of the caller's key."""
+    team: str | None = None
+    """The team of the caller's key."""
+    id: str = ""
+    """The request's own, for shares of requests that belong to no session."""
+    at_ms: int = 0
+    """When it was asked, milliseconds since 1970 UTC: all schedules are read at this one moment."""
 
 
 class Signals(Struct, frozen=True):

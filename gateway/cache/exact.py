@@ -1,8 +1,9 @@
 """The exact response cache: the same request of the same tenant gets the same complete answer, for its ttl.
 
-The key is a BLAKE3 hash, keyed by a secret of the server's, of the tenant, the policy version, the route and every byte
-of the body except `stream` and `stream_options` (a stored answer can be replayed either way). Only complete answers are
-stored. A request that asks for chance (`temperature` above 0 in so many words) is not cached at all: see `cacheable`.
+The key is a BLAKE3 hash, keyed by a secret of the server's, of the tenant, the policy version, the route, what the
+caller's hints allow and every byte of the body except `stream` and `stream_options` (a stored answer can be replayed
+either way). Only complete answers are stored. A request that asks for chance (`temperature` above 0 in so many words)
+is not cached at all: see `cacheable`.
 """
 
 import time
@@ -13,7 +14,7 @@ from typing import Protocol
 import msgspec
 from blake3 import blake3
 
-from routers.types import Endpoint
+from routers.types import Endpoint, Hints
 
 NOT_IN_KEY = frozenset({"stream", "stream_options", "metadata", "user", "store"})
 """Fields that do not change the answer's content."""
@@ -51,10 +52,11 @@ def cache_key(
     route: str,
     fields: Mapping[str, msgspec.Raw],
     endpoint: Endpoint = "chat.completions",
+    hints: Hints | None = None,
 ) -> bytes:
     """32 bytes that differ whenever anything that can change the answer differs: JSON can be read in one way only."""
     kept = {name: fields[name] for name in fields if name not in NOT_IN_KEY}
-    return blake3(_encode_sorted((tenant, policy_version, route, endpoint, kept)), key=secret).digest()
+    return blake3(_encode_sorted((tenant, policy_version, route, endpoint, kept, hints)), key=secret).digest()
 
 
 class ExactCache(Protocol):

@@ -18,6 +18,7 @@ from gateway.edge.admin import ChangeRate
 from gateway.edge.admin import router as admin_router
 from gateway.edge.budgets import budgets_of, shown
 from gateway.edge.caller import Caller, TheLifecycle
+from gateway.edge.headers import read_headers
 from gateway.edge.openapi import completed, refusals
 from gateway.edge.refused import tell_refusals
 from gateway.edge.wire import read_chat
@@ -26,7 +27,6 @@ from gateway.ledger import report
 from gateway.ledger.store import BATCH_WAIT_S
 from gateway.query import query_of
 from gateway.telemetry.peers import Peers
-from gateway.upstream.types import CallHeaders
 from routers.explain import from_dict, to_dict, to_lines
 
 if TYPE_CHECKING:
@@ -186,7 +186,8 @@ async def budgets(
 
 
 class ExplainRequest(BaseModel):
-    """A chat completion as it would be sent, and the tags that its header would name."""
+    """A chat completion as it would be sent, and tags beside those of the header. All other headers count as they would
+    there."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -210,9 +211,11 @@ async def explain(body: ExplainRequest, request: Request, principal: Caller, lif
         chat = msgspec.json.encode(body.model_dump(exclude={"tags"}, exclude_none=True))
     except UnicodeEncodeError as error:
         raise InvalidRequest("messages: holds a character that is no character.", param="messages") from error
-    call = read_chat(chat, CallHeaders(token="", tags=frozenset(body.tags)))
+    sent = read_headers(request.scope["headers"])
+    call = read_chat(chat, replace(sent, token="", tags=sent.tags | frozenset(body.tags)))
     # The chat would come with the layout that this body has, and its bytes are what bounds its prompt.
-    query = query_of(replace(call, body_bytes=max(len(chat), len(await request.body()))), principal.tenant)
+    call = replace(call, body_bytes=max(len(chat), len(await request.body())))
+    query = query_of(call, principal, at_ms=time.time_ns() // 1_000_000)
     asked = lifecycle.world.policy, query
     decision = await lifecycle.explain(query, bytes(call.fields["messages"]))
     return {"decision": to_dict(decision, asked), "lines": to_lines(decision, asked)}

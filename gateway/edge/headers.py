@@ -3,9 +3,9 @@ that begin with `x-leadline-`: a slip in one that should bound something must no
 
 import re
 from collections.abc import Iterable
-from decimal import Decimal, InvalidOperation
 
 from gateway.admission.limits import MAX_PATH, MAX_SEGMENTS, valid_run
+from gateway.edge.hints import HINTS, dollars, read_hints
 from gateway.errors import InvalidRequest, UnsupportedEncoding
 from gateway.upstream.types import CallHeaders
 
@@ -18,6 +18,9 @@ _READ = frozenset(
     }
 )  # fmt: skip
 """Beside those of our own, `x-leadline-…`."""
+_OURS = (
+    "x-leadline-scope", "x-leadline-scope-budget", "x-leadline-tags", "x-leadline-timeout", *(h.decode() for h in HINTS)
+)  # fmt: skip
 
 SECONDS_PATTERN = r"^([1-9][0-9]{0,5}(\.[0-9]{1,6})?|0\.[0-9]{0,5}[1-9][0-9]{0,5})$"
 _SECONDS = re.compile(SECONDS_PATTERN)
@@ -37,6 +40,7 @@ def read_headers(raw: Iterable[tuple[bytes, bytes]]) -> CallHeaders:
     parent_agent: str | None = None
     traceparent: str | None = None
     authorized = False
+    hints: dict[bytes, str] = {}
     for name, value in raw:
         if name not in _READ and not name.startswith(b"x-leadline-"):
             continue
@@ -69,13 +73,17 @@ def read_headers(raw: Iterable[tuple[bytes, bytes]]) -> CallHeaders:
             elif name == b"x-leadline-scope":
                 scope = _scope(text)
             elif name == b"x-leadline-scope-budget":
-                scope_budget = _dollars(text)
+                scope_budget = dollars("x-leadline-scope-budget", text)
             elif name == b"x-leadline-timeout":
                 timeout_s = _seconds(text)
+            elif name in HINTS:
+                if name in hints:
+                    raise InvalidRequest(f"{name.decode()}: was sent twice; send one.")
+                hints[name] = text
             else:
+                known = ", ".join(sorted(_OURS))
                 raise InvalidRequest(
-                    f"{name.decode('latin-1')[:80]}: is no header that Leadline reads; those are x-leadline-scope, "
-                    "x-leadline-scope-budget, x-leadline-tags and x-leadline-timeout."
+                    f"{name.decode('latin-1')[:80]}: is no header that Leadline reads; those are {known}."
                 )
     if scope_budget is not None and scope is None:
         raise InvalidRequest("x-leadline-scope-budget: needs x-leadline-scope, the name of the scope it limits.")
@@ -84,6 +92,7 @@ def read_headers(raw: Iterable[tuple[bytes, bytes]]) -> CallHeaders:
         token, session, tags, no_cache, no_store, scope, scope_budget, idempotency_key, retry_count, timeout_s,
         parent_agent,
         traceparent,
+        read_hints(hints) if hints else None,
     )  # fmt: skip
 
 
@@ -94,17 +103,6 @@ def _scope(text: str) -> str:
             f"1 to 64 letters, digits, '.', '_', ':' or '-', with '/' between them, {MAX_PATH} characters in all."
         )
     return text
-
-
-def _dollars(text: str) -> int:
-    try:
-        nanousd = Decimal(text.removeprefix("$")) * 10**9
-        whole = int(nanousd)
-    except (InvalidOperation, ValueError, OverflowError):
-        whole, nanousd = -1, Decimal(0)
-    if whole < 0 or whole != nanousd or whole >= 2**63:
-        raise InvalidRequest(f"x-leadline-scope-budget: {text[:40]!r} is not an amount of dollars such as 0.50.")
-    return whole
 
 
 def _idempotency_key(text: str) -> str:

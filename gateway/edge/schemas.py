@@ -5,12 +5,14 @@ states what holds for every provider. tests/edge/test_openapi.py keeps both in s
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from gateway.admission.limits import MAX_PATH, RUN_PATTERN
 from gateway.edge.headers import SECONDS_PATTERN
+from gateway.edge.hints import MODELS_PATTERN, QUALITY_PATTERN
 from gateway.edge.prompts import MAX_DIMENSIONS, MAX_INPUTS
 from gateway.edge.wire import FOREIGN_FIELDS, MAX_CHOICES, MAX_MESSAGES, MAX_STOPS, MAX_TOKENS, SEEDS
+from routers.types import Effort
 
 Schema = dict[str, Any]
 
@@ -258,5 +260,13 @@ HEADERS: list[Schema] = [
             "How many seconds the answer may take.",
             {"pattern": SECONDS_PATTERN, "examples": ["30"]},
         ),
+        (
+            "x-leadline-max-cost",
+            "At most this expected cost, in dollars.",
+            {"pattern": r"^\$?[0-9]{1,9}(\.[0-9]{1,9})?$"},
+        ),
+        ("x-leadline-min-quality", "At least this chance of a good answer.", {"pattern": QUALITY_PATTERN}),
+        ("x-leadline-effort", "At most this effort.", {"enum": list(get_args(Effort))}),
+        ("x-leadline-models", "Only these models of the policy.", {"pattern": MODELS_PATTERN, "maxLength": 4096}),
     )
 ]

@@ -9,7 +9,7 @@ import msgspec
 from gateway.ledger.settle import Usage
 from gateway.upstream.tool_calls import ToolCallOrder
 from routers.policy import Price
-from routers.types import Endpoint
+from routers.types import Endpoint, Hints
 
 Cause = Literal[
     "connect", "timeout", "status", "bad_answer", "cut", "auth", "refused", "engine_gone",
@@ -148,6 +148,8 @@ class CallHeaders(msgspec.Struct, frozen=True):
     """The agent that started the one that calls (`x-claude-code-parent-agent-id`)."""
     traceparent: str | None = None
     """The caller's span (W3C Trace Context), as it was sent; it goes into traces and nowhere else."""
+    hints: Hints | None = None
+    """What the caller asks of the decision, within what the policy allows."""
 
     def __repr__(self) -> str:
         return f"CallHeaders(session={self.session!r}, scope={self.scope!r})"  # never the token

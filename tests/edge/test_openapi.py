@@ -107,8 +107,12 @@ def test_the_readers_take_what_is_described_and_nothing_else(name: str, field: s
 
 def test_every_header_that_is_described_is_read() -> None:
     described = {header["name"].lower() for header in schemas.HEADERS}
-    assert described == {"idempotency-key", "x-leadline-scope", "x-leadline-tags", "x-leadline-timeout"}
-    for name, bad in (("idempotency-key", b"\xe9"), ("x-leadline-scope", b"/"), ("x-leadline-timeout", b"0")):
+    refused = {
+        "idempotency-key": b"\xe9", "x-leadline-scope": b"/", "x-leadline-timeout": b"0", "x-leadline-max-cost": b"-1",
+        "x-leadline-min-quality": b"90%", "x-leadline-effort": b"huge", "x-leadline-models": b"a,,b",
+    }  # fmt: skip
+    assert described == {"x-leadline-tags", *refused}
+    for name, bad in refused.items():
         with pytest.raises(InvalidRequest, match=name):
             read_headers([(name.encode(), bad)])
 

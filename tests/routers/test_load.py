@@ -65,6 +65,13 @@ def on_route(lines: str, field: str, message: str, fix: str) -> object:
     return case("use: [local]", f"use: [local]\n    {lines}", 15 + lines.count("\n"), field, message, fix)
 
 
+def when(conditions: str, field: str, message: str, fix: str) -> object:
+    """A problem of the second route's conditions."""
+    return case(
+        "when: {model: auto}", f"when: {{{conditions}}}", 16, f"routes[1].when.{field}".rstrip("."), message, fix
+    )
+
+
 LOCAL = "local:  {provider: home, model: bundled/base, context: 1024}"
 WEAK_PRICE = "{input: $0.25/Mtok, output: $2/Mtok}"
 ENV = "env:OPENAI_API_KEY"
@@ -183,6 +190,25 @@ CASES = [
     case("{model: auto}", "{model: weak}", 16, "routes[1].when.model", "goes straight to it", "another alias"),
     case("{model: auto}", "{model: [auto, weak]}", 16, "routes[1].when.model[1]", "goes straight", "use: [weak]"),
     case("{model: auto}", "{model: auto, hour: 9}", 16, "routes[1].when.hour", "unknown key", "tag, model, tenant"),
+    when("model: auto, schedule: {days: monday}", "schedule.days[0]", "neither a day", "mon-fri"),
+    when("model: auto, schedule: {days: []}", "schedule.days", "empty", "at least one"),
+    when("model: auto, schedule: {hours: 9-17}", "schedule.hours[0]", "not a span of hours", "09:00-18:00"),
+    when("model: auto, schedule: {hours: 25:00-26:00}", "schedule.hours[0]", "not a span of hours", "09:00-18:00"),
+    when("model: auto, schedule: {hours: 08:00-08:00}", "schedule.hours[0]", "starts where it ends", "00:00-24:00"),
+    when("model: auto, schedule: {zone: Europe/Berlino}", "schedule.zone", "no time zone", "Europe/Berlin"),
+    when("model: auto, schedule: {day: mon}", "schedule.day", "unknown key", "did you mean `days`?"),
+    when("model: auto, share: 0.1", "share", "a share without its unit", "5%"),
+    when("model: auto, share: 0%", "share", "not between", "more than 0%"),
+    when("model: auto, endpoint: chat", "endpoint[0]", "not one of the choices", "chat.completions"),
+    when("model: auto, needs: [tool]", "needs[0]", "not one of the choices", "did you mean `tools`?"),
+    when("model: auto, input_tokens: 1000", "input_tokens", "a range without its sign", '">= 1000"'),
+    when('model: auto, input_tokens: "> 9"', "input_tokens", "not a range of tokens", '">= 1000"'),
+    when('model: auto, input_tokens: ">= 9 and <= 8"', "input_tokens", "an empty range", "lower bound first"),
+    when("model: auto, not: {tags: x}", "not.tags", "unknown key", "did you mean `tag`?"),
+    when("model: auto, not: {share: 5%}", "not.share", "unknown key", "write one of"),
+    when("model: auto, not: {}", "not", "empty", "at least one condition"),
+    when("model: auto, not: {model: auto}", "", "unreachable: these conditions never hold together", "remove one"),
+    when("model: auto, keys: ci", "keys", "unknown key", "did you mean `key`?"),
     case("use: [local]", "use: [local]\n    cache: on", 15, "routes[0].cache", "not a mapping", "key: value"),
     case("use: [local]", "use: [local]\n    cache: {ttl: 0s}", 15, "routes[0].cache.ttl", "zero", "longer"),
     on_route("on_failure: [wek]", "routes[0].on_failure[0]", "no model of this name", "did you mean `weak`?"),
@@ -420,6 +446,25 @@ def test_the_version_covers_every_field() -> None:
         (PRIVATE, "\n    hedge: {after: 1s}"),
         (PRIVATE, "\n    hedge: {after: 1s, max_extra: 6%}"),
         (PRIVATE, "\n    on_stream_failure: resume"),
+        *(
+            ("tag: private", f", {condition}")
+            for condition in (
+                "key: a",
+                "key: b",
+                "team: a",
+                "endpoint: embeddings",
+                "needs: tools",
+                'input_tokens: ">= 1"',
+                'input_tokens: "<= 1"',
+                "share: 5%",
+                "share: 6%",
+                "not: {tag: x}",
+                "not: {team: x}",
+                "schedule: {days: mon}",
+                "schedule: {hours: 01:00-02:00}",
+                "schedule: {zone: Europe/Rome}",
+            )
+        ),
         ("600/min", ", tokens: 1/s"),
         ("600/min", ", concurrency: 1"),
         ("600/min", ", at: {80%: cheaper}"),
