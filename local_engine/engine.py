@@ -223,7 +223,8 @@ class Engine:
                 self._flush()  # probes and refusals do not wait for the step
                 for lane in self._lanes.values():
                     self._reap()
-                    self._tell(lane.step())
+                    if lane.scheduler.busy:
+                        self._tell(lane.step())
                     self._flush()
                 self._fail_the_idle()
             self._take_commands()
@@ -393,7 +394,7 @@ class Engine:
     def _turn(self, job: _Job, turn: Turn) -> None:
         assert job.controller is not None, "it has begun"
         assert job.engine is not None
-        if turn.error is not None:
+        if turn.error is not None and not turn.sequence.expendable:
             raise turn.error
         if turn.scores is not None:
             job.engine.close(turn.sequence)

@@ -1,30 +1,17 @@
 """One `Generate`: its choices, their text on its way out, and why each ended."""
 
-from dataclasses import dataclass, field
-
 import msgspec
-import torch
 
+from local_engine.answer import Answer
 from local_engine.chat import InvalidRequest, Tool
 from local_engine.constrain import GrammarConstraint
-from local_engine.detok import Piece, TextStream
-from local_engine.lane import Hidden, Turn
+from local_engine.detok import Piece
+from local_engine.lane import Turn
 from local_engine.model import LocalModel
 from local_engine.primitives import Primitives
-from local_engine.sampler import Choice, Sampler
+from local_engine.sampler import Sampler
 from local_engine.sequence import Sequence
-from local_engine.tool_calls import ToolCallParser
-from local_engine.types import (
-    Delta,
-    Event,
-    Failed,
-    Finished,
-    FinishReason,
-    Generate,
-    SamplingParams,
-    Tapped,
-    TokenLogprob,
-)
+from local_engine.types import Event, Failed, FinishReason, Generate
 
 
 class Generation:
@@ -43,8 +30,8 @@ class Generation:
         if command.tool_choice == "required" and not tools:
             raise InvalidRequest("tool_choice: a call is required, and there are no tools; send some", "tool_choice")
         self._tools = tools
-        self._answers = [_Answer(command, model, prompt, self._sampler(n), bool(tools), n) for n in range(command.n)]
-        self._answer_of: dict[Sequence, _Answer] = {}
+        self._answers = [Answer(command, model, prompt, self._sampler(n), bool(tools), n) for n in range(command.n)]
+        self._answer_of: dict[Sequence, Answer] = {}
 
     @property
     def done(self) -> bool:
@@ -128,102 +115,3 @@ class Generation:
             return grammars.tool_call(self._tools, command.tool, self._prompt)
         assert form is not None
         return grammars.formatted(form, self._prompt)
-
-
-@dataclass(slots=True, eq=False)
-class _Answer:
-    """One choice: what it has said, and what of it has been told."""
-
-    command: Generate
-    model: LocalModel
-    prompt: list[int]
-    sampler: Sampler
-    has_tools: bool
-    choice: int
-    over: bool = False
-    cached_tokens: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-    tapped: list[Tapped] = field(default_factory=list)
-    _text: TextStream = field(init=False)
-    output_tokens: int = 0
-    _reasoning_tokens: int = 0
-    _untold_tokens: int = 0
-    _untold_logprobs: list[TokenLogprob] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        thinking = self.model.think_token in self.prompt[-2:]
-        calls = ToolCallParser(self.model.tools) if self.has_tools and self.model.tools else None
-        self._text = TextStream(self.model, self._params.stop, thinking=thinking, tools=calls)
-
-    @property
-    def _params(self) -> SamplingParams:
-        return self.command.sampling
-
-    def take(self, choice: Choice, max_tokens: int) -> list[Event]:
-        """One more token, and the events it causes."""
-        was_thinking = self._text.thinking
-        ended = choice.token in self.model.end_tokens or choice.token in self._params.stop_token_ids
-        piece = Piece() if ended else self._text.push(choice.token)
-        self.output_tokens += 1
-        self._untold_tokens += 1
-        if was_thinking or self._text.thinking:  # both markers count as thinking
-            self._reasoning_tokens += 1
-        elif self._params.logprobs and not ended and choice.token not in self.model.special_tokens:
-            self._untold_logprobs.append(self._logprob(choice))
-        events = self.told(piece)
-        if ended or self._text.stopped:
-            return events + self.end("stop")
-        if self.output_tokens >= max_tokens:
-            return events + self.end("length")
-        return events
-
-    def end(self, reason: FinishReason) -> list[Event]:
-        """The closing events: what was held back, then the counts."""
-        self.over = True
-        last = self.told(self._text.finish(), last=True)
-        if reason == "stop" and self._text.tool_calls:
-            reason = "tool_calls"
-        return [
-            *last,
-            Finished(
-                self.command.id,
-                reason,
-                len(self.prompt),
-                self.output_tokens,
-                self._reasoning_tokens,
-                cached_tokens=self.cached_tokens,
-                choice=self.choice,
-                drafted_tokens=self.drafted_tokens,
-                accepted_tokens=self.accepted_tokens,
-            ),
-        ]
-
-    def told(self, piece: Piece, *, last: bool = False) -> list[Event]:
-        if piece == Piece() and not self.tapped and not (last and self._untold_logprobs):
-            return []
-        delta = Delta(
-            self.command.id,
-            piece.content,
-            piece.reasoning,
-            self._untold_tokens,
-            self._untold_logprobs,
-            self.choice,
-            self.tapped,
-            list(piece.tool_calls),
-        )
-        self._untold_tokens, self._untold_logprobs, self.tapped = 0, [], []
-        return [delta]
-
-    def reveal(self, hidden: Hidden) -> None:
-        """Hidden states to go out with the next delta."""
-        if not hidden.positions:
-            return
-        tokens, layers, width = hidden.states.shape
-        data = hidden.states.to("cpu", torch.float16).numpy().astype("<f2").tobytes()
-        self.tapped.append(Tapped(hidden.positions, (tokens, layers, width), data))
-
-    def _logprob(self, choice: Choice) -> TokenLogprob:
-        pieces = self.model.pieces
-        top = [(pieces[token], logprob) for token, logprob in choice.top]
-        return TokenLogprob(pieces[choice.token], choice.logprob, top, choice.entropy)

@@ -284,8 +284,8 @@ class Lane:
         if self.speculator is None:
             return
         active = self.scheduler.active
-        writing = [sequence for sequence in active if sequence.pending == 1 and sequence.sampler is not None]
-        reading = sum(sequence.pending for sequence in (*active, *self.scheduler.waiting)) - len(writing)
+        writing = [s for s in active if s.pending == 1 and s.sampler is not None and s.floor is None]
+        reading = sum(s.pending + len(s.draft) for s in (*active, *self.scheduler.waiting)) - len(writing)
         try:
             drafts = self.speculator.propose(writing, min(reading, self._pace.tokens))
         except Exception:
@@ -322,6 +322,7 @@ class Lane:
         for turn, segment in zip(turns, segments, strict=True):
             sequence = turn.sequence
             sequence.computed += len(segment.tokens)
+            sequence.rows += len(segment.tokens)
             these = range(row, row + segment.logits)
             row += segment.logits
             if sequence.scores is not None:
@@ -359,6 +360,8 @@ class Lane:
 
     def _count(self, sequence: Sequence, window: Window, choices: list[Choice], predictions: list[int]) -> None:
         """What became of a draft, and what is to be learned from it."""
+        if window.floor is not None:
+            return
         drafted, accepted = len(window.drafted), len(choices) - 1
         sequence.drafted += drafted
         sequence.accepted += accepted
@@ -429,6 +432,7 @@ def _window(sequence: Sequence) -> Window:
         sequence.ids,
         list(sequence.draft),
         None if drawn_from is None else drawn_from[: len(sequence.draft)],
+        sequence.floor,
     )
 
 

@@ -1,4 +1,5 @@
-"""What may be done with running sequences between two steps: open, fork, append, truncate, score, write, hold, close.
+"""What may be done with running sequences between two steps: open, fork, append, offer, truncate, score, write, hold,
+rest, close.
 
 All of it changes what is *to be computed*; the computing is done by the steps that follow, together with everybody
 else's. A `Controller` owns the sequences of one request and is told what each step meant for them, so a way of
@@ -77,10 +78,12 @@ class Primitives:
         *,
         limit: int | None = None,
         taps: TapSpec | None = None,
+        expendable: bool = False,
     ) -> Sequence:
         """A sequence that reads `tokens`, then writes if it has a sampler and rests if not.
 
-        It stops at `limit` tokens, prompt included; at the most that the model and its KV budget allow if that is less.
+        It stops at `limit` tokens, prompt included; at the most that the model and its KV budget allow if that is
+        less. When a step of it fails the request fails, unless it is `expendable`: then its turn brings the error.
         """
         lane = self._lanes[model]
         most = min(limit or lane.most_tokens, lane.most_tokens)
@@ -89,7 +92,7 @@ class Primitives:
                 f"a sequence of {model} has 1 to {most} tokens, what it writes included; not {len(tokens)}"
             )
         sequence = self._new(lane, tokens, most)
-        sequence.sampler, sequence.taps = sampler, taps
+        sequence.sampler, sequence.taps, sequence.expendable = sampler, taps, expendable
         lane.add(sequence)
         return sequence
 
@@ -112,6 +115,19 @@ class Primitives:
         sequence.ids.extend(tokens)
         sequence.at_rest = sequence.at_rest and not tokens
 
+    def offer(self, sequence: Sequence, tokens: Tokens[int], floor: float) -> None:
+        """Let a sequence that writes read what somebody else wrote for it, and keep what it finds probable enough.
+
+        Its next turn brings, all measured, those `tokens` that came before the first whose log-probability is below
+        `floor`, and one token of its own after them. Where room is short the offer is cut, down to nothing.
+        """
+        if sequence.sampler is None or len(sequence.ids) + len(tokens) >= sequence.limit:
+            raise ValueError(f"an offer of {len(tokens)} tokens after {len(sequence.ids)} needs a sampler and room")
+        self._lane_of[sequence].cut(sequence, len(sequence.ids) - 1)
+        sequence.draft[:] = tokens
+        sequence.floor = floor
+        sequence.at_rest = False
+
     def truncate(self, sequence: Sequence, length: int) -> None:
         """Keep the first `length` tokens, at least one. With a sampler it writes on from there."""
         length = self._length(sequence, length)
@@ -132,6 +148,11 @@ class Primitives:
         sequence.sampler = None
         sequence.undraft()
         sequence.at_rest = sequence.computed == len(sequence.ids)
+
+    def rest(self, sequence: Sequence) -> None:
+        """Let it wait as it is. What it has not read is read when it goes on: by `append`, `offer` or `write`."""
+        sequence.undraft()
+        sequence.at_rest = True
 
     def score(self, sequence: Sequence, tokens: Tokens[int]) -> Sequence:
         """Ask what its model thinks of `tokens` after it. It stays as it is.

@@ -157,6 +157,7 @@ def _shared(active: list[Sequence], budget: int) -> Iterable[tuple[Sequence, int
             left -= len(sequence.draft)
             counts[sequence] = 1 + len(sequence.draft)
     for at, sequence in enumerate(sorted(reading, key=lambda s: s.pending)):
-        counts[sequence] = min(sequence.pending, left // (len(reading) - at))
+        due = sequence.pending - bool(sequence.draft)  # its last token is read with what it was offered
+        counts[sequence] = min(due, left // (len(reading) - at))
         left -= counts[sequence]
     return ((sequence, counts[sequence]) for sequence in active)

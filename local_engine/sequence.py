@@ -57,10 +57,16 @@ class Sequence:
     """Guesses of what comes after `ids`, to be verified in the next step."""
     drawn_from: "Tensor | None" = None
     """[draft, vocabulary]: the distributions that the draft was drawn from; None: it was certain."""
+    floor: float | None = None
+    """Not None: its draft is an offer, kept as far as no token is less probable than this (a natural logarithm)."""
     drafted: int = 0
     """Tokens of drafts that were verified, so far."""
     accepted: int = 0
     """Of them, those that were kept."""
+    rows: int = 0
+    """Tokens that were computed for it in all: also what was rejected, or computed again."""
+    expendable: bool = False
+    """When a step of it fails, its owner is told; otherwise the request fails."""
     slot: int | None = None
     """Its place in the KV cache; None while it has none: then nothing is computed."""
     tapped: int = 0
@@ -70,7 +76,7 @@ class Sequence:
     awaited: "tuple[Sequence, int] | None" = None
     """Who is computing a prefix of it, and how long that is: it is let in when that is done."""
     at_rest: bool = False
-    """It has read all that it was given and has no sampler. It stays at rest when its KV is taken away."""
+    """It has read all that it was given and has no sampler, or waits. It stays at rest when its KV is taken away."""
 
     def __post_init__(self) -> None:
         self.prompt_len = self.prompt_len or len(self.ids)
@@ -93,7 +99,7 @@ class Sequence:
     def undraft(self) -> None:
         """Nothing is to be verified."""
         self.draft.clear()
-        self.drawn_from = None
+        self.drawn_from = self.floor = None
 
 
 def common_prefix(left: "array[int]", right: "array[int]") -> int:

@@ -6,6 +6,8 @@ is without drafts; and as a draft that was certain of its token could not be kep
 chooses that token, nothing is lost. *Rejection sampling* (Leviathan et al. 2023; Chen et al. 2023), for drafts that
 were drawn from a distribution q: token x is kept with probability min(1, p(x) / q(x)), or else drawn anew from what p
 has more than q, max(0, p - q). Text has the distribution p; which one of the texts it is depends on the drafts.
+
+An *offer* (a window with a floor) is another matter: text that somebody else wrote, kept where it is probable enough.
 """
 
 from array import array
@@ -32,6 +34,9 @@ class Window:
     distributions: torch.Tensor | None = None
     """[drafted, vocabulary]: what the drafted tokens were drawn from, by DRAFT_STREAM; None: compare for agreement."""
 
+    floor: float | None = None
+    """An offer: keep the tokens before the first that is less probable, a natural logarithm."""
+
     @property
     def rows(self) -> int:
         return 1 + len(self.drafted)
@@ -55,14 +60,28 @@ def verify(logits: torch.Tensor, windows: Sequence[Window]) -> list[list[Choice]
     together = [at for at, window in enumerate(windows) if _compared_at_once(window)]
     found = dict(zip(together, _agreements(logits, windows, starts, together), strict=True))
     for at, window in enumerate(windows):
-        if at not in found:
+        if window.floor is not None:
+            found[at] = _taken(logits[starts[at] : starts[at] + window.rows], window, window.floor)
+        elif at not in found:
             found[at] = _one_by_one(logits[starts[at] : starts[at] + window.rows], window)
     return [found[at] for at in range(len(windows))]
 
 
 def _compared_at_once(window: Window) -> bool:
     """Constrained rows are not: what may follow a draft that was not allowed is not defined."""
-    return window.distributions is None and window.sampler.constraint is None
+    return window.distributions is None and window.sampler.constraint is None and window.floor is None
+
+
+def _taken(logits: torch.Tensor, window: Window, floor: float) -> list[Choice]:
+    """What is probable enough of an offer, and the window's own token after it; all measured."""
+    count = len(window.drafted)
+    logprobs = torch.log_softmax(logits, -1)
+    offered = torch.tensor(window.drafted, dtype=torch.int64, device=logits.device).unsqueeze(1)
+    thought = logprobs[:count].gather(1, offered).squeeze(1).tolist()
+    kept = next((at for at, logprob in enumerate(thought) if logprob < floor), count)
+    entropies = torch.special.entr(logprobs[:kept].exp()).sum(-1).tolist()
+    choices = [Choice(window.drafted[at], thought[at], [], entropies[at]) for at in range(kept)]
+    return [*choices, window.sampler.pick(logits[kept], window.before(kept))]
 
 
 def _agreements(

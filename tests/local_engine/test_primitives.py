@@ -56,6 +56,7 @@ class World:
     """Positions of tokens that the model chose."""
     asked: dict[Sequence, tuple[list[int], list[int]]] = field(default_factory=dict)
     """Of the scores under way: what was there, and what is scored."""
+    offered: dict[Sequence, tuple[list[int], float]] = field(default_factory=dict)
 
     def step(self) -> None:
         for turn in self.lane.step():
@@ -65,8 +66,16 @@ class World:
         assert turn.error is None
         assert not turn.out_of_room
         sequence = turn.sequence
-        for choice in turn.choices:
-            self.written[sequence].add(len(self.texts[sequence]))
+        offered, floor = self.offered.pop(sequence, ([], 0.0)) if turn.choices else ([], 0.0)
+        kept = len(turn.choices) - 1 if offered else 0
+        assert [choice.token for choice in turn.choices[:kept]] == offered[:kept]
+        for at, choice in enumerate(turn.choices):
+            if at >= kept:
+                self.written[sequence].add(len(self.texts[sequence]))
+            else:
+                assert choice.logprob >= floor
+                logprobs = torch.log_softmax(self.logits(self.texts[sequence])[-1], -1)
+                assert abs(float(logprobs[choice.token]) - choice.logprob) < CLOSE
             self.texts[sequence].append(choice.token)
         if turn.scores is not None:
             before, tokens = self.asked.pop(sequence)
@@ -89,7 +98,9 @@ class World:
             return self._open(rng)
         sequence = rng.choice(sequences)
         tokens = self.texts[sequence]
-        match rng.choice(("fork", "append", "truncate", "score", "write", "hold", "close", "preempt", *["step"] * 8)):
+        match rng.choice(
+            ("fork", "append", "truncate", "score", "write", "hold", "offer", "rest", "close", "preempt", *["step"] * 8)
+        ):
             case "fork" if len(sequences) < 6:
                 length = rng.randint(1, min(len(tokens), LIMIT - 1))
                 child = self.engine.fork(sequence, greedy() if rng.random() < 0.5 else None, length=length)
@@ -109,6 +120,13 @@ class World:
                 self.asked[self.engine.score(sequence, candidate)] = (list(tokens), candidate)
             case "write":
                 self.engine.write(sequence, greedy())
+            case "offer" if sequence.sampler is not None and len(tokens) < LIMIT - 1:
+                offered = text(rng.randint(1, min(12, LIMIT - 1 - len(tokens))), rng.randint(0, 99))
+                floor = rng.choice((-100.0, -7.0, 0.0))
+                self.engine.offer(sequence, offered, floor)
+                self.offered[sequence] = offered, floor
+            case "rest":
+                self.engine.rest(sequence)
             case "hold":
                 self.engine.hold(sequence)
             case "close":
@@ -126,6 +144,7 @@ class World:
 
     def _close(self, sequence: Sequence) -> None:
         self.engine.close(sequence)
+        self.offered.pop(sequence, None)
         del self.texts[sequence], self.written[sequence]
 
     def settle(self) -> None:
@@ -232,6 +251,35 @@ def test_who_has_read_can_be_told_to_write(model: LocalModel, reference: Any) ->
     best = here.logits(tokens)[len(PROMPTS[2]) - 1 : -1]
     chosen = best.gather(1, torch.tensor(tokens[len(PROMPTS[2]) :]).unsqueeze(1))
     assert (chosen[:, 0] >= best.amax(1) - CLOSE).all()
+    here.leave()
+
+
+@pytest.mark.parametrize("preempted", [False, True])
+def test_an_offer_is_kept_up_to_what_is_too_improbable(model: LocalModel, reference: Any, preempted: bool) -> None:
+    """In one pass over its tokens and the one before them; nothing of what is kept is computed again."""
+    here = world(model, reference)
+    sequence = here.engine.open("m", PROMPTS[2], greedy(), limit=LIMIT)
+    here.engine.rest(sequence)
+    assert here.lane.step() == [], "who rests does not even read"
+    offered = text(9, 3)
+    logprobs = torch.log_softmax(here.logits([*PROMPTS[2], *offered])[len(PROMPTS[2]) - 1 : -1], -1)
+    thought = logprobs[torch.arange(9), torch.tensor(offered)]
+    floor = float(thought[:5].min()) - 0.01
+    offered = [*offered[:5], int(logprobs[5].argmin()), *offered[6:]]
+    assert float(logprobs[5].min()) < floor
+    here.engine.offer(sequence, offered, floor)
+    if preempted:
+        here.lane.step()
+        here.lane.scheduler.preempt(sequence, here.lane)
+        here.engine.offer(sequence, offered, floor)
+    turns: list[Turn] = []
+    while not turns:
+        turns = here.lane.step()
+    (kept,) = turns
+    assert [choice.token for choice in kept.choices] == [*offered[:5], int(logprobs[5].argmax())]
+    assert torch.allclose(torch.tensor([choice.logprob for choice in kept.choices[:5]]), thought[:5], atol=CLOSE)
+    here.engine.rest(sequence)
+    assert sequence.computed == len(PROMPTS[2]) + 5, "all but its own last token"
     here.leave()
 
 
