@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
+from gateway.simulate.command import simulate
+
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
@@ -22,6 +24,7 @@ keys_app = typer.Typer(help="Make, list and revoke the gateway's API keys.", no_
 app.add_typer(keys_app, name="keys")
 engine_app = typer.Typer(help="Run the engine alone, or measure it.")
 app.add_typer(engine_app, name="engine")
+app.command("simulate")(simulate)
 
 
 def main() -> None:
@@ -32,7 +35,8 @@ def main() -> None:
     except ModuleNotFoundError as error:
         sys.exit(
             f"this command needs the package {error.name!r}, which is not installed; "
-            "install leadline[server] for the gateway, leadline[server,local] for local models and probes"
+            "install leadline[server] for the gateway, leadline[server,local] for local models and probes, "
+            "leadline[server,local,train] to fit probes and to simulate"
         )
 
 

@@ -1,0 +1,108 @@
+"""A simulation from policy and table to what the command prints, writes and draws."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from gateway.policies import encoder, probe_folder
+from gateway.simulate.baselines import baselines
+from gateway.simulate.compare import Measured, compare
+from gateway.simulate.routed import Caller, costs, run_policy, sweep
+from gateway.simulate.scores import probe_scores
+from gateway.simulate.table import Array, Outcomes
+from routers.policy import Policy
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """What was found."""
+
+    measured: list[Measured]
+    """The policy first."""
+    rules: list[tuple[str, int]]
+    """How often each rule decided, most often first."""
+    facts: list[str]
+    """What a reader has to know of the numbers."""
+    curve: list[tuple[float, float]]
+    """($ per 1,000, accuracy) that the policy's signals reach at other prices of a mistake; empty where some model of
+    the table has no signal or no cost."""
+
+
+def simulated(
+    policy: Policy, folder: Path, table: Outcomes, caller: Caller, scores: Path, seed: int, *, progress: bool = True
+) -> Simulation:
+    """`folder` holds the policy file, `scores` what the probe says. Raises ProbeError."""
+    spent, source = costs(policy, table)
+    signals, said = _signals(policy, folder, table, scores, progress)
+    run = run_policy(policy, table, spent, signals, caller=caller)
+    rows = compare(run.routed, baselines(table, spent, run.routed, seed), table.models, seed=seed)
+    left_out = f", {table.incomplete} left out as some model has no outcome there" if table.incomplete else ""
+    facts = [f"{len(table.prompts)} queries{left_out}; costs from {source}", said]
+    held = {name.partition("+")[0] for name in table.models}
+    missing = [name for name in policy.models if name not in held]
+    if missing:
+        facts.append(f"not in the table, so never chosen: {', '.join(missing)}")
+    if run.refused:
+        facts.append(f"{run.refused} requests refused by the policy, counted as wrong and free")
+    curve: list[tuple[float, float]] = []
+    if spent is not None and set(signals) == set(table.models):
+        quality = np.column_stack([signals[model] for model in table.models])
+        curve = [(cost * 1e-6, accuracy) for cost, accuracy in sweep(quality, spent.mean(0), table, spent)]
+    return Simulation(rows, sorted(run.rules.items(), key=lambda item: -item[1]), facts, curve)
+
+
+def _signals(
+    policy: Policy, folder: Path, table: Outcomes, scores: Path, progress: bool
+) -> tuple[Mapping[str, Array], str]:
+    """(P(success) per model, where it is from): the table's, or the policy's probe's."""
+    if table.p_success:
+        return table.p_success, f"P(success) of {', '.join(table.p_success)} from the table"
+    if policy.difficulty is None:
+        return {}, "the policy measures nothing: it decides by price and order"
+    from probes.runtime import EncoderProbe
+
+    probe = EncoderProbe.load(probe_folder(policy, folder), encoder(policy, folder))
+    found = probe_scores(probe, table.prompts, scores, progress=progress)
+    heads = {model: head for model, head in policy.difficulty.heads.items() if model in table.models}
+    said = (
+        f"P(success) of {', '.join(heads)} by the probe {probe.version}; where it was fitted on these queries, what "
+        "follows flatters it"
+    )
+    return {model: found[:, probe.heads.index(head)] for model, head in heads.items()}, said
+
+
+def rendered(title: str, measured: Sequence[Measured]) -> Table:
+    """For a terminal."""
+    shown = Table(title=title, title_justify="left")
+    shown.add_column("router")
+    for header in ("accuracy", "$ per 1,000", *measured[0].share, "policy gains", "policy saves"):
+        shown.add_column(header, justify="right")
+    for found in measured:
+        cells = [_told(found.accuracy, "{:.3f}"), _told(found.cost, "{:.4g}")]
+        cells += [f"{share:.0%}" for share in found.share.values()]
+        cells += [_told(found.gain, "{:+.3f}"), _told(found.saving, "{:.0%}")]
+        shown.add_row(found.name, *cells)
+    return shown
+
+
+def _told(found: tuple[float, float, float] | None, form: str) -> str:
+    if found is None:
+        return "–"
+    value, low, high = map(form.format, found)
+    return f"{value}\n({low} to {high})"
+
+
+def as_json(policy: Policy, file: Path, table: Path, queries: int, found: Simulation) -> dict[str, Any]:
+    """Everything, with stable keys."""
+    return {
+        "policy": {"file": file.name, "version": policy.version_hash},
+        "table": table.name,
+        "queries": queries,
+        "facts": found.facts,
+        "rules": dict(found.rules),
+        "routers": [row.to_json() for row in found.measured],
+    }
