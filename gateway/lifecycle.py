@@ -429,7 +429,7 @@ def _no_candidate(error: NoCandidate, model: str, world: World, budget: Budget |
     if error.kind == "budget":
         return BudgetExceeded(str(error) if budget is None else refusal(budget, str(error)))
     if error.kind == "unavailable":
-        breakers = [world.breakers[name] for name, _ in error.reasons]
+        breakers = [world.breakers[name] for name, _ in error.reasons if name in world.breakers]
         waits = [wait for breaker in breakers if (wait := breaker.closed_in_s()) is not None]
         soonest = min(waits, default=2.0)
         if breakers and all(breaker.rate_limited for breaker in breakers):

@@ -17,15 +17,18 @@ A model whose price is not known is never cheaper than one whose price is, meets
 where a budget holds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from routers.affinity import held, switch_nanousd
+from routers.bandit import explore, learned
+from routers.choose import choose, why_not
+from routers.effort import at_most, budget, by_signals
 from routers.errors import NoCandidate, NoCandidateKind
-from routers.options import Option
+from routers.options import CascadeOption, Option
 from routers.policy import FailureCause, Model, Policy, Route
-from routers.types import Decision, Query, Signals, Single, State
-from routers.units import format_money
+from routers.types import Cascade, Decision, Plan, Query, Signals, Single, State
 
-_CLOSEST_FIRST: tuple[NoCandidateKind, ...] = ("unavailable", "budget", "context_length", "capability")
+_CLOSEST_FIRST: tuple[NoCandidateKind, ...] = ("unavailable", "budget", "constraints", "context_length", "capability")
 
 
 def decide(query: Query, signals: Signals, policy: Policy, state: State, seed: int) -> Decision:
@@ -34,46 +37,57 @@ def decide(query: Query, signals: Signals, policy: Policy, state: State, seed: i
     targets = _targets(query, policy, route)
     if route is None:
         return _named(policy.models[targets[0]], query, signals, policy, state, seed)
-    options = [Option(policy.models[name], index, query, signals, state) for index, name in enumerate(targets)]
-    by_name = {option.model.name: option for option in options}
+    if route.affinity is not None or route.explore is not None:
+        signals = _remembered(route, targets, signals, state)
+    options = _options(route, targets, policy, query, signals, state)
+    by_name = {option.name: option for option in options}
     reserve = _reserve(route, by_name, policy, query, signals, state)
     considered = list(by_name.values())
     steps_in = _steps_in(options, reserve)
     _settle_doubts(considered, (*options, *steps_in))
     usable = [option for option in options if option.obstacle is None]
-    degraded = ""
+    degraded, propensity, explored = "", 1.0, False
     if usable:
         cheaper = state.degrade_reason if state.degrade == "cheaper" and query.model not in policy.models else None
-        chosen, rule, guessed = _choose(route, usable, query, cheaper)
+        chosen, rule, guessed, satisfying = choose(route, usable, query, cheaper)
         if len(targets) < len(route.targets):
             rule += f" (only {query.model}, which the caller named)"
+        for option in usable:
+            option.reason = "" if option is chosen else why_not(route, option, chosen, cheaper)
         if cheaper is not None:
             degraded = "budget"
         else:
             degraded = _missed(route, options, chosen, query) or ("probe_unavailable" if guessed else "")
-        for option in usable:
-            option.reason = "" if option is chosen else _why_not(route, option, chosen, usable, cheaper)
+        if route.explore is not None and len(satisfying) > 1:
+            name, propensity = explore(route.explore, chosen.name, [o.name for o in satisfying], signals, state, seed)
+            if name != chosen.name:
+                chosen.reason = f"the best, but this request explores {name}"
+                rule += f"; explored {name}, as {100 * route.explore.share:g}% of requests do ({route.explore.method})"
+                chosen, explored = by_name[name], True
+                chosen.reason = ""
     else:
         found = next((option for option in steps_in if option.obstacle is None), None)
         if found is None:
-            reasons = {option.model.name: option.reason for option in considered}
+            reasons = {option.name: option.reason for option in considered}
             raise NoCandidate(_closest(considered), "no model can run this", tuple(reasons.items()))
         chosen, rule, degraded = found, "first of on_failure, as no candidate can run", _closest(options)
 
+    plan = _plan(chosen, route, query, signals)
+    alone = plan.model if plan.kind == "single" else None
     in_reserve: dict[str, tuple[str, ...]] = {
-        cause: tuple([o.model.name for o in listed if o.obstacle is None and o is not chosen])
+        cause: tuple([o.name for o in listed if o.obstacle is None and o is not chosen and o.name != alone])
         for cause, listed in reserve.items()
     }
     if "context_length" in in_reserve:
         in_reserve["context_length"] = _longer(in_reserve["context_length"], chosen, by_name)
     fallbacks = in_reserve.pop("error", ())
     on_cause = {cause: names for cause, names in in_reserve.items() if names or cause == "rate_limit"}
-    running = {chosen.model.name, *fallbacks}.union(*on_cause.values())
+    running = {chosen.name, *fallbacks}.union(*on_cause.values())
     return Decision(
-        plan=Single(chosen.model.name),
+        plan=plan,
         route=route.name,
         rule=rule,
-        candidates=tuple([option.candidate(signals, option.model.name in running) for option in considered]),
+        candidates=tuple([option.candidate(option.name in running) for option in considered]),
         fallbacks=fallbacks,
         on_cause=on_cause,
         resume=_resume(route, fallbacks, options, chosen, by_name),
@@ -81,7 +95,69 @@ def decide(query: Query, signals: Signals, policy: Policy, state: State, seed: i
         probe_version=_probe_version(signals),
         seed=seed,
         degraded=degraded,
+        propensity=propensity,
+        explored=explored,
     )
+
+
+def _remembered(route: Route, targets: Sequence[str], signals: Signals, state: State) -> Signals:
+    """The signals with what the bandit has learned and what the conversation so far holds on to."""
+    if route.explore is not None and state.arms:
+        signals = learned(signals, state, targets)
+    if route.affinity is not None and state.session_p:
+        signals = held(signals, state.session_p, route.affinity.release)
+    return signals
+
+
+def _options(
+    route: Route, targets: Sequence[str], policy: Policy, query: Query, signals: Signals, state: State
+) -> list[Option]:
+    models, plans = policy.models, route.plans
+    if plans:
+        options = [
+            _option(plans.get(name), name, index, models, query, signals, state) for index, name in enumerate(targets)
+        ]
+    else:
+        options = [Option(models[name], index, query, signals, state) for index, name in enumerate(targets)]
+    leaves = state.session_model
+    if route.affinity is not None and leaves is not None and leaves in models:
+        switch = switch_nanousd(route.affinity, models[leaves], signals.cached_tokens.get(leaves, 0))
+        for option in options:
+            option.switch = 0 if option.model.name == leaves else switch
+    return options
+
+
+def _option(
+    plan: Plan | None,
+    name: str,
+    index: int,
+    models: Mapping[str, Model],
+    query: Query,
+    signals: Signals,
+    state: State,
+) -> Option:
+    if isinstance(plan, Cascade):
+        stages = [Option(models[s.model], index, query, signals, state, s if s.effort else None) for s in plan.stages]
+        return CascadeOption(plan, index, stages, query)
+    if isinstance(plan, Single):
+        return Option(models[plan.model], index, query, signals, state, plan)
+    return Option(models[name], index, query, signals, state)
+
+
+def _plan(chosen: Option, route: Route | None, query: Query, signals: Signals) -> Plan:
+    """The plan of the chosen option, with the effort that the route, the signals and the caller leave it."""
+    plan, thinking = chosen.plan, chosen.model.thinking
+    if isinstance(plan, Cascade):
+        return plan
+    if thinking is None or query.reasoning is not None:
+        return Single(chosen.model.name)
+    if plan is not None:
+        return Single(plan.model, plan.effort, budget(plan.effort, thinking))
+    asked = route.effort if route is not None else None
+    if asked == "auto":
+        return Single(chosen.model.name, *by_signals(query, signals, thinking))
+    capped = at_most(asked, query.hints.effort if query.hints is not None else None)
+    return Single(chosen.model.name, capped, budget(capped, thinking))
 
 
 def _named(model: Model, query: Query, signals: Signals, policy: Policy, state: State, seed: int) -> Decision:
@@ -90,10 +166,10 @@ def _named(model: Model, query: Query, signals: Signals, policy: Policy, state: 
     if option.obstacle is not None:
         raise NoCandidate(option.obstacle, "no model can run this", ((model.name, option.reason),))
     return Decision(
-        plan=Single(model.name),
+        plan=_plan(option, None, query, signals),
         route="named",
         rule=f"the caller named {model.name}",
-        candidates=(option.candidate(signals, running=True),),
+        candidates=(option.candidate(running=True),),
         fallbacks=(),
         policy_version=policy.version_hash,
         probe_version=_probe_version(signals),
@@ -156,9 +232,9 @@ def _resume(
     """Who may go on with a broken stream: fallbacks, the other candidates, and last the chosen model once more."""
     if route.on_stream_failure != "resume":
         return ()
-    others = [option.model.name for option in options if option.obstacle is None and option is not chosen]
-    names = dict.fromkeys((*fallbacks, *others, chosen.model.name))
-    return tuple([name for name in names if by_name[name].model.prefix])
+    others = [option.model for option in options if option.obstacle is None and option is not chosen]
+    models = [*(by_name[name].model for name in fallbacks), *others, chosen.model]
+    return tuple(dict.fromkeys([model.name for model in models if model.prefix]))
 
 
 def _targets(query: Query, policy: Policy, route: Route | None) -> tuple[str, ...]:
@@ -181,112 +257,19 @@ def _targets(query: Query, policy: Policy, route: Route | None) -> tuple[str, ..
     return (name,)
 
 
-def _choose(
-    route: Route, usable: Sequence[Option], query: Query, cheaper: str | None = None
-) -> tuple[Option, str, bool]:
-    """(the choice, the sentence that made it, whether it wanted a p_success that nobody knows).
-
-    `cheaper`: why the cheapest is wanted, whatever the route says; None: it is not.
-    """
-    if cheaper is not None:
-        return min(usable, key=_by_cost), f"cheapest, as {cheaper}", False
-    if route.use:
-        return usable[0], route.rule, False
-    bounds = route.constraints
-    all_known = all(option.p is not None for option in usable)
-    satisfying = [option for option in usable if not _violation(route, option, usable)]
-    if satisfying:
-        guessed = route.objective == "best" and not all_known
-        return _first_by(route.objective, satisfying, all_known), route.rule, guessed
-    missed = f"no candidate meets {bounds}"
-    if route.otherwise == "refuse":
-        reasons = tuple((option.model.name, _violation(route, option, usable)) for option in usable)
-        raise NoCandidate("constraints", missed, reasons)
-    cap = bounds.cost_nanousd
-    within = [o for o in usable if cap is None or (o.expected is not None and o.expected <= cap)]
-    if not within:
-        return _first_by("cheapest", usable, all_known), f"{missed}; cheapest", bounds.ask_p_success and not all_known
-    by = "highest p_success" if all_known else "last listed, as p_success is not known"
-    rule = f"{missed}; otherwise {route.otherwise}" + (f" ({by})" if route.otherwise == "best" else "")
-    if cap is not None:
-        rule += f" with cost <= {format_money(cap)}"
-    return _first_by(route.otherwise, within, all_known), rule, not all_known
-
-
-def _by_cost(option: Option) -> tuple[bool, int, int]:
-    return option.expected is None, option.expected or 0, option.index
-
-
-def _first_by(objective: str, options: Sequence[Option], all_known: bool) -> Option:
-    if objective == "cheapest":
-        return min(options, key=_by_cost)
-    if all_known:
-        return min(options, key=lambda option: (-(option.p or 0.0), _by_cost(option)))
-    return options[-1]
-
-
-def _violation(route: Route, option: Option, usable: Sequence[Option]) -> str:
-    """The first bound that the option does not meet, in words; empty if it meets them all."""
-    bounds, p = route.constraints, option.p
-    if bounds.p_success is not None:
-        if p is None:
-            return f"p_success not known, {bounds.p_success:g} asked"
-        if p < bounds.p_success:
-            return f"p_success {p:.3g} below {bounds.p_success:g}"
-    if bounds.p_success_gap is not None:
-        known = [other.p for other in usable if other.p is not None]
-        if p is None or len(known) < len(usable):
-            return f"p_success_gap not known, at most {bounds.p_success_gap:g} asked"
-        if max(known) - p > bounds.p_success_gap:
-            return f"p_success {p:.3g} is {max(known) - p:.3g} below the best, {bounds.p_success_gap:g} allowed"
-    if bounds.cost_nanousd is not None:
-        most = format_money(bounds.cost_nanousd)
-        if option.expected is None:
-            return f"its price is not known, at most {most} asked"
-        if option.expected > bounds.cost_nanousd:
-            return f"expected cost {format_money(option.expected)} above {most}"
-    return ""
-
-
 def _missed(route: Route, options: Sequence[Option], chosen: Option, query: Query) -> str:
     """The passing obstacle without which the choice would have been another one; empty: none."""
+    if not any(option.obstacle in ("budget", "unavailable") for option in options):
+        return ""
     for kind in ("budget", "unavailable"):
         wished = [option for option in options if option.obstacle in (None, kind)]
         if any(option.obstacle is not None for option in wished):
             try:
-                if _choose(route, wished, query)[0] is not chosen:
+                if choose(route, wished, query)[0] is not chosen:
                     return kind
             except NoCandidate:  # with one more candidate to compare with, the route would have refused
                 continue
     return ""
-
-
-def _why_not(route: Route, option: Option, chosen: Option, usable: Sequence[Option], cheaper: str | None) -> str:
-    if cheaper is not None:
-        return _dearer(option, chosen)
-    if route.use:
-        return f"listed after {chosen.model.name}"
-    return _violation(route, option, usable) or _comparison(route, option, chosen)
-
-
-def _comparison(route: Route, option: Option, chosen: Option) -> str:
-    """Why an option that meets the bounds lost to the chosen one."""
-    name = chosen.model.name
-    if route.objective == "best":
-        if option.p is None or chosen.p is None:
-            return f"listed before {name}, and p_success is not known"
-        if option.p < chosen.p:
-            return f"p_success {option.p:.3g} below {chosen.p:.3g} of {name}"
-    return _dearer(option, chosen)
-
-
-def _dearer(option: Option, chosen: Option) -> str:
-    name = chosen.model.name
-    if chosen.expected is not None and option.expected is None:
-        return f"its price is not known, {name} costs {format_money(chosen.expected)}"
-    if chosen.expected is not None and option.expected is not None and option.expected > chosen.expected:
-        return f"costs {format_money(option.expected)}, {name} {format_money(chosen.expected)}"
-    return f"as good as {name}, listed later"
 
 
 def _closest(options: Sequence[Option]) -> NoCandidateKind:

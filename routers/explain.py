@@ -73,9 +73,7 @@ def _cost(candidate: Candidate) -> str:
 
 def verdict(candidate: Candidate, decision: Decision) -> str:
     """What became of the candidate: `chosen`, its place in reserve, or why it was rejected."""
-    if candidate.model == decision.plan.name:
-        return "chosen"
     if candidate.model in decision.fallbacks:
         return f"in reserve, number {decision.fallbacks.index(candidate.model) + 1}"
     causes = [cause for cause, names in decision.on_cause.items() if candidate.model in names]
-    return f"in reserve for {' and '.join(causes)}" if causes else candidate.rejected
+    return f"in reserve for {' and '.join(causes)}" if causes else candidate.rejected or "chosen"

@@ -1,26 +1,55 @@
-"""One plan under consideration: what it may cost, how good it may be, and what stands in its way."""
+"""One plan under consideration: what it may cost, how good it may be, how long it may take, what stands in its way."""
 
-from routers.cost import costs_nanousd, least_input_tokens
+from collections.abc import Sequence
+
+from routers.cascade import p_accept, p_success
+from routers.cost import EXPECTED_OUTPUT_TOKENS, costs_nanousd, least_input_tokens
+from routers.effort import rank
 from routers.errors import NoCandidateKind
+from routers.placement import latency_ms, ttft_ms_p95
 from routers.policy import FREE, Model
-from routers.types import Candidate, Query, Signals, State
+from routers.types import Accept, Candidate, Cascade, Query, Signals, Single, State
 from routers.units import format_money
 
 
 class Option:
-    """One model under consideration."""
+    """A model, or a model at one effort."""
 
-    __slots__ = ("doubt", "expected", "index", "model", "obstacle", "p", "reason", "violation", "worst")
+    __slots__ = (
+        "doubt", "expected", "expected_ms", "high", "index", "low", "model", "name", "obstacle", "p", "plan", "reason",
+        "switch", "ttft_p95_ms", "utility", "violation", "worst",
+    )  # fmt: skip
 
-    def __init__(self, model: Model, index: int, query: Query, signals: Signals, state: State) -> None:
-        name = model.name
+    def __init__(
+        self, model: Model, index: int, query: Query, signals: Signals, state: State, plan: Single | None = None
+    ) -> None:
+        name = model.name if plan is None else plan.name
         estimate = signals.p_success.get(name)
-        exact = signals.input_tokens.get(name)
+        exact = signals.input_tokens.get(model.name)
         tokens = query.input_tokens_estimate if exact is None else exact
+        told = signals.out_tokens.get(name) if signals.out_tokens else None
+        answer = EXPECTED_OUTPUT_TOKENS if told is None else round(told.value)
+        cached = signals.cached_tokens.get(model.name, 0) if signals.cached_tokens else 0
+        self.name = name
         self.model = model
+        self.plan: Single | Cascade | None = plan
+        """None: the model as it is."""
         self.index = index
-        self.p = None if estimate is None else estimate.value
-        self.expected, self.worst = costs_nanousd(model, query, tokens)
+        if estimate is None:
+            self.p = self.low = self.high = None
+        else:
+            self.p, self.low, self.high = estimate.value, estimate.low, estimate.high
+        self.expected, self.worst = costs_nanousd(model, query, tokens, answer, cached)
+        self.switch = 0
+        """What leaving the conversation's model for this one costs beside its bill."""
+        self.utility: int | None = None
+        self.expected_ms: float | None = None
+        self.ttft_p95_ms: float | None = None
+        if state.load and (load := state.load.get(model.name)) is not None:
+            asked = query.max_output_tokens
+            length = answer if asked is None else min(answer, asked)
+            self.expected_ms = latency_ms(load, tokens - min(cached, tokens), length)
+            self.ttft_p95_ms = ttft_ms_p95(load, tokens - min(cached, tokens), length)
         self.obstacle: NoCandidateKind | None = None
         self.reason = ""
         self.doubt = ""
@@ -28,6 +57,8 @@ class Option:
         self.violation = ""
         """The first bound of its route that it does not meet, in words."""
         self._look_for_obstacle(query, exact, state)
+        if query.hints is not None and self.obstacle is None:
+            self._look_at_hints(query)
 
     def _look_for_obstacle(self, query: Query, exact: int | None, state: State) -> None:
         """The lasting obstacles first: what is only unavailable would run if it came back."""
@@ -45,17 +76,32 @@ class Option:
         elif asked is not None and model.max_output is not None and asked > model.max_output:
             self.obstacle = "context_length"
             self.reason = f"answers at most {model.max_output} tokens, {asked} asked"
-        elif does_not_fit := self._does_not_fit(query, exact):
+        elif model.context is not None and (does_not_fit := self._does_not_fit(model.context, query, exact)):
             self.obstacle, self.reason = "context_length", does_not_fit
-        elif over_budget := self._over_budget(query, state):
+        elif (state.budget_remaining_nanousd is not None or state.degrade is not None) and (
+            over_budget := self._over_budget(query, state)
+        ):
             self.obstacle, self.reason = "budget", over_budget
         elif model.name in state.unavailable:
             self.obstacle, self.reason = "unavailable", f"unavailable: {state.unavailable[model.name]}"
 
-    def _does_not_fit(self, query: Query, exact: int | None) -> str:
-        context, out = self.model.context, query.max_output_tokens or 1
-        if context is None:
-            return ""
+    def _look_at_hints(self, query: Query) -> None:
+        """What the caller rules out by its own hints runs for nobody, not even in reserve."""
+        hints, plan = query.hints, self.plan
+        assert hints is not None
+        if hints.models is not None and self.model.name not in hints.models:
+            self.obstacle, self.reason = "constraints", "not among the models that the caller allows"
+        elif (most := hints.max_cost_nanousd) is not None and (self.expected is None or self.expected > most):
+            words = (
+                "its price is not known" if self.expected is None else f"expected cost {format_money(self.expected)}"
+            )
+            self.obstacle, self.reason = "constraints", f"{words}, at most {format_money(most)} asked by the caller"
+        elif hints.effort is not None and plan is not None and plan.effort and rank(plan.effort) > rank(hints.effort):
+            self.obstacle = "constraints"
+            self.reason = f"effort {plan.effort}, at most {hints.effort} asked by the caller"
+
+    def _does_not_fit(self, context: int, query: Query, exact: int | None) -> str:
+        out = query.max_output_tokens or 1
         tokens = (query.input_tokens_estimate if exact is None else exact) // query.inputs
         if tokens + out <= context:
             return ""
@@ -81,9 +127,73 @@ class Option:
         words = f"may cost {format_money(self.worst)}, budget left {format_money(remaining)}"
         return words if query.max_output_tokens is not None else f"{words}; send max_tokens to reserve less"
 
-    def candidate(self, signals: Signals, running: bool) -> Candidate:
+    @property
+    def cost(self) -> int | None:
+        """What comparisons count: the expected bill, and the switch."""
+        return None if self.expected is None else self.expected + self.switch
+
+    def candidate(self, running: bool) -> Candidate:
         """As a decision keeps it; `running`: chosen or in reserve, so not rejected."""
-        name = self.model.name
-        estimate = signals.p_success.get(name)
-        low, high = (None, None) if estimate is None else (estimate.low, estimate.high)
-        return Candidate(name, self.p, low, high, self.expected, self.worst, "" if running else self.reason)
+        ms = self.expected_ms
+        return Candidate(
+            self.name,
+            self.p,
+            self.low,
+            self.high,
+            self.expected,
+            self.worst,
+            "" if running else self.reason,
+            None if ms is None else round(ms),
+            self.switch,
+            self.utility,
+        )
+
+
+class CascadeOption(Option):
+    """Several models in turn, each asked where the answer before it is not accepted."""
+
+    __slots__ = ()
+
+    def __init__(self, plan: Cascade, index: int, stages: Sequence[Option], query: Query) -> None:
+        first = stages[0]
+        self.name, self.model, self.plan, self.index = plan.name, first.model, plan, index
+        accept = plan.accept
+        self.p = _folded([stage.p for stage in stages], accept)
+        self.low = _folded([stage.low for stage in stages], accept)
+        self.high = _folded([stage.high for stage in stages], accept)
+        self.switch, self.utility, self.violation = 0, None, ""
+        goes_on = [1.0 if stage.p is None else 1 - p_accept(stage.p, accept) for stage in stages[:-1]]
+        expected = _expected([stage.expected for stage in stages], goes_on)
+        self.expected = None if expected is None else round(expected)
+        self.expected_ms = _expected([stage.expected_ms for stage in stages], goes_on)
+        worst = [stage.worst for stage in stages]
+        self.worst = None if None in worst else sum(cost or 0 for cost in worst)
+        waits = [*(stage.expected_ms for stage in stages[:-1]), stages[-1].ttft_p95_ms]
+        self.ttft_p95_ms = None if None in waits else sum(wait or 0 for wait in waits)
+        self.obstacle, self.reason = None, ""
+        self.doubt = next((stage.doubt for stage in stages if stage.doubt), "")
+        if query.endpoint != "chat.completions" or query.choices > 1:
+            self.obstacle, self.reason = "capability", "a cascade judges one answer to a conversation"
+        for stage in stages:
+            if stage.obstacle is not None and self.obstacle is None:
+                self.obstacle, self.reason = stage.obstacle, f"{stage.name}: {stage.reason}"
+
+
+def _folded(p: Sequence[float | None], accept: Accept) -> float | None:
+    """P(success) of the stages in turn; None: that of one of them is not known."""
+    found = p[-1]
+    for stage in reversed(p[:-1]):
+        if stage is None or found is None:
+            return None
+        found = p_success(stage, found, accept)
+    return found
+
+
+def _expected(of_stages: Sequence[float | None], goes_on: Sequence[float]) -> float | None:
+    """The sum over the stages, each weighed by the chance that it is asked; None: one of them is not known."""
+    total = of_stages[-1]
+    for stage, chance in zip(reversed(of_stages[:-1]), reversed(goes_on), strict=True):
+        if stage is None or total is None:
+            return None
+        total = stage + chance * total
+    return total

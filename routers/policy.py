@@ -4,12 +4,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from routers.types import Query
-from routers.units import Budget, Rate, format_money
+from routers.aims import Affinity, Explore, Thinking, Worth
+from routers.types import Effort, Plan, Query
+from routers.units import Budget, Rate, format_duration, format_money
 from routers.when import When
 
-Objective = Literal["cheapest", "best"]
-Otherwise = Literal["best", "cheapest", "refuse"]
+Objective = Literal["cheapest", "best", "utility", "fastest", "threshold"]
+Otherwise = Literal["best", "cheapest", "fastest", "refuse"]
 FailureCause = Literal["error", "rate_limit", "context_length", "content_filter"]
 """Why an attempt failed, as far as a policy tells its fallbacks apart."""
 OnStreamFailure = Literal["error", "resume"]
@@ -135,6 +136,8 @@ class Model:
     """Takes a raw text to continue, beside conversations."""
     speculation: str | None = None
     """How the local engine drafts for it; None: it runs elsewhere."""
+    thinking: Thinking | None = None
+    """How it is told how much to think; None: it cannot be told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +162,10 @@ class Constraints:
     """At most this far below the best candidate's chance."""
     cost_nanousd: int | None = None
     """At most this expected cost."""
+    ttft_p95_ms: int | None = None
+    """At most this long to the first token, 19 times in 20."""
+    latency_ms: int | None = None
+    """At most this expected time to the end of the answer."""
 
     @property
     def ask_p_success(self) -> bool:
@@ -173,6 +180,10 @@ class Constraints:
             parts.append(f"p_success_gap <= {self.p_success_gap:g}")
         if self.cost_nanousd is not None:
             parts.append(f"cost <= {format_money(self.cost_nanousd)}")
+        if self.ttft_p95_ms is not None:
+            parts.append(f"ttft_p95 <= {format_duration(self.ttft_p95_ms)}")
+        if self.latency_ms is not None:
+            parts.append(f"latency <= {format_duration(self.latency_ms)}")
         return " and ".join(parts)
 
 
@@ -199,12 +210,26 @@ class Route:
     """From admission to the end of the answer, all attempts and waits included; None: the attempts' own bounds."""
     hedge: Hedge | None = None
     on_stream_failure: OnStreamFailure = "error"
+    worth: Worth | None = None
+    """Of the objective `utility`."""
+    threshold: float | None = None
+    """Of the objective `threshold`: how much higher the second candidate's p_success must be for it to answer."""
+    explore: Explore | None = None
+    affinity: Affinity | None = None
+    effort: Effort | Literal["auto"] | None = None
+    """How much models that can be told think; None: as they do by themselves, or as the caller says."""
+    plans: Mapping[str, Plan] = field(default_factory=dict)
+    """Of those candidates that are more than a model: `strong+high`, `weak>strong`."""
     rule: str = field(init=False)
     """The sentence of the objective, e.g. `cheapest with p_success >= 0.9`."""
 
     def __post_init__(self) -> None:
         asked = str(self.constraints)
-        rule = "first available of " + ", ".join(self.use) if self.use else self.objective
+        rule: str = "first available of " + ", ".join(self.use) if self.use else self.objective
+        if self.objective == "utility" and self.worth is not None:
+            rule += f" at {self.worth}"
+        elif self.objective == "threshold":
+            rule += f" {self.threshold:g}"
         object.__setattr__(self, "rule", f"{rule} with {asked}" if asked else rule)
 
     @property

@@ -30,7 +30,7 @@ from routers.fields import (
     WholePercent,
     Zone,
 )
-from routers.policy import Degrade, Objective, OnStreamFailure, Otherwise, Server
+from routers.policy import Degrade, OnStreamFailure, Server
 from routers.units import UnitError
 
 
@@ -272,10 +272,10 @@ class RouteFile(_Strict):
     """The first of these that is available."""
     candidates: Names | None = None
     """The models to choose from, from the weakest to the strongest."""
-    objective: Objective | None = None
+    objective: Literal["cheapest", "best"] | None = None
     """How to choose among the candidates that satisfy `subject_to`. Default: cheapest."""
     subject_to: ConstraintsFile | None = None
-    otherwise: Otherwise | None = None
+    otherwise: Literal["best", "cheapest", "refuse"] | None = None
     """What to choose when no candidate satisfies `subject_to`. Default: best. The bound on cost still goes first."""
     on_failure: (
         Annotated[OnFailureFile, BeforeValidator(_for_error, json_schema_input_type=Names | OnFailureFile)] | None

@@ -135,6 +135,8 @@ class State(Struct, frozen=True):
     """By model of the policy."""
     session_model: str | None = None
     """The model that answered this conversation last; None: a new one, or not known."""
+    session_p: Mapping[str, float] = field(default_factory=dict)
+    """The p_success of each candidate, as the conversation's last decision had it."""
     arms: Mapping[tuple[int, str], Arm] = field(default_factory=dict)
     """By cluster and model: what bandits have learned."""
 

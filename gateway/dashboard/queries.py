@@ -192,7 +192,7 @@ def one_request(engine: Engine, request_id: str, *, tenant: str | None) -> OneRe
         time_line(row, attempts),
         decision,
         [
-            Considered(candidate, verdict(candidate, decision), candidate.model == decision.plan.name)
+            Considered(candidate, told := verdict(candidate, decision), told == "chosen")
             for candidate in decision.candidates
         ]
         if decision

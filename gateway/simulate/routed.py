@@ -9,7 +9,7 @@ import numpy.typing as npt
 from gateway.simulate.table import Array, Outcomes
 from probes.errors import TableError
 from probes.types import Estimate
-from routers.cost import ESTIMATED_BYTES_PER_TOKEN, EXPECTED_OUTPUT_TOKENS, PROMPT_MARGIN, expected_nanousd
+from routers.cost import ESTIMATED_BYTES_PER_TOKEN, EXPECTED_OUTPUT_TOKENS, PROMPT_MARGIN, costs_nanousd
 from routers.decide import decide
 from routers.errors import NoCandidate
 from routers.policy import Policy
@@ -153,7 +153,7 @@ def costs(policy: Policy, table: Outcomes) -> tuple[Array | None, str]:
         query = query_for(prompt, Caller())
         for column, model in enumerate(models):
             if table.tokens is None:
-                out[row, column] = expected_nanousd(model, query, query.input_tokens_estimate) or 0
+                out[row, column] = costs_nanousd(model, query, query.input_tokens_estimate)[0] or 0
             else:
                 price = model.price
                 assert price is not None

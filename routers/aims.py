@@ -1,0 +1,59 @@
+"""What a route aims at, beside its objective: what quality and time are worth, when to explore, what to stay with."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from routers.units import format_money
+
+ExploreMethod = Literal["thompson", "softmax", "uniform"]
+"""How an explored candidate is drawn: by its chance of being the best, by its mean reward, or each alike."""
+ThinkingField = Literal["reasoning_effort", "chat_template_kwargs", "engine"]
+"""How a model is told how much to think: OpenAI's field, the `enable_thinking` of chat templates (vLLM, SGLang), or the
+local engine's own effort."""
+
+
+@dataclass(frozen=True, slots=True)
+class Worth:
+    """The exchange rates of the objective `utility`, in nano-dollars."""
+
+    point: int
+    """One point of quality: a chance of a good answer higher by 0.01."""
+    second: int = 0
+    """One second until the end of the answer."""
+
+    def __str__(self) -> str:
+        each = f"{format_money(self.point)}/point"
+        return f"{each}, {format_money(self.second)}/s" if self.second else each
+
+
+@dataclass(frozen=True, slots=True)
+class Explore:
+    """Requests that are answered by another candidate than the best, to learn from it."""
+
+    share: float
+    """Exactly this share of the requests with more than one candidate to explore, in expectation over seeds."""
+    method: ExploreMethod = "thompson"
+    temperature: float = 0.1
+    """Of `softmax`: mean rewards this far apart are drawn e times as often."""
+
+
+@dataclass(frozen=True, slots=True)
+class Affinity:
+    """What it takes for a conversation to leave the model that answered it last."""
+
+    ttl_ms: int
+    """How long a provider keeps a prefix after it was last used."""
+    comes_back: float = 0.5
+    """How likely it is that a conversation comes back after its prefix has been dropped, and pays for it again."""
+    release: float = 0.3
+    """How much of a rise in p_success is believed at once; a fall is believed whole. 1: all of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Thinking:
+    """How much a model thinks before it answers, and how it is told."""
+
+    field: ThinkingField
+    low_tokens: int
+    """The thinking budget of effort `low`, in tokens."""
+    high_tokens: int

@@ -1,0 +1,136 @@
+"""A contextual bandit over the candidates of a route: what it has learned, and what it tries.
+
+The context is the query's clusters; the table (`State.arms`) holds what each model has earned in each of them. Its
+means stand in for p_success where no probe speaks of a candidate, so every objective works with them. A capped share
+of requests is answered by another candidate than the best, drawn by `method`:
+
+    thompson   by its chance of being the best one: Thompson sampling, with each model's mean taken as normal around
+               its Beta posterior, and the chance integrated on a grid instead of sampled, so that it is known
+    softmax    by exp(mean / temperature)
+    uniform    each alike
+
+The propensity of every draw is exactly the probability with which it is drawn: logged, it makes other policies'
+results computable (inverse propensity scores, doubly robust estimates).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from msgspec.structs import replace
+
+from probes.types import Estimate
+from routers.aims import Explore
+from routers.seeds import EXPLORE, EXPLORED_ARM, draw
+from routers.types import Arm, Signals, State
+
+EVERYWHERE = ((-1, 1.0),)
+"""The one cluster of all queries, where nothing tells them apart."""
+SOURCE = "bandit"
+_PRIOR = Arm(2.0, 1.0)
+"""As if each model had been tried twice in each cluster, and been right once: Beta(1, 1)."""
+_GRID = 48
+_NO_ARM = Arm(0.0, 0.0)
+
+
+def belief(arms: Mapping[tuple[int, str], Arm], clusters: Sequence[tuple[int, float]], model: str) -> Arm:
+    """What is known of a model for a query: the arms of its clusters, by weight, with the prior."""
+    pulls, reward = _PRIOR.pulls, _PRIOR.reward
+    for cluster, weight in clusters or EVERYWHERE:
+        arm = arms.get((cluster, model), _NO_ARM)
+        pulls += weight * arm.pulls
+        reward += weight * arm.reward
+    return Arm(pulls, reward)
+
+
+def updated(
+    arms: Mapping[tuple[int, str], Arm],
+    clusters: Sequence[tuple[int, float]],
+    model: str,
+    reward: float,
+    keep: float = 1.0,
+) -> dict[tuple[int, str], Arm]:
+    """The table after one answer with feedback; `keep` below 1 forgets: older answers count so much less each time.
+
+    Raises ValueError for a reward outside 0 to 1.
+    """
+    if not 0 <= reward <= 1:
+        raise ValueError(f"reward: {reward!r} is not between 0 and 1")
+    table = dict(arms)
+    for cluster, weight in clusters or EVERYWHERE:
+        arm = table.get((cluster, model), _NO_ARM)
+        table[cluster, model] = Arm(keep * arm.pulls + weight, keep * arm.reward + weight * reward)
+    return table
+
+
+def learned(signals: Signals, state: State, models: Sequence[str]) -> Signals:
+    """The signals with the bandit's mean, and the 95% interval around it, for each model that no probe speaks of."""
+    p = dict(signals.p_success)
+    for model in models:
+        if model in p:
+            continue
+        arm = belief(state.arms, signals.clusters, model)
+        if arm.pulls > _PRIOR.pulls:
+            mean, sd = _posterior(arm)
+            p[model] = Estimate(mean, f"{SOURCE}/{model}", max(mean - 1.96 * sd, 0.0), min(mean + 1.96 * sd, 1.0))
+    return replace(signals, p_success=p)
+
+
+def explore(
+    explore: Explore, best: str, eligible: Sequence[str], signals: Signals, state: State, seed: int
+) -> tuple[str, float]:
+    """(the model to run, the probability over seeds with which it is run).
+
+    `best` with probability 1 - share, else one of the others, drawn by the method. Without others: `best`, for sure.
+    """
+    others = [model for model in eligible if model != best]
+    if not others:
+        return best, 1.0
+    if draw(seed, EXPLORE) >= explore.share:
+        return best, 1.0 - explore.share
+    chances = probabilities(explore, others, signals, state)
+    left = draw(seed, EXPLORED_ARM)
+    for model, chance in zip(others, chances, strict=True):
+        left -= chance
+        if left < 0:
+            return model, explore.share * chance
+    return others[-1], explore.share * chances[-1]
+
+
+def probabilities(explore: Explore, models: Sequence[str], signals: Signals, state: State) -> list[float]:
+    """With which each of the models is drawn where one of them is; positive, and of sum 1."""
+    if explore.method == "uniform":
+        return [1 / len(models)] * len(models)
+    beliefs = [_posterior(belief(state.arms, signals.clusters, model)) for model in models]
+    if explore.method == "softmax":
+        highest = max(mean for mean, _ in beliefs)
+        weights = [math.exp((mean - highest) / explore.temperature) for mean, _ in beliefs]
+    else:
+        weights = _chances_of_best(beliefs)
+    floor = 1e-3 / len(models)  # no model is ever out of reach: a propensity of zero could not be weighed
+    total = sum(weights)
+    return [floor + (1 - 1e-3) * weight / total for weight in weights]
+
+
+def _posterior(arm: Arm) -> tuple[float, float]:
+    """Mean and standard deviation of Beta(reward, pulls - reward)."""
+    mean = arm.reward / arm.pulls
+    return mean, math.sqrt(mean * (1 - mean) / (arm.pulls + 1))
+
+
+def _chances_of_best(beliefs: Sequence[tuple[float, float]]) -> list[float]:
+    """Of each, the chance that its draw is the highest of all: density times the others' CDFs, summed over a grid."""
+    low = min(mean - 4 * sd for mean, sd in beliefs)
+    high = max(mean + 4 * sd for mean, sd in beliefs)
+    step = (high - low) / _GRID
+    chances = [0.0] * len(beliefs)
+    before = [0.0] * len(beliefs)
+    for index in range(1, _GRID + 1):
+        edge = low + index * step
+        at = [0.5 * (1 + math.erf((edge - mean) / (sd * math.sqrt(2)))) for mean, sd in beliefs]
+        whole = math.prod((a + b) / 2 for a, b in zip(at, before, strict=True))
+        for arm, (now, then) in enumerate(zip(at, before, strict=True)):
+            middle = (now + then) / 2
+            if middle > 0:
+                chances[arm] += (now - then) * whole / middle
+        before = at
+    return chances
