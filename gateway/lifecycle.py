@@ -40,7 +40,7 @@ from gateway.resume import Transcript, resumable
 from gateway.signals import SignalReader
 from gateway.telemetry.logs import get_logger
 from gateway.telemetry.metrics import Metrics
-from gateway.ticket import Headers, Ticket
+from gateway.ticket import Ticket
 from gateway.upstream.gather import gather, replay, usage_of
 from gateway.upstream.sse import DONE, write_event
 from gateway.upstream.types import Answer, AnswerStream, ChatCall, Event, UpstreamError
@@ -60,17 +60,17 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Reply(Protocol):
-    """The caller's end of the request."""
+    """The caller's end of the request. `headers` are lines (`gateway.header_lines`)."""
 
-    async def whole(self, status: int, headers: Headers, body: bytes) -> None: ...
+    async def whole(self, status: int, headers: bytes, body: bytes) -> None: ...
 
-    async def start_stream(self, headers: Headers) -> None: ...
+    async def start_stream(self, headers: bytes) -> None: ...
 
     async def send(self, data: bytes) -> None: ...
 
     async def end(self) -> None: ...
 
-    async def fail(self, error: LeadlineError, headers: Headers) -> None:
+    async def fail(self, error: LeadlineError, headers: bytes) -> None:
         """An error body, or an error event when a stream has begun: never a success terminator."""
         ...
 

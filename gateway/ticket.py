@@ -12,6 +12,7 @@ import msgspec
 from gateway.admission.budgets import Account, Reservation, tightest
 from gateway.admission.rates import Grant
 from gateway.errors import Unavailable
+from gateway.header_lines import checked, lines_of
 from gateway.ledger.records import AttemptKind, AttemptRecord, RequestRecord
 from gateway.ledger.settle import NO_USAGE, Usage, cost_nanousd, estimated_usage, worst_case_usage
 from gateway.ledger.store import LedgerStore
@@ -21,8 +22,6 @@ from gateway.world import World
 from routers.policy import Price, Route
 from routers.types import Decision, Query
 from routers.units import format_money
-
-Headers = list[tuple[bytes, bytes]]
 
 
 class _Running(msgspec.Struct, frozen=True):
@@ -216,41 +215,47 @@ class Ticket:
         self._ledger.close_request(record, self.attempts)
         self._metrics.request(record, self.attempts, self.call.headers.traceparent)
 
-    def headers(self, *, final: bool) -> Headers:
-        """What every answer says of itself. `final`: the cost is known (a stream learns it at its end)."""
+    def headers(self, *, final: bool) -> bytes:
+        """What every answer says of itself, in lines. `final`: the cost is known (a stream learns it at its end)."""
         record = self.record
-        headers = [
-            (b"x-request-id", record.id.encode()),
-            (b"x-leadline-decision", b"dec" + record.id[3:].encode()),
-            (b"x-leadline-model", (record.model_served or "").encode()),
-            (b"x-leadline-provider", (record.provider or "").encode()),
-            (b"x-leadline-route", record.route.encode()),
-            (b"x-leadline-cache", record.cache.encode()),
-            (b"x-leadline-attempts", b"%d" % len(self.attempts)),
-            (b"x-leadline-overhead-ms", b"%.3f" % (record.overhead_us / 1000)),
-        ]
         if not final:
-            headers.append((b"x-leadline-cost-nanousd", b"in-last-event"))
+            count, cost = 9, "x-leadline-cost-nanousd: in-last-event\r\n"
         elif record.cost_nanousd is None:
-            headers.append((b"x-leadline-cost-nanousd", b"unpriced"))
-        else:
-            usd = format_money(record.cost_nanousd).removeprefix("$").encode()
-            headers += [
-                (b"x-leadline-cost-nanousd", b"%d" % record.cost_nanousd),
-                (b"x-leadline-cost", usd),
-                (b"x-litellm-response-cost", usd),  # dashboards made for LiteLLM read this one
-            ]
+            count, cost = 9, "x-leadline-cost-nanousd: unpriced\r\n"
+        else:  # dashboards made for LiteLLM read the last one
+            usd = format_money(record.cost_nanousd).removeprefix("$")
+            count, cost = (
+                11,
+                (
+                    f"x-leadline-cost-nanousd: {record.cost_nanousd}\r\n"
+                    f"x-leadline-cost: {usd}\r\n"
+                    f"x-litellm-response-cost: {usd}\r\n"
+                ),
+            )
         budget = tightest(self.account.budgets)
+        left = ""
         if budget is not None:
-            headers += [
-                (b"x-leadline-budget-remaining-nanousd", b"%d" % budget.remaining_nanousd),
-                (b"x-leadline-budget-scope", budget.label.encode()),
-            ]
-        headers += self.grant.headers()
+            count += 2
+            left = (
+                f"x-leadline-budget-remaining-nanousd: {budget.remaining_nanousd}\r\n"
+                f"x-leadline-budget-scope: {budget.label}\r\n"
+            )
         degraded = self._degraded()
         if degraded:
-            headers.append((b"x-leadline-degraded", degraded.encode()))
-        return headers
+            count += 1
+            left += f"x-leadline-degraded: {degraded}\r\n"
+        lines = (
+            f"x-request-id: {record.id}\r\n"
+            f"x-leadline-decision: dec{record.id[3:]}\r\n"
+            f"x-leadline-model: {record.model_served or ''}\r\n"
+            f"x-leadline-provider: {record.provider or ''}\r\n"
+            f"x-leadline-route: {record.route}\r\n"
+            f"x-leadline-cache: {record.cache}\r\n"
+            f"x-leadline-attempts: {len(self.attempts)}\r\n"
+            f"x-leadline-overhead-ms: {record.overhead_us / 1000:.3f}\r\n"
+            f"{cost}{left}"
+        )
+        return checked(lines.encode(), count) + lines_of(self.grant.headers())
 
     def _degraded(self) -> str | None:
         """Why this request got less than the policy wanted; None: it did not."""

@@ -10,7 +10,7 @@ import msgspec
 
 from gateway.edge.exchange import exchange_of
 from gateway.errors import BodyTooLarge, InvalidRequest, LeadlineError
-from gateway.ticket import Headers
+from gateway.header_lines import Pairs, lines_of, pairs_of
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -19,12 +19,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 BODY_TIMEOUT_S = 30.0
 """How long a caller may take to send its body."""
-JSON = (b"content-type", b"application/json")
-_STREAM = (
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-)
+_STREAM = b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
 _encode = msgspec.json.Encoder().encode
 
 
@@ -92,7 +87,7 @@ def identified(send: Send) -> Send:
     return send_identified
 
 
-def error_headers(error: LeadlineError) -> Headers:
+def error_headers(error: LeadlineError) -> Pairs:
     """What an error's answer says beside its body."""
     headers = [*error.headers, (b"x-should-retry", b"true" if error.should_retry else b"false")]
     if error.retry_after_s is not None:
@@ -108,7 +103,7 @@ def _too_large(max_bytes: int) -> BodyTooLarge:
 
 
 class AsgiReply:
-    """One HTTP answer, whole or as server-sent events."""
+    """One HTTP answer, whole or as server-sent events. `headers` are lines (`gateway.header_lines`)."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -117,25 +112,25 @@ class AsgiReply:
         self.complete = False
         """The whole answer has been handed to the server."""
 
-    async def whole(self, status: int, headers: Headers, body: bytes) -> None:
-        headers = [JSON, (b"content-length", b"%d" % len(body)), *headers]
+    async def whole(self, status: int, headers: bytes, body: bytes) -> None:
+        headers = b"content-type: application/json\r\ncontent-length: %d\r\n%b" % (len(body), headers)
         exchange = self.exchange
         if exchange is not None and exchange.direct:
             self.complete = True
             await exchange.respond(status, headers, body)
             return
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        await self._send({"type": "http.response.start", "status": status, "headers": pairs_of(headers)})
         self.complete = True
         await self._send({"type": "http.response.body", "body": body})
 
-    async def start_stream(self, headers: Headers) -> None:
+    async def start_stream(self, headers: bytes) -> None:
         self._streaming = True
-        headers = [*_STREAM, *headers]
+        headers = _STREAM + headers
         if self.exchange is not None and self.exchange.direct:
             await self.exchange.begin_stream(headers)
             return
         self.exchange = None  # it has to tell that it closes: all of the answer goes by `send`
-        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        await self._send({"type": "http.response.start", "status": 200, "headers": pairs_of(headers)})
 
     async def send(self, data: bytes) -> None:
         if self.exchange is not None:
@@ -150,13 +145,13 @@ class AsgiReply:
             return
         await self._send({"type": "http.response.body", "body": b""})
 
-    async def fail(self, error: LeadlineError, headers: Headers) -> None:
+    async def fail(self, error: LeadlineError, headers: bytes) -> None:
         body = _encode(error.body())
         if self._streaming:
             await self.send(b"data: " + body + b"\n\n")
             await self.end()
             return
-        await self.whole(error.http_status, [*headers, *error_headers(error)], body)
+        await self.whole(error.http_status, headers + lines_of(error_headers(error)), body)
 
 
 async def until_gone(receive: Receive, reply: AsgiReply, work: Coroutine[Any, Any, None]) -> None:

@@ -49,7 +49,7 @@ class Endpoint:
                 await until_gone(receive, reply, self._lifecycle.chat(call, principal, reply))
         except LeadlineError as error:
             # Not admitted: no row, no cost. What was admitted answers for itself, in lifecycle.
-            await reply.fail(error, [(b"x-request-id", new_request_id())])
+            await reply.fail(error, b"x-request-id: %b\r\n" % new_request_id())
         except ClientGone:
             return
 
@@ -78,7 +78,7 @@ class Endpoint:
         try:
             await self._lifecycle.chat(replace(call, request_id=request_id), caller, reply)
         except LeadlineError as error:
-            await reply.fail(error, [(b"x-request-id", new_request_id())])
+            await reply.fail(error, b"x-request-id: %b\r\n" % new_request_id())
         finally:
             await reply.release()
 

@@ -5,12 +5,10 @@ task of its own. For answers that we have built ourselves, and for callers that 
 (measured: 0.04 ms of 0.2 ms per request). Any other ASGI server still gets the same answers by `send`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
-
-Headers = Sequence[tuple[bytes, bytes]]
 
 
 class Exchange(RequestResponseCycle):
@@ -45,21 +43,21 @@ class Exchange(RequestResponseCycle):
         body, self.body = bytes(self.body), bytearray()
         return body
 
-    async def respond(self, status: int, headers: Headers, body: bytes) -> None:
-        """A whole answer; `headers` have its content-length."""
+    async def respond(self, status: int, headers: bytes, body: bytes) -> None:
+        """A whole answer; `headers` are lines, its content-length among them."""
         if self.flow.write_paused:
             await self.flow.drain()
         if not self.disconnected:
             self._begin()
-            self.transport.write(STATUS_LINE[status] + _head(headers) + body)
+            self.transport.write(b"%b%b\r\n%b" % (STATUS_LINE[status], headers, body))
             self._end()
 
-    async def begin_stream(self, headers: Headers) -> None:
+    async def begin_stream(self, headers: bytes) -> None:
         """The head of an answer that comes in chunks."""
         if not self.disconnected:
             self._begin()
             self.chunked_encoding = True
-            self.transport.write(STATUS_LINE[200] + _head([*headers, (b"transfer-encoding", b"chunked")]))
+            self.transport.write(b"%b%btransfer-encoding: chunked\r\n\r\n" % (STATUS_LINE[200], headers))
 
     async def write_chunk(self, data: bytes) -> None:
         if self.flow.write_paused:
@@ -88,11 +86,3 @@ def exchange_of(channel: Any) -> Exchange | None:
     """The exchange behind an ASGI `send` or `receive`; None on another server, and behind middleware."""
     owner = getattr(channel, "__self__", None)
     return owner if isinstance(owner, Exchange) else None
-
-
-def _head(headers: Headers) -> bytes:
-    """Raises ValueError for a header that would write others: a line break or a NUL in it."""
-    lines = b"\r\n".join(map(b": ".join, headers))
-    if lines.count(b"\r") != len(headers) - 1 or lines.count(b"\n") != len(headers) - 1 or b"\0" in lines:
-        raise ValueError("a header holds a line break or a NUL")
-    return lines + b"\r\n\r\n"

@@ -2,7 +2,7 @@
 
 from gateway.admission.idempotency import MAX_BODY_BYTES, Claim, IdempotencyStore, Replay
 from gateway.edge.asgi import AsgiReply, Send
-from gateway.ticket import Headers
+from gateway.header_lines import lines_of
 
 JSON_TYPE, STREAM_TYPE = "application/json", "text/event-stream"
 
@@ -17,9 +17,9 @@ class RecordedReply(AsgiReply):
         self._parts: list[bytes] = []
         self._size = 0
 
-    async def whole(self, status: int, headers: Headers, body: bytes) -> None:
+    async def whole(self, status: int, headers: bytes, body: bytes) -> None:
         # What ran is kept, be it an error. A refusal is not, nor a provider's rate limit: another try may fare better.
-        ran = status == 200 or (status != 429 and any(h == b"x-leadline-attempts" and n != b"0" for h, n in headers))
+        ran = status == 200 or (status != 429 and _attempted(headers))
         if ran:
             await self._finish(status, JSON_TYPE, body)
         else:
@@ -51,12 +51,17 @@ class RecordedReply(AsgiReply):
 
 async def replay(reply: AsgiReply, first: Replay) -> None:
     """The first answer again, under its own request id."""
-    headers: Headers = [(b"x-request-id", first.request_id.encode()), (b"x-leadline-idempotent-replay", b"true")]
+    headers = [(b"x-request-id", first.request_id.encode()), (b"x-leadline-idempotent-replay", b"true")]
     if first.content_type == STREAM_TYPE:
-        await reply.start_stream(headers)
+        await reply.start_stream(lines_of(headers))
         await reply.send(first.body)
         await reply.end()
         return
     if first.status >= 400:
         headers.append((b"x-should-retry", b"false"))  # under this key nothing else will come
-    await reply.whole(first.status, headers, first.body)
+    await reply.whole(first.status, lines_of(headers), first.body)
+
+
+def _attempted(headers: bytes) -> bool:
+    """Whether an upstream was called."""
+    return b"x-leadline-attempts: " in headers and b"x-leadline-attempts: 0\r\n" not in headers

@@ -134,7 +134,7 @@ async def test_an_empty_piece_does_not_end_a_stream() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         reply = AsgiReply(send)
         assert reply.exchange is not None  # or this shows nothing of the short way out
-        await reply.start_stream([])
+        await reply.start_stream(b"")
         for piece in (b"one", b"", b"two"):
             await reply.send(piece)
         await reply.end()
