@@ -302,7 +302,7 @@ def _probe_signals(policy: "Policy", query: Any, prompt: str, folder: Path) -> "
 
 def _mount_probe() -> None:
     try:
-        from probes.cli import app as probe_app
+        from probes.commands import app as probe_app
     except ModuleNotFoundError:
         return
     app.add_typer(probe_app, name="probe")

@@ -30,7 +30,7 @@ class Artifact:
     def version(self) -> str:
         """Name and content hash; equal versions answer alike. What is only said of an artifact does not enter."""
         meaning = self.manifest.model_dump_json(
-            exclude={"created", "versions", "metrics", "tensors_sha256", "certificates"}
+            exclude={"created", "versions", "metrics", "tensors_sha256", "certificates", "prompts_sketch"}
         )
         digest = hashlib.sha256(meaning.encode() + _tensor_bytes(self.heads))
         return f"{self.manifest.name}@{digest.hexdigest()[:8]}"

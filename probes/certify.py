@@ -18,8 +18,9 @@ Both ask that the rows and the queries to come are exchangeable, and that the sc
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Literal
 
 import numpy as np
@@ -27,6 +28,7 @@ import numpy.typing as npt
 
 from probes.calibrate import Array
 from probes.errors import CertificateError
+from probes.manifest import BELOW_ALL, Certificate, Manifest
 
 Method = Literal["crc", "ltt"]
 DELTA = 0.05
@@ -105,18 +107,17 @@ def route_losses(probabilities: Array, quality: Array) -> Losses:
     return Losses(len(margin), np.concatenate(at), np.concatenate(size))
 
 
+def choose(probabilities: Array, threshold: float) -> npt.NDArray[np.intp]:
+    """The model (column) that each row of [n, models] goes to, as `route_losses` has it."""
+    cheap = probabilities[:, :-1] - probabilities[:, -1:] > threshold
+    return np.asarray(np.where(cheap.any(1), cheap.argmax(1), probabilities.shape[1] - 1), np.intp)
+
+
 def certify(
     losses: Losses, alpha: float, method: Method = "ltt", delta: float = DELTA, horizon: int | None = None
 ) -> Threshold:
     """The loosest threshold that is proven to lose at most alpha; CertificateError where these rows prove nothing."""
-    needed = rows_needed(alpha, method, delta, horizon)
-    if losses.n < needed:
-        sure = "" if method == "crc" else f" with {1 - delta:.4g} confidence"
-        sure += "" if horizon is None else f" over the next {horizon} queries"
-        raise CertificateError(
-            f"{losses.n} rows are too few to certify a loss of at most {alpha:g}{sure}: even without one loss it takes "
-            f"{needed}; label more rows, or ask for a larger alpha"
-        )
+    require_rows(losses.n, alpha, method, delta, horizon)
     total = float(losses.size.sum())
     if total == 0 or total > losses.n - SLACK:
         raise CertificateError(
@@ -134,6 +135,18 @@ def certify(
     over = np.flatnonzero(last & (lost > allowed + SLACK))
     value = float(at[over[0]]) if len(over) else -math.inf
     return Threshold(value, losses.risk(value), losses.n, alpha, method, None if method == "crc" else delta, horizon)
+
+
+def require_rows(n: int, alpha: float, method: Method, delta: float = DELTA, horizon: int | None = None) -> None:
+    """Refuse what n rows cannot prove, however few of them lose; says how many it takes."""
+    needed = rows_needed(alpha, method, delta, horizon)
+    if n < needed:
+        sure = "" if method == "crc" else f" with {1 - delta:.4g} confidence"
+        sure += "" if horizon is None else f" over the next {horizon} queries"
+        raise CertificateError(
+            f"{n} rows are too few to certify a loss of at most {alpha:g}{sure}: even without one loss it takes "
+            f"{needed}; label more rows, or ask for a larger alpha"
+        )
 
 
 def resplit(
@@ -159,6 +172,55 @@ def resplit(
         threshold = certify(losses(rows[: n // 2]), alpha, method, delta, horizon)
         risks[i] = losses(rows[n // 2 :]).risk(threshold.value)
     return risks
+
+
+def issue(
+    probabilities: Array,
+    quality: Array,
+    heads: Sequence[str],
+    *,
+    alpha: float,
+    method: Method,
+    delta: float = DELTA,
+    horizon: int | None = None,
+    rows: Literal["held_out", "out_of_fold"],
+    data_sha256: str,
+    manifest: Manifest,
+) -> Certificate:
+    """A certificate of this artifact for [n, heads] of its probabilities and what its models' answers were worth.
+
+    Of one head, the loss is "accepted and wrong"; of several, cheapest first, "the cheaper wrong, the last right".
+    """
+    probabilities, quality = np.asarray(probabilities, np.float64), np.asarray(quality, np.float64)
+    if len(heads) == 1:
+        _share("quality", quality)
+        losses = accept_losses(probabilities[:, 0], 1 - quality[:, 0])
+    else:
+        losses = route_losses(probabilities, quality)
+    found = certify(losses, alpha, method, delta, horizon)
+    threshold = max(found.value, BELOW_ALL)
+    if len(heads) == 1:
+        shares = {heads[0]: float((probabilities[:, 0] > threshold).mean())}
+    else:
+        chosen = choose(probabilities, threshold)
+        shares = {head: float((chosen == i).mean()) for i, head in enumerate(heads)}
+    return Certificate(
+        loss="accepted_wrong" if len(heads) == 1 else "weak_wrong_strong_right",
+        heads=tuple(heads),
+        method=method,
+        alpha=alpha,
+        delta=found.delta,
+        horizon=horizon,
+        threshold=threshold,
+        n=losses.n,
+        risk=found.risk,
+        shares=shares,
+        rows=rows,
+        data_sha256=data_sha256,
+        tensors_sha256=manifest.tensors_sha256,
+        encoder_sha256=manifest.encoder_sha256,
+        created=date.today().isoformat(),
+    )
 
 
 def rows_needed(alpha: float, method: Method = "ltt", delta: float = DELTA, horizon: int | None = None) -> int:

@@ -1,8 +1,9 @@
 """`probe.json`: what a fitted probe is, for those who need not run it. Light: gateway workers import this."""
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,8 @@ from probes.errors import ArtifactError
 
 FORMAT = 1
 MANIFEST = "probe.json"
+SKETCH = 256
+DIGEST_DIGITS = 12
 BELOW_ALL = -2.0
 """A threshold that every score exceeds: probabilities and their differences lie in [-1, 1]."""
 
@@ -104,6 +107,8 @@ class Manifest(BaseModel):
     max_tokens: int
     heads: tuple[HeadInfo, ...] = Field(min_length=1)
     data_sha256: str
+    prompts_sketch: tuple[str, ...] = ()
+    """Of the prompts it was fitted on; see `sketch`."""
     n: int
     created: str
     """Date, ISO 8601."""
@@ -111,6 +116,27 @@ class Manifest(BaseModel):
     metrics: dict[str, Any]
     tensors_sha256: str = ""
     certificates: tuple[Certificate, ...] = ()
+
+    def certified(self, certificates: Sequence[Certificate]) -> "Manifest":
+        """With these certificates, each in place of an older one that promises the same."""
+
+        def promise(one: Certificate) -> object:
+            return one.loss, one.heads, one.method, one.alpha, one.delta, one.horizon is None
+
+        new = {promise(one): one for one in certificates}
+        kept = [one for one in self.certificates if promise(one) not in new]
+        return self.model_copy(update={"certificates": (*kept, *new.values())})
+
+    def seen(self, prompts: Sequence[str]) -> int:
+        """About how many of these prompts it was fitted on: 0 for none, or where a few of many are not noticed."""
+        digests = set(self.prompts_sketch)
+        if not digests:
+            return 0
+        threshold = max(digests)
+        found = sum(digest in digests for digest in map(_digest, prompts) if digest <= threshold)
+        # The sketch holds a share of all digests: if it is not whole, that of values up to its largest.
+        share = 1.0 if len(digests) < SKETCH else (int(threshold, 16) + 1) / 16**DIGEST_DIGITS
+        return round(found / share)
 
     def certificate_for(
         self,
@@ -132,6 +158,15 @@ class Manifest(BaseModel):
             and (method is None or one.method == method)
         ]
         return min(fit, key=lambda one: (one.method != "ltt", one.threshold, one.created), default=None)
+
+
+def _digest(prompt: str) -> str:
+    return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:DIGEST_DIGITS]
+
+
+def sketch(prompts: Iterable[str]) -> tuple[str, ...]:
+    """The smallest digests of these prompts (Bar-Yossef et al., 2002): enough to tell whether a table shares many."""
+    return tuple(sorted(set(map(_digest, prompts)))[:SKETCH])
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import importlib.metadata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from probes.errors import TableError
 from probes.evaluate import Row, baselines, folds, head_rows, routing_rows
 from probes.extract import Encoder, FloatArray
 from probes.linear import ProbeClassifier
-from probes.manifest import HeadInfo, Manifest
+from probes.manifest import HeadInfo, Manifest, sketch
 
 LIBRARIES = ("numpy", "safetensors", "scikit-learn", "torch", "transformers")
 MIN_ROWS = 20
@@ -40,6 +40,13 @@ class Table:
         for prompt, row in zip(self.prompts, self.labels, strict=True):
             digest.update(prompt.encode("utf-8", "surrogatepass") + b"\x1f" + row.tobytes())
         return digest.hexdigest()
+
+    def labelled(self) -> "Table":
+        """The rows that have a label for every head."""
+        rows = np.flatnonzero(~np.isnan(self.labels).any(1))
+        prompts = [self.prompts[row] for row in rows]
+        groups = None if self.groups is None else self.groups[rows]
+        return replace(self, prompts=prompts, labels=self.labels[rows], groups=groups)
 
     def column(self, name: str) -> Array:
         """Labels [n] of one head."""
@@ -165,6 +172,7 @@ def fit_probe(
         max_tokens=recipe.max_tokens,
         heads=tuple(infos),
         data_sha256=table.sha256(),
+        prompts_sketch=sketch(table.prompts),
         n=len(table.prompts),
         created=date.today().isoformat(),
         versions={library: importlib.metadata.version(library) for library in LIBRARIES},

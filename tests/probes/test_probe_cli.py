@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from probes.cli import app
+from probes.manifest import read_manifest
 from probes.runtime import EncoderProbe
 
 ARGUMENTS = ["--prompt", "question", "--head", "weak=cheap", "--head", "strong=dear"]
@@ -28,6 +29,7 @@ def test_fit_then_eval(sums_and_essays: pd.DataFrame, tmp_path: Path, kind: str)
     assert {"random", "prompt length", "group prior", "TF-IDF + LR (gap)", "oracle"} <= {name for name, _ in rows}
     assert ("probe, groups held out", "APGR") in rows
 
+    assert read_manifest(out).seen(sums_and_essays["question"][:50]) == 50
     probe = EncoderProbe.load(out)
     assert probe.heads == ("weak", "strong")
     easy, hard = probe.probe([[{"content": "What is 5 plus 6?"}], [{"content": "Write an essay on empire 9."}]])

@@ -1,0 +1,126 @@
+"""`leadline probe certify`: commands that use a fitted artifact. Heavy imports stay inside commands."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from probes.cli import DropIf, EncoderName, JsonOut, Prompt, TablePath, _explained, _parse_heads, app
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+    from probes.certify import Method
+    from probes.manifest import Certificate
+
+__all__ = ["app"]
+
+ALPHAS = (0.02, 0.05, 0.1)
+METHODS: tuple["Method", ...] = ("ltt", "crc")
+
+ArtifactPath = Annotated[Path, typer.Argument(help="Folder of a fitted artifact.")]
+CertifiedHeads = Annotated[
+    list[str],
+    typer.Option(
+        "--head",
+        help="NAME=COLUMN, repeatable, cheapest first: a head and its 0/1 label. Several are routed between; one is "
+        "accepted or not.",
+    ),
+]
+
+
+@app.command()
+def certify(
+    artifact: ArtifactPath,
+    table: TablePath,
+    prompt: Prompt,
+    head: CertifiedHeads,
+    alpha: Annotated[list[float] | None, typer.Option(help="Bound on the loss, repeatable; 0.02, 0.05, 0.1.")] = None,
+    method: Annotated[
+        Literal["both", "ltt", "crc"], typer.Option(help="`ltt`: with confidence 1 - delta; `crc`: on average.")
+    ] = "both",
+    delta: Annotated[float, typer.Option(help="Chance that an ltt certificate does not hold.")] = 0.05,
+    horizon: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Queries whose realised loss ltt bounds; as many as there are rows. 0: the expected loss."
+        ),
+    ] = None,
+    known_only: Annotated[
+        bool, typer.Option(help="Leave out rows without a label; only if that does not depend on the answer.")
+    ] = False,
+    drop_if: DropIf = None,
+    encoder: EncoderName = "default",
+    json_out: JsonOut = None,
+) -> None:
+    """Certify thresholds on rows that the artifact was not fitted on, and store them in its probe.json."""
+    with _explained():
+        from rich.console import Console
+
+        from probes.artifact import read
+        from probes.certify import issue, require_rows
+        from probes.errors import CertificateError, TableError
+        from probes.extract import Encoder
+        from probes.manifest import write_manifest
+        from probes.train import read_table, score
+
+        heads = _parse_heads(head)
+        probe = read(artifact)
+        data = read_table(table, prompt, heads, drop_if=drop_if)
+        if known_only:
+            data = data.labelled()
+        missing = int((data.labels != data.labels).any(1).sum())
+        if missing:
+            raise TableError(
+                f"{table}: {missing} of {len(data.prompts)} rows lack a label of {' or '.join(heads.values())}; label "
+                "them, or give --known-only if whether a row is labelled does not depend on the answer"
+            )
+        whole = len(data.prompts) if data.sha256() == probe.manifest.data_sha256 else 0
+        if shared := max(whole, probe.manifest.seen(data.prompts)):
+            raise TableError(
+                f"{table}: {probe.version} was fitted on about {shared} of these prompts, whose scores prove nothing; "
+                "certify on other rows"
+            )
+        promises: list[tuple[float, Method, int | None]] = []
+        for bound in alpha or ALPHAS:
+            for how in METHODS if method == "both" else (method,):
+                over = (len(data.prompts) if horizon is None else horizon or None) if how == "ltt" else None
+                try:
+                    require_rows(len(data.prompts), bound, how, delta, over)
+                except CertificateError as error:
+                    if alpha:
+                        raise
+                    typer.echo(f"no certificate for alpha {bound:g} ({how}): {error}", err=True)
+                else:
+                    promises.append((bound, how, over))
+        if not promises:
+            raise CertificateError("nothing can be certified; see the reasons above")
+        p = score(data, probe, Encoder.load(encoder), progress=True)
+        issued = [
+            issue(
+                p, data.labels, data.names, alpha=bound, method=how, delta=delta, horizon=over,
+                rows="held_out", data_sha256=data.sha256(), manifest=probe.manifest,
+            )
+            for bound, how, over in promises
+        ]  # fmt: skip
+        write_manifest(probe.manifest.certified(issued), artifact)
+    Console().print(_certificate_table(f"{probe.version}, certified on {len(data.prompts)} rows", issued))
+    if json_out is not None:
+        rows = [one.model_dump(mode="json") for one in issued]
+        json_out.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    typer.echo(f"wrote {len(issued)} certificates to {artifact}")
+
+
+def _certificate_table(title: str, certificates: "list[Certificate]") -> "RichTable":
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for header in ("alpha", "method", "threshold", "loss on the rows"):
+        table.add_column(header, justify="right" if header != "method" else "left", no_wrap=True)
+    for header in certificates[0].shares:
+        table.add_column(f"to {header}", justify="right")
+    for one in certificates:
+        shares = [f"{share:.1%}" for share in one.shares.values()]
+        table.add_row(f"{one.alpha:g}", one.method, f"{one.threshold:+.4f}", f"{one.risk:.4f}", *shares)
+    return table
