@@ -7,6 +7,7 @@ import torch
 from local_engine.detok import Piece, TextStream
 from local_engine.lane import Hidden
 from local_engine.model import LocalModel
+from local_engine.reason.leaving import Leaving
 from local_engine.sampler import Choice, Sampler
 from local_engine.tool_calls import ToolCallParser
 from local_engine.types import (
@@ -35,6 +36,8 @@ class Answer:
     cached_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    leaving: Leaving | None = None
+    """Where its thought may be left early."""
     tapped: list[Tapped] = field(default_factory=list)
     _text: TextStream = field(init=False)
     output_tokens: int = 0
@@ -51,10 +54,34 @@ class Answer:
     def _params(self) -> SamplingParams:
         return self.command.sampling
 
+    @property
+    def discarded_tokens(self) -> int:
+        """Written, and told to nobody."""
+        return self.leaving.discarded_tokens if self.leaving is not None else 0
+
+    def take_all(self, choices: list[Choice], max_tokens: int) -> list[Event]:
+        """More tokens; those after an end are void."""
+        events: list[Event] = []
+        for choice in choices:
+            if not self.over:
+                events += self.take(choice, max_tokens)
+        return events
+
     def take(self, choice: Choice, max_tokens: int) -> list[Event]:
         """One more token, and the events it causes."""
+        events = self._said(choice)
+        if self._ends(choice) or self._text.stopped:
+            return events + self.end("stop")
+        if self.output_tokens + self.discarded_tokens >= max_tokens:
+            return events + self.end("length")
+        return events
+
+    def _ends(self, choice: Choice) -> bool:
+        return choice.token in self.model.end_tokens or choice.token in self._params.stop_token_ids
+
+    def _said(self, choice: Choice) -> list[Event]:
         was_thinking = self._text.thinking
-        ended = choice.token in self.model.end_tokens or choice.token in self._params.stop_token_ids
+        ended = self._ends(choice)
         piece = Piece() if ended else self._text.push(choice.token)
         self.output_tokens += 1
         self._untold_tokens += 1
@@ -62,17 +89,14 @@ class Answer:
             self._reasoning_tokens += 1
         elif self._params.logprobs and not ended and choice.token not in self.model.special_tokens:
             self._untold_logprobs.append(self._logprob(choice))
-        events = self.told(piece)
-        if ended or self._text.stopped:
-            return events + self.end("stop")
-        if self.output_tokens >= max_tokens:
-            return events + self.end("length")
-        return events
+        return self.told(piece)
 
     def end(self, reason: FinishReason) -> list[Event]:
         """The closing events: what was held back, then the counts."""
+        held = self.leaving.flush() if self.leaving is not None else []
+        before = [event for choice in held for event in self._said(choice)]
         self.over = True
-        last = self.told(self._text.finish(), last=True)
+        last = [*before, *self.told(self._text.finish(), last=True)]
         if reason == "stop" and self._text.tool_calls:
             reason = "tool_calls"
         return [
@@ -81,12 +105,16 @@ class Answer:
                 self.command.id,
                 reason,
                 len(self.prompt),
-                self.output_tokens,
-                self._reasoning_tokens,
+                self.output_tokens + self.discarded_tokens,
+                self._reasoning_tokens + self.discarded_tokens,
                 cached_tokens=self.cached_tokens,
                 choice=self.choice,
                 drafted_tokens=self.drafted_tokens,
                 accepted_tokens=self.accepted_tokens,
+                discarded_tokens=self.discarded_tokens,
+                exited=self.leaving.exited if self.leaving is not None else "",
+                exit_p=self.leaving.p if self.leaving is not None else None,
+                cues=self.leaving.cues if self.leaving is not None else [],
             ),
         ]
 

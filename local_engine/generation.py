@@ -9,6 +9,7 @@ from local_engine.detok import Piece
 from local_engine.lane import Turn
 from local_engine.model import LocalModel
 from local_engine.primitives import Primitives
+from local_engine.reason.leaving import ExitPlan, Leaving
 from local_engine.sampler import Sampler
 from local_engine.sequence import Sequence
 from local_engine.types import Event, Failed, FinishReason, Generate
@@ -30,7 +31,16 @@ class Generation:
         if command.tool_choice == "required" and not tools:
             raise InvalidRequest("tool_choice: a call is required, and there are no tools; send some", "tool_choice")
         self._tools = tools
+        self._exit: ExitPlan | None = None
+        if command.plan is not None:
+            self._exit = ExitPlan.of(
+                command.plan, model, prefix=command.prefix, taps=command.taps, max_tokens=self._max_tokens
+            )
+        self._taps = (self._exit and self._exit.taps()) or command.taps
         self._answers = [Answer(command, model, prompt, self._sampler(n), bool(tools), n) for n in range(command.n)]
+        if self._exit is not None:
+            for answer in self._answers:
+                answer.leaving = Leaving(self._exit, prompt, self._max_tokens, command.sampling)
         self._answer_of: dict[Sequence, Answer] = {}
 
     @property
@@ -40,9 +50,7 @@ class Generation:
     def begin(self, engine: Primitives) -> None:
         self._engine = engine
         limit = len(self._prompt) + self._max_tokens
-        first = engine.open(
-            self._command.model, self._prompt, self._answers[0].sampler, limit=limit, taps=self._command.taps
-        )
+        first = engine.open(self._command.model, self._prompt, self._answers[0].sampler, limit=limit, taps=self._taps)
         self._answer_of[first] = self._answers[0]
 
     def stepped(self, turn: Turn) -> list[Event]:
@@ -56,11 +64,23 @@ class Generation:
             answer.cached_tokens = sequence.cached or 0
         events: list[Event] = []
         hidden = turn.hidden
+        leaving = answer.leaving
+        if hidden is not None and leaving is not None and leaving.reads_hidden:
+            leaving.reveal(hidden)
+            hidden = None
         for at, choice in enumerate(turn.choices, len(sequence.ids) - len(turn.choices)):
             if hidden is not None:  # of a run of tokens those before this one: an end in the run is the end
                 told, hidden = hidden.split(at - 1)
                 answer.reveal(told)
-            events += answer.take(choice, self._max_tokens)
+            if leaving is None:
+                events += answer.take(choice, self._max_tokens)
+            else:
+                certain, void = leaving.take(self._engine, sequence, at, choice)
+                events += answer.take_all(certain, self._max_tokens)
+                if void:
+                    break
+                if leaving.trying:
+                    continue
             if answer.over:
                 break
             if answer.sampler.constraint is not None and answer.sampler.done(sequence.ids[: at + 1]):
@@ -88,7 +108,7 @@ class Generation:
     def _fork(self, first: Sequence, engine: Primitives) -> None:
         for answer in self._answers[1:]:
             fork = engine.fork(first, answer.sampler, length=len(self._prompt))
-            fork.taps = self._command.taps if self._command.taps and self._command.taps.where != "prompt" else None
+            fork.taps = self._taps if self._taps and self._taps.where != "prompt" else None
             self._answer_of[fork] = answer
 
     def _sampler(self, choice: int) -> Sampler:
@@ -101,6 +121,7 @@ class Generation:
             self._constraint(),
             prompt_tokens=len(self._prompt),
             end_tokens=self._model.end_tokens,
+            measure=self._exit is not None and self._exit.measures,
         )
 
     def _constraint(self) -> GrammarConstraint | None:

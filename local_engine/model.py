@@ -1,6 +1,7 @@
 """Loading causal language models from a path, a hub id or this package."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -11,6 +12,7 @@ from local_engine.config import Device, Dtype, locate
 from local_engine.constrain import Grammars
 from local_engine.errors import ModelLoadError
 from local_engine.pieces import Pieces
+from local_engine.reason.artifact import ExitArtifact, read_for
 from local_engine.tool_calls import MARKERS, ToolFormat, tool_format
 from local_engine.types import ModelCard
 
@@ -37,6 +39,8 @@ class LocalModel:
     """Tokens that are never text."""
     think_token: int | None
     end_think_token: int | None
+    exits: ExitArtifact | None = None
+    """When its thoughts may be left, where that was fitted: it lies beside the weights."""
 
 
 def load_model(name: str, source: str, dtype: Dtype = "auto", device: Device = "auto") -> LocalModel:
@@ -102,6 +106,7 @@ def load_model(name: str, source: str, dtype: Dtype = "auto", device: Device = "
         ),
         tools=tools,
         tool_tokens=frozenset(vocabulary[marker] for marker in MARKERS if marker in vocabulary),
+        exits=read_for(Path(place)) if local else None,
     )
 
 

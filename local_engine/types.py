@@ -15,6 +15,9 @@ import msgspec
 
 Effort = Literal["none", "low", "high"]
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "deadline"]
+ExitRule = Literal["probe", "convergence", "redundancy", "momentum", "budget", "cue", "trace", "none"]
+ExitForm = Literal["expected", "high_probability", "per_event"]
+ExitLoss = Literal["wrong", "harm"]
 FailureCode = Literal["context_length_exceeded", "model_not_found", "invalid_request", "deadline", "internal"]
 """`deadline`: of a command that has nothing to give before it is done; a generation ends with what it has."""
 Message = dict[str, Any]
@@ -85,6 +88,35 @@ class TapSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     tokens: tuple[int, ...] = ()
 
 
+class Exit(msgspec.Struct, frozen=True, tag="exit", omit_defaults=True, forbid_unknown_fields=True, kw_only=True):
+    """When to leave a thought before its end: it is closed, and the model answers from there.
+
+    Whatever the rule, a thought is closed as well when it goes round in circles, and before it takes the room that an
+    answer needs.
+    """
+
+    rule: ExitRule = "probe"
+    """At a cue word: `probe` (fitted, calibrated), `convergence` (forced answers agree), `redundancy` (two thoughts
+    come to the same), `momentum` (no step stood out), `cue` (always). `budget`: at a step end past so many tokens.
+    `trace`: answers are forced and told, and the thought goes on. `none`: only the limits."""
+    delta: float = 0.05
+    """`probe`: the share of requests that may be left early and go wrong by it."""
+    form: ExitForm = "expected"
+    """Of the promise: in expectation over calibrations; for 95 % of calibrations; or, as published, per event."""
+    loss: ExitLoss = "wrong"
+    """What goes wrong: the answer is; or it is, and would not have been at the thought's own end."""
+    agree: int = 2
+    """`convergence`, `redundancy`: so many in a row."""
+    gamma: float = 0.9
+    """`momentum`: smaller leaves more thoughts."""
+    budget: int | None = None
+    """`budget`: thinking tokens; None: as fitted, by the length of the prompt."""
+    max_thinking_tokens: int | None = None
+    """The thought is closed here in any case."""
+    layers: tuple[int, ...] = ()
+    """`trace`: hidden states at the cue to tell beside the features, numbered as in `TapSpec`."""
+
+
 class Generate(msgspec.Struct, frozen=True, tag="generate"):
     id: int
     model: str
@@ -107,6 +139,8 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     tool_choice: Literal["none", "auto", "required"] = "auto"
     tool: str = ""
     """With `required`: the tool to call; any one where empty."""
+    plan: Exit | None = None
+    """How to spend compute on it: when to stop thinking, for one; None: as the model does by itself."""
 
 
 class Score(msgspec.Struct, frozen=True, tag="score"):
@@ -199,6 +233,17 @@ class Delta(msgspec.Struct, frozen=True, tag="delta"):
     tool_calls: list[ToolCallDelta] = []
 
 
+class CueSeen(msgspec.Struct, frozen=True):
+    """A place where a thought could have been left, and the answer that was forced there."""
+
+    tokens: int
+    """Of the thought before it."""
+    features: list[float]
+    """See `local_engine.reason.thought.FEATURES`; hidden states follow, where layers were asked for."""
+    answer: str
+    answer_tokens: int
+
+
 class Finished(msgspec.Struct, frozen=True, tag="finished"):
     id: int
     finish_reason: FinishReason
@@ -214,6 +259,14 @@ class Finished(msgspec.Struct, frozen=True, tag="finished"):
     """Tokens that speculation proposed and the model verified."""
     accepted_tokens: int = 0
     """Of them, those that were right."""
+    discarded_tokens: int = 0
+    """Of the output tokens, those that nobody is shown: after the place where a thought was left, answers tried out."""
+    exited: str = ""
+    """What closed the thought early: the rule's name, `limit` or `loop`; empty where the model did."""
+    exit_p: float | None = None
+    """The probe's P(right) at the last cue."""
+    cues: list[CueSeen] = []
+    """Of an exit with the rule `trace`."""
 
 
 class ProbeResult(msgspec.Struct, frozen=True, tag="probe_result"):

@@ -1,0 +1,31 @@
+"""When do two answers say the same? By what they come to, not by their words. No torch here."""
+
+import re
+from decimal import Decimal, InvalidOperation
+
+_BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
+_NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?")
+
+
+def answer_class(text: str) -> str:
+    """What an answer comes to: what it boxes, else its last number, else its words; "" where it says nothing.
+
+    Answers of one class agree. For tasks with short answers this is the clustering by meaning that semantic entropy
+    (Kuhn et al. 2023, arXiv 2302.09664) needs a model of entailment for.
+    """
+    boxed = _BOXED.findall(text)
+    said = boxed[-1] if boxed else text
+    number = last_number(said)
+    return number if number is not None else " ".join(said.casefold().split()).strip(" .!")
+
+
+def last_number(text: str) -> str | None:
+    """The last number in it, written one way only; None where there is none."""
+    numbers = _NUMBER.findall(text)
+    if not numbers:
+        return None
+    try:
+        value = Decimal(numbers[-1].replace(",", ""))
+    except InvalidOperation:
+        return None
+    return str(int(value)) if value == value.to_integral_value() and abs(value) < 10**18 else str(value.normalize())
