@@ -233,6 +233,11 @@ def spend(hours: Annotated[float, typer.Option(min=0, help="How far back.")] = 7
             f"{totals['requests']} requests, {format_money(totals['cost_nanousd'])} spent, "
             f"{totals['cache_hits']} from the cache, {totals['not_ok']} failed or cancelled"
         )
+        worth = report.worth(engine, since_ms=since_ms)
+        if worth["rated"]:
+            passed = worth["cost_of_pass_nanousd"]
+            each = "" if passed is None else f", {format_money(passed)} spent for each (retries and shadows included)"
+            typer.echo(f"{worth['rated']} rated, {worth['accepted']} accepted{each}")
         for row in report.by_model(engine, since_ms=since_ms):
             typer.echo(
                 f"  {row['model'] or '(none served)':<24} {row['requests']:>8}  {format_money(row['cost_nanousd'])}"

@@ -10,7 +10,7 @@ import msgspec
 from sqlalchemy import Engine
 
 from gateway.dashboard.charts import Chart, percent, stacked
-from gateway.ledger import browse, report
+from gateway.ledger import browse, outcomes, report
 from gateway.ledger.browse import Cell, Cursor, Row, Slice
 from routers.explain import from_dict, verdict
 from routers.types import Candidate, Decision
@@ -70,6 +70,8 @@ class Overview:
     spend: Chart
     requests: Chart
     rows: list[Row]
+    worth: dict[str, int | None]
+    """Of the requests that were rated: see `outcomes.quality`."""
 
 
 def overview(engine: Engine, of: Slice, *, now_ms: int) -> Overview:
@@ -101,6 +103,7 @@ def overview(engine: Engine, of: Slice, *, now_ms: int) -> Overview:
         stacked(spend, label),
         stacked(requests, label),
         browse.page(engine, of, limit=LAST_REQUESTS),
+        outcomes.quality(engine, *of.conditions()),
     )
 
 
@@ -178,6 +181,7 @@ class OneRequest:
     considered: list[Considered]
     unreadable: bool
     """There is a decision, but another version of this program wrote it."""
+    feedback: list[Row]
 
 
 def one_request(engine: Engine, request_id: str, *, tenant: str | None) -> OneRequest | None:
@@ -198,6 +202,7 @@ def one_request(engine: Engine, request_id: str, *, tenant: str | None) -> OneRe
         if decision
         else [],
         unreadable,
+        outcomes.of_request(engine, request_id),
     )
 
 

@@ -68,12 +68,24 @@ def _row(name: str, table: Any, **more: Any) -> type[Answer]:
     return create_model(name, __base__=Answer, **(columns | more))
 
 
+class Outcome(Answer):
+    """What one source said of one model's answer."""
+
+    request_id: str
+    source: str
+    model: str
+    score: float
+    comment: str | None
+    created_at_ms: int
+
+
 AttemptReceipt = _row("AttemptReceipt", AttemptRow)
 Receipt = _row(
     "Receipt",
     RequestRow,
     decision=(dict[str, Any] | None, ...),
     attempt_rows=(list[AttemptReceipt], ...),  # type: ignore[valid-type]
+    feedback=(list[Outcome], ...),
 )
 
 
@@ -98,6 +110,11 @@ class Spend(Answer):
     not_ok: int
     input_tokens: int
     output_tokens: int
+    rated: int
+    accepted: int
+    rated_cost_nanousd: int
+    cost_of_pass_nanousd: int | None
+    """What the rated requests cost for each that was accepted; null: none was."""
     by_model: list[ModelSpend]
 
 

@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import msgspec
 from fastapi import APIRouter, FastAPI, Query, Request, Response
@@ -22,9 +23,10 @@ from gateway.edge.headers import read_headers
 from gateway.edge.openapi import completed, refusals
 from gateway.edge.refused import tell_refusals
 from gateway.edge.wire import read_chat
-from gateway.errors import InvalidRequest, NotFound
-from gateway.ledger import report
+from gateway.errors import Conflict, InvalidRequest, NotFound
+from gateway.ledger import outcomes, report
 from gateway.ledger.store import BATCH_WAIT_S
+from gateway.lifecycle import Lifecycle
 from gateway.query import query_of
 from gateway.telemetry.peers import Peers
 from routers.explain import from_dict, to_dict, to_lines
@@ -40,6 +42,7 @@ OTHER_WORKERS_TRIES = 5
 FIRST_MODEL = {"operationId": "model", "parameters": {"name": "$response.body#/data/0/id"}}
 
 router = APIRouter()
+_Found = TypeVar("_Found")
 
 
 @router.get("/", include_in_schema=False)
@@ -131,21 +134,107 @@ async def model(name: str, principal: Caller, lifecycle: TheLifecycle) -> dict[s
 )
 async def receipt(request: Request, request_id: str, principal: Caller, lifecycle: TheLifecycle) -> dict[str, Any]:
     """One request's receipt: its row, its attempts, its decision. Only the caller's own tenant's (admins: any)."""
+    engine, tenant = lifecycle.ledger.engine, _scope(principal)
+    row, attempts = await _in_ledger(
+        request, request_id, lifecycle, lambda: report.request(engine, request_id, tenant=tenant)
+    )
+    decision = row.pop("decision")
+    said = await asyncio.to_thread(outcomes.of_request, engine, request_id)
+    whole = _whole(decision) if decision else None
+    return {**row, "decision": whole, "attempt_rows": attempts, "feedback": [_outcome(found) for found in said]}
+
+
+async def _in_ledger(
+    request: Request, request_id: str, lifecycle: Lifecycle, look: Callable[[], _Found | None]
+) -> _Found:
+    """What `look` (blocking) finds of a request that this worker, or another one, has served. Raises NotFound."""
     if not request_id.isprintable():
         raise NotFound("request: its id has characters that no id has.")
     await lifecycle.ledger.flush()
-    engine, tenant = lifecycle.ledger.engine, _scope(principal)
-    found = await asyncio.to_thread(report.request, engine, request_id, tenant=tenant)
+    found = await asyncio.to_thread(look)
     patience = OTHER_WORKERS_TRIES if getattr(request.app.state, "shared", False) else 0
     while found is None and patience:  # another worker may have served it, and be about to write it
         patience -= 1
         await asyncio.sleep(BATCH_WAIT_S)
-        found = await asyncio.to_thread(report.request, engine, request_id, tenant=tenant)
+        found = await asyncio.to_thread(look)
     if found is None:
         raise NotFound(f"request: {request_id[:60]!r} is not in the ledger.")
-    row, attempts = found
-    decision = row.pop("decision")
-    return {**row, "decision": _whole(decision) if decision else None, "attempt_rows": attempts}
+    return found
+
+
+class Feedback(BaseModel):
+    """What the caller thinks of an answer: exactly one of `accept`, `reject` and `score`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    accept: bool | None = None
+    reject: bool | None = None
+    score: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
+    comment: str | None = Field(default=None, max_length=2000)
+    source: str = Field(default=outcomes.CALLER, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}$", max_length=64)
+    """Who says so, where several do: each one's last word counts."""
+
+    def value(self) -> float:
+        """From 0, rejected, to 1, accepted. Raises InvalidRequest."""
+        given = {"accept": self.accept, "reject": self.reject, "score": self.score}
+        said = {name: value for name, value in given.items() if value is not None}
+        if len(said) != 1:
+            raise InvalidRequest(
+                f'body: {len(said)} of accept, reject and score; give exactly one, such as {{"accept": true}}.'
+            )
+        if self.source == outcomes.JUDGE:
+            raise InvalidRequest(
+                f"source: {outcomes.JUDGE!r} is the gateway's own; choose another name.", param="source"
+            )
+        if self.comment is not None and not _storable(self.comment):
+            raise InvalidRequest("comment: holds a character that no database keeps.", param="comment")
+        return float(said["accept"] if "accept" in said else not said["reject"] if "reject" in said else said["score"])
+
+
+def _storable(text: str) -> bool:
+    """PostgreSQL has no NUL in text, and nobody has half a surrogate pair."""
+    return "\x00" not in text and not any("\ud800" <= char <= "\udfff" for char in text)
+
+
+@router.post(
+    "/leadline/v1/requests/{request_id}/feedback",
+    tags=["receipts"],
+    operation_id="feedback",
+    response_model=answers.Outcome,
+    responses=refusals(403, 404, 409, 413, 415),
+)
+async def feedback(
+    body: Feedback, request: Request, request_id: str, principal: Caller, lifecycle: TheLifecycle
+) -> dict[str, Any]:
+    """Say what an answer was worth. Said again by the same `source`, the last word counts."""
+    principal.must_run()
+    score, engine, tenant = body.value(), lifecycle.ledger.engine, _scope(principal)
+
+    def say() -> outcomes.Row | None:
+        return outcomes.caller_says(
+            engine,
+            request_id,
+            score,
+            tenant=tenant,
+            source=body.source,
+            comment=body.comment,
+            now_ms=time.time_ns() // 1_000_000,
+        )
+
+    try:
+        return _outcome(await _in_ledger(request, request_id, lifecycle, say))
+    except outcomes.NothingServed as error:
+        raise Conflict(f"request: no model answered {request_id[:60]}; there is nothing to judge.") from error
+    except outcomes.TooManySources as error:
+        most = outcomes.MAX_SOURCES
+        raise Conflict(
+            f"source: {most} sources speak of this request already, the most that are kept; use one of their names.",
+            param="source",
+        ) from error
+
+
+def _outcome(row: outcomes.Row) -> dict[str, Any]:
+    return {name: row[name] for name in answers.Outcome.model_fields}
 
 
 def _whole(decision: str) -> dict[str, Any]:
@@ -170,8 +259,9 @@ async def spend(
     engine, tenant = lifecycle.ledger.engine, _scope(principal)
     of_scope = (principal.key_id, scope) if scope is not None else None
     totals = await asyncio.to_thread(report.summary, engine, since_ms=since_ms, tenant=tenant, scope=of_scope)
+    worth = await asyncio.to_thread(report.worth, engine, since_ms=since_ms, tenant=tenant, scope=of_scope)
     models = await asyncio.to_thread(report.by_model, engine, since_ms=since_ms, tenant=tenant, scope=of_scope)
-    return {"since_ms": since_ms, "tenant": tenant, "scope": scope, **totals, "by_model": models}
+    return {"since_ms": since_ms, "tenant": tenant, "scope": scope, **totals, **worth, "by_model": models}
 
 
 @router.get("/leadline/v1/budgets", tags=["receipts"], response_model=answers.BudgetList, responses=refusals(503))

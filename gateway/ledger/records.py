@@ -10,7 +10,7 @@ import msgspec
 
 from gateway.ledger.settle import Usage
 
-AttemptKind = Literal["first", "retry", "fallback", "hedge", "resume"]
+AttemptKind = Literal["first", "retry", "fallback", "hedge", "resume", "shadow", "judge"]
 """Why an attempt was made."""
 
 
@@ -82,6 +82,9 @@ class RequestRecord(msgspec.Struct, array_like=True):
     """What was given up for the budget's or the signals' sake; None: nothing."""
     idempotency_key: str | None = None
     trace_id: str | None = None
+    parent: str | None = None
+    """The request whose shadow this is; None: a caller's own."""
+    prompt_hash: str | None = None
 
     def total(self, attempts: list[AttemptRecord]) -> None:
         """Sum the attempts into the request: the request's cost is exactly what its attempts cost."""

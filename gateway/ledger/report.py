@@ -5,6 +5,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Engine, Select, and_, case, func, literal, or_, select, union_all
 from sqlmodel import col
 
+from gateway.ledger import outcomes
 from gateway.ledger.elsewhere import moves
 from gateway.ledger.tables import AttemptRow, RequestRow
 
@@ -70,6 +71,16 @@ def summary(
     query = query.where(*_of_scope(scope))
     with engine.connect() as connection:
         return {name: int(value) for name, value in connection.execute(query).mappings().one().items()}
+
+
+def worth(
+    engine: Engine, *, since_ms: int, tenant: str | None = None, scope: tuple[str, str] | None = None
+) -> dict[str, int | None]:
+    """`outcomes.quality` of the requests that `summary` sums."""
+    conditions = [col(RequestRow.created_at_ms) >= since_ms, *_of_scope(scope)]
+    if tenant is not None:
+        conditions.append(col(RequestRow.tenant) == tenant)
+    return outcomes.quality(engine, *conditions)
 
 
 def by_model(

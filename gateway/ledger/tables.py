@@ -6,7 +6,7 @@ microseconds for durations. A NULL cost is *unpriced*, never zero.
 
 from typing import Any
 
-from sqlalchemy import BigInteger, Column, Index, LargeBinary, String, Text
+from sqlalchemy import BigInteger, Column, Double, Index, LargeBinary, String, Text
 from sqlmodel import Field, SQLModel
 
 
@@ -118,6 +118,10 @@ class RequestRow(SQLModel, table=True):
     degraded: str | None = Field(default=None, max_length=128)
     idempotency_key: str | None = Field(default=None, max_length=255)
     trace_id: str | None = Field(default=None, max_length=32)
+    parent: str | None = Field(default=None, max_length=40)
+    """The request whose shadow this is; NULL: a caller's own."""
+    prompt_hash: str | None = Field(default=None, max_length=32)
+    """Keyed, of the conversation as it came; NULL where nothing sounded it."""
 
 
 class AttemptRow(SQLModel, table=True):
@@ -144,7 +148,40 @@ class AttemptRow(SQLModel, table=True):
     cost_nanousd: int | None = _big(nullable=True)
     cost_estimated: bool = False
     kind: str = Field(default="first", max_length=16, sa_column_kwargs={"server_default": "first"})
-    """Why it was made: first, retry, fallback, hedge or resume."""
+    """Why it was made: first, retry, fallback, hedge, resume, shadow or judge."""
+
+
+class OutcomeRow(SQLModel, table=True):
+    """What one source said of one model's answer to a request."""
+
+    __tablename__ = "outcome"
+
+    request_id: str = Field(primary_key=True, max_length=40)
+    source: str = Field(primary_key=True, max_length=64)
+    """Who said it: `caller`, a name that the caller gives, or `judge`."""
+    model: str = Field(primary_key=True, max_length=128)
+    tenant: str = Field(max_length=64)
+    key_id: str = Field(max_length=16)
+    created_at_ms: int = Field(sa_column=Column(BigInteger, nullable=False, index=True))
+    score: float = Field(sa_column=Column(Double, nullable=False))
+    """From 0, rejected, to 1, accepted."""
+    comment: str | None = Field(default=None, sa_column=Column(Text, nullable=True))
+    p_success: float | None = Field(default=None, sa_column=Column(Double, nullable=True))
+    """What the decision had expected of this model; NULL: nothing."""
+    probe_version: str | None = Field(default=None, max_length=128)
+
+
+class SampleRow(SQLModel, table=True):
+    """The prompt of a request, and answers to it, where the policy keeps them to learn from."""
+
+    __tablename__ = "sample"
+
+    request_id: str = Field(primary_key=True, max_length=40)
+    created_at_ms: int = _big()
+    prompt: str = Field(sa_column=Column(Text, nullable=False))
+    """The conversation as JSON."""
+    answers: str | None = Field(default=None, sa_column=Column(Text, nullable=True))
+    """JSON: model → what it wrote."""
 
 
 class BudgetRow(SQLModel, table=True):

@@ -9,7 +9,7 @@ print(client.receipt(answer).cost_usd)
 
 from gateway.sdk.client import AsyncLeadline, AsyncScoped, Leadline, Scoped
 from gateway.sdk.errors import BudgetExceeded
-from gateway.sdk.types import Attempt, Candidate, Decision, Explanation, ModelSpend, Plan, Receipt, Spend
+from gateway.sdk.types import Attempt, Candidate, Decision, Explanation, ModelSpend, Outcome, Plan, Receipt, Spend
 
 __all__ = [
     "AsyncLeadline",
@@ -21,6 +21,7 @@ __all__ = [
     "Explanation",
     "Leadline",
     "ModelSpend",
+    "Outcome",
     "Plan",
     "Receipt",
     "Scoped",

@@ -13,7 +13,7 @@ import openai
 
 from gateway.sdk import wire
 from gateway.sdk.errors import named
-from gateway.sdk.types import Explanation, Receipt, Spend, usd
+from gateway.sdk.types import Explanation, Outcome, Receipt, Spend, usd
 
 
 class Leadline(openai.OpenAI):
@@ -30,6 +30,21 @@ class Leadline(openai.OpenAI):
         """What `response` cost and why it came from where it did. A stream has its receipt once it has ended."""
         path = f"/leadline/v1/requests/{wire.request_id_of(response)}"
         return Receipt.model_validate(self.get(self._beside_v1(path), cast_to=object))
+
+    def feedback(
+        self,
+        response: object,
+        *,
+        accept: bool | None = None,
+        score: float | None = None,
+        comment: str | None = None,
+        source: str | None = None,
+    ) -> Outcome:
+        """Say what `response` was worth: `accept` or not, or a `score` from 0 to 1. `source` tells judges apart,
+        of each of whom the last word counts."""
+        path = f"/leadline/v1/requests/{wire.request_id_of(response)}/feedback"
+        body = wire.feedback_body(accept, score, comment, source)
+        return Outcome.model_validate(self.post(self._beside_v1(path), body=body, cast_to=object))
 
     def explain(
         self, prompt: wire.Prompt, *, model: str = "auto", max_tokens: int | None = None, tags: Iterable[str] = ()
@@ -97,6 +112,20 @@ class AsyncLeadline(openai.AsyncOpenAI):
         """See `Leadline.receipt`."""
         path = f"/leadline/v1/requests/{wire.request_id_of(response)}"
         return Receipt.model_validate(await self.get(self._beside_v1(path), cast_to=object))
+
+    async def feedback(
+        self,
+        response: object,
+        *,
+        accept: bool | None = None,
+        score: float | None = None,
+        comment: str | None = None,
+        source: str | None = None,
+    ) -> Outcome:
+        """See `Leadline.feedback`."""
+        path = f"/leadline/v1/requests/{wire.request_id_of(response)}/feedback"
+        body = wire.feedback_body(accept, score, comment, source)
+        return Outcome.model_validate(await self.post(self._beside_v1(path), body=body, cast_to=object))
 
     async def explain(
         self, prompt: wire.Prompt, *, model: str = "auto", max_tokens: int | None = None, tags: Iterable[str] = ()

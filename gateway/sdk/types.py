@@ -63,7 +63,7 @@ class Attempt(_Said):
     """One upstream call. Token classes do not overlap."""
 
     kind: str
-    """Why it was made: `first`, `retry`, `fallback`, `hedge` or `resume`."""
+    """Why it was made: `first`, `retry`, `fallback`, `hedge`, `resume`, `shadow` or `judge`."""
     model: str
     provider: str
     outcome: str
@@ -78,6 +78,18 @@ class Attempt(_Said):
     reasoning_tokens: int
     cost_nanousd: int | None
     cost_estimated: bool
+
+
+class Outcome(_Said):
+    """What one source said of one model's answer."""
+
+    request_id: str
+    source: str
+    model: str
+    score: float
+    """From 0, rejected, to 1, accepted."""
+    comment: str | None
+    created_at_ms: int
 
 
 class Receipt(_Said):
@@ -114,6 +126,7 @@ class Receipt(_Said):
     attempts: tuple[Attempt, ...] = Field(validation_alias="attempt_rows")
     decision: Decision | None
     """None where nothing was decided: an answer from the cache, or a request that ended before."""
+    feedback: tuple[Outcome, ...] = ()
 
     @property
     def cost_usd(self) -> Decimal | None:
@@ -159,6 +172,11 @@ class Spend(_Said):
     not_ok: int
     input_tokens: int
     output_tokens: int
+    rated: int = 0
+    """Requests of which somebody, or a judge, said what the answer was worth."""
+    accepted: int = 0
+    cost_of_pass_nanousd: int | None = None
+    """What the rated requests cost, all attempts and shadows included, for each accepted one; None: none was."""
     by_model: tuple[ModelSpend, ...]
 
     @property

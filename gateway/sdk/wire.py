@@ -76,6 +76,14 @@ def explain_body(prompt: Prompt, model: str, max_tokens: int | None, tags: Itera
     return {"model": model, "messages": messages, "max_tokens": max_tokens, "tags": list(tags)}
 
 
+def feedback_body(accept: bool | None, score: float | None, comment: str | None, source: str | None) -> dict[str, Any]:
+    """Raises ValueError where neither or both of `accept` and `score` are given."""
+    if (accept is None) == (score is None):
+        raise ValueError("feedback: give either accept=True or False, or score=0 to 1")
+    said = {"accept": accept, "score": score, "comment": comment, "source": source}
+    return {name: value for name, value in said.items() if value is not None}
+
+
 def scope_headers(limit: Money, name: str | None) -> dict[str, str]:
     """Raises ValueError for a limit or a name that the gateway would not take."""
     dollars = Decimal(str(limit))

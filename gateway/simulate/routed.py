@@ -152,14 +152,8 @@ def costs(policy: Policy, table: Outcomes) -> tuple[Array | None, str]:
     for row, prompt in enumerate(table.prompts):
         query = query_for(prompt, Caller())
         for column, model in enumerate(models):
-            if table.tokens is None:
-                out[row, column] = costs_nanousd(model, query, query.input_tokens_estimate)[0] or 0
-            else:
-                price = model.price
-                assert price is not None
-                price = price.at(query.input_tokens_estimate)
-                written = table.tokens[row, column]
-                out[row, column] = -(-(query.input_tokens_estimate * price.input + written * price.output) // 1_000_000)
+            written = EXPECTED_OUTPUT_TOKENS if table.tokens is None else int(table.tokens[row, column])
+            out[row, column] = costs_nanousd(model, query, query.input_tokens_estimate, written)[0] or 0
     what = f"{EXPECTED_OUTPUT_TOKENS} tokens an answer" if table.tokens is None else "the table's output tokens"
     return out, f"the policy's prices, {what}"
 

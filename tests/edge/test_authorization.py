@@ -57,6 +57,9 @@ MATRIX: dict[Route, Rule] = {
     ("GET", "/leadline/v1/requests/{request_id}"): Rule(
         (401, 401, 200, 404, 200, 200), path="/leadline/v1/requests/{request}"
     ),
+    ("POST", "/leadline/v1/requests/{request_id}/feedback"): Rule(
+        (401, 401, 200, 404, 403, 200), path="/leadline/v1/requests/{request}/feedback", body={"accept": True}
+    ),
     ("GET", "/leadline/v1/spend"): keyed(),
     ("GET", "/leadline/v1/budgets"): keyed(),
     ("POST", "/leadline/v1/explain"): running(body={"model": "chat", "messages": MESSAGES}),
