@@ -28,13 +28,14 @@ from gateway.ledger.journal import Journal, JournalError, to_disk
 from gateway.ledger.store import LedgerStore, LedgerUnreachable, connect
 from gateway.lifecycle import Lifecycle
 from gateway.policies import engine_needs
+from gateway.reload import PolicyReloader
 from gateway.settings import Settings, engine_socket
 from gateway.signals import SignalReader
 from gateway.telemetry.logs import get_logger
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.peers import Peers
 from gateway.upstream.http import HttpClient
-from gateway.world import MissingSecret, build_world
+from gateway.world import MissingSecret, World, build_world
 from routers.policy import Policy
 
 log = get_logger(__name__)
@@ -51,11 +52,16 @@ KEY_POLL_S = 0.5
 class App:
     """The ASGI application. The data plane is answered here directly, all else by FastAPI."""
 
-    def __init__(self, settings: Settings, policy: Policy, policy_folder: Path | None = None) -> None:
+    def __init__(
+        self, settings: Settings, policy: Policy, policy_folder: Path | None = None, policy_file: Path | None = None
+    ) -> None:
         self.settings = settings
         self.policy = policy
         self.policy_folder = policy_folder or Path.cwd()
         """What the policy's relative paths are relative to."""
+        self.policy_file = policy_file
+        """Watched while the gateway runs; None: the policy stays as it is."""
+        self._reloader: PolicyReloader | None = None
         self.web = build_web()
         mount_dashboard(self.web)
         self.engine: EngineConnection | None = None
@@ -74,6 +80,11 @@ class App:
             await self._lifespan(receive, send)
         else:
             await self.web(scope, limited(receive, MAX_WEB_BODY_BYTES), identified(send))
+
+    def reload_policy(self) -> None:
+        """Read the policy file now, if there is one."""
+        if self._reloader is not None:
+            self._reloader.look()
 
     def slow_client(self, phase: Literal["headers", "body", "read"]) -> None:
         """The server cut a connection off (`edge/protocol.py`)."""
@@ -128,10 +139,10 @@ class App:
         socket_path = settings.engine or engine_socket(settings.home)
         self.engine = engine = EngineConnection(socket_path, metrics)
         world = build_world(policy, client, engine, pepper)
+        hosts = _hosts(policy)
         if os.environ.get(OTLP_ENDPOINT):
             from gateway.telemetry.traces import Traces  # only where it is used: it takes 15 MB and the extra `otel`
 
-            hosts = {name: urlsplit(p.base_url).hostname or "" for name, p in policy.providers.items() if p.base_url}
             metrics.traces = traces = Traces(hosts, metrics)
             traces.start()
             stack.push_async_callback(asyncio.to_thread, traces.stop)
@@ -155,7 +166,9 @@ class App:
             shared.start()
         budgets = shared or Budgets(spent_since)
         metrics.watch_budgets(budgets.all)
-        metrics.watch_breakers(lambda: {name: breaker.state for name, breaker in world.breakers.items()})
+        metrics.watch_breakers(
+            lambda: {name: breaker.state for name, breaker in self.web.state.lifecycle.world.breakers.items()}
+        )
         lifecycle = Lifecycle(
             world=world,
             keys=keys,
@@ -182,6 +195,23 @@ class App:
         polling = asyncio.create_task(_poll_keys(keys), name="key-poll")
         stack.callback(polling.cancel)
 
+        def put_in_force(new: World) -> None:
+            hosts.update(_hosts(new.policy))
+            lifecycle.put_in_force(new)
+
+        if self.policy_file is not None:
+            self._reloader = self.web.state.reloader = PolicyReloader(
+                self.policy_file,
+                metrics,
+                current=lambda: lifecycle.world,
+                build=lambda new: build_world(new, client, engine, pepper, before=lifecycle.world),
+                swap=put_in_force,
+                running=needs,
+                loaded=engine.loaded,
+            )
+            self._reloader.start()
+            stack.push_async_callback(self._reloader.stop)
+
     async def stop(self) -> None:
         await self._stack.aclose()
 
@@ -199,6 +229,10 @@ class App:
         await receive()
         await self.stop()
         await send({"type": "lifespan.shutdown.complete"})
+
+
+def _hosts(policy: Policy) -> dict[str, str]:
+    return {name: urlsplit(p.base_url).hostname or "" for name, p in policy.providers.items() if p.base_url}
 
 
 def make_first_key(keys: KeyStore, home: Path) -> str | None:

@@ -53,6 +53,11 @@ class EngineConnection:
         client = self._client
         return client if client is not None and client.connected else None
 
+    def loaded(self) -> frozenset[str]:
+        """The models that the engine says it has; empty while none answers."""
+        client = self.client
+        return frozenset(card.name for card in client.hello.models) if client is not None else frozenset()
+
     @property
     def pid(self) -> int | None:
         """The engine's process, as it says; None while none answers."""

@@ -103,6 +103,10 @@ class Lifecycle:
         self._cache_secret = cache_secret(pepper)
         self._attempts = AttemptEngine(metrics)
 
+    def put_in_force(self, world: World) -> None:
+        """Requests admitted from here on are in this world; those under way stay in theirs."""
+        self.world = world
+
     async def chat(self, call: ChatCall, caller: Principal, reply: Reply) -> None:
         """Answer one chat request. Raises LeadlineError only for what was not admitted."""
         ticket = await self._admit(call, caller)

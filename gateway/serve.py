@@ -8,6 +8,7 @@ import asyncio
 import fcntl
 import json
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -46,7 +47,7 @@ def serve(host: str, port: int, policy: Path | None, workers: int, drain_s: floa
     if workers == 1:
         share_heap()
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            return runner.run(_serve_here(App(settings, loaded, folder), listeners[0], drain_s))
+            return runner.run(_serve_here(App(settings, loaded, folder, policy), listeners[0], drain_s))
     needs = None
     state = "not needed by this policy"
     if settings.engine is not None:
@@ -129,6 +130,7 @@ def _peers(home: Path) -> Path:
 async def _serve_here(gateway: App, listener: socket.socket, drain_s: float) -> int:
     server = HttpServer(gateway, drain_s)
     serving = asyncio.create_task(server.serve_on(listener))
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, gateway.reload_policy)
     while not server.started and not serving.done():
         await asyncio.wait((serving,), timeout=0.01)
     if server.started:

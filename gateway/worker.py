@@ -10,6 +10,7 @@ gc.disable()  # a start makes nothing to collect, and looks at much; `settle_mem
 
 import asyncio
 import json
+import signal
 import socket
 import sys
 from dataclasses import replace
@@ -29,19 +30,22 @@ def main(argument: str) -> int:
     order: Order = json.loads(argument)
     configure_logs(worker=order["worker"])
     share_heap()
+    file = Path(order["policy"]) if order["policy"] is not None else None
     try:
-        policy, folder = checked_policy(Path(order["policy"]) if order["policy"] is not None else None)
+        policy, folder = checked_policy(file)
     except CannotServe as error:
         log.error("worker.cannot_serve", error=str(error))
         return 1
     settings = replace(Settings.from_env(), worker=order["worker"], peers=Path(order["peers"]))
-    server = HttpServer(App(settings, policy, folder), order["drain_s"])
+    gateway = App(settings, policy, folder, file)
+    server = HttpServer(gateway, order["drain_s"])
     listener, control = socket.socket(fileno=order["listener"]), socket.socket(fileno=order["control"])
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        return runner.run(_serve(server, listener, control))
+        return runner.run(_serve(gateway, server, listener, control))
 
 
-async def _serve(server: HttpServer, listener: socket.socket, control: socket.socket) -> int:
+async def _serve(gateway: App, server: HttpServer, listener: socket.socket, control: socket.socket) -> int:
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, gateway.reload_policy)
     serving = asyncio.create_task(server.serve_on(listener))
     while not server.started and not serving.done():
         await asyncio.wait((serving,), timeout=0.01)

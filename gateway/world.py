@@ -60,16 +60,25 @@ class World:
 
 
 def build_world(
-    policy: Policy, client: HttpClient, engine: EngineLink, salt: bytes, env: Mapping[str, str] | None = None
+    policy: Policy,
+    client: HttpClient,
+    engine: EngineLink,
+    salt: bytes,
+    env: Mapping[str, str] | None = None,
+    *,
+    before: World | None = None,
 ) -> World:
-    """`salt` is the secret that tenants' cache salts at engines are made with. Raises MissingSecret."""
+    """`salt` is the secret that tenants' cache salts at engines are made with. `before`: the world whose place this one
+    takes; what is known of providers and models that stay as they were is kept. Raises MissingSecret."""
     env = os.environ if env is None else env
     missing = missing_secrets(policy, env)
     if missing:
         raise MissingSecret("; ".join(missing))
     upstreams: dict[str, Upstream] = {}
     for provider in policy.providers.values():
-        if provider.base_url is None:
+        if before is not None and before.policy.providers.get(provider.name) == provider:
+            upstreams[provider.name] = before.upstreams[provider.name]
+        elif provider.base_url is None:
             upstreams[provider.name] = LocalUpstream(engine)
         else:
             key = env[provider.api_key_env] if provider.api_key_env is not None else None
@@ -96,4 +105,10 @@ def build_world(
             first_byte_timeout_s=(provider.first_byte_timeout_ms or provider.timeout_ms) / 1000,
             idle_timeout_s=(provider.idle_timeout_ms or provider.timeout_ms) / 1000,
         )
-    return World(policy, targets, upstreams)
+    world = World(policy, targets, upstreams)
+    if before is not None:
+        for name, target in targets.items():
+            same_place = upstreams[target.provider] is before.upstreams.get(target.provider)
+            if same_place and name in before.targets and before.targets[name].wire_model == target.wire_model:
+                world.breakers[name] = before.breakers[name]
+    return world

@@ -18,6 +18,7 @@ from gateway.dashboard.filters import Filters
 from gateway.errors import Unauthenticated
 from gateway.ledger.browse import Slice
 from gateway.lifecycle import Lifecycle
+from gateway.reload import PolicyReloader
 
 HOME = "/dashboard"
 LOGIN = "/dashboard/login"
@@ -69,13 +70,21 @@ TheFilters = Annotated[Filters, Depends(filters_of)]
 
 
 @router.get("")
-async def overview(viewer: Viewer, lifecycle: Settled, filters: TheFilters) -> Response:
+async def overview(request: Request, viewer: Viewer, lifecycle: Settled, filters: TheFilters) -> Response:
     now = time.time()
     chosen = Filters(range=filters.range)
     data = await asyncio.to_thread(
         queries.overview, lifecycle.ledger.engine, chosen.slice(viewer, now_s=now), now_ms=int(now * 1000)
     )
-    return pages.html("overview.html", viewer=viewer, filters=chosen, data=data, policy=lifecycle.world.policy)
+    reloader: PolicyReloader | None = getattr(request.app.state, "reloader", None)
+    return pages.html(
+        "overview.html",
+        viewer=viewer,
+        filters=chosen,
+        data=data,
+        policy=lifecycle.world.policy,
+        refused=reloader.refused if reloader is not None else None,
+    )
 
 
 @router.get("/requests")

@@ -20,6 +20,7 @@ from gateway.edge.openapi import refusals
 from gateway.errors import Conflict, Forbidden, InvalidRequest, NotFound, RateLimited, Unavailable
 from gateway.ledger import prices
 from gateway.ledger.spend import By, spend_by
+from gateway.reload import PolicyReloader
 from gateway.telemetry.logs import get_logger
 from routers.errors import PolicyError
 from routers.units import Budget, UnitError, format_money, parse_budget
@@ -223,11 +224,14 @@ async def list_prices(admin: Admin, lifecycle: TheLifecycle) -> dict[str, Any]:
 
 
 @router.get("/policy", response_model=answers.PolicyInForce)
-async def policy(admin: Admin, lifecycle: TheLifecycle) -> dict[str, Any]:
+async def policy(request: Request, admin: Admin, lifecycle: TheLifecycle) -> dict[str, Any]:
     """The version in force, and what is in it."""
     loaded = lifecycle.world.policy
+    reloader: PolicyReloader | None = getattr(request.app.state, "reloader", None)
     return {
         "version": loaded.version_hash,
+        "since_ms": reloader.since_ms if reloader is not None else None,
+        "refused": reloader.refused if reloader is not None else None,
         "providers": list(loaded.providers),
         "models": list(loaded.models),
         "aliases": list(loaded.aliases),

@@ -214,6 +214,10 @@ class RouteRule(Answer):
 
 class PolicyInForce(Answer):
     version: str
+    since_ms: int | None
+    """When it was put in force; null: it is not a file that is watched."""
+    refused: str | None
+    """What is wrong with the file as it is now; null: nothing, it is in force."""
     providers: list[str]
     models: list[str]
     aliases: list[str]

@@ -28,6 +28,7 @@ from gateway.ledger import outcomes, report
 from gateway.ledger.store import BATCH_WAIT_S
 from gateway.lifecycle import Lifecycle
 from gateway.query import query_of
+from gateway.reload import PolicyReloader
 from gateway.telemetry.peers import Peers
 from routers.explain import from_dict, to_dict, to_lines
 
@@ -75,6 +76,9 @@ async def readiness(request: Request, lifecycle: TheLifecycle) -> Response:
     redis: RedisLink | None = getattr(request.app.state, "redis", None)
     if redis is not None and not redis.up:
         degraded["redis"] = "does not answer; each worker holds the rates by itself, and answers are not cached"
+    reloader: PolicyReloader | None = getattr(request.app.state, "reloader", None)
+    if reloader is not None and reloader.refused is not None:
+        degraded["policy"] = "the policy file is not in force, as something is wrong with it; the log says what"
     unavailable = world.unavailable()
     ready = len(unavailable) < len(world.targets) and lifecycle.ledger.accepts
     body = {

@@ -155,6 +155,10 @@ class Metrics:
         self.telemetry_dropped = self._counter(
             "leadline_telemetry_dropped", "Requests whose trace was dropped because its receiver was away or slow."
         )
+        self._policy_stale = self._gauge(
+            "leadline_policy_stale", "1 while the policy file is not in force, because something is wrong with it."
+        )
+        self._policy_loads = self._children("leadline_policy_loads", "New versions of the policy file.", "outcome")
         self._unpriced = self._counter("leadline_unpriced_requests", "Requests whose cost is not known.")
         self._slow_clients = self._children(
             "leadline_slow_clients", "Connections cut because the client was too slow.", "phase"
@@ -206,6 +210,11 @@ class Metrics:
     def degraded(self, reason: str) -> None:
         """A request is answered with less than the policy wanted, e.g. `budget`, `probe_unavailable`, `redis`."""
         self._degraded.add(1, reason)
+
+    def policy_loaded(self, *, refused: bool) -> None:
+        """A new version of the policy file was put in force, or refused."""
+        self._policy_loads.add(1, "refused" if refused else "loaded")
+        self._policy_stale.set(refused)
 
     def retried(self, model: str, cause: str) -> None:
         """The same model is asked again, after a failure of this cause."""

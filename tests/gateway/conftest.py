@@ -106,6 +106,7 @@ async def running(
     redis_url: str | None = None,
     engine: Path | None = None,
     policy_folder: Path | None = None,
+    policy_file: Path | None = None,
     durability: str = "process",
     http: type[GuardedProtocol] = GuardedProtocol,
 ) -> AsyncIterator[Gateway]:
@@ -118,7 +119,7 @@ async def running(
             **({"LEADLINE_ENGINE": str(engine)} if engine else {}),
         }
     )
-    app = App(settings, parse(policy, prices=prices.lookup), policy_folder)
+    app = App(settings, parse(policy, prices=prices.lookup), policy_folder, policy_file)
     config = uvicorn.Config(
         app, port=0, http=http, ws="none", lifespan="on", log_level="error", access_log=False, proxy_headers=False,
         server_header=False, date_header=False,  # as `HttpServer`: else no answer takes the short way out
