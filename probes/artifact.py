@@ -14,9 +14,8 @@ from safetensors.numpy import load, save
 from probes.calibrate import Calibrator, Isotonic, Platt
 from probes.errors import ArtifactError
 from probes.heads import Heads
-from probes.manifest import MANIFEST, Manifest, read_manifest, write_manifest
-
-TENSORS = "probe.safetensors"
+from probes.manifest import TENSORS, Manifest, read_manifest, version_of, write_manifest
+from probes.tensors import read_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +28,7 @@ class Artifact:
     @property
     def version(self) -> str:
         """Name and content hash; equal versions answer alike. What is only said of an artifact does not enter."""
-        meaning = self.manifest.model_dump_json(
-            exclude={"created", "versions", "metrics", "tensors_sha256", "certificates", "prompts_sketch"}
-        )
-        digest = hashlib.sha256(meaning.encode() + _tensor_bytes(self.heads))
-        return f"{self.manifest.name}@{digest.hexdigest()[:8]}"
+        return version_of(self.manifest, _tensor_bytes(self.heads))
 
     def require_encoder(self, name: str, sha256: str) -> None:
         """Refuse an encoder other than the one the heads were fitted on."""
@@ -57,12 +52,11 @@ def write(artifact: Artifact, folder: Path) -> None:
 def read(folder: Path) -> Artifact:
     """Load and check an artifact; raises ArtifactError with what is wrong and what to do."""
     manifest = read_manifest(folder)
-    try:
-        data = (folder / TENSORS).read_bytes()
-    except OSError as error:
-        raise ArtifactError(f"no probe artifact in {folder}: {error.strerror} ({error.filename})") from None
-    if hashlib.sha256(data).hexdigest() != manifest.tensors_sha256:
-        raise ArtifactError(f"{folder / TENSORS} does not match tensors_sha256 in {MANIFEST}: restore both or refit")
+    if manifest.tier == "static":
+        raise ArtifactError(
+            f"{folder} is a probe of tier `static`, which reads words; hidden states are for the others"
+        )
+    data = read_bytes(folder, manifest)
     try:
         tensors = load(data)
     except SafetensorError as error:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -22,6 +22,25 @@ Head = Annotated[
     ),
 ]
 DropIf = Annotated[str | None, typer.Option(help="Leave out rows where this 0/1 column is 1.")]
+TierName = Annotated[
+    Literal["static", "encoder"],
+    typer.Option(help="What to read: `static`, the words, in the gateway itself; `encoder`, a small network's states."),
+]
+Tokens = Annotated[
+    list[str] | None,
+    typer.Option(help="NAME=COLUMN, repeatable: how many tokens the answers of head NAME's model had."),
+]
+Domain = Annotated[str | None, typer.Option(help="Column of domain names to be told apart.")]
+Reasoning = Annotated[
+    str | None,
+    typer.Option(help="COLUMN,COLUMN: 0/1, right without thinking and right with it; learns where thinking pays."),
+]
+Answers = Annotated[
+    float,
+    typer.Option(
+        min=0.0, max=1.0, help="Share of queries on which a static head decides; the others go to the next tier."
+    ),
+]
 EncoderName = Annotated[str, typer.Option(help="`default`, a folder, or a hub id.")]
 Group = Annotated[
     str | None, typer.Option(help="Column of groups, such as the domain, for a prior and held-out groups.")
@@ -40,20 +59,38 @@ def fit(
     encoder: EncoderName = "default",
     group_column: Group = None,
     name: Annotated[str | None, typer.Option(help="Name in the artifact's version; the folder's by default.")] = None,
+    tier: TierName = "encoder",
+    tokens: Tokens = None,
+    domain: Domain = None,
+    reasoning: Reasoning = None,
+    answers: Answers = 0.5,
     seed: Seed = 0,
     json_out: JsonOut = None,
 ) -> None:
     """Fit a probe, print its out-of-fold worth beside the baselines, write the artifact."""
     with _explained():
         heads = _parse_heads(head)
-        from probes.artifact import write
-        from probes.extract import Encoder
-        from probes.train import Recipe, fit_probe, read_table
+        from probes.train import read_table
 
-        data = read_table(table, prompt, heads, drop_if=drop_if, group_column=group_column)
-        fitted = fit_probe(data, Encoder.load(encoder), Recipe(seed=seed), name=name or out.name, progress=True)
-        write(fitted.artifact, out)
-    _show(f"{fitted.artifact.version}, out of fold on {len(data.prompts)} prompts", fitted.rows, json_out)
+        data = read_table(
+            table, prompt, heads, drop_if=drop_if, group_column=group_column,
+            tokens=_parse_heads(tokens or (), "--tokens"), domain=domain, reasoning=_pair(reasoning),
+        )  # fmt: skip
+        if tier == "static":
+            from probes.static_fit import fit_static, static_rows, write_static
+
+            words = fit_static(data, seed=seed, answers=answers, progress=True)
+            rows = static_rows(words, data, seed)
+            version = write_static(words, data, out, name or out.name, rows)
+        else:
+            from probes.artifact import write
+            from probes.extract import Encoder
+            from probes.train import Recipe, fit_probe
+
+            fitted = fit_probe(data, Encoder.load(encoder), Recipe(seed=seed), name=name or out.name, progress=True)
+            write(fitted.artifact, out)
+            version, rows = fitted.artifact.version, fitted.rows
+    _show(f"{version}, out of fold on {len(data.prompts)} prompts", rows, json_out)
     typer.echo(f"wrote {out}")
 
 
@@ -89,16 +126,25 @@ def evaluate(
     _show(f"{len(data.prompts)} prompts of {table.name}", rows, json_out)
 
 
-def _parse_heads(pairs: Sequence[str]) -> dict[str, str]:
+def _parse_heads(pairs: Sequence[str], option: str = "--head") -> dict[str, str]:
     heads: dict[str, str] = {}
     for pair in pairs:
         name, sign, column = pair.partition("=")
         if not (name and sign and column):
-            raise typer.BadParameter(f"{pair!r}: write --head NAME=COLUMN, for example --head weak=mixtral_correct")
+            raise typer.BadParameter(f"{pair!r}: write {option} NAME=COLUMN, for example {option} weak=mixtral")
         if name in heads:
             raise typer.BadParameter(f"head {name!r} is given twice; names must differ")
         heads[name] = column
     return heads
+
+
+def _pair(columns: str | None) -> tuple[str, str] | None:
+    if columns is None:
+        return None
+    first, comma, second = columns.partition(",")
+    if not (first and comma and second) or "," in second:
+        raise typer.BadParameter(f"{columns!r}: write --reasoning WITHOUT,WITH, two 0/1 columns")
+    return first, second
 
 
 @contextmanager

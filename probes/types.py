@@ -1,6 +1,14 @@
 """The words of the probes that cross a border. No torch, no numpy: routers and gateway workers import this."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Tier = Literal["static", "encoder", "prefill", "self"]
+"""What a probe reads, from the cheapest to the dearest: the words, a small encoder's hidden states, the local model's
+own at the end of the prompt, or what that model says of itself."""
+Kind = Literal["correct", "out_tokens", "domain", "needs_reasoning"]
+"""What a head foretells: P(correct), tokens of the answer, the probability of one domain, P(thinking first pays)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,3 +22,19 @@ class Estimate:
     high: float | None = None
     """Interval at the artifact's stated level; None where it states none."""
     cost_us: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What one probe says of one query. What it abstains from is absent."""
+
+    p_success: Mapping[str, float] = field(default_factory=dict)
+    """Calibrated P(correct) per head."""
+    undecided: frozenset[str] = frozenset()
+    """Of these heads it knows hardly more than the base rate: a dearer tier, where there is one, is worth asking."""
+    out_tokens: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
+    """Per head (expected, low, high) tokens of the answer; four of five answers lie between low and high."""
+    domain: Mapping[str, float] = field(default_factory=dict)
+    """Probability of each domain; they sum to one."""
+    needs_reasoning: float | None = None
+    """The chance that thinking before the answer pays."""

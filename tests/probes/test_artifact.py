@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from probes.artifact import TENSORS, Artifact, read, write
+from probes.artifact import Artifact, read, write
 from probes.errors import ArtifactError
 from probes.extract import file_sha256
-from probes.manifest import MANIFEST
+from probes.manifest import MANIFEST, TENSORS
 
 
 def test_round_trip_is_bit_equal(artifact: Artifact, tmp_path: Path) -> None:

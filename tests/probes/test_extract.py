@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from probes.errors import EncoderError
-from probes.extract import DEFAULT_SHA256, Encoder, render
+from probes.extract import DEFAULT_SHA256, Encoder
+from probes.text import render
 
 
 def test_a_lone_message_is_its_text() -> None:

@@ -1,0 +1,127 @@
+"""The probe over sparse features as a scikit-learn estimator: one logistic regression per head, calibrated.
+
+As `linear.ProbeClassifier`, without scaling and projection: text features come scaled, and centring would fill them.
+"""
+
+from typing import Any, Self
+
+import numpy as np
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from probes.calibrate import Array, Calibrator, fit_platt
+
+MIN_OF_CLASS = 2
+"""Fewest labels of the rarer class for which cross-validation means anything; below it a head is its base rate."""
+
+
+class SparseProbeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn ships no types
+    """Calibrated multi-head linear probe over sparse or dense features.
+
+    Parameters: `Cs`, inverse regularisation strengths of which each head picks the one with the least calibrated
+    out-of-fold log loss; `cv` folds; `seed` of the folds. y is [n] with any two classes, or [n, heads] in {0, 1} with
+    NaN where a head has no label; `predict_proba` is [n, 2], or [n, heads] of P(1).
+    Learnt: `coef_` [heads, d], `intercept_` [heads], `calibrators_`, `C_` [heads] (NaN: too few labels, the head is its
+    base rate), `classes_`, and `oof_` [n, heads], calibrated probabilities of the training rows out of fold.
+    """
+
+    def __init__(self, Cs: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0), cv: int = 5, seed: int = 0) -> None:
+        self.Cs = Cs
+        self.cv = cv
+        self.seed = seed
+
+    def fit(self, X: Any, y: Any) -> Self:
+        """Fit all heads, each on the rows that have its label."""
+        X, labels = self._validate(X, y)
+        fitted = [self._fit_head(X, column) for column in labels.T]
+        self.coef_ = np.stack([coef for coef, *_ in fitted])
+        self.intercept_ = np.array([intercept for _, intercept, *_ in fitted])
+        self.calibrators_: tuple[Calibrator, ...] = tuple(calibrator for _, _, calibrator, *_ in fitted)
+        self.C_ = np.array([strength for *_, strength, _ in fitted])
+        self.oof_ = np.column_stack([oof for *_, oof in fitted])
+        return self
+
+    def predict_proba(self, X: Any) -> Array:
+        """Calibrated probabilities: [n, 2] in the order of `classes_`, or [n, heads] of P(1)."""
+        p = self._probabilities(X)
+        return p if self.multi_head_ else np.column_stack([1 - p[:, 0], p[:, 0]])
+
+    def decision_function(self, X: Any) -> Array:
+        """Calibrated log-odds, [n] or [n, heads]."""
+        p = np.clip(self._probabilities(X), 1e-15, 1 - 1e-15)
+        scores = np.asarray(np.log(p) - np.log1p(-p))
+        return scores if self.multi_head_ else scores[:, 0]
+
+    def predict(self, X: Any) -> Any:
+        """The likelier class, [n] or [n, heads]."""
+        likelier = (self._probabilities(X) > 0.5).astype(int)
+        return self.classes_[likelier if self.multi_head_ else likelier[:, 0]]
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_class = False
+        tags.input_tags.sparse = True
+        return tags
+
+    def _probabilities(self, X: Any) -> Array:
+        check_is_fitted(self)
+        X = validate_data(self, X, accept_sparse="csr", dtype=np.float64, reset=False)
+        scores = np.asarray(X @ self.coef_.T) + self.intercept_
+        return np.column_stack([calibrate(scores[:, at]) for at, calibrate in enumerate(self.calibrators_)])
+
+    def _validate(self, X: Any, y: Any) -> tuple[Any, Array]:
+        """Features [n, d] and labels [n, heads] as 0, 1, NaN."""
+        self.multi_head_ = np.asarray(y).ndim == 2
+        if self.multi_head_:
+            X = validate_data(self, X, accept_sparse="csr", dtype=np.float64)
+            labels = np.asarray(y, np.float64)
+            if labels.shape[0] != X.shape[0]:
+                raise ValueError(f"X has {X.shape[0]} rows, y {labels.shape[0]}")
+            if not np.isin(labels[~np.isnan(labels)], [0, 1]).all():
+                raise ValueError("labels of several heads must be 0, 1 or NaN")
+            self.classes_ = np.array([0, 1])
+            return X, labels
+        X, y = validate_data(self, X, y, accept_sparse="csr", dtype=np.float64)
+        check_classification_targets(y)
+        self.classes_, encoded = np.unique(y, return_inverse=True)
+        if len(self.classes_) > 2:
+            raise ValueError(f"Only binary classification is supported. y has {len(self.classes_)} classes.")
+        if len(self.classes_) < 2:
+            raise ValueError("y has only one class; a classifier needs two.")
+        return X, encoded.reshape(-1, 1).astype(np.float64)
+
+    def _fit_head(self, X: Any, column: Array) -> tuple[Array, float, Calibrator, float, Array]:
+        """(coef, intercept, calibrator, C, out-of-fold probabilities) of one head."""
+        known = np.flatnonzero(~np.isnan(column))
+        rows, y = X[known], column[known]
+        oof = np.full(len(column), np.nan)
+        rarer = int(min(y.sum(), len(y) - y.sum()))
+        if rarer < MIN_OF_CLASS:
+            constant = fit_platt(np.zeros(len(y)), y)
+            oof[known] = constant(np.zeros(len(y)))
+            return np.zeros(X.shape[1]), 0.0, constant, float("nan"), oof
+        splits = list(StratifiedKFold(min(self.cv, rarer), shuffle=True, random_state=self.seed).split(y, y))
+        best: tuple[float, float, Array, Calibrator] | None = None
+        for strength in self.Cs:
+            scores = np.empty(len(y))
+            for train, test in splits:
+                scores[test] = _logistic(strength).fit(rows[train], y[train]).decision_function(rows[test])
+            calibrator: Calibrator = fit_platt(scores, y)
+            p = np.clip(calibrator(scores), 1e-12, 1 - 1e-12)
+            loss = -float(np.mean(np.where(y > 0.5, np.log(p), np.log1p(-p))))
+            if best is None or loss < best[0]:
+                best = loss, strength, scores, calibrator
+        if best is None:
+            raise ValueError("Cs is empty: give at least one inverse regularisation strength")
+        _, strength, scores, calibrator = best
+        oof[known] = calibrator(scores)
+        model = _logistic(strength).fit(rows, y)
+        return model.coef_[0], float(model.intercept_[0]), calibrator, strength, oof
+
+
+def _logistic(strength: float) -> LogisticRegression:
+    """Coordinate descent: quick on sparse rows. The intercept is all but free of regularisation."""
+    return LogisticRegression(C=strength, solver="liblinear", intercept_scaling=10.0, random_state=0)
