@@ -310,6 +310,9 @@ def _mount_probe() -> None:
         from probes.commands import app as probe_app
     except ModuleNotFoundError:
         return
+    from gateway.score import score
+
+    probe_app.command("score")(score)
     app.add_typer(probe_app, name="probe")
 
 
