@@ -10,7 +10,7 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -47,8 +47,9 @@ from gateway.upstream.types import Answer, AnswerStream, ChatCall, Event, Upstre
 from gateway.world import World
 from routers.decide import decide
 from routers.errors import NoCandidate
+from routers.plans import models_of
 from routers.policy import DEFAULT_CACHE_TTL_MS
-from routers.types import Decision, Query, State
+from routers.types import Decision, Load, Query, State
 
 log = get_logger(__name__)
 
@@ -251,11 +252,19 @@ class Lifecycle:
             degrade=degraded[0] if degraded is not None else None,
             degrade_reason=degraded[1] if degraded is not None else "",
             now_ms=query.at_ms,
+            load=self._load(query, world),
         )
         try:
-            return decide(query, signals, world.policy, state, seed=0)
+            return decide(query, signals, world.policy, state, seed=_seed())
         except NoCandidate as error:
             raise _no_candidate(error, query.model, world, budget) from error
+
+    def _load(self, query: Query, world: World) -> Mapping[str, Load]:
+        """What the targets are doing, where the query's route decides by it."""
+        if world.loads is None:
+            return {}
+        route = world.policy.route_for(query)
+        return world.loads.of(models_of(route.targets)) if route is not None and route.timed else {}
 
     async def explain(self, query: Query, messages: bytes) -> Decision:
         """The decision that this query would get now. Nothing runs, nothing is written. Raises LeadlineError."""
@@ -414,6 +423,11 @@ os.register_at_fork(after_in_child=lambda: _ids.seed(os.urandom(32)))
 def new_ledger_id(now_ms: int) -> str:
     """Sorts by time. Unique, not secret: whose request it is decides who may see it."""
     return f"req_{now_ms:011x}{_ids.getrandbits(64):016x}"
+
+
+def _seed() -> int:
+    """Of one decision: its ledger row has it. Any JSON reader holds it exactly."""
+    return _ids.getrandbits(53)
 
 
 def _known(error: Exception, request_id: str) -> LeadlineError:

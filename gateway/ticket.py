@@ -106,6 +106,8 @@ class Ticket:
             ) from error
         self.attempts.append(attempt)
         self._running[attempt.id] = _Running(call, hold, worst, time.perf_counter_ns())
+        if self.world.loads is not None:
+            self.world.loads.began(target.model)
         record.model_served, record.provider = target.model, target.provider
         record.reserved_nanousd = max(record.reserved_nanousd, worst_cost or 0)
         if self._ledger.full:
@@ -166,6 +168,8 @@ class Ticket:
         attempt.outcome = outcome
         attempt.duration_us = (time.perf_counter_ns() - running.started_ns) // 1000
         running.hold.settle(cost or 0)
+        if self.world.loads is not None:
+            self.world.loads.ended(attempt, stream=self.call.stream)
         self._metrics.attempt(attempt)
 
     def interruption(self) -> str:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 
+from gateway.loads import Loads
 from gateway.policies import missing_secrets
 from gateway.upstream.breaker import Breaker
 from gateway.upstream.fleet import Fleet
@@ -11,6 +12,7 @@ from gateway.upstream.local import EngineLink, LocalUpstream
 from gateway.upstream.openai import OpenAIUpstream
 from gateway.upstream.types import Target, Upstream
 from routers.cost import ASSUMED_CONTEXT, ASSUMED_MAX_OUTPUT_TOKENS
+from routers.plans import models_of
 from routers.policy import Policy, Price
 
 
@@ -27,6 +29,8 @@ class World:
         """By provider."""
         self.breakers = {name: Breaker(policy.providers[target.provider].breaker) for name, target in targets.items()}
         """By the policy's name of the model."""
+        self.loads = Loads({name: model.slots for name, model in policy.models.items()}) if policy.timed else None
+        """None: no route decides by time."""
         engines = {name for name, provider in policy.providers.items() if provider.engine is not None}
         self.local_models = {
             t.wire_model: t.model
@@ -52,9 +56,10 @@ class World:
         return found
 
     def dearest(self, models: tuple[str, ...]) -> Price | None:
-        """The price that repricing compares with: of `models`, the dearest by output token. None: all are unpriced."""
+        """The price that repricing compares with: of `models` (or plans of several), the dearest by output token. None:
+        all are unpriced."""
         if models not in self._dearest:
-            prices = [price for name in models if (price := self.targets[name].price) is not None]
+            prices = [price for name in models_of(models) if (price := self.targets[name].price) is not None]
             self._dearest[models] = max(prices, key=lambda price: (price.output, price.input), default=None)
         return self._dearest[models]
 

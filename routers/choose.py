@@ -6,9 +6,9 @@
     fastest     the least expected time to the end of the answer
     threshold   of two, the second where its p_success is higher than the first's by more than the threshold
 
-A value that is not known never wins where another one is known. Two readings of the unknown, each the careful one: a
-bound on p_success counts as not met, and a bound on time counts as met (a target that nothing is sent to would never be
-measured); in `utility`, an unknown time is taken as the mean of the known ones.
+A p_success or a price that is not known never wins where another one is known, and meets no bound. With time it is the
+other way around, as a target that nothing is sent to would never be measured: what is not known meets the bound, and is
+the fastest; in `utility` it is taken as the mean of the known ones.
 """
 
 from collections.abc import Callable, Sequence
@@ -133,7 +133,7 @@ def _by_utility(option: Option) -> tuple[Any, ...]:
 
 
 def _by_time(option: Option) -> tuple[Any, ...]:
-    return option.expected_ms is None, option.expected_ms or 0.0, by_cost(option)
+    return option.expected_ms is not None, option.expected_ms or 0.0, by_cost(option)
 
 
 _KEYS: dict[Objective, Callable[[Option], tuple[Any, ...]]] = {
@@ -196,12 +196,12 @@ def _comparison(route: Route, option: Option, chosen: Option) -> str:
             return f"its {unknown} is not known, and so not what it is worth"
         if chosen.utility is not None and option.utility < chosen.utility:
             return f"worth {format_money(option.utility)}, {name} {format_money(chosen.utility)}"
-    elif objective == "fastest" and chosen.expected_ms is not None:
-        its = format_duration(round(chosen.expected_ms))
-        if option.expected_ms is None:
-            return f"its time is not known, {name} takes {its}"
+    elif objective == "fastest" and option.expected_ms is not None:
+        mine = f"takes {format_duration(round(option.expected_ms))}"
+        if chosen.expected_ms is None:
+            return f"{mine}, and {name} is yet to be measured"
         if option.expected_ms > chosen.expected_ms:
-            return f"takes {format_duration(round(option.expected_ms))}, {name} {its}"
+            return f"{mine}, {name} {format_duration(round(chosen.expected_ms))}"
     return _dearer(option, chosen)
 
 

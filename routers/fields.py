@@ -49,6 +49,12 @@ def _rate(value: object) -> units.Rate:
     return units.parse_rate(value)
 
 
+def _money(value: object) -> int:
+    if not isinstance(value, str):
+        raise UnitError("an amount without its unit", "write dollars with their sign, such as $0.01")
+    return units.parse_money(value)
+
+
 def _token_rate(value: object) -> units.Rate:
     if not isinstance(value, str):
         raise UnitError("a rate without its unit", "write tokens per s, min or h, such as 100000/min")
@@ -155,6 +161,12 @@ CostAtMost = Annotated[
     int,
     BeforeValidator(lambda v: units.parse_money(_bound(v, "<=", "$0.01"))),
     _schema(r"^<= *\$\d{1,9}(\.\d{1,9})?$", "<= $0.01"),
+]
+Money = Annotated[int, BeforeValidator(_money), _schema(units.MONEY_PATTERN, "$0.01")]
+DurationAtMost = Annotated[
+    int,
+    BeforeValidator(lambda v: _duration(_bound(v, "<=", "1.5s"))),
+    _schema(r"^<= *\d{1,9}(\.\d{1,3})?(ms|s|min|h|d)$", "<= 1.5s"),
 ]
 BaseUrl = Annotated[str, BeforeValidator(_base_url), _schema(r"^https?://[^@?#\s]+$", "https://api.openai.com/v1")]
 SecretName = Annotated[

@@ -245,6 +245,7 @@ class _Loader:
                 name, part.provider, part.model, context, max_output, price, tools, part.structured, part.logprobs,
                 prefix, embeds=part.embeds, completes=completes,
                 speculation=part.speculation or ("auto" if local else None),
+                slots=part.slots,
             )  # fmt: skip
 
     def _read_signals(self) -> None:
@@ -314,6 +315,9 @@ def _canonical(route: Route) -> dict[str, object]:
         "deadline_ms": route.deadline_ms,
         "hedge": route.hedge and asdict(route.hedge),
         "on_stream_failure": route.on_stream_failure,
+        "worth": route.worth and asdict(route.worth),
+        "threshold": route.threshold,
+        "explore": route.explore and asdict(route.explore),
     }
 
 

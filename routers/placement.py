@@ -38,8 +38,11 @@ def ttft_ms_p95(load: Load, new_tokens: int, answer_tokens: float) -> float | No
 
 
 def latency_ms(load: Load, new_tokens: int, answer_tokens: float) -> float | None:
-    """Expected time to the end of an answer. None: the time to its first token or the speed of writing is not known."""
-    first = ttft_ms(load, new_tokens, answer_tokens)
-    if first is None or load.tokens_per_s is None or load.tokens_per_s <= 0:
+    """Expected time to the end of an answer. None: the speed of writing is not known. Where no first token has been
+    seen, the speed is that of whole answers, first token included."""
+    if load.tokens_per_s is None or load.tokens_per_s <= 0:
         return None
+    first = ttft_ms(load, new_tokens, answer_tokens)
+    if first is None:
+        first = wait_ms(load, answer_tokens)
     return first + answer_tokens / load.tokens_per_s * 1000

@@ -136,6 +136,8 @@ class Model:
     """Takes a raw text to continue, beside conversations."""
     speculation: str | None = None
     """How the local engine drafts for it; None: it runs elsewhere."""
+    slots: int | None = None
+    """Answers that its target writes side by side before any waits; None: not known."""
     thinking: Thinking | None = None
     """How it is told how much to think; None: it cannot be told."""
 
@@ -228,7 +230,7 @@ class Route:
         rule: str = "first available of " + ", ".join(self.use) if self.use else self.objective
         if self.objective == "utility" and self.worth is not None:
             rule += f" at {self.worth}"
-        elif self.objective == "threshold":
+        elif self.objective == "threshold" and self.threshold is not None:
             rule += f" {self.threshold:g}"
         object.__setattr__(self, "rule", f"{rule} with {asked}" if asked else rule)
 
@@ -236,6 +238,13 @@ class Route:
     def targets(self) -> tuple[str, ...]:
         """The models this route chooses from."""
         return self.use or self.candidates
+
+    @property
+    def timed(self) -> bool:
+        """Whether it decides by what the targets are doing."""
+        asked = self.constraints.ttft_p95_ms is not None or self.constraints.latency_ms is not None
+        valued = self.worth is not None and self.worth.second > 0
+        return asked or valued or "fastest" in (self.objective, self.otherwise)
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,6 +288,8 @@ class Policy:
     """12 hexadecimal digits over the content: comments, layout and key order do not change it, prices do."""
     aliases: tuple[str, ...] = field(init=False)
     """Names that callers may ask for and that are not models, such as `auto`; in route order."""
+    timed: bool = field(init=False)
+    """Whether some route decides by what the targets are doing."""
     guarded: frozenset[str] = field(init=False)
     """Models that a route names in its `when`: they are reached through a matching route, or not at all."""
     _limits: Mapping[tuple[LimitScope, str], tuple[Limit, ...]] = field(init=False, repr=False, compare=False)
@@ -292,6 +303,7 @@ class Policy:
         object.__setattr__(self, "aliases", tuple(dict.fromkeys(asked)))
         guarded = frozenset(name for route in self.routes for name in route.when.models if name in self.models)
         object.__setattr__(self, "guarded", guarded)
+        object.__setattr__(self, "timed", any(route.timed for route in self.routes))
         named = dict.fromkeys((limit.scope, limit.name) for limit in self.limits)
         object.__setattr__(self, "_limits", {(s, n): _limits_of(self.limits, s, n) for s, n in named})
         names = (*self.models, *self.aliases)

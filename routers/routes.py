@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import get_args
 
+from routers.aims_file import check_aims, explore_of, worth_of
 from routers.policy import (
     DEFAULT_CACHE_TTL_MS,
     Constraints,
@@ -87,7 +88,7 @@ class RoutesReader:
             fix = "write `use: […]` for a fixed order, or `candidates: […]` with an objective"
             self._document.report(path, given, fix)
         if part.use is not None:
-            for key in ("objective", "subject_to", "otherwise"):
+            for key in ("objective", "worth", "threshold", "subject_to", "otherwise", "explore"):
                 if getattr(part, key) is not None:
                     fix = "remove it, or write `candidates` instead of `use`"
                     self._document.report((*path, key), "has no meaning with `use`, a fixed order", fix)
@@ -97,6 +98,8 @@ class RoutesReader:
         self._check_signals(part, path)
         self._check_cost(part, path)
         self._check_named(part, path)
+        heads = self._difficulty.heads if self._difficulty else {}
+        check_aims(self._document, part, path, heads if self._signals_read else None)
         self._check_attempts(part, path)
 
     def _check_models(self, path: Path) -> None:
@@ -170,12 +173,14 @@ class RoutesReader:
     def _route(self, part: RouteFile, when: When) -> Route:
         bounds = part.subject_to
         constraints = (
-            Constraints(bounds.p_success, bounds.p_success_gap, bounds.cost) if bounds is not None else Constraints()
+            Constraints(bounds.p_success, bounds.p_success_gap, bounds.cost, bounds.ttft_p95, bounds.latency)
+            if bounds is not None
+            else Constraints()
         )
         objective = part.objective or "cheapest"
         candidates = tuple(part.candidates or ())
         otherwise = part.otherwise or "best"
-        asks = objective == "best" or constraints.ask_p_success
+        asks = objective in ("best", "utility", "threshold") or constraints.ask_p_success
         heads = self._difficulty.heads if self._difficulty and asks else {}
         failures = part.on_failure or OnFailureFile()
         on_failure = tuple(failures.error or ())
@@ -197,6 +202,9 @@ class RoutesReader:
             hedge=Hedge(part.hedge.after, part.hedge.max_extra) if part.hedge is not None else None,
             on_stream_failure=part.on_stream_failure,
             cache_ttl_ms=DEFAULT_CACHE_TTL_MS if part.cache is None else part.cache.ttl or None,
+            worth=worth_of(part.worth),
+            threshold=part.threshold,
+            explore=explore_of(part.explore),
             heads=MappingProxyType({name: heads[name] for name in candidates if name in heads}),
         )
 

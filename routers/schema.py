@@ -2,8 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
+from routers.aims_file import ExploreFile, WorthFile
 from routers.fields import (
     AtLeast,
     AtMost,
@@ -12,6 +13,7 @@ from routers.fields import (
     CostAtMost,
     DaysOrMany,
     Duration,
+    DurationAtMost,
     EndpointOrMany,
     HoursOrMany,
     Name,
@@ -30,12 +32,9 @@ from routers.fields import (
     WholePercent,
     Zone,
 )
-from routers.policy import Degrade, OnStreamFailure, Server
+from routers.policy import Degrade, Objective, OnStreamFailure, Otherwise, Server
+from routers.shape import Strict
 from routers.units import UnitError
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
 
 def _price_words(value: object) -> object:
@@ -60,7 +59,7 @@ def _for_error(value: object) -> object:
     return {"error": value} if isinstance(value, list) else value
 
 
-class BreakerFile(_Strict):
+class BreakerFile(Strict):
     """When a target that keeps failing is left alone."""
 
     failures: Annotated[int, Field(ge=1, le=1000)] = 5
@@ -71,7 +70,7 @@ class BreakerFile(_Strict):
     """Left alone for so long, then tried again by one request at a time."""
 
 
-class ProviderFile(_Strict):
+class ProviderFile(Strict):
     """Where models run: `engine: embedded`, or the `base_url` of an OpenAI-compatible server."""
 
     engine: Literal["embedded"] | None = None
@@ -100,7 +99,7 @@ class ProviderFile(_Strict):
     """`off`, or when to leave a failing target alone. Default: after 5 failures in 30s, for 15s."""
 
 
-class TierFile(_Strict):
+class TierFile(Strict):
     """What a call costs whose prompt is long."""
 
     above: Tokens
@@ -112,7 +111,7 @@ class TierFile(_Strict):
     reasoning: TokenPrice | None = None
 
 
-class PriceFile(_Strict):
+class PriceFile(Strict):
     """Dollars per million tokens. Each token is counted in one class."""
 
     input: TokenPrice
@@ -124,11 +123,11 @@ class PriceFile(_Strict):
     """Left out only where `embeds: true`: vectors are not billed by the token."""
     reasoning: TokenPrice | None = None
     """Default: as output."""
-    tiers: list[TierFile] = []
+    tiers: list[TierFile] = Field(default_factory=list)
     """Dearer prices of long prompts, by rising `above`."""
 
 
-class ModelFile(_Strict):
+class ModelFile(Strict):
     """A model by the name that routes and callers use."""
 
     provider: Text
@@ -161,13 +160,15 @@ class ModelFile(_Strict):
     """How the local engine drafts tokens for it; what it writes stays the same. `off`, or some of `ngram`, `recycle`,
     `auto` (both) and one of `draft:MODEL` (a smaller one with the same tokenizer) and `exit:LAYER` (its own first
     layers), joined by `+`. Default: `auto`."""
+    slots: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """How many answers its target writes side by side before any waits. Default: not known, so no queue is expected."""
 
     @property
     def unpriced(self) -> bool:
         return "price" in self.model_fields_set and self.price is None
 
 
-class DifficultyFile(_Strict):
+class DifficultyFile(Strict):
     """Ask a probe, before routing, how likely each model is to answer well."""
 
     probe: Text
@@ -179,13 +180,13 @@ class DifficultyFile(_Strict):
     """After this long the route decides without the signal."""
 
 
-class SignalsFile(_Strict):
+class SignalsFile(Strict):
     """What is measured before routing."""
 
     difficulty: DifficultyFile | None = None
 
 
-class ScheduleFile(_Strict):
+class ScheduleFile(Strict):
     """Hours of days, on the clocks of a time zone. Hours past midnight belong to the day they start on."""
 
     days: DaysOrMany | None = None
@@ -196,7 +197,7 @@ class ScheduleFile(_Strict):
     """IANA name. Default: UTC."""
 
 
-class ConditionsFile(_Strict):
+class ConditionsFile(Strict):
     """Conditions of a route. A list means any of its values."""
 
     tag: NameOrNames | None = None
@@ -223,7 +224,7 @@ class WhenFile(ConditionsFile):
     """None of these may hold."""
 
 
-class ConstraintsFile(_Strict):
+class ConstraintsFile(Strict):
     """What the chosen model must satisfy."""
 
     p_success: AtLeast | None = None
@@ -232,15 +233,19 @@ class ConstraintsFile(_Strict):
     """How far below the best candidate's chance."""
     cost: CostAtMost | None = None
     """The expected cost of the answer."""
+    ttft_p95: DurationAtMost | None = None
+    """The time to the first token, of 95% of the answers of late. What was never measured is taken to meet it."""
+    latency: DurationAtMost | None = None
+    """The expected time to the end of the answer, by the load of the target. As `ttft_p95` where not measured."""
 
 
-class CacheFile(_Strict):
+class CacheFile(Strict):
     """How long a complete answer may be reused for the same request."""
 
     ttl: Duration  # never zero in a file: zero is how `cache: off` is held
 
 
-class OnFailureFile(_Strict):
+class OnFailureFile(Strict):
     """Fallbacks by the cause of a failure. An empty list: none, the failure is the answer."""
 
     error: Names | None = None
@@ -253,7 +258,7 @@ class OnFailureFile(_Strict):
     """The provider refuses the content."""
 
 
-class HedgeFile(_Strict):
+class HedgeFile(Strict):
     """A second attempt beside a first that is slow to begin, at the next fallback; whichever begins first answers."""
 
     after: Duration
@@ -262,7 +267,7 @@ class HedgeFile(_Strict):
     """At most this share of the route's requests. Default: 5%."""
 
 
-class RouteFile(_Strict):
+class RouteFile(Strict):
     """A condition and what follows from it. The first route whose condition holds decides."""
 
     name: Name
@@ -272,11 +277,15 @@ class RouteFile(_Strict):
     """The first of these that is available."""
     candidates: Names | None = None
     """The models to choose from, from the weakest to the strongest."""
-    objective: Literal["cheapest", "best"] | None = None
+    objective: Objective | None = None
     """How to choose among the candidates that satisfy `subject_to`. Default: cheapest."""
+    worth: WorthFile | None = None
+    threshold: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Of the objective `threshold`: how much higher the second candidate's p_success must be for it to answer."""
     subject_to: ConstraintsFile | None = None
-    otherwise: Literal["best", "cheapest", "refuse"] | None = None
+    otherwise: Otherwise | None = None
     """What to choose when no candidate satisfies `subject_to`. Default: best. The bound on cost still goes first."""
+    explore: ExploreFile | None = None
     on_failure: (
         Annotated[OnFailureFile, BeforeValidator(_for_error, json_schema_input_type=Names | OnFailureFile)] | None
     ) = None
@@ -291,7 +300,7 @@ class RouteFile(_Strict):
     """`off`, or how long. Default: one hour."""
 
 
-class LimitFile(_Strict):
+class LimitFile(Strict):
     """What one key, team or tenant, or each agent run, may use. `*` means each of them by itself."""
 
     key: Text | None = None
@@ -314,15 +323,15 @@ class LimitFile(_Strict):
     """Requests under way at a time."""
 
 
-class PolicyFile(_Strict):
+class PolicyFile(Strict):
     """What Leadline may use, and how it chooses."""
 
     version: Literal[1]
     providers: Annotated[dict[Name, ProviderFile], Field(min_length=1)]
     models: Annotated[dict[Name, ModelFile], Field(min_length=1)]
     signals: SignalsFile = SignalsFile()
-    routes: list[RouteFile] = []
-    limits: list[LimitFile] = []
+    routes: list[RouteFile] = Field(default_factory=list)
+    limits: list[LimitFile] = Field(default_factory=list)
 
 
 def policy_schema() -> dict[str, Any]:

@@ -4,7 +4,7 @@ import re
 from difflib import get_close_matches
 from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -16,6 +16,12 @@ _Part = TypeVar("_Part", bound=BaseModel)
 NAME_FIX = "use letters, digits and . _ : / @ -, starting with a letter or a digit"
 
 _HIDDEN = {"api_key", "base_url"}
+
+
+class Strict(BaseModel):
+    """A part of a policy file: unknown keys and values of another type are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
 
 def validated(document: Document, kind: type[_Part], value: object, path: Path) -> _Part | None:
@@ -70,6 +76,7 @@ _PROBLEMS = {
     "string_too_short": ("empty", "write at least one character"),
     "string_too_long": ("too long", "write at most {max_length} characters"),
     "int_type": ("not a whole number", "write a whole number, without quotes"),
+    "float_type": ("not a number", "write a number, without quotes"),
     "bool_type": ("neither true nor false", "write true or false, without quotes"),
     "list_type": ("not a list", "write a list, such as [a, b]"),
     "dict_type": ("not a mapping", "write `name: value` pairs"),
@@ -77,6 +84,7 @@ _PROBLEMS = {
     "string_pattern_mismatch": ("this name cannot be used", NAME_FIX),
     "too_short": ("empty", "name at least one"),
     "greater_than_equal": ("too small", "write {ge} or more"),
+    "greater_than": ("too small", "write more than {gt}"),
     "less_than_equal": ("too large", "write {le} or less"),
 }
 

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 Window = Literal["hour", "day", "week", "month", "total"]
 
 _AMOUNT = r"\$(?P<amount>\d{1,9}(?:\.\d{1,15})?)"
+MONEY_PATTERN = rf"^{_AMOUNT}$".replace("?P<amount>", "?:")
 TOKEN_PRICE_PATTERN = rf"^{_AMOUNT}/Mtok$".replace("?P<amount>", "?:")
 DURATION_PATTERN = r"^\d{1,9}(?:\.\d{1,3})?(?:ms|s|min|h|d)$"
 BUDGET_PATTERN = rf"^{_AMOUNT}/(?:{'|'.join(get_args(Window))})$".replace("?P<amount>", "?:")

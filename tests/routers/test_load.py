@@ -173,7 +173,7 @@ CASES = [
     case(P90, '{p_success: ">= 90%"}', 18, "routes[1].subject_to.p_success", "not a probability", "between 0 and 1"),
     case(P90, '{p_success_gap: "<= 2"}', 18, "routes[1].subject_to.p_success_gap", "always satisfied", "0.10"),
     case(P90, '{cost: "<= 1"}', 18, "routes[1].subject_to.cost", "not an amount", "$0.01"),
-    case(P90, '{ttft: "<= 1s"}', 18, "routes[1].subject_to.ttft", "unknown key", "p_success, p_success_gap, cost"),
+    case(P90, '{pace: "<= 1s"}', 18, "routes[1].subject_to.pace", "unknown key", "p_success, p_success_gap, cost"),
     case(f"    subject_to: {P90}", "    otherwise: refuse", 18, "routes[1].otherwise", "no `subject_to`", "remove"),
     case("name: auto", "name: private", 15, "routes[1].name", "the name of routes[0]", "of its own"),
     case("name: auto", 'name: "a b"', 15, "routes[1].name", "this name cannot be used", "letters, digits"),

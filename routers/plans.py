@@ -1,0 +1,46 @@
+"""Plans as a policy writes them: `local`, `local+high` (with an effort), `local>strong` (a cascade)."""
+
+from collections.abc import Iterable
+from typing import get_args
+
+from routers.types import Effort, Single
+from routers.units import UnitError
+
+MAX_STAGES = 4
+EFFORTS: tuple[Effort, ...] = get_args(Effort)
+_WORDS: dict[str, Effort] = {**{effort: effort for effort in EFFORTS}, "off": "none", "think": "high"}
+
+
+def parse_plan(text: str) -> tuple[Single, ...]:
+    """What runs, in turn: one stage for a model, more for a cascade. Raises UnitError."""
+    stages = tuple([_stage(part.strip(), text) for part in text.split(">")])
+    if len(stages) > MAX_STAGES:
+        raise UnitError(f"a cascade of {len(stages)} stages", f"write at most {MAX_STAGES}; each one is waited for")
+    if len(set(stages)) < len(stages):
+        raise UnitError(
+            "a cascade that asks the same twice", "write each stage once, from the cheapest to the strongest"
+        )
+    return stages
+
+
+def plan_name(stages: Iterable[Single]) -> str:
+    """The plan in its one spelling: `local+think` is `local+high`."""
+    return ">".join(stage.name for stage in stages)
+
+
+def models_of(names: Iterable[str]) -> tuple[str, ...]:
+    """The models that plans of these names run, each once."""
+    return tuple(dict.fromkeys(part.partition("+")[0] for name in names for part in name.split(">")))
+
+
+def _stage(part: str, whole: str) -> Single:
+    model, plus, word = part.partition("+")
+    if not model:
+        example = "such as local>strong" if ">" in whole else "such as local+high"
+        raise UnitError("a plan without a model", f"write a model on each side, {example}")
+    if not plus:
+        return Single(model)
+    effort = _WORDS.get(word)
+    if effort is None:
+        raise UnitError(f"`{word[:20]}` is no effort", f"write one of {', '.join(_WORDS)}, such as {model}+high")
+    return Single(model, effort)
