@@ -52,6 +52,8 @@ from local_engine.errors import EngineFailure, EngineGone
 from local_engine.types import Delta, EngineStats, Finished, SamplingParams, TapSpec
 
 ANSWER_TIMEOUT_S = 600.0
+MAX_HIDDEN_STATES = 8192
+"""In one answer: tokens times layers."""
 """The whole of one answer."""
 _json = msgspec.json.Encoder().encode
 _T = TypeVar("_T")
@@ -203,6 +205,13 @@ class EngineService:
     async def _hidden(self, asked: "HiddenRequest", request: Request) -> dict[str, Any]:
         """Hidden states as base64 of float16, little endian, row major: [tokens, layers, width]."""
         self._target(asked.model)
+        tokens = 1 if asked.where == "prompt" else asked.max_tokens
+        if tokens * len(asked.layers) > MAX_HIDDEN_STATES:
+            raise InvalidRequest(
+                f"max_tokens: {tokens} tokens of {len(asked.layers)} layers are more than {MAX_HIDDEN_STATES} hidden "
+                "states; ask for fewer tokens or layers.",
+                param="max_tokens",
+            )
         taps = TapSpec(layers=tuple(asked.layers), where=asked.where, tokens=tuple(asked.tokens))
         sampling = SamplingParams(
             max_tokens=asked.max_tokens,

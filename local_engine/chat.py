@@ -7,6 +7,8 @@ import msgspec
 
 from local_engine.types import Effort, Message
 
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+"""Chat templates leave out what another role says, without a word."""
 Tool = dict[str, Any]
 """One tool in OpenAI's shape: `{"type": "function", "function": {"name", "description", "parameters"}}`."""
 
@@ -71,10 +73,13 @@ def prompt_tokens(
 
 
 def _template_message(message: dict[str, Any], where: str) -> Message:
-    if not isinstance(message.get("role"), str):
-        raise InvalidRequest(f"{where}.role must be a string")
+    role = message.get("role")
+    if role not in ROLES:
+        raise InvalidRequest(f"{where}.role must be one of {', '.join(ROLES)}; not {str(role)[:50]!r}")
+    if message.get("content") is None and role != "assistant":
+        raise InvalidRequest(f"{where}.content is missing: only an assistant's message may go without")
     text = _text(message.get("content"), where)
-    if message["role"] == "assistant":
+    if role == "assistant":
         text = text.rpartition("</think>")[2]  # earlier thinking is not part of the conversation
     plain = {**message, "content": text}
     if isinstance(message.get("tool_calls"), list):

@@ -479,6 +479,8 @@ def _tap_problem(taps: TapSpec | None, layers: int, vocabulary: int) -> str | No
         return None
     if not taps.layers or not all(0 <= layer <= layers for layer in taps.layers):
         return f"taps.layers must name layers from 0 (the embeddings) to {layers}, not {list(taps.layers)}"
+    if len(set(taps.layers)) < len(taps.layers):
+        return f"taps.layers names a layer twice: {list(taps.layers)}; name each once"
     if taps.where == "tokens" and not taps.tokens:
         return "taps.tokens is empty: name the token ids whose hidden states are wanted"
     if strange := [token for token in taps.tokens if not 0 <= token < vocabulary]:

@@ -68,13 +68,13 @@ def test_the_template_takes_conversations_of_every_shape(bundled: LocalModel) ->
         {"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "1 + 1?"}]},
         {"role": "assistant", "content": "<think>\nhm\n</think>\n\nThe answer is 2."},
         {"role": "tool", "content": "42"},
-        {"role": "someone", "content": None},
+        {"role": "assistant", "content": None},
         {"role": "user", "content": "And 2 + 2?"},
     ]
     tokens = prompt_tokens(bundled.tokenizer, parse_messages(json.dumps(messages).encode()))
     assert bundled.tokenizer.decode(tokens) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n"
-        "<|im_start|>assistant\nThe answer is 2.<|im_end|>\n<|im_start|>user\nAnd 2 + 2?<|im_end|>\n"
+        "<|im_start|>assistant\nThe answer is 2.<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n<|im_start|>user\nAnd 2 + 2?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
 
