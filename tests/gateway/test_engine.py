@@ -16,6 +16,7 @@ import pytest
 
 from local_engine.arithmetic import problems
 from probes.extract import locate
+from routers.explain import from_dict, to_dict
 from tests.conftest import free_port, stop, wait_for_port
 from tests.gateway.conftest import Gateway, running, until
 from tests.gateway.fake_upstream import FakeUpstream
@@ -114,7 +115,7 @@ async def test_auto_sounds_the_query_and_says_why(home: Gateway) -> None:
     await home.chat(ask("What is 12 + 30?", model="auto"))
     await home.chat(ask("Which enzyme unwinds DNA during replication in eukaryotes?", model="auto"))
     hard, easy = await home.rows()
-    decisions = [json.loads(row["decision"]) for row in (easy, hard)]
+    decisions = [to_dict(from_dict(json.loads(row["decision"]))) for row in (easy, hard)]
     assert all(d["probe_version"] and not d["degraded"] for d in decisions)
     assert all(0 <= c["p_success"] <= 1 for d in decisions for c in d["candidates"])
     assert (easy["model_served"], hard["model_served"]) == ("local", "cheap")

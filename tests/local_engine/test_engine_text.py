@@ -74,7 +74,8 @@ def test_the_template_takes_conversations_of_every_shape(bundled: LocalModel) ->
     tokens = prompt_tokens(bundled.tokenizer, parse_messages(json.dumps(messages).encode()))
     assert bundled.tokenizer.decode(tokens) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n"
-        "<|im_start|>assistant\nThe answer is 2.<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n<|im_start|>user\nAnd 2 + 2?<|im_end|>\n"
+        "<|im_start|>assistant\nThe answer is 2.<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n"
+        "<|im_start|>user\nAnd 2 + 2?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
 
