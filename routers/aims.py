@@ -38,6 +38,19 @@ class Explore:
 
 
 @dataclass(frozen=True, slots=True)
+class Shadow:
+    """Models that are asked the same beside the one that answers, to learn what they would have said."""
+
+    models: tuple[str, ...]
+    share: float
+    """Of the route's requests, by their seeds."""
+    judge: str | None = None
+    """The model that compares the answers; None: nobody does."""
+    keep: bool = False
+    """Whether the prompt and the answers are stored, to learn from."""
+
+
+@dataclass(frozen=True, slots=True)
 class Affinity:
     """What it takes for a conversation to leave the model that answered it last."""
 

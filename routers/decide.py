@@ -26,6 +26,7 @@ from routers.effort import at_most, budget, by_signals
 from routers.errors import NoCandidate, NoCandidateKind
 from routers.options import CascadeOption, Option
 from routers.policy import FailureCause, Model, Policy, Route
+from routers.shadow import cast
 from routers.types import Cascade, Decision, Plan, Query, Signals, Single, State
 
 _CLOSEST_FIRST: tuple[NoCandidateKind, ...] = ("unavailable", "budget", "constraints", "context_length", "capability")
@@ -83,6 +84,7 @@ def decide(query: Query, signals: Signals, policy: Policy, state: State, seed: i
     fallbacks = in_reserve.pop("error", ())
     on_cause = {cause: names for cause, names in in_reserve.items() if names or cause == "rate_limit"}
     running = {chosen.name, *fallbacks}.union(*on_cause.values())
+    shadow = route.shadow
     return Decision(
         plan=plan,
         route=route.name,
@@ -97,6 +99,7 @@ def decide(query: Query, signals: Signals, policy: Policy, state: State, seed: i
         degraded=degraded,
         propensity=propensity,
         explored=explored,
+        shadow=() if shadow is None else cast(shadow, (plan.model,), query, signals, policy, state, seed),
     )
 
 

@@ -318,6 +318,7 @@ def _canonical(route: Route) -> dict[str, object]:
         "worth": route.worth and asdict(route.worth),
         "threshold": route.threshold,
         "explore": route.explore and asdict(route.explore),
+        "shadow": route.shadow and asdict(route.shadow),
     }
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from routers.aims import Affinity, Explore, Thinking, Worth
+from routers.aims import Affinity, Explore, Shadow, Thinking, Worth
 from routers.types import Effort, Plan, Query
 from routers.units import Budget, Rate, format_duration, format_money
 from routers.when import When
@@ -211,6 +211,7 @@ class Route:
     deadline_ms: int | None = None
     """From admission to the end of the answer, all attempts and waits included; None: the attempts' own bounds."""
     hedge: Hedge | None = None
+    shadow: Shadow | None = None
     on_stream_failure: OnStreamFailure = "error"
     worth: Worth | None = None
     """Of the objective `utility`."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import get_args
 
+from routers.aims import Shadow
 from routers.aims_file import check_aims, explore_of, worth_of
 from routers.policy import (
     DEFAULT_CACHE_TTL_MS,
@@ -17,7 +18,7 @@ from routers.policy import (
     Route,
 )
 from routers.reach import takers_of
-from routers.schema import ConditionsFile, OnFailureFile, RouteFile, ScheduleFile, WhenFile
+from routers.schema import ConditionsFile, OnFailureFile, RouteFile, ScheduleFile, ShadowFile, WhenFile
 from routers.shape import did_you_mean, validated
 from routers.units import format_duration
 from routers.when import MINUTES_PER_DAY, Schedule, When
@@ -48,7 +49,8 @@ class RoutesReader:
         names: dict[str, int] = {}
         for index, value in enumerate(items):
             path: Path = ("routes", index)
-            for key in (("use",), ("candidates",), ("on_failure",), *(("on_failure", cause) for cause in _CAUSES)):
+            causes = [("on_failure", cause) for cause in _CAUSES]
+            for key in (("use",), ("candidates",), ("on_failure",), ("shadow", "models"), *causes):
                 self._check_models((*path, *key))
             part = validated(self._document, RouteFile, value, path)
             if part is None:
@@ -162,6 +164,10 @@ class RoutesReader:
         if part.hedge and part.deadline and part.hedge.after >= part.deadline:
             message = f"never happens: the deadline of {format_duration(part.deadline)} comes first"
             self._document.report((*path, "hedge", "after"), message, "write a shorter time, or a longer deadline")
+        judge = part.shadow.judge if part.shadow else None
+        if judge is not None and judge not in self._model_names:
+            fix = did_you_mean(judge, self._model_names)
+            self._document.report((*path, "shadow", "judge"), "no model of this name", fix)
         if part.on_stream_failure == "resume":
             names = [*(part.use or part.candidates or ()), *((part.on_failure and part.on_failure.error) or ())]
             known = [self._models[name] for name in names if name in self._models]
@@ -200,6 +206,7 @@ class RoutesReader:
             on_cause=MappingProxyType(on_cause),
             deadline_ms=part.deadline,
             hedge=Hedge(part.hedge.after, part.hedge.max_extra) if part.hedge is not None else None,
+            shadow=_shadow(part.shadow),
             on_stream_failure=part.on_stream_failure,
             cache_ttl_ms=DEFAULT_CACHE_TTL_MS if part.cache is None else part.cache.ttl or None,
             worth=worth_of(part.worth),
@@ -207,6 +214,10 @@ class RoutesReader:
             explore=explore_of(part.explore),
             heads=MappingProxyType({name: heads[name] for name in candidates if name in heads}),
         )
+
+
+def _shadow(part: ShadowFile | None) -> Shadow | None:
+    return None if part is None else Shadow(tuple(part.models), part.share, part.judge, part.keep)
 
 
 def _when(part: WhenFile | None, route: str) -> When:

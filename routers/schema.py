@@ -267,6 +267,18 @@ class HedgeFile(Strict):
     """At most this share of the route's requests. Default: 5%."""
 
 
+class ShadowFile(Strict):
+    """Models that are asked the same beside the one that answers, after it has: nobody is shown what they say."""
+
+    models: Names
+    share: Share = 0.01
+    """Of the route's requests. Default: 1%."""
+    judge: Text | None = None
+    """A model that compares the answers, twice, in both orders. Default: nobody does."""
+    keep: bool = False
+    """Store the prompt and the answers, for `leadline export outcomes`. Default: no."""
+
+
 class RouteFile(Strict):
     """A condition and what follows from it. The first route whose condition holds decides."""
 
@@ -296,6 +308,7 @@ class RouteFile(Strict):
     deadline: Duration | None = None
     """From admission to the end of the answer, all attempts and waits included. Default: none."""
     hedge: HedgeFile | None = None
+    shadow: ShadowFile | None = None
     cache: Annotated[CacheFile, BeforeValidator(_off, json_schema_input_type=Literal["off"] | CacheFile)] | None = None
     """`off`, or how long. Default: one hour."""
 
