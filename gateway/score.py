@@ -11,8 +11,8 @@ from probes.errors import CertificateError, ProbeError, TableError
 from probes.manifest import BELOW_ALL, Manifest, default_artifact_path
 
 if TYPE_CHECKING:
-    from probes.extract import Message
     from probes.score import Decide
+    from probes.text import Message
 
 AT_MOST = 0.05
 
@@ -165,7 +165,7 @@ def _by_policy(file: Path, model: str) -> Decider:
     from gateway.policies import checked_policy, probe_folder
     from gateway.policies import encoder as encoder_of
     from gateway.simulate.routed import Caller, query_for
-    from probes.extract import render
+    from probes.text import render
     from probes.types import Estimate
     from routers.decide import decide
     from routers.errors import NoCandidate

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from probes.errors import TableError
-from probes.extract import Message, render
+from probes.text import Message, render
 
 SUFFIXES = (".parquet", ".csv", ".jsonl")
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from probes.cells import Unreadable, conversation
 from probes.errors import TableError
-from probes.extract import Message
+from probes.text import Message
 
 CHUNK = 256
 """Rows that a killed run loses at most."""
