@@ -1,6 +1,7 @@
 """Scores to probabilities, and how honest the probabilities are. numpy only.
 
-A calibrator is fitted on out-of-fold scores: in-sample scores are too extreme.
+A calibrator is fitted on out-of-fold scores: in-sample scores are too extreme. Which one, the number of labels says
+(`fit_calibrator`); what each costs is in docs/experiments.md.
 """
 
 from dataclasses import dataclass
@@ -10,8 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
-ISOTONIC_MIN_LABELS = 1000
-"""Below about this many labels isotonic regression overfits (Niculescu-Mizil and Caruana, 2005)."""
+PLATT_MIN_LABELS = 300
+"""Below this many labels a temperature alone has the lower log loss: an intercept is noise."""
+ISOTONIC_MIN_LABELS = 3000
+"""Below this many labels isotonic regression overfits and Platt's method has the lower log loss."""
+BINS = 15
 
 
 class Calibrator(Protocol):
@@ -55,8 +59,7 @@ def fit_platt(scores: Array, labels: Array, max_iter: int = 100) -> Platt:
     must not look confident.
     """
     positives = float(labels.sum())
-    negatives = len(labels) - positives
-    targets = np.where(labels > 0.5, (positives + 1) / (positives + 2), 1 / (negatives + 2))
+    negatives, targets = len(labels) - positives, _smoothed(labels)
     spread = float(scores.std()) or 1.0
     design = np.column_stack([(scores - scores.mean()) / spread, np.ones(len(scores))])
 
@@ -79,29 +82,67 @@ def fit_platt(scores: Array, labels: Array, max_iter: int = 100) -> Platt:
         theta = theta - scale * step
         current = loss(theta)
     if theta[0] <= 0:
-        return Platt(0.0, float(np.log((positives + 1) / (negatives + 1))))
+        return _base_rate(labels)
     slope = theta[0] / spread
     return Platt(float(slope), float(theta[1] - slope * scores.mean()))
 
 
+def fit_temperature(scores: Array, labels: Array, max_iter: int = 100) -> Platt:
+    """A slope alone (Guo et al., arXiv 1706.04599): P = sigmoid(slope * score), with Platt's targets.
+
+    Right for log-odds whose zero is meant, as a logistic regression's are. A falling relation is refused as by Platt's.
+    """
+    targets = _smoothed(labels)
+    scale = float(np.sqrt(np.mean(scores**2))) or 1.0
+    z, slope = scores / scale, 0.0
+    for _ in range(max_iter):
+        p = sigmoid(slope * z)
+        # The curvature vanishes far out; its floor and the bound keep Newton's steps where the loss is convex enough.
+        step = float(np.sum(z * (p - targets)) / (np.sum(z * z * p * (1 - p)) + 1e-12))
+        slope -= min(1.0, max(-1.0, step))
+        if abs(step) < 1e-10:
+            break
+    return Platt(slope / scale, 0.0) if slope > 0 else _base_rate(labels)
+
+
+def fit_calibrator(scores: Array, labels: Array) -> Platt | Isotonic:
+    """A temperature below 300 labels, Platt's method below 3,000, isotonic regression from there on."""
+    if len(labels) < PLATT_MIN_LABELS:
+        return fit_temperature(scores, labels)
+    return fit_platt(scores, labels) if len(labels) < ISOTONIC_MIN_LABELS else fit_isotonic(scores, labels)
+
+
+def _base_rate(labels: Array) -> Platt:
+    """The same probability for all: the smoothed share of ones."""
+    positives = float(labels.sum())
+    return Platt(0.0, float(np.log((positives + 1) / (len(labels) - positives + 1))))
+
+
+def _smoothed(labels: Array) -> Array:
+    """Platt's targets: what one more label of each class would leave of 0 and 1."""
+    positives = float(labels.sum())
+    return np.where(labels > 0.5, (positives + 1) / (positives + 2), 1 / (len(labels) - positives + 2))
+
+
 def fit_isotonic(scores: Array, labels: Array) -> Isotonic:
-    """Isotonic regression by pooling adjacent violators; knots stand at each block's two ends."""
+    """Centred isotonic regression (Oron and Flournoy, 2017): adjacent violators pooled, one knot at a block's mean.
+
+    It rises everywhere between the first and the last knot, where plain isotonic regression ties whole blocks of
+    queries, and it stays a label's weight away from 0 and 1.
+    """
     order = np.argsort(scores, kind="stable")
     x, inverse = np.unique(scores[order], return_inverse=True)
     weight = np.bincount(inverse).astype(np.float64)
     mean = np.bincount(inverse, labels[order]) / weight
-    blocks: list[tuple[float, float, int]] = []  # value, weight, points
-    for value, w in zip(mean, weight, strict=True):
-        points = 1
+    blocks: list[tuple[float, float, float]] = []  # value, weight, centre
+    for value, w, centre in zip(mean, weight, x, strict=True):
         while blocks and blocks[-1][0] >= value:
-            v, u, m = blocks.pop()
-            value, w, points = (v * u + value * w) / (u + w), u + w, points + m
-        blocks.append((float(value), float(w), points))
-    last = np.cumsum([points for _, _, points in blocks]) - 1
-    first = np.concatenate([[0], last[:-1] + 1])
+            v, u, c = blocks.pop()
+            value, w, centre = (v * u + value * w) / (u + w), u + w, (c * u + centre * w) / (u + w)
+        blocks.append((float(value), float(w), float(centre)))
     values = np.array([value for value, _, _ in blocks])
-    knots = np.unique(np.concatenate([first, last]))
-    return Isotonic(np.asarray(x[knots], np.float64), np.asarray(values[np.searchsorted(last, knots)], np.float64))
+    least = 1 / (len(labels) + 2)
+    return Isotonic(np.array([centre for _, _, centre in blocks]), np.clip(values, least, 1 - least))
 
 
 def brier(probabilities: Array, labels: Array) -> float:
@@ -109,9 +150,45 @@ def brier(probabilities: Array, labels: Array) -> float:
     return float(np.mean((probabilities - labels) ** 2))
 
 
-def ece(probabilities: Array, labels: Array, bins: int = 15) -> float:
-    """Expected calibration error over bins of equal count: mean |mean probability - share correct|."""
+@dataclass(frozen=True, slots=True)
+class Bin:
+    """A row of the reliability table: queries of similar probability."""
+
+    n: int
+    low: float
+    high: float
+    """Least and greatest probability in it."""
+    mean: float
+    share: float
+    """Of correct answers."""
+    share_low: float
+    share_high: float
+    """Wilson's 95% interval of the share."""
+
+
+def reliability(probabilities: Array, labels: Array, bins: int = BINS) -> list[Bin]:
+    """Bins of equal count, from the least probability to the greatest; equal probabilities stay in one bin."""
     order = np.argsort(probabilities, kind="stable")
-    parts = [part for part in np.array_split(order, bins) if len(part)]
-    gaps = [abs(float(probabilities[part].mean() - labels[part].mean())) * len(part) for part in parts]
-    return sum(gaps) / len(order)
+    p, y = probabilities[order], labels[order]
+    cuts = [len(part) for part in np.array_split(order, bins)]
+    ends = np.unique(np.searchsorted(p, p[np.cumsum([cut for cut in cuts if cut]) - 1], side="right"))
+    found = []
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        n, share = int(end - start), float(y[start:end].mean())
+        middle, reach = _wilson(share, n)
+        mean = float(p[start:end].mean())
+        found.append(Bin(n, float(p[start]), float(p[end - 1]), mean, share, middle - reach, middle + reach))
+    return found
+
+
+def _wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """(middle, half width) of the score interval of a share (Wilson, 1927)."""
+    weight = 1 / (1 + z * z / n)
+    reach = weight * z * float(np.sqrt(share * (1 - share) / n + z * z / (4 * n * n)))
+    return weight * (share + z * z / (2 * n)), reach
+
+
+def ece(probabilities: Array, labels: Array, bins: int = BINS) -> float:
+    """Expected calibration error over bins of equal count: mean |mean probability - share correct|."""
+    found = reliability(probabilities, labels, bins)
+    return sum(one.n * abs(one.mean - one.share) for one in found) / len(labels)

@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from probes.calibrate import ISOTONIC_MIN_LABELS, Array, Calibrator, fit_isotonic, fit_platt
+from probes.calibrate import Array, Calibrator, fit_calibrator, fit_isotonic, fit_platt
 from probes.heads import Heads
 
 MIN_OF_CLASS = 2
@@ -27,7 +27,7 @@ class ProbeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # 
 
     Parameters: `components` of the PCA after scaling (None: no PCA); `Cs`, inverse regularisation strengths of which
     each head picks the one with the least calibrated out-of-fold log loss; `cv` folds; `calibration`, fitted on the
-    out-of-fold scores at that strength (heads with under about 1,000 labels get Platt's); `seed` of PCA and folds.
+    out-of-fold scores at that strength ("auto": by the number of the head's labels); `seed` of PCA and folds.
 
     y is [n] with any two classes, and then this is an ordinary binary classifier (`predict_proba` is [n, 2]); or
     y is [n, heads] in {0, 1} with NaN where a head has no label, and then `predict_proba` is [n, heads], P(correct).
@@ -39,7 +39,7 @@ class ProbeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # 
         components: int | None = 256,
         Cs: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3, 1e-2, 1e-1),
         cv: int = 5,
-        calibration: Literal["platt", "isotonic"] = "platt",
+        calibration: Literal["auto", "platt", "isotonic"] = "auto",
         seed: int = 0,
     ) -> None:
         self.components = components
@@ -136,8 +136,8 @@ class ProbeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # 
         if best is None:
             raise ValueError("Cs is empty: give at least one inverse regularisation strength")
         _, strength, scores = best
-        isotonic = self.calibration == "isotonic" and len(y) >= ISOTONIC_MIN_LABELS
-        calibrator: Calibrator = fit_isotonic(scores, y) if isotonic else fit_platt(scores, y)
+        fits = {"auto": fit_calibrator, "platt": fit_platt, "isotonic": fit_isotonic}
+        calibrator = fits[self.calibration](scores, y)
         model = _logistic(strength).fit(X, y)
         return model.coef_[0], float(model.intercept_[0]), calibrator, strength
 
