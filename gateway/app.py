@@ -189,6 +189,7 @@ class App:
         idempotency = IdempotencyStore(database, pepper)
         idempotency.start()
         stack.push_async_callback(idempotency.close)
+        stack.push_async_callback(lifecycle.shadows.close)
         self.web.state.lifecycle = lifecycle
         self.web.state.pepper = pepper
         self._data_plane = data_plane(lifecycle, idempotency, settings.max_body_bytes)
@@ -211,6 +212,12 @@ class App:
             )
             self._reloader.start()
             stack.push_async_callback(self._reloader.stop)
+
+    def drain(self) -> None:
+        """The end is near: what nobody waits for is not begun any more."""
+        lifecycle: Lifecycle | None = getattr(self.web.state, "lifecycle", None)
+        if lifecycle is not None:
+            lifecycle.shadows.drain()
 
     async def stop(self) -> None:
         await self._stack.aclose()

@@ -160,6 +160,25 @@ class AttemptEngine:
             breaker.answered()
         return answer
 
+    async def alone(self, ticket: Ticket, model: str, kind: AttemptKind, call: ChatCall) -> Answer:
+        """One attempt that nobody waits for: not tried again, not replaced, and none at a target that is in doubt.
+
+        Raises UpstreamError, and what `Ticket.begin_attempt` does.
+        """
+        target, breaker = ticket.world.targets[model], ticket.world.breakers[model]
+        permit = breaker.acquire() if breaker.closed else None
+        if permit is None:
+            raise _left_alone(target, breaker)
+        try:
+            attempt = await ticket.begin_attempt(target, kind, call)
+        except BaseException:
+            breaker.abandoned(permit)
+            raise
+        answer = await self._run(ticket, target, attempt, permit, lambda up, target: up.complete(target, call))
+        ticket.first_byte(attempt)
+        ticket.end_attempt(attempt, "ok", answer.usage, delivered_bytes=answer.delivered_bytes)
+        return answer
+
     def succeeded(self, ticket: Ticket, model: str) -> None:
         """A stream has come to its end."""
         ticket.world.breakers[model].succeeded()

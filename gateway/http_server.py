@@ -33,7 +33,7 @@ _CLOSE = (b"connection", b"close")
 class HttpServer(uvicorn.Server):
     """Ends in order, with status 0, on SIGTERM (drains up to `drain_s`) and on Ctrl-C (idle connections at once)."""
 
-    def __init__(self, app: Any, drain_s: float) -> None:
+    def __init__(self, app: Any, drain_s: float, on_drain: Callable[[], None] | None = None) -> None:
         super().__init__(
             uvicorn.Config(
                 app, http=GuardedProtocol, ws="none", lifespan="on", access_log=False, log_level="warning",
@@ -41,6 +41,7 @@ class HttpServer(uvicorn.Server):
             )
         )  # fmt: skip
         self._drain_s = drain_s
+        self._on_drain = on_drain
         self._grace_s = IDLE_GRACE_S
 
     @contextlib.contextmanager
@@ -58,6 +59,8 @@ class HttpServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain, then stop the application."""
+        if self._on_drain is not None:
+            self._on_drain()
         for server in self.servers:
             server.close()
         for listener in sockets or []:

@@ -37,6 +37,7 @@ from gateway.ledger.settle import NO_USAGE, cost_nanousd
 from gateway.ledger.store import LedgerStore
 from gateway.query import query_of
 from gateway.resume import Transcript, resumable
+from gateway.shadow import Shadows
 from gateway.signals import SignalReader
 from gateway.telemetry.logs import get_logger
 from gateway.telemetry.metrics import Metrics
@@ -103,6 +104,7 @@ class Lifecycle:
         self._signals = signals
         self._cache_secret = cache_secret(pepper)
         self._attempts = AttemptEngine(metrics)
+        self.shadows = Shadows(keys, budgets, self._limits, ledger, self._attempts, metrics)
 
     def put_in_force(self, world: World) -> None:
         """Requests admitted from here on are in this world; those under way stay in theirs."""
@@ -116,6 +118,8 @@ class Lifecycle:
             if not await self._recall(ticket, reply):
                 await self._route(ticket)
                 await self._run(ticket, reply)
+                if ticket.served is not None:
+                    self.shadows.cast(ticket, ticket.served, new_ledger_id(time.time_ns() // 1_000_000))
         except asyncio.CancelledError:
             ticket.settle("cancelled", 499, "client_closed_request")
             raise
@@ -279,7 +283,10 @@ class Lifecycle:
             await self._within_deadline(ticket, self._stream(ticket, relay))
             await self._settle(ticket, "ok", 200)
             if relay.complete:
-                await self._remember(ticket, gather(relay.kept))
+                whole = gather(relay.kept)
+                await self._remember(ticket, whole)
+                if casts_shadows(ticket):
+                    ticket.served = whole
             await reply.send(_last_events(ticket, relay.usage_event))
             await reply.end()
         else:
@@ -288,6 +295,8 @@ class Lifecycle:
             if answer.usage is not None:
                 await self._remember(ticket, answer.body)
             await reply.whole(200, ticket.headers(final=True), answer.body)
+            if casts_shadows(ticket):
+                ticket.served = answer.body
 
     async def _within_deadline(self, ticket: Ticket, work: Coroutine[Any, Any, _T]) -> _T:
         if ticket.deadline_s is None:
@@ -335,7 +344,7 @@ class _Relay:
         route = ticket.route
         resumes = route is not None and route.on_stream_failure == "resume" and resumable(ticket.call)
         self._transcript = Transcript() if resumes else None
-        self._keeping = ticket.cache_key is not None
+        self._keeping = ticket.cache_key is not None or casts_shadows(ticket)
         self._kept_bytes = 0
         self._started = False
         self._metered = False
@@ -401,6 +410,10 @@ class _Relay:
         self._kept_bytes += len(event.data)
         self._keeping = self._kept_bytes <= MAX_KEPT_BYTES
         self.kept.append(event.data)
+
+
+def casts_shadows(ticket: Ticket) -> bool:
+    return ticket.decision is not None and bool(ticket.decision.shadow)
 
 
 def _last_events(ticket: Ticket, usage_event: Event | None) -> bytes:

@@ -128,7 +128,7 @@ def _peers(home: Path) -> Path:
 
 
 async def _serve_here(gateway: App, listener: socket.socket, drain_s: float) -> int:
-    server = HttpServer(gateway, drain_s)
+    server = HttpServer(gateway, drain_s, gateway.drain)
     serving = asyncio.create_task(server.serve_on(listener))
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, gateway.reload_policy)
     while not server.started and not serving.done():

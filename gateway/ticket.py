@@ -54,6 +54,8 @@ class Ticket:
         self.decision: Decision | None = None
         self.baseline_price: Price | None = None
         """What repricing compares with; None where nothing was chosen."""
+        self.served: bytes | None = None
+        """The whole answer, where the decision casts shadows and it can be compared."""
         self.cache_key: bytes | None = None
         self.cache_ttl_s = 0.0
         self.resumed = False
@@ -72,9 +74,9 @@ class Ticket:
 
     # attempts -------------------------------------------------------------------------------------------------------
 
-    def worst_cost(self, target: Target) -> int | None:
-        """The most that one attempt at `target` can cost, in nano-dollars; None: unpriced."""
-        return cost_nanousd(target.price, _worst_usage(self.call, target))
+    def worst_cost(self, target: Target, call: ChatCall | None = None) -> int | None:
+        """The most that one attempt at `target` can cost, in nano-dollars; None: unpriced. `call`: what goes out."""
+        return cost_nanousd(target.price, _worst_usage(call or self.call, target))
 
     async def begin_attempt(self, target: Target, kind: AttemptKind, call: ChatCall | None = None) -> AttemptRecord:
         """Hold the most this attempt can cost, then journal it: only then may it go out.

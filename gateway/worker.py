@@ -38,7 +38,7 @@ def main(argument: str) -> int:
         return 1
     settings = replace(Settings.from_env(), worker=order["worker"], peers=Path(order["peers"]))
     gateway = App(settings, policy, folder, file)
-    server = HttpServer(gateway, order["drain_s"])
+    server = HttpServer(gateway, order["drain_s"], gateway.drain)
     listener, control = socket.socket(fileno=order["listener"]), socket.socket(fileno=order["control"])
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         return runner.run(_serve(gateway, server, listener, control))

@@ -171,6 +171,7 @@ class Metrics:
         self._retries = self._children("leadline_retries", "Upstream calls tried again.", "model", "cause")
         self._fallbacks = self._children("leadline_fallbacks", "Models left for the next one.", "model", "cause")
         self._hedges = self._children("leadline_hedges", "Second calls beside a late first.", "model", "outcome")
+        self._shadows = self._children("leadline_shadows", "Requests asked again of shadow models.", "fate")
         self._tokens = self._children("leadline_tokens", "Tokens billed.", "model", "class")
         self._cost = self._children("leadline_cost_nanousd", "Nano-dollars spent.", "model")
         self._duration = _Seconds("leadline_request_duration_seconds", "Admission to end of answer.")
@@ -227,6 +228,10 @@ class Metrics:
     def hedged(self, model: str, outcome: Literal["won", "lost", "failed"]) -> None:
         """A second call went out beside a late first one, and this became of it."""
         self._hedges.add(1, model, outcome)
+
+    def shadow(self, fate: Literal["judged", "unjudged", "failed", "dropped"]) -> None:
+        """What became of a shadow: `dropped` where nothing went out."""
+        self._shadows.add(1, fate)
 
     def slow_client(self, phase: Literal["headers", "body", "read"]) -> None:
         """A connection was cut: its headers or body did not come, or its answer was not taken."""
