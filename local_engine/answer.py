@@ -1,5 +1,6 @@
 """One choice of a `Generate` on its way out: its text, its counts, and why it ended."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +17,7 @@ from local_engine.types import (
     Finished,
     FinishReason,
     Generate,
+    PlanUse,
     SamplingParams,
     Tapped,
     TokenLogprob,
@@ -38,10 +40,12 @@ class Answer:
     accepted_tokens: int = 0
     leaving: Leaving | None = None
     """Where its thought may be left early."""
+    plan: Callable[[], PlanUse] | None = None
+    """Tells at the end what a plan did."""
     tapped: list[Tapped] = field(default_factory=list)
     _text: TextStream = field(init=False)
     output_tokens: int = 0
-    _reasoning_tokens: int = 0
+    reasoning_tokens: int = 0
     _untold_tokens: int = 0
     _untold_logprobs: list[TokenLogprob] = field(default_factory=list)
 
@@ -49,6 +53,10 @@ class Answer:
         thinking = self.model.think_token in self.prompt[-2:]
         calls = ToolCallParser(self.model.tools) if self.has_tools and self.model.tools else None
         self._text = TextStream(self.model, self._params.stop, thinking=thinking, tools=calls)
+
+    @property
+    def thinking(self) -> bool:
+        return self._text.thinking
 
     @property
     def _params(self) -> SamplingParams:
@@ -86,7 +94,7 @@ class Answer:
         self.output_tokens += 1
         self._untold_tokens += 1
         if was_thinking or self._text.thinking:  # both markers count as thinking
-            self._reasoning_tokens += 1
+            self.reasoning_tokens += 1
         elif self._params.logprobs and not ended and choice.token not in self.model.special_tokens:
             self._untold_logprobs.append(self._logprob(choice))
         return self.told(piece)
@@ -106,7 +114,7 @@ class Answer:
                 reason,
                 len(self.prompt),
                 self.output_tokens + self.discarded_tokens,
-                self._reasoning_tokens + self.discarded_tokens,
+                self.reasoning_tokens + self.discarded_tokens,
                 cached_tokens=self.cached_tokens,
                 choice=self.choice,
                 drafted_tokens=self.drafted_tokens,
@@ -115,6 +123,7 @@ class Answer:
                 exited=self.leaving.exited if self.leaving is not None else "",
                 exit_p=self.leaving.p if self.leaving is not None else None,
                 cues=self.leaving.cues if self.leaving is not None else [],
+                plan=self.plan() if self.plan is not None else None,
             ),
         ]
 

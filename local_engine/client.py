@@ -22,6 +22,7 @@ from local_engine.types import (
     Finished,
     Generate,
     Hello,
+    Plan,
     Probe,
     ProbeResult,
     SamplingParams,
@@ -115,6 +116,7 @@ class EngineClient:
         taps: TapSpec | None = None,
         tool_choice: Literal["none", "auto", "required"] = "auto",
         tool: str = "",
+        plan: Plan | None = None,
     ) -> AsyncGenerator[Delta | Finished, None]:
         """Stream `n` answers, each of which ends with Finished. Leaving early (`aclose`, a cancelled task) cancels all.
 
@@ -139,6 +141,7 @@ class EngineClient:
                         taps,
                         tool_choice,
                         tool,
+                        plan,
                     )
                 )
                 while running:

@@ -26,6 +26,7 @@ from local_engine.prefix_identity import KVIdentity, KVLayout, weights_fingerpri
 from local_engine.prefix_tiers import SlowTiers
 from local_engine.prefix_types import PrefixStats
 from local_engine.primitives import Controller, Primitives
+from local_engine.reason.plans import step_speculation
 from local_engine.runner import Runner, new_kv
 from local_engine.sampler import sampling_problem
 from local_engine.scoring import Scoring
@@ -49,6 +50,7 @@ from local_engine.types import (
     Prober,
     ProbeResult,
     Score,
+    SpeculateSteps,
     Stats,
     StatsResult,
     TapSpec,
@@ -260,7 +262,7 @@ class Engine:
 
     def _prepare_generate(self, job: _Job, command: Generate) -> None:
         """Check everything that can be checked before work is spent, and join the line."""
-        lane = self._lane(command)
+        lane = self._lane(command.model)
         model = lane.model
         sizes = model.network.config
         problem = sampling_problem(command.sampling, sizes.vocab_size) or _tap_problem(
@@ -273,10 +275,21 @@ class Engine:
         tools = parse_tools(command.tools_json) if command.tool_choice != "none" else None
         prompt = self._prompt(lane, command, tools, "none" if command.prefix else command.sampling.effort)
         self._check_room(lane, command.model, len(prompt) + 1)
-        self._begin(job, command, Generation(command, model, prompt, tools, lane.most_tokens))
+        if isinstance(command.plan, SpeculateSteps):
+            controller = self._shared(command, command.plan, lane, prompt)
+        else:
+            controller = Generation(command, model, prompt, tools, lane.most_tokens)
+        self._begin(job, command, controller)
+
+    def _shared(self, command: Generate, plan: SpeculateSteps, lane: Lane, prompt: list[int]) -> Controller:
+        """By two models."""
+        draft = self._lane(plan.draft)
+        draft_prompt = self._prompt(draft, command, None, "none" if command.prefix else command.sampling.effort)
+        models, rooms = (lane.model, draft.model), (lane.most_tokens, draft.most_tokens)
+        return step_speculation(command, plan, models, (prompt, draft_prompt), rooms)
 
     def _prepare_score(self, job: _Job, command: Score) -> None:
-        lane = self._lane(command)
+        lane = self._lane(command.model)
         if not 1 <= len(command.candidates) <= MAX_CANDIDATES:
             raise InvalidRequest(
                 f"candidates must hold 1 to {MAX_CANDIDATES} texts, not {len(command.candidates)}", "candidates"
@@ -289,10 +302,10 @@ class Engine:
         self._check_room(lane, command.model, len(prompt) + max(map(len, candidates)))
         self._begin(job, command, Scoring(command, prompt, candidates))
 
-    def _lane(self, command: Generate | Score) -> Lane:
-        lane = self._lanes.get(command.model)
+    def _lane(self, name: str) -> Lane:
+        lane = self._lanes.get(name)
         if lane is None:
-            raise _Refused("model_not_found", f"no local model {command.model!r}; there are {self._names()}")
+            raise _Refused("model_not_found", f"no local model {name!r}; there are {self._names()}")
         return lane
 
     def _prompt(self, lane: Lane, command: Generate | Score, tools: list[Tool] | None, effort: Effort) -> list[int]:

@@ -12,7 +12,7 @@ from local_engine.primitives import Primitives
 from local_engine.reason.leaving import ExitPlan, Leaving
 from local_engine.sampler import Sampler
 from local_engine.sequence import Sequence
-from local_engine.types import Event, Failed, FinishReason, Generate
+from local_engine.types import Event, Exit, Failed, FinishReason, Generate
 
 
 class Generation:
@@ -32,7 +32,7 @@ class Generation:
             raise InvalidRequest("tool_choice: a call is required, and there are no tools; send some", "tool_choice")
         self._tools = tools
         self._exit: ExitPlan | None = None
-        if command.plan is not None:
+        if isinstance(command.plan, Exit):
             self._exit = ExitPlan.of(
                 command.plan, model, prefix=command.prefix, taps=command.taps, max_tokens=self._max_tokens
             )

@@ -123,7 +123,8 @@ class Primitives:
         """
         if sequence.sampler is None or len(sequence.ids) + len(tokens) >= sequence.limit:
             raise ValueError(f"an offer of {len(tokens)} tokens after {len(sequence.ids)} needs a sampler and room")
-        self._lane_of[sequence].cut(sequence, len(sequence.ids) - 1)
+        if sequence.computed == len(sequence.ids):
+            self._lane_of[sequence].cut(sequence, len(sequence.ids) - 1)
         sequence.draft[:] = tokens
         sequence.floor = floor
         sequence.at_rest = False
@@ -150,9 +151,14 @@ class Primitives:
         sequence.at_rest = sequence.computed == len(sequence.ids)
 
     def rest(self, sequence: Sequence) -> None:
-        """Let it wait as it is. What it has not read is read when it goes on: by `append`, `offer` or `write`."""
+        """Let it wait as it is. What it has not read is read when it goes on: by `append`, `offer` or `resume`."""
         sequence.undraft()
         sequence.at_rest = True
+
+    def resume(self, sequence: Sequence) -> None:
+        """Let who rests go on."""
+        done = sequence.limit if sequence.sampler is not None else sequence.computed
+        sequence.at_rest = len(sequence.ids) >= done
 
     def score(self, sequence: Sequence, tokens: Tokens[int]) -> Sequence:
         """Ask what its model thinks of `tokens` after it. It stays as it is.

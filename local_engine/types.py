@@ -117,6 +117,44 @@ class Exit(msgspec.Struct, frozen=True, tag="exit", omit_defaults=True, forbid_u
     """`trace`: hidden states at the cue to tell beside the features, numbered as in `TapSpec`."""
 
 
+StepMethod = Literal["score", "specreason", "glimprouter", "speculative_thinking", "entropy"]
+
+
+class SpeculateSteps(
+    msgspec.Struct, frozen=True, tag="speculate", omit_defaults=True, forbid_unknown_fields=True, kw_only=True
+):
+    """A plan: a smaller model writes the thought, and the command's model steps in where it has to.
+
+    The methods are the modules of `local_engine.reason` of those names. What a caller is shown was accepted.
+    """
+
+    draft: str
+    """The smaller model, another one of this engine with the same tokens."""
+    method: StepMethod = "score"
+    threshold: float | None = None
+    """Of the method; None: its own default."""
+    unsure: float | None = None
+    """`score`: a token that the draft itself finds less probable is left to the base model, a natural logarithm."""
+    lookahead: int = 1
+    """`score`: steps that the draft may write before they are judged, all at once."""
+    repair: Literal["token", "step"] = "token"
+    """`score`: of a rejected step the base model writes, from the first bad token on, that one or the rest."""
+    cue: str = "Rate this step 0-9:"
+    """`specreason`: what is put after a step to have it rated by a digit."""
+    window: int = 8
+    """`entropy`: tokens of its rolling mean."""
+    base_steps: int = 0
+    """So many first steps are the base model's own."""
+    max_step_tokens: int = 512
+    """A step longer than this is judged as it is."""
+    max_thinking_tokens: int | None = None
+    """A thought that is longer is closed, and answered."""
+
+
+Plan = Exit | SpeculateSteps
+"""How to spend compute on one answer: when to stop thinking, or who thinks."""
+
+
 class Generate(msgspec.Struct, frozen=True, tag="generate"):
     id: int
     model: str
@@ -139,8 +177,8 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     tool_choice: Literal["none", "auto", "required"] = "auto"
     tool: str = ""
     """With `required`: the tool to call; any one where empty."""
-    plan: Exit | None = None
-    """How to spend compute on it: when to stop thinking, for one; None: as the model does by itself."""
+    plan: Plan | None = None
+    """None: this model alone, and as long as it thinks."""
 
 
 class Score(msgspec.Struct, frozen=True, tag="score"):
@@ -244,6 +282,42 @@ class CueSeen(msgspec.Struct, frozen=True):
     answer_tokens: int
 
 
+class ModelUse(msgspec.Struct, frozen=True):
+    """What a plan took of one model."""
+
+    model: str
+    input_tokens: int
+    """Of its prompt."""
+    cached_tokens: int
+    """Of them, those that the prefix store had."""
+    output_tokens: int
+    """Written by it, whether they were kept or not."""
+    computed_tokens: int
+    """All that went through it: prompt, what it wrote, what others wrote and it read, also what was taken back."""
+
+
+class PlanUse(msgspec.Struct, frozen=True):
+    """What a plan did, and what to pay for."""
+
+    models: list[ModelUse]
+    """The command's model first."""
+    drafted_steps: int = 0
+    """Judged or not; the first of them that was rejected ends a judgement."""
+    accepted_steps: int = 0
+    drafted_tokens: int = 0
+    """Written by the smaller model."""
+    accepted_tokens: int = 0
+    """Of them, those in the text."""
+    discarded_tokens: int = 0
+    """Written by any model, and not in the text."""
+    forced_tokens: int = 0
+    """In the text, and written by no model: what closed a thought."""
+    closed_by: str = ""
+    """Why a thought was closed for the model: `budget`, `repeats`, `reflections`."""
+    degraded: str = ""
+    """Why the command's model went on alone; empty where it did not."""
+
+
 class Finished(msgspec.Struct, frozen=True, tag="finished"):
     id: int
     finish_reason: FinishReason
@@ -267,6 +341,8 @@ class Finished(msgspec.Struct, frozen=True, tag="finished"):
     """The probe's P(right) at the last cue."""
     cues: list[CueSeen] = []
     """Of an exit with the rule `trace`."""
+    plan: PlanUse | None = None
+    """Of a command with a plan."""
 
 
 class ProbeResult(msgspec.Struct, frozen=True, tag="probe_result"):

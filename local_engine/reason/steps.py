@@ -72,6 +72,6 @@ class StepSplitter:
             return Boundary.STEP
         return Boundary.INSIDE
 
-    def restart(self) -> None:
-        """What was read of the present step is taken back."""
-        self._text.clear()
+    def follow(self, other: "StepSplitter") -> None:
+        """Go on from where another one is."""
+        self._text[:] = other._text

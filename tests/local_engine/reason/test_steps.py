@@ -31,12 +31,13 @@ def test_another_delimiter() -> None:
     assert boundaries([0, 1, 4, 1], b"\n") == ["inside", "step", "inside", "step"]
 
 
-def test_a_step_that_is_taken_back_leaves_nothing() -> None:
-    splitter = StepSplitter(PIECES, close=None, ends=(END,))
-    splitter.push(0)
-    splitter.push(1)
-    splitter.restart()
-    assert (splitter.push(1), splitter.text) == (Boundary.INSIDE, b"\n")
+def test_one_goes_on_from_where_another_is() -> None:
+    splitter, other = (StepSplitter(PIECES, close=None, ends=(END,)) for _ in range(2))
+    for token in (0, 1):
+        other.push(token)
+    splitter.push(4)
+    splitter.follow(other)
+    assert (splitter.text, splitter.push(1), other.text) == (b"a\n", Boundary.STEP, b"a\n")
 
 
 def test_an_empty_delimiter_is_refused() -> None:

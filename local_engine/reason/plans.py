@@ -1,0 +1,83 @@
+"""From what a command says of its plan to who runs it. Raises InvalidRequest for what cannot be run."""
+
+from functools import lru_cache
+
+from local_engine.chat import InvalidRequest
+from local_engine.model import LocalModel
+from local_engine.reason import entropy, glimprouter, score, specreason
+from local_engine.reason.entropy import EntropySwitch
+from local_engine.reason.glimprouter import GlimpRouter
+from local_engine.reason.method import Method
+from local_engine.reason.score import Scored
+from local_engine.reason.specreason import SpecReason
+from local_engine.reason.speculate import StepSpeculation
+from local_engine.reason.speculative_thinking import SpeculativeThinking
+from local_engine.types import Generate, SpeculateSteps
+
+
+def step_speculation(
+    command: Generate,
+    plan: SpeculateSteps,
+    models: tuple[LocalModel, LocalModel],
+    prompts: tuple[list[int], list[int]],
+    most_tokens: tuple[int, int],
+) -> StepSpeculation:
+    """`models`, `prompts` and `most_tokens` (of a sequence): those of the command's model, those of the draft."""
+    problem = _problem(command, plan)
+    if problem is None and not _same_tokens(*models):
+        problem = (
+            f"plan.draft {plan.draft!r} has other tokens than {command.model!r}: a local draft needs the"
+            " same tokenizer; name another one, or leave out the plan"
+        )
+    if problem is None and len(prompts[1]) + 1 >= most_tokens[1]:
+        problem = (
+            f"plan.draft {plan.draft!r} has room for {most_tokens[1]} tokens, and the prompt has {len(prompts[1])}"
+        )
+    if problem is not None:
+        raise InvalidRequest(problem, "plan")
+    return StepSpeculation(command, plan, _method(plan), models, prompts, most_tokens)
+
+
+def _method(plan: SpeculateSteps) -> Method:
+    def threshold(default: float) -> float:
+        return default if plan.threshold is None else plan.threshold
+
+    match plan.method:
+        case "score":
+            return Scored(threshold(score.THRESHOLD), plan.unsure, plan.lookahead, plan.repair)
+        case "specreason":
+            return SpecReason(threshold(specreason.THRESHOLD))
+        case "glimprouter":
+            return GlimpRouter(threshold(glimprouter.THRESHOLD))
+        case "speculative_thinking":
+            return SpeculativeThinking()
+        case "entropy":
+            return EntropySwitch(threshold(entropy.THRESHOLD), plan.window)
+
+
+def _problem(command: Generate, plan: SpeculateSteps) -> str | None:
+    sampling = command.sampling
+    if plan.draft == command.model:
+        return f"plan.draft is {plan.draft!r} itself: name a smaller model"
+    if command.n != 1:
+        return f"plan: one choice at a time, not n = {command.n}"
+    if sampling.response_format is not None or command.tools_json is not None:
+        return "plan: neither tools nor a response_format can be held while two models write; leave out one of them"
+    if sampling.logprobs or command.taps is not None:
+        return "plan: log-probabilities and taps are one model's; leave out the plan, or those"
+    for name in ("lookahead", "window", "max_step_tokens"):
+        if getattr(plan, name) < 1:
+            return f"plan.{name} must be at least 1, not {getattr(plan, name)}"
+    if plan.base_steps < 0:
+        return f"plan.base_steps must not be negative, and is {plan.base_steps}"
+    if plan.method == "specreason" and not plan.cue:
+        return "plan.cue is empty: name the words after which the base model rates a step by a digit"
+    thought, answer = plan.max_thinking_tokens, sampling.max_tokens
+    if thought is not None and not 1 <= thought < (answer or thought + 1):
+        return f"plan.max_thinking_tokens must be at least 1 and leave room under max_tokens ({answer}), not {thought}"
+    return None
+
+
+@lru_cache(maxsize=64)
+def _same_tokens(one: LocalModel, other: LocalModel) -> bool:
+    return bool(one.tokenizer.get_vocab() == other.tokenizer.get_vocab())
