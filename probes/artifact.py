@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,13 +40,17 @@ class Artifact:
             )
 
 
+def sealed(artifact: Artifact) -> Artifact:
+    """With the digest of its tensors in the manifest, which certificates refer to."""
+    digest = hashlib.sha256(_tensor_bytes(artifact.heads)).hexdigest()
+    return replace(artifact, manifest=artifact.manifest.model_copy(update={"tensors_sha256": digest}))
+
+
 def write(artifact: Artifact, folder: Path) -> None:
     """Write both files; the manifest goes last, so a folder with one is complete."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = _tensor_bytes(artifact.heads)
-    manifest = artifact.manifest.model_copy(update={"tensors_sha256": hashlib.sha256(tensors).hexdigest()})
-    (folder / TENSORS).write_bytes(tensors)
-    write_manifest(manifest, folder)
+    (folder / TENSORS).write_bytes(_tensor_bytes(artifact.heads))
+    write_manifest(sealed(artifact).manifest, folder)
 
 
 def read(folder: Path) -> Artifact:

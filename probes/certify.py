@@ -31,6 +31,8 @@ from probes.errors import CertificateError
 from probes.manifest import BELOW_ALL, Certificate, Manifest
 
 Method = Literal["crc", "ltt"]
+METHODS: tuple[Method, ...] = ("ltt", "crc")
+ALPHAS = (0.02, 0.05, 0.1)
 DELTA = 0.05
 SLACK = 1e-9
 """Of counts of rows: alpha * (n + 1) must not lose a row to the last bit of a float."""

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-ALPHAS = (0.02, 0.05, 0.1)
-METHODS: tuple["Method", ...] = ("ltt", "crc")
 
 ArtifactPath = Annotated[Path, typer.Argument(help="Folder of a fitted artifact.")]
 CertifiedHeads = Annotated[
@@ -59,7 +57,7 @@ def certify(
         from rich.console import Console
 
         from probes.artifact import read
-        from probes.certify import issue, require_rows
+        from probes.certify import ALPHAS, METHODS, issue, require_rows
         from probes.errors import CertificateError, TableError
         from probes.extract import Encoder
         from probes.manifest import write_manifest

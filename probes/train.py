@@ -1,5 +1,6 @@
 """From a table of labelled prompts to a probe artifact with its measured worth."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 from collections.abc import Mapping, Sequence
@@ -12,13 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from probes.artifact import Artifact, calibration_kind
+from probes.artifact import Artifact, calibration_kind, sealed
 from probes.calibrate import Array
-from probes.errors import TableError
+from probes.certify import ALPHAS, METHODS, issue
+from probes.errors import CertificateError, TableError
 from probes.evaluate import Row, baselines, folds, head_rows, routing_rows
 from probes.extract import Encoder, FloatArray
 from probes.linear import ProbeClassifier
-from probes.manifest import HeadInfo, Manifest, sketch
+from probes.manifest import Certificate, HeadInfo, Manifest, sketch
 from probes.types import Kind
 
 LIBRARIES = ("numpy", "safetensors", "scikit-learn", "torch", "transformers")
@@ -215,6 +217,8 @@ class Fitted:
 
     artifact: Artifact
     rows: list[Row]
+    probabilities: Array
+    """[n, heads], out of fold"""
 
 
 def fit_probe(
@@ -234,7 +238,8 @@ def fit_probe(
     layers = recipe.layers_of(encoder)
     if features is None:
         features = layer_features(encoder, table.prompts, layers, recipe.max_tokens, progress)
-    rows = measure(table, features, recipe, progress)
+    probabilities = _out_of_fold(table, features, recipe, folds(len(table.prompts), recipe.seed), progress)
+    rows = measure(table, features, recipe, probabilities, progress)
     heads = recipe.estimator().fit(features, table.labels, names=table.names).heads_
     infos = [
         head_info(table, at, calibration=calibration_kind(calibrator))
@@ -255,7 +260,29 @@ def fit_probe(
         versions=library_versions(*LIBRARIES),
         metrics={"out_of_fold": [row.to_json() for row in rows]},
     )
-    return Fitted(Artifact(manifest, heads), rows)
+    artifact = sealed(Artifact(manifest, heads))
+    certified = artifact.manifest.certified(_certificates(table, probabilities, artifact.manifest))
+    return Fitted(replace(artifact, manifest=certified), rows, probabilities)
+
+
+def _certificates(table: Table, probabilities: Array, manifest: Manifest) -> list[Certificate]:
+    """Certificates for routing between `weak` and `strong` at the usual alphas, as far as the rows prove them."""
+    if not {"weak", "strong"} <= set(table.names):
+        return []
+    columns = [table.names.index("weak"), table.names.index("strong")]
+    known = np.flatnonzero(~np.isnan(table.labels[:, columns]).any(1))
+    found: list[Certificate] = []
+    for alpha, method in ((alpha, method) for alpha in ALPHAS for method in METHODS):
+        horizon = len(known) if method == "ltt" else None
+        with contextlib.suppress(CertificateError):
+            found.append(
+                issue(
+                    probabilities[known][:, columns], table.labels[known][:, columns], ("weak", "strong"),
+                    alpha=alpha, method=method, horizon=horizon,
+                    rows="out_of_fold", data_sha256=manifest.data_sha256, manifest=manifest,
+                )
+            )  # fmt: skip
+    return found
 
 
 def layer_features(
@@ -266,10 +293,11 @@ def layer_features(
     return np.ascontiguousarray(hidden[:, list(layers)].reshape(len(prompts), -1))
 
 
-def measure(table: Table, features: FloatArray, recipe: Recipe, progress: bool = False) -> list[Row]:
-    """Out-of-fold rows: every head, routing between `weak` and `strong` if the table has both, held-out groups."""
-    splits = folds(len(table.prompts), recipe.seed)
-    probabilities = _out_of_fold(table, features, recipe, splits, progress)
+def measure(
+    table: Table, features: FloatArray, recipe: Recipe, probabilities: Array, progress: bool = False
+) -> list[Row]:
+    """Rows of out-of-fold `probabilities`: every head, routing between `weak` and `strong` if the table has both; and
+    with whole groups held out."""
     rows = table_rows(table, {"probe": probabilities}, recipe.seed)
     if table.groups is not None:
         apart = folds(len(table.prompts), recipe.seed, table.groups)

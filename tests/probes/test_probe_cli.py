@@ -29,6 +29,12 @@ def test_fit_then_eval(sums_and_essays: pd.DataFrame, tmp_path: Path, kind: str)
     assert {"random", "prompt length", "group prior", "TF-IDF + LR (gap)", "oracle"} <= {name for name, _ in rows}
     assert ("probe, groups held out", "APGR") in rows
 
+    certificates = read_manifest(out).certificates
+    # 78 rows are too few for 0.02, and for 0.05 with confidence; what the folds prove is stored.
+    assert [(one.alpha, one.method, one.rows) for one in certificates] == [
+        (0.02, "crc", "out_of_fold"), (0.05, "crc", "out_of_fold"), (0.1, "ltt", "out_of_fold"),
+        (0.1, "crc", "out_of_fold"),
+    ]  # fmt: skip
     assert read_manifest(out).seen(sums_and_essays["question"][:50]) == 50
     probe = EncoderProbe.load(out)
     assert probe.heads == ("weak", "strong")
