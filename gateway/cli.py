@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
+from gateway.exits.command import app as exits_app
 from gateway.simulate.command import simulate
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ app.add_typer(keys_app, name="keys")
 engine_app = typer.Typer(help="Run the engine alone, or measure it.")
 app.add_typer(engine_app, name="engine")
 app.command("simulate")(simulate)
+app.add_typer(exits_app, name="exits")
 
 
 def main() -> None:

@@ -202,3 +202,13 @@ def test_no_thought_no_exit(bundled: LocalModel, start_engine: StartEngine) -> N
     plain, left = (caller.generate(ASKED, sampling, plan=exit) for exit in (None, Exit(rule="cue")))
     assert caller.content(plain) == caller.content(left)
     assert caller.finished(left).exited == ""
+
+
+def test_the_shipped_artifact_is_the_bundled_models(bundled: LocalModel, start_engine: StartEngine) -> None:
+    assert bundled.exits is not None
+    assert bundled.exits.manifest.layers == ()
+    caller = Caller(start_engine(bundled))
+    end = caller.finished(caller.generate(ASKED, THINK, plan=Exit(delta=0.01)))
+    assert (end.exited, end.finish_reason) == ("probe", "stop")
+    assert end.exit_p is not None
+    assert end.exit_p > bundled.exits.threshold(0.01, "expected", "wrong")
