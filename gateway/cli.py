@@ -1,30 +1,29 @@
 """The `leadline` command. Each command imports what it needs, so that the base installation can run the light ones."""
 
 import gc
-import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from gateway.exits.command import app as exits_app
+from gateway.policy_commands import add_to, stop
 from gateway.simulate.command import simulate
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
     from gateway.admission.keys import KeyStore
-    from routers.policy import Policy
-    from routers.types import Signals
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 keys_app = typer.Typer(help="Make, list and revoke the gateway's API keys.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 engine_app = typer.Typer(help="Run the engine alone, or measure it.")
 app.add_typer(engine_app, name="engine")
+add_to(app)
 app.command("simulate")(simulate)
 app.add_typer(exits_app, name="exits")
 
@@ -61,9 +60,9 @@ def serve(
     try:
         raise typer.Exit(serve.serve(host, port, policy, workers, parse_duration_ms(drain) / 1000))
     except CannotServe as error:
-        _stop(str(error))
+        stop(str(error))
     except UnitError as error:
-        _stop(f"--drain {drain!r}: {error}; {error.fix}")
+        stop(f"--drain {drain!r}: {error}; {error.fix}")
 
 
 @engine_app.callback(invoke_without_command=True)
@@ -87,7 +86,7 @@ def engine(
     try:
         run_alone(socket, listen, policy, model or [])
     except CannotServe as error:
-        _stop(str(error))
+        stop(str(error))
 
 
 @engine_app.command("bench")
@@ -109,62 +108,7 @@ def bench_engine(
         for line in report(source, dtype, device, count):
             typer.echo(line)
     except ModelLoadError as error:
-        _stop(str(error))
-
-
-@app.command()
-def check(file: Annotated[Path, typer.Argument(help="Policy file.")]) -> None:
-    """Load a policy file strictly: every problem with its line and its fix, or a short summary."""
-    from gateway.ledger.prices import price_list
-    from gateway.policies import missing_secrets, unloadable
-
-    policy = _load(file)
-    wrong = unloadable(policy, file.parent)
-    if wrong:
-        _stop("\n".join(f"{file}: {sentence}" for sentence in wrong))
-    typer.echo(
-        f"{file}: ok, version {policy.version_hash}: {len(policy.providers)} providers, {len(policy.models)} models, "
-        f"{len(policy.routes)} routes, {len(policy.limits)} limits"
-    )
-    typer.echo(f"prices that it leaves out: {price_list().source}")
-    for sentence in missing_secrets(policy):
-        typer.echo(f"note: {sentence}")
-
-
-@app.command()
-def explain(
-    file: Annotated[Path, typer.Argument(help="Policy file.")],
-    prompt: Annotated[str, typer.Argument(help="The user's message.")],
-    model: Annotated[str, typer.Option(help="The model or alias that a caller would name.")] = "auto",
-    tag: Annotated[list[str] | None, typer.Option(help="A tag of the request; may be repeated.")] = None,
-    tenant: Annotated[str, typer.Option(help="The tenant of the caller's key.")] = "default",
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="The caller's own cap.")] = None,
-) -> None:
-    """Say what the policy would decide for a prompt, and why each other model lost. Nothing runs but the probe."""
-    import json
-
-    from routers.cost import PROMPT_MARGIN
-    from routers.decide import decide
-    from routers.errors import NoCandidate
-    from routers.explain import to_lines
-    from routers.types import Query, State
-
-    policy = _load(file)
-    body = json.dumps([{"role": "user", "content": prompt}], ensure_ascii=False).encode()
-    query = Query(
-        model=model,
-        tenant=tenant,
-        input_tokens_estimate=-(-len(body) // 4),
-        input_tokens_max=len(body) + PROMPT_MARGIN,
-        max_output_tokens=max_tokens,
-        tags=frozenset(tag or ()),
-    )
-    try:
-        decision = decide(query, _probe_signals(policy, query, prompt, file.parent), policy, State(), seed=0)
-    except NoCandidate as error:
-        _stop(str(error))
-    for line in to_lines(decision, (policy, query)):
-        typer.echo(line)
+        stop(str(error))
 
 
 @keys_app.command("create")
@@ -193,9 +137,9 @@ def create_key(
             )
         )
     except KeyNameError as error:
-        _stop(str(error))
+        stop(str(error))
     except UnitError as error:
-        _stop(f"--budget {budget!r}: {error}; {error.fix}")
+        stop(f"--budget {budget!r}: {error}; {error.fix}")
     typer.echo(token)
 
 
@@ -219,7 +163,7 @@ def list_keys() -> None:
 def revoke_key(key_id: Annotated[str, typer.Argument(help="The id that `keys list` shows.")]) -> None:
     """End a key for good. A running gateway refuses it within a second."""
     if not _with_keys(lambda keys, _: keys.revoke(key_id)):
-        _stop(f"{key_id!r} is not the id of a key that works; `leadline keys list` shows them")
+        stop(f"{key_id!r} is not the id of a key that works; `leadline keys list` shows them")
 
 
 @app.command()
@@ -257,54 +201,15 @@ def _with_keys(use: "Callable[[KeyStore, Engine], Any]") -> Any:
         settings = Settings.from_env()
         settings.prepare_home()
     except SettingsError as error:
-        _stop(str(error))
+        stop(str(error))
     try:
         engine = connect(settings.database_url, settings.durability)
     except LedgerUnreachable as error:
-        _stop(str(error))
+        stop(str(error))
     try:
         return use(KeyStore(engine, load_pepper(settings.home)), engine)
     finally:
         engine.dispose()
-
-
-def _load(file: Path | None) -> "Policy":
-    from gateway.policies import load_policy
-    from routers.errors import PolicyError
-
-    try:
-        return load_policy(file)
-    except PolicyError as error:
-        _stop(str(error))
-    except OSError as error:
-        _stop(f"{file}: cannot be read ({error.strerror})")
-
-
-def _probe_signals(policy: "Policy", query: Any, prompt: str, folder: Path) -> "Signals":
-    """The probe's word on one prompt, in this process; absent where the probe is not installed."""
-    from gateway.policies import encoder, probe_folder
-    from probes.errors import ProbeError
-    from probes.types import Estimate
-    from routers.types import Signals
-
-    heads = policy.heads_for(query)
-    artifact = probe_folder(policy, folder)
-    if not heads or artifact is None:
-        return Signals()
-    try:
-        from probes.runtime import EncoderProbe
-    except ModuleNotFoundError as error:
-        typer.echo(f"note: no probe here ({error.name} is not installed); install leadline[local]", err=True)
-        return Signals(probe="unavailable")
-    try:
-        probe = EncoderProbe.load(artifact, encoder(policy, folder))
-    except ProbeError as error:
-        _stop(f"signals.difficulty.probe: {error}")
-    found = probe.probe([[{"role": "user", "content": prompt}]])[0]
-    return Signals(
-        p_success={m: Estimate(found[h], source=f"{probe.version}/{h}") for m, h in heads.items() if h in found},
-        probe="ok",
-    )
 
 
 def _mount_probe() -> None:
@@ -316,8 +221,3 @@ def _mount_probe() -> None:
 
     probe_app.command("score")(score)
     app.add_typer(probe_app, name="probe")
-
-
-def _stop(message: str) -> NoReturn:
-    typer.echo(message, err=True)
-    raise typer.Exit(os.EX_DATAERR)

@@ -57,7 +57,7 @@ def _needs(place: Path, policy: Path | None, models: list[str], *, exit_with_par
         if policy is not None:
             raise CannotServe("--policy and --model both say what to load; give one of them")
         named = dict(_named(model) for model in models)
-        problems = unloadable_models(named)
+        problems = [f"models: {name}: {why}" for name, why in unloadable_models(named).items()]
         if problems:
             raise CannotServe("\n".join(problems))
         return EngineNeeds(

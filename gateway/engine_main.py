@@ -15,6 +15,9 @@ from local_engine.server import run_engine
 from local_engine.types import Prober
 from probes.errors import ProbeError
 
+_VARIABLES = {"prefix_disk": "LEADLINE_KV_DISK", "prefix_redis": "LEADLINE_KV_REDIS"}
+"""Where the operator writes a setting of the engine."""
+
 
 def main(argument: str) -> None:
     config: EngineNeeds = json.loads(argument)
@@ -43,7 +46,9 @@ def main(argument: str) -> None:
 
             prober = TextEncoder.load(config["encoder"])
         run_engine(engine, prober)
-    except (ProbeError, ModelLoadError, ConfigError, ModuleNotFoundError) as error:
+    except ConfigError as error:
+        sys.exit(f"engine: {_VARIABLES.get(error.field, error.field)}: {error.why}")
+    except (ProbeError, ModelLoadError, ModuleNotFoundError) as error:
         sys.exit(f"engine: {error}")
 
 

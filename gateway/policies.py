@@ -5,7 +5,7 @@ Relative paths in a policy (`probe: ./mine`, `model: ./checkpoint`) are relative
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,7 @@ from probes.manifest import default_artifact_path, read_manifest
 from routers.errors import PolicyError
 from routers.load import load, parse, preset
 from routers.policy import Policy
+from routers.yaml import read, written
 
 
 class CannotServe(RuntimeError):
@@ -53,8 +54,23 @@ def checked_policy(file: Path | None, *, secrets: bool = True) -> tuple[Policy, 
     folder = file.parent.absolute() if file is not None else Path.cwd()
     wrong = (missing_secrets(policy) if secrets else []) + unloadable(policy, folder)
     if wrong:
-        raise CannotServe("\n".join(wrong))
+        raise CannotServe("\n".join(located(wrong, file)))
     return policy, folder
+
+
+def located(sentences: Sequence[str], file: Path | None) -> list[str]:
+    """Sentences that begin with a field of the policy, each after `FILE:LINE: `; as they are without a file."""
+    if file is None or not sentences:
+        return [*sentences]
+    lines = {written(path): line for path, line in read(file.read_text(encoding="utf-8"), str(file)).lines.items()}
+    return [f"{file}:{_line(lines, sentence.partition(': ')[0])}: {sentence}" for sentence in sentences]
+
+
+def _line(lines: Mapping[str, int], field: str) -> int:
+    """Of a field, or of the nearest one around it that is written."""
+    while field and field not in lines:
+        field = field.rpartition("." if field.rfind(".") > field.rfind("[") else "[")[0]
+    return lines.get(field, 1)
 
 
 def missing_secrets(policy: Policy, env: Mapping[str, str] | None = None) -> list[str]:
@@ -152,36 +168,38 @@ def unloadable(policy: Policy, folder: Path) -> list[str]:
                         f"it has {', '.join(heads)}"
                     )
     models = local_models(policy, folder)
-    return found + unloadable_models(models) + _undraftable(_speculation(policy, folder), models)
+    fields = {model.upstream: f"models.{model.name}" for model in policy.models.values()}
+    missing = [f"{fields[name]}.model: {why}" for name, why in unloadable_models(models).items()]
+    return found + missing + _undraftable(_speculation(policy, folder), models, fields)
 
 
-def unloadable_models(sources: Mapping[str, str]) -> list[str]:
-    """A sentence for each of these that is not there."""
-    found = []
+def unloadable_models(sources: Mapping[str, str]) -> dict[str, str]:
+    """Of each of these that is not there, why."""
+    found = {}
     for name, source in sources.items():
         try:
             locate(source)
         except ModelLoadError as error:
-            found.append(f"models: {name}: {error}")
+            found[name] = str(error)
     return found
 
 
-def _undraftable(speculation: Mapping[str, str], models: Mapping[str, str]) -> list[str]:
+def _undraftable(speculation: Mapping[str, str], models: Mapping[str, str], fields: Mapping[str, str]) -> list[str]:
     """A sentence for each drafting model, or layer to draft at, that is not there."""
     found = []
     for name, how in speculation.items():
+        field = f"{fields[name]}.speculation"
         try:
             wanted = read_speculation(how)
             if wanted.draft is not None:
                 locate(wanted.draft)
             layers = _layers_of(models[name]) if wanted.exit_layer is not None else None
         except (ModelLoadError, ValueError) as error:
-            found.append(f"models: {name}: speculation: {error}")
+            found.append(f"{field}: {error}")
             continue
         if wanted.exit_layer is not None and layers is not None and wanted.exit_layer >= layers:
             found.append(
-                f"models: {name}: speculation: exit:{wanted.exit_layer} must name a layer from 1 to {layers - 1}: "
-                f"the model has {layers}"
+                f"{field}: exit:{wanted.exit_layer} must name a layer from 1 to {layers - 1}: the model has {layers}"
             )
     return found
 

@@ -36,4 +36,10 @@ class ModelLoadError(EngineError):
 
 
 class ConfigError(EngineError):
-    """A setting cannot be used on this machine; the message names it."""
+    """A setting cannot be used on this machine."""
+
+    def __init__(self, field: str, why: str) -> None:
+        super().__init__(f"{field}: {why}")
+        self.field = field
+        """Of EngineConfig."""
+        self.why = why

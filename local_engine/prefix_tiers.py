@@ -326,10 +326,11 @@ def open_tiers(config: EngineConfig) -> SlowTiers | None:
         try:
             tiers.append(DiskTier(config.prefix_disk, config.prefix_disk_bytes))
         except OSError as error:
-            raise ConfigError(f"prefix_disk: {config.prefix_disk} cannot be used: {error.strerror}") from error
+            why = f"{config.prefix_disk} cannot be used: {error.strerror}; name a folder that can be written to"
+            raise ConfigError("prefix_disk", why) from error
     if config.prefix_redis is not None:
         try:
             tiers.append(RedisTier(config.prefix_redis, ttl_s=REDIS_TTL_S, value_bytes_limit=REDIS_VALUE_BYTES))
         except ValueError as error:
-            raise ConfigError(f"prefix_redis cannot be used: {error}") from error
+            raise ConfigError("prefix_redis", f"cannot be used: {error}") from error
     return SlowTiers(tiers) if tiers else None

@@ -20,6 +20,15 @@ ESTIMATED_BYTES_PER_TOKEN = 4
 _PER_TOKENS = 1_000_000
 
 
+def least_nanousd(model: Model, input_tokens: int = 1) -> int | None:
+    """What no call with a prompt of so many tokens costs less than: its prompt from the cache, one token of answer."""
+    if model.price is None:
+        return None
+    price = model.price.at(input_tokens)
+    prompt = input_tokens * min(price.input, price.cached_input)
+    return -(-(prompt + price.output) // _PER_TOKENS)
+
+
 def least_input_tokens(query: Query) -> int:
     """No tokenizer in use makes fewer tokens of the prompt (of several texts: of their average) than this; 0: unknown.
 

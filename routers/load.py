@@ -175,6 +175,9 @@ class _Loader:
                 self._document.report(
                     (*path, "replicas"), "the same address twice", "remove one of the two", show=False
                 )
+            elif part.server == "leadline" and (wrong := _beside_v1(part)):
+                fix = "end the address with /v1, such as http://gpu1:8100/v1"
+                self._document.report((*path, *wrong), "an engine that listens answers below /v1", fix, show=False)
             else:
                 self._providers[name] = self._provider(name, part, path)
 
@@ -248,6 +251,20 @@ class _Loader:
                 slots=part.slots,
             )  # fmt: skip
 
+        self._check_drafting()
+
+    def _check_drafting(self) -> None:
+        """The engine loads a model once, however many names it has, and drafts for it in one way."""
+        first: dict[str, Model] = {}
+        for model in self._models.values():
+            if model.speculation is None or model.embeds:
+                continue
+            other = first.setdefault(model.upstream, model)
+            if other.speculation != model.speculation:
+                message = f"`{concealed(other.name)}` is the same model and drafts another way: {other.speculation}"
+                fix = "write the same `speculation` for both; the engine loads the model once"
+                self._document.report(("models", model.name, "speculation"), message, fix)
+
     def _read_signals(self) -> None:
         part = validated(self._document, SignalsFile, self._document.data.get("signals"), ("signals",))
         self._signals_read = part is not None or "signals" not in self._document.data
@@ -265,6 +282,14 @@ class _Loader:
         """The entries of a section, whether they loaded or not: a broken model is not also an unknown one."""
         value = self._document.data.get(section)
         return list(value) if isinstance(value, dict) else []
+
+
+def _beside_v1(part: ProviderFile) -> Path:
+    """The field of the first address that does not end with /v1; empty: all do."""
+    if part.base_url is not None and not part.base_url.endswith("/v1"):
+        return ("base_url",)
+    outside = (number for number, url in enumerate(part.replicas or ()) if not url.endswith("/v1"))
+    return next((("replicas", number) for number in outside), ())
 
 
 def to_price(part: PriceFile, document: Document, path: Path) -> Price:

@@ -8,6 +8,7 @@ from typing import get_args
 
 from routers.aims import Shadow
 from routers.aims_file import check_aims, explore_of, worth_of
+from routers.cost import least_nanousd
 from routers.policy import (
     DEFAULT_CACHE_TTL_MS,
     Constraints,
@@ -20,7 +21,7 @@ from routers.policy import (
 from routers.reach import takers_of
 from routers.schema import ConditionsFile, OnFailureFile, RouteFile, ScheduleFile, ShadowFile, WhenFile
 from routers.shape import did_you_mean, validated
-from routers.units import format_duration
+from routers.units import format_duration, format_money
 from routers.when import MINUTES_PER_DAY, Schedule, When
 from routers.yaml import Document, Path, concealed
 
@@ -143,9 +144,17 @@ class RoutesReader:
     def _check_cost(self, part: RouteFile, path: Path) -> None:
         cost = part.subject_to.cost if part.subject_to else None
         models = [self._models[name] for name in part.candidates or [] if name in self._models]
-        if cost == 0 and models and all(m.price is None or (m.price.input and m.price.output) for m in models):
-            at = (*path, "subject_to", "cost")
-            self._document.report(at, "nothing can satisfy this: no candidate is free", "raise it, or add a free model")
+        if cost is None or not models or len(models) < len(part.candidates or ()):
+            return
+        least_tokens = part.when.input_tokens[0] if part.when is not None and part.when.input_tokens else 1
+        leasts = {model.name: least for model in models if (least := least_nanousd(model, least_tokens)) is not None}
+        if not leasts or min(leasts.values()) <= cost:
+            return
+        cheapest = min(leasts, key=lambda name: leasts[name])
+        of = f"the shortest call of the cheapest, `{concealed(cheapest)}`, costs {format_money(leasts[cheapest])}"
+        message = f"nothing can satisfy this: {of}"
+        fix = f"write at least {format_money(leasts[cheapest])}, or add a cheaper model"
+        self._document.report((*path, "subject_to", "cost"), message, fix)
 
     def _check_named(self, part: RouteFile, path: Path) -> None:
         asked = (part.when.model or []) if part.when else []

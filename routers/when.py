@@ -114,16 +114,19 @@ class When:
             or (self.teams and query.team not in self.teams)
             or (self.endpoints and query.endpoint not in self.endpoints)
             or (self.needs and self.needs.isdisjoint(needs_of(query)))
-            or query.input_tokens_estimate < self.least_tokens
-            or (self.most_tokens is not None and query.input_tokens_estimate > self.most_tokens)
+            or not self.takes_length(query)
             or (self.none_of is not None and self.none_of.any_holds(query))
             or (self.schedule is not None and not self.schedule.holds(query.at_ms))
             or (self.share < 1 and bucket(query, self.salt) >= self.share)
         )
 
+    def takes_length(self, query: Query) -> bool:
+        """Whether the prompt is as long as asked."""
+        tokens = query.input_tokens_estimate
+        return tokens >= self.least_tokens and (self.most_tokens is None or tokens <= self.most_tokens)
+
     def any_holds(self, query: Query) -> bool:
         """Whether one of its conditions holds."""
-        tokens = query.input_tokens_estimate
         bounded = self.least_tokens > 0 or self.most_tokens is not None
         return (
             query.model in self.models
@@ -133,7 +136,7 @@ class When:
             or query.team in self.teams
             or query.endpoint in self.endpoints
             or not self.needs.isdisjoint(needs_of(query))
-            or (bounded and self.least_tokens <= tokens <= (tokens if self.most_tokens is None else self.most_tokens))
+            or (bounded and self.takes_length(query))
             or (self.schedule is not None and self.schedule.holds(query.at_ms))
         )
 
