@@ -14,6 +14,7 @@ from routers.units import format_money
 
 if TYPE_CHECKING:
     from gateway.history import Replayed
+    from gateway.upstream.types import CallHeaders
     from routers.diff import Moved
     from routers.policy import Policy
     from routers.types import Query, Signals
@@ -79,15 +80,10 @@ def explain(
     if request is not None:
         _explain_past(policy, request, as_json)
         return
-    from gateway.edge.headers import read_headers
-    from gateway.errors import InvalidRequest
     from routers.cost import PROMPT_MARGIN
     from routers.types import Query
 
-    try:
-        sent = read_headers([_header(text) for text in header or ()])
-    except InvalidRequest as error:
-        stop(f"--header: {error}")
+    sent = _sent(header) if header else None
     body = json.dumps([{"role": "user", "content": prompt}], ensure_ascii=False).encode()
     query = Query(
         model=model,
@@ -95,10 +91,10 @@ def explain(
         input_tokens_estimate=-(-len(body) // 4),
         input_tokens_max=len(body) + PROMPT_MARGIN,
         max_output_tokens=max_tokens,
-        tags=sent.tags | frozenset(tag or ()),
-        session=sent.session,
-        run=sent.scope,
-        hints=sent.hints,
+        tags=frozenset(tag or ()) | (sent.tags if sent is not None else frozenset()),
+        session=sent.session if sent is not None else None,
+        run=sent.scope if sent is not None else None,
+        hints=sent.hints if sent is not None else None,
         key=key,
         team=team,
         id="explain",
@@ -274,6 +270,16 @@ def _say(told: _Told, as_json: bool) -> None:
             typer.echo(line, err=not told.decided)
     if not told.decided:
         raise typer.Exit(os.EX_DATAERR)
+
+
+def _sent(headers: list[str]) -> "CallHeaders":
+    from gateway.edge.headers import read_headers
+    from gateway.errors import InvalidRequest
+
+    try:
+        return read_headers([_header(text) for text in headers])
+    except InvalidRequest as error:
+        stop(f"--header: {error}")
 
 
 def _header(text: str) -> tuple[bytes, bytes]:

@@ -1,6 +1,5 @@
 """What changed between two policies, in meaning: their fields, and which sample queries they decide otherwise."""
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, fields, is_dataclass
 from itertools import islice, product
@@ -23,7 +22,7 @@ _WEEKDAY_NOON, _WEEKEND_NIGHT = 1_773_835_200_000, 1_774_062_000_000
 _DIFFICULTIES = {"easy": (0.97, 0.99), "fairly easy": (0.92, 0.96), "middling": (0.75, 0.93), "hard": (0.2, 0.9)}
 """p_success of the cheapest model and of the dearest."""
 _IN_RULE = frozenset({"use", "objective", "constraints", "otherwise", "worth", "threshold"})
-_DERIVED = frozenset({"name", "rule", "heads", "salt", "beyond_names", "binds_named"})
+_DERIVED = frozenset({"name", "scope", "rule", "heads", "salt", "beyond_names", "binds_named"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +66,9 @@ def changes(before: Policy, after: Policy) -> list[Change]:
     kept = [name for name in old if name in new]
     if kept != (order := [name for name in new if name in old]):
         found.append(Change("routes: order", ", ".join(kept), ", ".join(order)))
-    limits, now = Counter(map(_shown, before.limits)), Counter(map(_shown, after.limits))
-    found += [Change("limits", text, None) for text in (limits - now).elements()]
-    found += [Change("limits", None, text) for text in (now - limits).elements()]
+    gone, come = ([one for one in a.limits if one not in b.limits] for a, b in ((before, after), (after, before)))
+    found += [Change(f"limits.{limit.scope} {limit.name}", _shown(limit), None) for limit in gone]
+    found += [Change(f"limits.{limit.scope} {limit.name}", None, _shown(limit)) for limit in come]
     return found
 
 

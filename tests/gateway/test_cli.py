@@ -1,5 +1,6 @@
 """The command line, as a person types it."""
 
+import json
 import os
 import re
 import subprocess
@@ -191,8 +192,23 @@ def test_explain_says_who_wins_and_why_the_others_lost(tmp_path: Path) -> None:
     assert "probe default@" in done.stdout
 
 
+@pytest.mark.engine
+def test_an_engines_setting_is_named_as_the_operator_wrote_it(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    needs = {
+        "models": {"bundled/nano": "bundled/nano"}, "speculation": {}, "probe": None, "encoder": "default",
+        "embeds": False, "socket_path": str(tmp_path / "s"), "exit_with_parent": False,
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "gateway.engine_main", json.dumps(needs)], capture_output=True, text=True, timeout=100,
+        env={**os.environ, "LEADLINE_KV_DISK": str(tmp_path / "file" / "kv")}, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert f"engine: LEADLINE_KV_DISK: {tmp_path}/file/kv cannot be used: Not a directory; name a folder" in done.stderr
+
+
 def test_help_needs_nothing_installed(tmp_path: Path) -> None:
     done = leadline("--help", home=tmp_path)
     assert done.returncode == 0
-    for command in ("serve", "check", "explain", "keys", "spend", "probe"):
+    for command in ("serve", "check", "explain", "diff", "schema", "keys", "spend", "probe"):
         assert command in done.stdout

@@ -186,7 +186,7 @@ def test_settings_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     config = EngineConfig(models={}, socket_path="s", prefix_disk=tmp_path / "file")
     with pytest.raises(ConfigError, match=r"prefix_disk: .*file cannot be used: Not a directory"):
         open_tiers(config)
-    with pytest.raises(ConfigError, match="prefix_redis cannot be used: Redis URL must specify"):
+    with pytest.raises(ConfigError, match="prefix_redis: cannot be used: Redis URL must specify"):
         open_tiers(EngineConfig(models={}, socket_path="s", prefix_redis="localhost:6379"))
     assert open_tiers(EngineConfig(models={}, socket_path="s")) is None
     with pytest.raises(ValueError, match="prefix_disk_bytes must be at least 1, not 0"):

@@ -312,7 +312,7 @@ def test_bounds_on_p_success_need_heads() -> None:
 def test_a_cost_of_zero_needs_a_free_candidate() -> None:
     text = changed(P90, '{cost: "<= $0"}')
     parse(text)
-    assert "no candidate is free" in problems(text.replace("[local, weak,", "[weak,"))[0].message
+    assert "the shortest call of the cheapest" in problems(text.replace("[local, weak,", "[weak,"))[0].message
 
 
 def test_two_routes_together_can_make_a_third_unreachable() -> None:

@@ -1,0 +1,177 @@
+"""`leadline check | explain | diff | schema` on files and on a ledger's history."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from gateway.cli import app
+from gateway.policies import load_policy
+from tests.gateway.conftest import POLICY, StartGateway, ask
+
+ROOT = Path(__file__).parents[2]
+TEXT = POLICY.format(url="http://127.0.0.1:9/v1", limits="")
+BATCH = '  - {name: night, when: {model: auto, key: [batch, first], schedule: {hours: "22:00-06:00"}}, use: [dear]}\n'
+
+
+class Shell:
+    """The command line, in a state folder of its own."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+
+    def run(self, *arguments: str) -> tuple[int, str]:
+        """(exit status, everything printed)."""
+        env = {"LEADLINE_HOME": str(self.home), "DATABASE_URL": None, "REDIS_URL": None, "OPENAI_API_KEY": None}
+        done = CliRunner().invoke(app, arguments, env=env)
+        return done.exit_code, done.output
+
+    def policy(self, name: str, text: str) -> str:
+        file = self.home.parent / name
+        file.write_text(text)
+        return str(file)
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    return Shell(tmp_path / "home")
+
+
+def test_check_tells_what_may_not_be_meant_with_its_line(shell: Shell) -> None:
+    text = TEXT.replace("routes:\n", "routes:\n" + BATCH) + (
+        "  - {name: cheap-only, when: {tag: x}, candidates: [cheap], subject_to: {cost: '<= $0.000001'}}\n"
+    )
+    file = shell.policy("p.yaml", text)
+    status, out = shell.run("check", file)
+    assert status == 0
+    assert f"note: {file}:29: routes[4].subject_to.cost: met only by requests with a low max_tokens" in out
+    assert "routes[0].when.key" not in out, "there is no ledger to ask"
+
+
+@pytest.mark.anyio
+async def test_check_knows_the_keys_of_the_ledger(start_gateway: StartGateway, shell: Shell) -> None:
+    async with start_gateway(home=shell.home):
+        pass
+    limits = "limits:\n  - {key: fisrt, rate: 1/s}\n  - {key: first, rate: 2/s}\n  - {team: red, rate: 1/s}\n"
+    file = shell.policy("p.yaml", TEXT.replace("routes:\n", "routes:\n" + BATCH) + limits)
+    _, out = shell.run("check", file)
+    assert f"{file}:30: limits[0].key: no key that works has the name 'fisrt'; did you mean `first`?" in out
+    assert "limits[2].team: no key that works has the team 'red'" in out
+    assert "routes[0].when.key: no key that works has the name 'batch'" in out
+    assert "'first'" not in out
+    status, told = shell.run("check", file, "--json")
+    assert (status, len(json.loads(told)["notes"])) == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        (
+            "  fake: {base_url: \"http://127.0.0.1:9/v1\"",
+            "  fake: {server: leadline, base_url: \"http://127.0.0.1:9\"",
+            "p.yaml:4: providers.fake.base_url: an engine that listens answers below /v1. Fix: end the address with",
+        ),
+        (
+            "models:\n",
+            "  home: {engine: embedded}\nmodels:\n  a: {provider: home, model: bundled/base, speculation: off}\n"
+            "  b: {provider: home, model: bundled/base}\n",
+            "p.yaml:9: models.b.speculation: `a` is the same model and drafts another way: off. Fix: write the same",
+        ),
+        (
+            "candidates: [cheap, dear]",
+            "candidates: [cheap, dear]\n    subject_to: {cost: '<= $0.0000005'}",
+            "routes[0].subject_to.cost: nothing can satisfy this: the shortest call of the cheapest, `cheap`, costs",
+        ),
+        (
+            "models:\n",
+            "  home: {engine: embedded}\nmodels:\n  a: {provider: home, model: ./none}\n",
+            "p.yaml:8: models.a.model: ",
+        ),
+    ],
+)  # fmt: skip
+def test_check_refuses_what_cannot_work(shell: Shell, old: str, new: str, problem: str) -> None:
+    assert old in TEXT
+    status, out = shell.run("check", shell.policy("p.yaml", TEXT.replace(old, new, 1)))
+    assert status != 0
+    assert problem in out
+
+
+def test_explain_tells_routes_hints_and_times(shell: Shell) -> None:
+    file = shell.policy("p.yaml", TEXT.replace("routes:\n", "routes:\n" + BATCH))
+    _, day = shell.run("explain", file, "hello", "--key", "batch", "--at", "2026-11-23T12:00")
+    assert day.startswith("cheap, by route auto")
+    assert "route night: not taken: at mon 12:00, asked: every day 22:00-06:00 UTC" in day
+    _, night = shell.run("explain", file, "hello", "--key", "batch", "--at", "2026-11-23T21:30-01:00")
+    assert night.startswith("dear, by route night")
+    _, hinted = shell.run("explain", file, "hello", "--header", "x-leadline-models: dear")
+    assert hinted.startswith("dear, by route auto")
+    status, refused = shell.run("explain", file, "hello", "--header", "x-leadline-effort: huge")
+    assert (status != 0, "x-leadline-effort: 'huge' is no effort" in refused) == (True, True)
+    for wrong in (["--at", "noon"], ["--header", "nonsense"], ["--request", "req_1"]):
+        status, out = shell.run("explain", file, *([] if wrong[0] == "--request" else ["hello"]), *wrong)
+        assert status != 0
+        assert "Traceback" not in out
+    status, told = shell.run("explain", file, "hello", "--json")
+    data = json.loads(told)
+    assert (data["decision"]["plan"]["model"], data["routes"][-1]["taken"]) == ("cheap", True)
+    status, out = shell.run("explain", file, "hello", "--model", "nobody")
+    assert (status != 0, "refused: `nobody` is neither a model nor an alias" in out) == (True, True)
+
+
+@pytest.mark.anyio
+async def test_explain_tells_a_past_request_and_what_would_be_now(start_gateway: StartGateway, shell: Shell) -> None:
+    async with start_gateway(home=shell.home) as gateway:
+        _, headers, _ = await gateway.chat(ask(model="auto"))
+        await gateway.rows()
+    file = shell.policy(
+        "p.yaml", TEXT.replace("routes:\n", "routes:\n" + BATCH.replace(', schedule: {hours: "22:00-06:00"}', ""))
+    )
+    status, out = shell.run("explain", file, "--request", headers["x-request-id"])
+    assert status == 0, out
+    then, now = out.split("now, by policy ")
+    assert "ok (200), served by cheap" in then
+    assert "cheap, by route auto" in then
+    assert "dear, by route night" in now
+    assert "the key is first" in now
+    status, told = shell.run("explain", file, "--request", headers["x-request-id"], "--json")
+    data: dict[str, Any] = json.loads(told)
+    assert (data["then"]["plan"]["model"], data["now"]["decision"]["plan"]["model"]) == ("cheap", "dear")
+    status, out = shell.run("explain", file, "--request", "req_none")
+    assert (status != 0, "the ledger has no such request" in out) == (True, True)
+
+
+@pytest.mark.anyio
+async def test_diff_decides_the_ledgers_history_anew(start_gateway: StartGateway, shell: Shell) -> None:
+    async with start_gateway(home=shell.home) as gateway:
+        for number in range(3):
+            await gateway.chat(ask(text=f"number {number}", model="auto"))
+        await gateway.chat(ask(model="cheap"))
+        await gateway.rows()
+    old = shell.policy("old.yaml", TEXT)
+    new = shell.policy("new.yaml", TEXT.replace("candidates: [cheap, dear]", "candidates: [dear]"))
+    status, out = shell.run("diff", old, new)
+    assert status == 1
+    assert "~ routes.auto.candidates: cheap, dear -> dear" in out
+    assert "history: 3 of the newest 4 requests" in out
+    assert "  3: cheap -> dear" in out
+    status, told = shell.run("diff", old, new, "--json")
+    data = json.loads(told)
+    assert data["changes"] == [{"field": "routes.auto.candidates", "before": "cheap, dear", "after": "dear"}]
+    assert data["history"] == {"requests": 4, "changed": [{"before": "cheap", "after": "dear", "requests": 3}]}
+    assert shell.run("diff", old, old)[0] == 0
+
+
+def test_the_schema_is_the_published_one(shell: Shell) -> None:
+    status, out = shell.run("schema")
+    assert status == 0
+    assert out == (ROOT / "policies" / "schema.json").read_text(encoding="utf-8")
+
+
+def test_nothing_is_written_by_looking(shell: Shell) -> None:
+    file = shell.policy("p.yaml", TEXT)
+    for command in (["check", file], ["explain", file, "hello"], ["diff", file, file], ["schema"]):
+        shell.run(*command)
+    assert not shell.home.exists()
+    assert load_policy(Path(file)).aliases
