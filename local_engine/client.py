@@ -14,6 +14,7 @@ from local_engine.types import (
     Cancel,
     Command,
     Delta,
+    Effort,
     Embed,
     EmbedResult,
     EngineStats,
@@ -176,9 +177,23 @@ class EngineClient:
         assert isinstance(event, ScoreResult)
         return event
 
-    async def probe(self, messages_json: bytes) -> ProbeResult:
-        """How likely each local model answers this well, and how long its prompt is. Raises as `generate` does."""
-        event = await self._ask(lambda id: Probe(id, messages_json))
+    async def probe(
+        self,
+        messages_json: bytes,
+        model: str = "",
+        tools_json: bytes | None = None,
+        *,
+        effort: Effort = "low",
+        salt: str = "",
+        ttl_s: float = 0.0,
+        deadline_s: float | None = None,
+    ) -> ProbeResult:
+        """How likely this is answered well, as the encoder has it, and how long its prompt is for each model.
+
+        With `model` as that model's own reading has it; what was read is kept for `ttl_s`, and a `generate` of the same
+        messages, tools, effort and salt computes none of it again. Raises as `generate` does.
+        """
+        event = await self._ask(lambda id: Probe(id, messages_json, model, tools_json, effort, salt, ttl_s, deadline_s))
         assert isinstance(event, ProbeResult)
         return event
 

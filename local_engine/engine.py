@@ -2,8 +2,8 @@
 
 Each model has a lane (`lane.py`), which computes its sequences; the lanes take turns. Each request has a controller
 (`generation.py`, `scoring.py`), which owns sequences through `primitives.py` and says what its caller is told.
-Cancels and deadlines are looked at before every step; probes and embeds are served, all waiting ones at once, between
-steps. What one step means for one connection is delivered at once, as one message.
+Cancels and deadlines are looked at before every step; the encoder answers probes and embeds on a thread of its own
+(`beside.py`). What one step means for one connection is delivered at once, as one message.
 """
 
 import itertools
@@ -11,12 +11,14 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from local_engine.beside import Asker, Beside, Vectors
 from local_engine.chat import InvalidRequest, Tool, parse_messages, parse_tools, prompt_tokens
+from local_engine.errors import ConfigError
 from local_engine.generation import Generation
 from local_engine.kv import KVCache
 from local_engine.lane import Lane, Runs, Turn
@@ -30,6 +32,7 @@ from local_engine.reason.plans import step_speculation
 from local_engine.runner import Runner, new_kv
 from local_engine.sampler import sampling_problem
 from local_engine.scoring import Scoring
+from local_engine.sounding import PromptSounding
 from local_engine.spec.build import MakeSpeculator, without_speculation
 from local_engine.types import (
     Cancel,
@@ -49,7 +52,9 @@ from local_engine.types import (
     Probe,
     Prober,
     ProbeResult,
+    PromptReader,
     Score,
+    Sounding,
     SpeculateSteps,
     Stats,
     StatsResult,
@@ -64,7 +69,7 @@ MAX_BYTES_PER_TOKEN = 64
 logger = logging.getLogger(__name__)
 
 Deliver = Callable[[list[Event]], None]
-"""Takes the events of one step for one connection. Called on the engine's thread: hand over and return."""
+"""Takes events for one connection. Called on the engine's threads: hand over and return."""
 
 
 @dataclass(slots=True, eq=False)
@@ -78,6 +83,8 @@ class _Job:
     deadline: float = float("inf")
     controller: Controller | None = None
     engine: Primitives | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+    """Of a probe: prompt tokens per model."""
 
     @property
     def begun(self) -> bool:
@@ -127,6 +134,7 @@ class Engine:
         models: Mapping[str, LocalModel],
         prober: Prober | None = None,
         *,
+        readers: Mapping[str, Sequence[PromptReader]] | None = None,
         max_running: int = 8,
         prefill_chunk: int = 256,
         kv_bytes: int = 1 << 30,
@@ -137,6 +145,8 @@ class Engine:
         make_runner: Callable[[LocalModel, KVCache], Runs] = Runner,
     ) -> None:
         self._prober = prober
+        self._beside = Beside(prober, self._answered) if prober is not None else None
+        self._readers = {name: tuple(found) for name, found in (readers or {}).items()}
         self._prefix_tiers = prefix_tiers
         self._lanes: dict[str, Lane] = {}
         for name, model in models.items():
@@ -156,12 +166,18 @@ class Engine:
         self._cancelled = 0
         self._outbox: dict[Link, list[Event]] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        for name, found in self._readers.items():
+            self._check_readers(name, found)
 
     def start(self) -> None:
         self._thread.start()
+        if self._beside is not None:
+            self._beside.start()
 
     def stop(self) -> None:
-        """End everything as cancelled, wait for the thread, write what is to be kept. A second call does nothing."""
+        """End everything as cancelled, wait for the threads, write what is to be kept. A second call does nothing."""
+        if self._beside is not None:
+            self._beside.stop()
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -181,7 +197,8 @@ class Engine:
         """The greeting of this engine, as process `pid`."""
         version = self._prober.version if self._prober else None
         heads = list(self._prober.heads) if self._prober else []
-        return Hello([lane.model.card for lane in self._lanes.values()], version, heads, pid)
+        readers = {name: "+".join(reader.version for reader in found) for name, found in self._readers.items()}
+        return Hello([lane.model.card for lane in self._lanes.values()], version, heads, pid, readers)
 
     def stats(self) -> EngineStats:
         """A glance from any thread: numbers of one moment may be off by a step."""
@@ -191,7 +208,7 @@ class Engine:
         running = sum(job.begun for job in jobs)
         return EngineStats(
             running=running,
-            waiting=len(jobs) - running + len(self._inbox),
+            waiting=len(jobs) - running + len(self._inbox) + (self._beside.waiting if self._beside else 0),
             steps=sum(lane.steps for lane in lanes),
             kv_tokens=sum(sequence.computed for lane in lanes for sequence in list(lane.scheduler.running)),
             kv_bytes=sum(lane.kv.bytes_used for lane in lanes),
@@ -205,13 +222,15 @@ class Engine:
             preemptions=sum(lane.scheduler.preemptions for lane in lanes),
             drafted_tokens=sum(lane.drafted_tokens for lane in lanes),
             accepted_tokens=sum(lane.accepted_tokens for lane in lanes),
+            held_prompts=sum(len(lane.held) for lane in lanes),
+            held_found=sum(lane.held.found for lane in lanes),
         )
 
     def prefix_stats(self) -> dict[str, PrefixStats]:
         """What each model's prefix store has done, likewise; of those that have one."""
         return {name: lane.store.stats() for name, lane in self._lanes.items() if lane.store is not None}
 
-    # ---- everything below runs on the engine's thread, but for _enqueue ---------------------------------------------
+    # ---- everything below runs on the engine's thread, but for _enqueue and _answered -------------------------------
 
     def _enqueue(self, job: _Job) -> None:
         with self._wake:
@@ -233,17 +252,21 @@ class Engine:
             for job in self._jobs:
                 job.cancelled = True
             self._reap()
+            for lane in self._lanes.values():
+                lane.expire(float("inf"))
             self._flush()
 
     def _await_work(self) -> bool:
         with self._wake:
             while not (self._stopping or self._inbox or self._jobs):
-                self._wake.wait()
+                ends = min((lane.held.next_end for lane in self._lanes.values()), default=float("inf"))
+                now = time.perf_counter()
+                if ends <= now:
+                    break
+                self._wake.wait(None if ends == float("inf") else ends - now)
             return not self._stopping
 
     def _take_commands(self) -> None:
-        probes: list[tuple[_Job, Probe]] = []
-        embeds: list[tuple[_Job, Embed]] = []
         while self._inbox:
             job = self._inbox.popleft()
             match job.command:
@@ -252,13 +275,12 @@ class Engine:
                 case Score() as command:
                     self._guarded(job, self._prepare_score, command)
                 case Probe() as command:
-                    probes.append((job, command))
+                    self._guarded(job, self._prepare_sounding if command.model else self._prepare_probe, command)
                 case Embed() as command:
-                    embeds.append((job, command))
-        if probes:
-            self._serve_probes(probes)
-        if embeds:
-            self._serve_embeds(embeds)
+                    self._guarded(job, self._prepare_embed, command)
+        now = time.perf_counter()
+        for lane in self._lanes.values():
+            lane.expire(now)
 
     def _prepare_generate(self, job: _Job, command: Generate) -> None:
         """Check everything that can be checked before work is spent, and join the line."""
@@ -308,14 +330,17 @@ class Engine:
             raise _Refused("model_not_found", f"no local model {name!r}; there are {self._names()}")
         return lane
 
-    def _prompt(self, lane: Lane, command: Generate | Score, tools: list[Tool] | None, effort: Effort) -> list[int]:
+    def _prompt(
+        self, lane: Lane, command: Generate | Score | Probe, tools: list[Tool] | None, effort: Effort
+    ) -> list[int]:
         messages = parse_messages(command.messages_json)
         window = lane.model.card.context_window
         if len(command.messages_json) > window * MAX_BYTES_PER_TOKEN:
             reason = f"{len(command.messages_json)} bytes of messages cannot fit the {window} tokens of {command.model}"
             raise _Refused("context_length_exceeded", reason)
         prompt = prompt_tokens(lane.model.tokenizer, messages, tools, effort)
-        return prompt + _plain_tokens(lane.model, command.prefix) if command.prefix else prompt
+        prefix = "" if isinstance(command, Probe) else command.prefix
+        return prompt + _plain_tokens(lane.model, prefix) if prefix else prompt
 
     def _check_room(self, lane: Lane, name: str, tokens: int) -> None:
         """Refuse at once what could never be computed."""
@@ -330,41 +355,68 @@ class Engine:
             )
             raise _Refused("context_length_exceeded", reason)
 
-    def _begin(self, job: _Job, command: Generate | Score, controller: Controller) -> None:
+    def _begin(self, job: _Job, command: Generate | Score | Probe, controller: Controller) -> None:
         if command.deadline_s is not None:
             job.deadline = job.since + command.deadline_s
         job.engine = Primitives(
             self._lanes, job, serials=self._serials,
-            arrived=job.since, priority=command.priority, salt=command.salt.encode(),
+            arrived=job.since, priority=getattr(command, "priority", 0), salt=command.salt.encode(),
         )  # fmt: skip
         job.controller = controller
         self._jobs[job] = None
         controller.begin(job.engine)
 
-    def _serve_probes(self, jobs: list[tuple[_Job, Probe]]) -> None:
-        asked: list[tuple[_Job, list[Message], int]] = []
-        for job, command in jobs:
-            self._guarded(job, self._hear_probe, command, asked)
-        conversations = [messages for _, messages, _ in asked]
-        try:
-            verdicts = self._prober.probe(conversations) if self._prober and asked else [{} for _ in asked]
-            answers = [
-                (job, verdict, self._counts(messages, size))
-                for (job, messages, size), verdict in zip(asked, verdicts, strict=True)
-            ]
-        except Exception:
-            logger.exception("the probe failed on a batch of %d", len(asked))
-            for job, _, _ in asked:
-                self._fail(job, "internal", "the probe failed; the engine's log has the details")
-            return
-        for job, p_success, counts in answers:
-            cost_us = int((time.perf_counter() - job.since) * 1e6)
-            self._end(job, ProbeResult(job.command.id, p_success, counts, cost_us))
+    def _check_readers(self, name: str, readers: Sequence[PromptReader]) -> None:
+        """Raises ConfigError where one wants what the model does not have."""
+        if name not in self._lanes:
+            raise ConfigError(f"a probe reads the prompts of {name!r}, and there are {self._names()} here")
+        most = int(self._lanes[name].model.network.config.num_hidden_layers)
+        for reader in readers:
+            if not all(0 <= layer <= most for layer in reader.layers):
+                raise ConfigError(f"probe {reader.version} wants layers {list(reader.layers)}; {name} has 0 to {most}")
 
-    def _hear_probe(self, job: _Job, command: Probe, asked: list[tuple[_Job, list[Message], int]]) -> None:
-        if job.cancelled:
-            return self._end(job, Finished(job.command.id, "cancelled", 0, 0, 0))
-        asked.append((job, parse_messages(command.messages_json), len(command.messages_json)))
+    def _prepare_sounding(self, job: _Job, command: Probe) -> None:
+        lane = self._lane(command.model)
+        readers = self._readers.get(command.model)
+        if not readers:
+            raise InvalidRequest(f"no probe reads the prompts of {command.model!r}; name one in the policy", "model")
+        prompt = self._prompt(lane, command, parse_tools(command.tools_json), command.effort)
+        self._check_room(lane, command.model, len(prompt) + 1)
+        self._begin(job, command, PromptSounding(command, prompt, lane.model, lane, readers))
+
+    def _prepare_probe(self, job: _Job, command: Probe) -> None:
+        messages = parse_messages(command.messages_json)
+        job.counts = self._counts(messages, len(command.messages_json))
+        if self._beside is not None:
+            self._beside.probe(job, messages)
+        else:
+            cost_us = int((time.perf_counter() - job.since) * 1e6)
+            self._end(job, ProbeResult(command.id, {}, job.counts, cost_us))
+
+    def _prepare_embed(self, job: _Job, command: Embed) -> None:
+        if self._beside is None:
+            problem = "this engine has no embedding model; load one, by a policy with a model that `embeds`"
+            raise InvalidRequest(problem, "model")
+        self._beside.embed(job, command.texts)
+
+    def _answered(self, asker: Asker, answer: Sounding | Vectors | Exception | None) -> None:
+        """What the encoder says for a probe or an embed; on its thread, so that no answer waits for a step."""
+        assert isinstance(asker, _Job), "only jobs ask"
+        id = asker.command.id
+        event: Event
+        match answer:
+            case None:
+                event = Finished(id, "cancelled", 0, 0, 0)
+            case Exception():
+                event = Failed(id, "internal", "the probe failed; the engine's log has the details")
+            case bytes(vectors), int(dims), int(tokens):
+                event = EmbedResult(id, dims, vectors, tokens)
+            case said:
+                cost_us = int((time.perf_counter() - asker.since) * 1e6)
+                found = dict(said.p_success), asker.counts, cost_us, sorted(said.undecided)
+                event = ProbeResult(id, *found, dict(said.out_tokens), dict(said.domain), said.needs_reasoning)
+        asker.link._settle(id)
+        asker.link.deliver([event])
 
     def _counts(self, messages: list[Message], size: int) -> dict[str, int]:
         """Exact prompt tokens per model for messages of `size` bytes.
@@ -382,19 +434,6 @@ class Engine:
             except InvalidRequest:
                 logger.debug("no token count for %s: its template refuses the messages", name)
         return counts
-
-    def _serve_embeds(self, jobs: list[tuple[_Job, Embed]]) -> None:
-        for job, command in jobs:
-            self._guarded(job, self._embed, command.texts)
-
-    def _embed(self, job: _Job, texts: list[str]) -> None:
-        if job.cancelled:
-            return self._end(job, Finished(job.command.id, "cancelled", 0, 0, 0))
-        if self._prober is None:
-            problem = "this engine has no embedding model; load one, by a policy with a model that `embeds`"
-            return self._fail(job, "invalid_request", problem, "model")
-        vectors, dims, tokens = self._prober.embed(texts)
-        self._end(job, EmbedResult(job.command.id, dims, vectors, tokens))
 
     def _tell(self, turns: list[Turn]) -> None:
         """Hand each turn to the controller whose sequence it is."""

@@ -16,6 +16,7 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
+from local_engine.held import MOST_HELD, Held, HeldPrompts
 from local_engine.kv import KVCache, KVFull
 from local_engine.model import LocalModel
 from local_engine.prefix import PrefixStore
@@ -42,6 +43,8 @@ class Runs(Protocol):
     """What a lane needs of a `Runner`."""
 
     def run(self, segments: Sized[Segment], *, tap_layers: Sized[int] = ()) -> StepOutput: ...
+
+    def logits(self, states: Tensor) -> Tensor: ...
 
 
 @dataclass(slots=True)
@@ -118,6 +121,7 @@ class Lane:
         self.store = store
         self.speculator = speculator
         self.scheduler = Scheduler(max_running)
+        self.held = HeldPrompts()
         self.most_tokens = min(model.card.context_window, kv.bytes_limit // kv.token_bytes)
         """Of one sequence: the window, or what the KV budget holds."""
         self.steps = 0
@@ -133,7 +137,7 @@ class Lane:
 
     def add(self, sequence: Sequence) -> None:
         """Compute it from the next step on, or from when a slower tier has brought what it has of its prefix."""
-        if self.store is not None and sequence.slot is None:
+        if self.store is not None and sequence.slot is None and self._held_for(sequence) is None:
             try:
                 sequence.arriving = self.store.prefetch(sequence.salt, sequence.ids[: sequence.scored_from])
             except Exception:
@@ -160,6 +164,33 @@ class Lane:
             except KVFull:
                 logger.debug("no room for a fork: it will read its text again")
         self.add(child)
+
+    def keep(self, sequence: Sequence, logits: Tensor, until: float) -> None:
+        """Drop it, but keep its slot for who goes on with its text before `until`."""
+        if sequence.slot is None or sequence.computed < len(sequence.ids):  # its KV was taken away meanwhile
+            return self.drop(sequence)
+        self.scheduler.remove(sequence)
+        self.held.add(Held(sequence.ids, sequence.salt, sequence.slot, logits, until))
+        sequence.forget()
+        if len(self.held) > MOST_HELD:
+            self._let_go(self.held.oldest())
+
+    def expire(self, now: float) -> None:
+        """Give back what has been kept for long enough."""
+        for held in self.held.ended(now):
+            self._let_go(held)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """float32 [rows, vocabulary] of hidden states [rows, width]."""
+        return self._runner.logits(states)
+
+    def _let_go(self, held: Held | None) -> bool:
+        if held is not None:
+            self.kv.close(held.slot)
+        return held is not None
+
+    def _held_for(self, sequence: Sequence) -> tuple[Held, int] | None:
+        return self.held.find(sequence.salt, sequence.ids) if sequence.scored_from is None else None
 
     def cut(self, sequence: Sequence, length: int) -> None:
         """Its text has `length` tokens or fewer left, or is about to: forget the KV after them."""
@@ -188,15 +219,19 @@ class Lane:
     # ---- room, as the scheduler asks for it -----------------------------------------------------------------------
 
     def take(self, sequence: Sequence, length: int) -> bool:
-        try:
-            if sequence.slot is not None:
-                self.kv.reserve(sequence.slot, min(length, sequence.limit))
-            else:
-                sequence.slot = self.kv.open(min(length + HEADROOM, sequence.limit))
-                self._recall(sequence, sequence.slot)
-        except (KVFull, torch.OutOfMemoryError):
-            return False
-        return True
+        while True:
+            try:
+                if sequence.slot is not None:
+                    self.kv.reserve(sequence.slot, min(length, sequence.limit))
+                elif (found := self._held_for(sequence)) is not None:
+                    self._go_on_from(*found, sequence, min(length + HEADROOM, sequence.limit))
+                else:
+                    sequence.slot = self.kv.open(min(length + HEADROOM, sequence.limit))
+                    self._recall(sequence, sequence.slot)
+                return True
+            except (KVFull, torch.OutOfMemoryError):
+                if not self._let_go(self.held.oldest()):
+                    return False
 
     def give(self, sequence: Sequence) -> None:
         assert sequence.slot is not None, "only those with a slot are asked to give it"
@@ -208,7 +243,7 @@ class Lane:
 
         They wait only for who is before them in line, so for somebody who comes forward.
         """
-        if self.store is None:
+        if self.store is None or self._held_for(sequence) is not None:
             return False
         if sequence.awaited is None:
             sequence.awaited = self._reader(sequence, running)
@@ -235,6 +270,19 @@ class Lane:
                     best, least = (other, shared), shared
         return best
 
+    def _go_on_from(self, held: Held, shared: int, sequence: Sequence, capacity: int) -> None:
+        """Give a sequence the slot of a held prompt; its logits too, where the text is the same and it only writes."""
+        self.kv.reserve(held.slot, capacity)
+        self.held.take(held)
+        same = shared == len(held.ids) == len(sequence.ids) and sequence.sampler is not None and sequence.taps is None
+        kept = shared if same else min(shared, len(sequence.ids) - 1)
+        if kept < len(held.ids):
+            self.kv.truncate(held.slot, kept)
+        sequence.slot, sequence.computed = held.slot, kept
+        sequence.kept_logits = held.logits if same else None
+        if sequence.cached is None:
+            sequence.cached = kept
+
     def _recall(self, sequence: Sequence, slot: int) -> None:
         """Load the longest stored prefix; the last token, and what is to be scored, is left to compute."""
         if self.store is not None:
@@ -258,6 +306,7 @@ class Lane:
         turns = [Turn(sequence, out_of_room=True) for sequence in plan.stuck]
         for sequence in plan.stuck:
             sequence.at_rest = True
+        turns += self._begin_from_kept([s for s in self.scheduler.running if s.kept_logits is not None])
         if plan.work:
             began = self._clock()
             turns += self._compute(plan.work)
@@ -271,6 +320,17 @@ class Lane:
                 self.speculator.settle(plan.tokens)
         else:
             self._await_arrival()
+        return turns
+
+    def _begin_from_kept(self, sequences: list[Sequence]) -> list[Turn]:
+        """The first tokens of those that were given the logits for them."""
+        if not sequences:
+            return []
+        logits = torch.stack([sequence.kept_logits for sequence in sequences if sequence.kept_logits is not None])
+        for sequence in sequences:
+            sequence.kept_logits = None
+        turns = [Turn(sequence) for sequence in sequences]
+        self._write(turns, logits)
         return turns
 
     def _await_arrival(self) -> None:

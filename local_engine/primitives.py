@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Tokens
 from typing import Protocol
 
+from torch import Tensor
+
 from local_engine.lane import Lane, Turn
 from local_engine.sampler import Sampler
 from local_engine.sequence import Scores, Sequence, place, token_ids
@@ -175,6 +177,13 @@ class Primitives:
         child.computed = start - 1
         self._lane_of[sequence].branch(sequence, child)
         return child
+
+    def keep(self, sequence: Sequence, logits: Tensor, until: float) -> None:
+        """Close it, but let its KV and the logits [vocabulary] after it wait for who writes on from its text.
+
+        It must be at rest. `until` is a time of the engine's clock.
+        """
+        self._lane_of.pop(sequence).keep(sequence, logits, until)
 
     def close(self, sequence: Sequence) -> None:
         """Free it. Harmless when it is closed."""

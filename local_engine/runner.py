@@ -107,6 +107,11 @@ class Runner:
             state=packing.unpacked(hidden) if last < self.layers else None,
         )
 
+    def logits(self, states: Tensor) -> Tensor:
+        """float32 [rows, vocabulary] that hidden states [rows, width] of any layer would give as the last layer's."""
+        with torch.inference_mode():
+            return self._head(self._body.norm(states)).to(torch.float32, copy=True)
+
     def _forward(
         self, hidden: Tensor, packing: "_Packing", plan: StepPlan, layers: range, wanted: set[int]
     ) -> tuple[dict[int, Tensor], Tensor]:

@@ -75,6 +75,8 @@ class Sequence:
     """What a slower store is fetching for it: it is let in once that is ready."""
     awaited: "tuple[Sequence, int] | None" = None
     """Who is computing a prefix of it, and how long that is: it is let in when that is done."""
+    kept_logits: "Tensor | None" = None
+    """[vocabulary] after its last token, which it was given with its KV: it writes from them, and computes nothing."""
     at_rest: bool = False
     """It has read all that it was given and has no sampler, or waits. It stays at rest when its KV is taken away."""
 
@@ -93,7 +95,7 @@ class Sequence:
 
     def forget(self) -> None:
         """Its KV is gone: what it has said stays, and is computed again."""
-        self.slot, self.computed = None, 0
+        self.slot, self.computed, self.kept_logits = None, 0, None
         self.undraft()
 
     def undraft(self) -> None:

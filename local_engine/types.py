@@ -8,10 +8,14 @@ one `Failed`. `Cancel` has no answer of its own: the cancelled command ends with
 one for each choice that is not over, within one engine step; so does, with `"deadline"`, a command whose time is up.
 """
 
-from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import msgspec
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 Effort = Literal["none", "low", "high"]
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "deadline"]
@@ -196,8 +200,17 @@ class Score(msgspec.Struct, frozen=True, tag="score"):
 
 
 class Probe(msgspec.Struct, frozen=True, tag="probe"):
+    """How likely is a good answer? Asked of the encoder; with `model`, of that model's own reading of the prompt."""
+
     id: int
     messages_json: bytes
+    model: str = ""
+    tools_json: bytes | None = None
+    effort: Effort = "low"
+    salt: str = ""
+    ttl_s: float = 0.0
+    """With `model`: how long what was read is kept for the request that writes on from it, and computes none of it."""
+    deadline_s: float | None = None
 
 
 class Embed(msgspec.Struct, frozen=True, tag="embed"):
@@ -233,6 +246,8 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     """Version of the loaded probe artifact; None when the engine has no probe."""
     probe_heads: list[str]
     pid: int
+    readers: dict[str, str] = {}
+    """Model to the versions, joined by `+`, of what is asked when it reads a prompt for a probe."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -351,8 +366,16 @@ class ProbeResult(msgspec.Struct, frozen=True, tag="probe_result"):
     """Calibrated P(correct) per head; a head that abstains is absent."""
     input_tokens: dict[str, int]
     """Exact prompt length per local model, chat template included."""
+    """Of a probe with a model: of that one."""
     cost_us: int
     """Wall time in the engine, microseconds."""
+    undecided: list[str] = []
+    """Of these heads it knows hardly more than the base rate."""
+    out_tokens: dict[str, tuple[float, float, float]] = {}
+    """Per head (expected, low, high) tokens of the answer."""
+    domain: dict[str, float] = {}
+    """Probability of each domain."""
+    needs_reasoning: float | None = None
 
 
 class EmbedResult(msgspec.Struct, frozen=True, tag="embed_result"):
@@ -407,6 +430,10 @@ class EngineStats(msgspec.Struct, frozen=True):
     """Requests whose callers left."""
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    held_prompts: int = 0
+    """Read for a probe, and waiting for who writes on from them."""
+    held_found: int = 0
+    """How often somebody did."""
 
 
 class StatsResult(msgspec.Struct, frozen=True, tag="stats_result"):
@@ -425,6 +452,29 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 Event = Hello | Delta | Finished | ScoreResult | ProbeResult | EmbedResult | StatsResult | Failed
 
 
+class Sounding(Protocol):
+    """What a probe says of one conversation; what it abstains from is absent."""
+
+    @property
+    def p_success(self) -> Mapping[str, float]:
+        """Calibrated P(correct) per head."""
+        ...
+
+    @property
+    def undecided(self) -> Collection[str]:
+        """Heads of which it knows hardly more than the base rate."""
+        ...
+
+    @property
+    def out_tokens(self) -> Mapping[str, tuple[float, float, float]]: ...
+
+    @property
+    def domain(self) -> Mapping[str, float]: ...
+
+    @property
+    def needs_reasoning(self) -> float | None: ...
+
+
 class Prober(Protocol):
     """What the engine needs of a probe; the gateway passes one in, so that engine and probes stay strangers."""
 
@@ -434,10 +484,49 @@ class Prober(Protocol):
     @property
     def heads(self) -> Sequence[str]: ...
 
-    def probe(self, conversations: Sequence[Sequence[Message]]) -> list[dict[str, float]]:
-        """Calibrated P(correct) per head for each conversation."""
+    def sound(self, conversations: Sequence[Sequence[Message]]) -> Sequence[Sounding]:
+        """One for each conversation; called on a thread of its own, one call at a time."""
         ...
 
     def embed(self, texts: Sequence[str]) -> tuple[bytes, int, int]:
         """(float32 little-endian [n, dims] bytes, dims, tokens read)."""
+        ...
+
+
+class Rating(msgspec.Struct, frozen=True):
+    """What a model says of itself when it has read a prompt: see `local_engine.sounding`."""
+
+    entropy: float
+    """Of the first token of its answer, in nats."""
+    p_true: float | None = None
+    """P(yes), of yes and no, after a question about the prompt; None where nothing was asked."""
+    internal_confidence: float | None = None
+
+
+class PromptReader(Protocol):
+    """What the engine needs of a probe that hears a model's own reading of a prompt."""
+
+    @property
+    def version(self) -> str: ...
+
+    @property
+    def heads(self) -> Sequence[str]: ...
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """Whose hidden states it is given, numbered as in TapSpec."""
+        ...
+
+    @property
+    def question(self) -> str:
+        """What is asked about the prompt; empty: nothing, and the rating has its entropy alone."""
+        ...
+
+    @property
+    def answers(self) -> tuple[str, str]:
+        """Yes and no, as the question's answer begins."""
+        ...
+
+    def read(self, states: "npt.NDArray[np.float32]", rating: Rating) -> Sounding:
+        """`states`: [layers, width], of the last token of the prompt. Called between two steps: be quick."""
         ...

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from probes.calibrate import Calibrator, Isotonic, Platt
+from probes.calibrate import Calibrator, Exp, Isotonic, Platt
 from probes.errors import ArtifactError
 from probes.heads import Heads
 from probes.manifest import TENSORS, Manifest, read_manifest, version_of, write_manifest
@@ -75,8 +75,10 @@ def _heads(manifest: Manifest, tensors: Mapping[str, npt.NDArray[Any]], folder: 
         "weight": (np.float32, (heads, features)),
         "bias": (np.float32, (heads,)),
     }
+    shapes = {"platt": (2,), "isotonic": (2, -1)}
     for head in manifest.heads:
-        expected[f"calibration.{head.name}"] = (np.float64, (2,) if head.calibration == "platt" else (2, -1))
+        if head.calibration in shapes:
+            expected[f"calibration.{head.name}"] = (np.float64, shapes[head.calibration])
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
         raise ArtifactError(f"{folder / TENSORS}: missing tensors {missing}, unexpected tensors {extra}; refit")
@@ -92,9 +94,11 @@ def _heads(manifest: Manifest, tensors: Mapping[str, npt.NDArray[Any]], folder: 
             raise ArtifactError(f"{folder / TENSORS}: {name} holds NaN or infinity; refit")
     calibrators: list[Calibrator] = []
     for head in manifest.heads:
-        numbers = tensors[f"calibration.{head.name}"]
-        platt = head.calibration == "platt"
-        calibrators.append(Platt(*map(float, numbers)) if platt else Isotonic(numbers[0], numbers[1]))
+        numbers = tensors.get(f"calibration.{head.name}")
+        if numbers is None:
+            calibrators.append(Exp())
+        else:
+            calibrators.append(Platt(*map(float, numbers)) if numbers.ndim == 1 else Isotonic(numbers[0], numbers[1]))
     names = tuple(head.name for head in manifest.heads)
     return Heads(names, tensors["weight"], tensors["bias"], tuple(calibrators))
 
@@ -102,7 +106,8 @@ def _heads(manifest: Manifest, tensors: Mapping[str, npt.NDArray[Any]], folder: 
 def _tensor_bytes(heads: Heads) -> bytes:
     tensors: dict[str, npt.NDArray[Any]] = {"weight": heads.weight, "bias": heads.bias}
     for name, calibrator in zip(heads.names, heads.calibrators, strict=True):
-        tensors[f"calibration.{name}"] = calibration_tensor(calibrator)
+        if not isinstance(calibrator, Exp):
+            tensors[f"calibration.{name}"] = calibration_tensor(calibrator)
     # safetensors writes memory as it lies: a transposed view would be stored wrongly.
     data: bytes = save({name: np.ascontiguousarray(value) for name, value in tensors.items()})
     return data

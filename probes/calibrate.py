@@ -51,6 +51,14 @@ class Isotonic:
         return np.asarray(np.interp(scores, self.x, self.y), np.float64)
 
 
+@dataclass(frozen=True, slots=True)
+class Exp:
+    """exp(score): of heads for tokens, and of those for domains before they are made to sum to one."""
+
+    def __call__(self, scores: Array) -> Array:
+        return np.exp(np.clip(scores, -50, 50))
+
+
 def fit_platt(scores: Array, labels: Array, max_iter: int = 100) -> Platt:
     """Platt's method by damped Newton steps (Lin, Lin and Weng, 2007).
 

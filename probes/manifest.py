@@ -236,7 +236,7 @@ def version_of(manifest: Manifest, tensors: bytes) -> str:
 
 
 def reading_of(heads: Sequence[HeadInfo], values: Sequence[float]) -> Reading:
-    """What the values of all heads, calibrated, say together.
+    """What the values of all heads, calibrated, say together; those of domains are shares of their sum.
 
     A head for tokens is named after the head whose answers it counts, as `NAME.tokens`; one for a domain `domain.NAME`.
     """
@@ -258,4 +258,6 @@ def reading_of(heads: Sequence[HeadInfo], values: Sequence[float]) -> Reading:
                 domain[head.name.removeprefix("domain.")] = value
             case "needs_reasoning":
                 needs_reasoning = value
-    return Reading(p_success, frozenset(undecided), out_tokens, domain, needs_reasoning)
+    total = sum(domain.values())
+    shares = {name: value / total for name, value in domain.items()}
+    return Reading(p_success, frozenset(undecided), out_tokens, shares, needs_reasoning)

@@ -7,8 +7,9 @@ from typing import Any, Self
 
 from probes.artifact import Artifact, read
 from probes.extract import Encoder
-from probes.manifest import default_artifact_path
+from probes.manifest import default_artifact_path, reading_of
 from probes.text import render
+from probes.types import Reading
 
 
 class EncoderProbe:
@@ -39,15 +40,18 @@ class EncoderProbe:
 
     def probe(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, float]]:
         """Calibrated P(correct) per head for each conversation, read whole; one batch."""
+        return [dict(reading.p_success) for reading in self.sound(conversations)]
+
+    def sound(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[Reading]:
+        """What all heads say of each conversation, read whole; one batch."""
         texts = [render(conversation) for conversation in conversations]
         if not texts:
             return []
         with self._lock:
             hidden = self._encoder.features(texts, max_tokens=self._artifact.manifest.max_tokens)
         features = hidden[:, self._layers].reshape(len(texts), -1)
-        return [
-            dict(zip(self.heads, map(float, row), strict=True)) for row in self._artifact.heads.predict_proba(features)
-        ]
+        values = self._artifact.heads.predict_proba(features)
+        return [reading_of(self._artifact.manifest.heads, row) for row in values.tolist()]
 
     def embed(self, texts: Sequence[str]) -> tuple[bytes, int, int]:
         """(float32 little-endian [n, dims] bytes of unit vectors, dims, tokens read)."""
@@ -71,9 +75,9 @@ class TextEncoder:
         """Raises EncoderError."""
         return cls(Encoder.load(encoder))
 
-    def probe(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, float]]:
+    def sound(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[Reading]:
         """No head, no word."""
-        return [{} for _ in conversations]
+        return [Reading() for _ in conversations]
 
     def embed(self, texts: Sequence[str]) -> tuple[bytes, int, int]:
         """(float32 little-endian [n, dims] bytes of unit vectors, dims, tokens read)."""

@@ -102,7 +102,6 @@ class StaticProbe:
             )
             for at, head in enumerate(manifest.heads)
         )
-        self._domains = [at for at, head in enumerate(manifest.heads) if head.kind == "domain"]
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -142,10 +141,6 @@ class StaticProbe:
             calibrate(bias + sum(map(mul, weights, stats)) + (sum(pick(table)) - table[0]) * scale / norm)
             for table, scale, weights, bias, calibrate in self._heads
         ]
-        if self._domains:
-            total = sum(values[at] for at in self._domains)
-            for at in self._domains:
-                values[at] /= total
         return reading_of(self.manifest.heads, values)
 
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -116,6 +117,9 @@ class WatchedRunner:
         self._watch.enter(list(segments))
         return self._runner.run(segments, tap_layers=tap_layers)
 
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        return self._runner.logits(states)
+
 
 class Caller:
     """One link to an engine, and the events that came back."""
@@ -139,9 +143,9 @@ class Caller:
         self.link.submit(Score(id, model, user(text), candidates, **options))
         return id
 
-    def probe(self, messages_json: bytes) -> int:
+    def probe(self, messages_json: bytes, model: str = "", **options: Any) -> int:
         id = next(self._ids)
-        self.link.submit(Probe(id, messages_json))
+        self.link.submit(Probe(id, messages_json, model, **options))
         return id
 
     def cancel(self, id: int) -> None:

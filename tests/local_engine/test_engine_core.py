@@ -18,7 +18,7 @@ from local_engine.engine import Engine
 from local_engine.errors import ModelLoadError
 from local_engine.model import LocalModel, load_model
 from local_engine.types import Delta, ProbeResult, SamplingParams
-from tests.local_engine.engine_harness import ARCHITECTURES, GREEDY, Caller, StartEngine, Watch, user
+from tests.local_engine.engine_harness import ARCHITECTURES, GREEDY, PATIENCE_S, Caller, StartEngine, Watch, user
 from tests.local_engine.fake_prober import FakeProber
 
 QUESTION = "Anna has 12 apples. She buys 7 more. How many apples are there now?"
@@ -212,13 +212,18 @@ def test_a_probe_is_answered_while_others_generate(
     running = caller.generate("1 + 1")
     gate.allow(2)
     gate.wait_for_pass(3)
-    ids = [caller.probe(user(text)) for text in ("a", "bbb", "cc")]
-    gate.allow(1)  # the pass under way; then the probes have their turn
-    gate.wait_for_pass(4)
+    prober.leave.clear()
+    first = caller.probe(user("first"))
+    gate.allow(1)  # the pass under way; then it is handed to the encoder
+    assert prober.entered.acquire(timeout=PATIENCE_S)
+    ids = [first, *(caller.probe(user(text)) for text in ("a", "bbb", "cc"))]
+    gate.allow(3)  # decoding goes on while the encoder is held, and the three wait together
+    gate.wait_for_pass(7)
+    prober.leave.set()  # and its answers do not wait for a step
     results = [caller.wait(id)[-1] for id in ids]
-    assert [result.p_success["m"] for result in results if isinstance(result, ProbeResult)] == [0.5, 0.25, 1 / 3]
-    assert prober.batches == [3]
-    assert len(gate.passes) == 4
+    assert [result.p_success["m"] for result in results if isinstance(result, ProbeResult)] == [1 / 6, 0.5, 0.25, 1 / 3]
+    assert prober.batches == [1, 3]
+    assert len(gate.passes) == 7
     caller.cancel(running)
     gate.allow(10)
     caller.finished(running)
@@ -252,7 +257,7 @@ def test_a_prober_that_loses_answers_fails_its_batch_only(
     bundled: LocalModel, prober: FakeProber, start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caller = Caller(start_engine(bundled, prober))
-    monkeypatch.setattr(prober, "probe", lambda conversations: [])
+    monkeypatch.setattr(prober, "sound", lambda conversations: [])
     assert caller.failed(caller.probe(user("hello"))).code == "internal"
     monkeypatch.undo()
     assert isinstance(caller.wait(caller.probe(user("hello")))[-1], ProbeResult)
