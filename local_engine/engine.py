@@ -369,11 +369,13 @@ class Engine:
     def _check_readers(self, name: str, readers: Sequence[PromptReader]) -> None:
         """Raises ConfigError where one wants what the model does not have."""
         if name not in self._lanes:
-            raise ConfigError(f"a probe reads the prompts of {name!r}, and there are {self._names()} here")
+            raise ConfigError("readers", f"a probe reads the prompts of {name!r}, and there are {self._names()} here")
         most = int(self._lanes[name].model.network.config.num_hidden_layers)
         for reader in readers:
             if not all(0 <= layer <= most for layer in reader.layers):
-                raise ConfigError(f"probe {reader.version} wants layers {list(reader.layers)}; {name} has 0 to {most}")
+                raise ConfigError(
+                    "readers", f"probe {reader.version} wants layers {list(reader.layers)}; {name} has 0 to {most}"
+                )
 
     def _prepare_sounding(self, job: _Job, command: Probe) -> None:
         lane = self._lane(command.model)
