@@ -28,7 +28,7 @@ from local_engine.prefix_identity import KVIdentity, KVLayout, weights_fingerpri
 from local_engine.prefix_tiers import SlowTiers
 from local_engine.prefix_types import PrefixStats
 from local_engine.primitives import Controller, Primitives
-from local_engine.reason.plans import step_speculation
+from local_engine.reason.plans import shared
 from local_engine.runner import Runner, new_kv
 from local_engine.sampler import sampling_problem
 from local_engine.scoring import Scoring
@@ -36,6 +36,7 @@ from local_engine.sounding import PromptSounding
 from local_engine.spec.build import MakeSpeculator, without_speculation
 from local_engine.types import (
     Cancel,
+    Cascade,
     Command,
     Effort,
     Embed,
@@ -297,18 +298,18 @@ class Engine:
         tools = parse_tools(command.tools_json) if command.tool_choice != "none" else None
         prompt = self._prompt(lane, command, tools, "none" if command.prefix else command.sampling.effort)
         self._check_room(lane, command.model, len(prompt) + 1)
-        if isinstance(command.plan, SpeculateSteps):
+        if isinstance(command.plan, SpeculateSteps | Cascade):
             controller = self._shared(command, command.plan, lane, prompt)
         else:
             controller = Generation(command, model, prompt, tools, lane.most_tokens)
         self._begin(job, command, controller)
 
-    def _shared(self, command: Generate, plan: SpeculateSteps, lane: Lane, prompt: list[int]) -> Controller:
+    def _shared(self, command: Generate, plan: SpeculateSteps | Cascade, lane: Lane, prompt: list[int]) -> Controller:
         """By two models."""
         draft = self._lane(plan.draft)
         draft_prompt = self._prompt(draft, command, None, "none" if command.prefix else command.sampling.effort)
         models, rooms = (lane.model, draft.model), (lane.most_tokens, draft.most_tokens)
-        return step_speculation(command, plan, models, (prompt, draft_prompt), rooms)
+        return shared(command, plan, models, (prompt, draft_prompt), rooms)
 
     def _prepare_score(self, job: _Job, command: Score) -> None:
         lane = self._lane(command.model)

@@ -155,7 +155,42 @@ class SpeculateSteps(
     """A thought that is longer is closed, and answered."""
 
 
-Plan = Exit | SpeculateSteps
+AnswerFeature = Literal["mean_logprob", "min_logprob", "mean_entropy", "max_entropy", "log_tokens"]
+"""Over the tokens of an answer, thought included: log-probabilities and entropies in nats, the natural log of their
+number."""
+
+
+class AcceptRule(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True, kw_only=True):
+    """When an answer is good enough to be sent: P(correct) = 1 / (1 + exp(-(bias + sum of weight x feature)))."""
+
+    weights: dict[AnswerFeature, float]
+    bias: float
+    at_least: float
+    """Accepted from this P(correct) on."""
+    prospect_weights: dict[AnswerFeature, float] = {}
+    prospect_bias: float = 0.0
+    """The same of P(it will be accepted), over the features of what is written so far."""
+    go_on_above: float = 0.0
+    """An answer is abandoned once P(it will be accepted) is below this; 0: never."""
+
+
+class Cascade(msgspec.Struct, frozen=True, tag="cascade", omit_defaults=True, forbid_unknown_fields=True, kw_only=True):
+    """A plan: a smaller model answers first; the command's model where that answer is not accepted.
+
+    The caller sees nothing of an answer that is not.
+    """
+
+    draft: str
+    """The smaller model, another one of this engine."""
+    accept: AcceptRule
+    hint: Literal["none", "offer"] = "none"
+    """What the command's model is given of an answer that was not accepted. `offer`: it keeps it up to the first token
+    that it finds too improbable; both models have the same tokens then."""
+    floor: float = -1.6
+    """`offer`: a natural logarithm."""
+
+
+Plan = Exit | SpeculateSteps | Cascade
 """How to spend compute on one answer: when to stop thinking, or who thinks."""
 
 
@@ -331,6 +366,12 @@ class PlanUse(msgspec.Struct, frozen=True):
     """Why a thought was closed for the model: `budget`, `repeats`, `reflections`."""
     degraded: str = ""
     """Why the command's model went on alone; empty where it did not."""
+    escalated: bool = False
+    """Of a cascade: the command's model was asked."""
+    abandoned: bool = False
+    """Of a cascade: the smaller model's answer was left in the middle."""
+    p_correct: float | None = None
+    """Of a cascade: of the smaller model's answer; None where it did not get to its end."""
 
 
 class Finished(msgspec.Struct, frozen=True, tag="finished"):

@@ -1,10 +1,13 @@
 """From what a command says of its plan to who runs it. Raises InvalidRequest for what cannot be run."""
 
+import math
 from functools import lru_cache
 
 from local_engine.chat import InvalidRequest
 from local_engine.model import LocalModel
+from local_engine.primitives import Controller
 from local_engine.reason import entropy, glimprouter, score, specreason
+from local_engine.reason.cascade import CascadeAnswer
 from local_engine.reason.entropy import EntropySwitch
 from local_engine.reason.glimprouter import GlimpRouter
 from local_engine.reason.method import Method
@@ -12,19 +15,20 @@ from local_engine.reason.score import Scored
 from local_engine.reason.specreason import SpecReason
 from local_engine.reason.speculate import StepSpeculation
 from local_engine.reason.speculative_thinking import SpeculativeThinking
-from local_engine.types import Generate, SpeculateSteps
+from local_engine.types import AcceptRule, Cascade, Generate, SpeculateSteps
 
 
-def step_speculation(
+def shared(
     command: Generate,
-    plan: SpeculateSteps,
+    plan: SpeculateSteps | Cascade,
     models: tuple[LocalModel, LocalModel],
     prompts: tuple[list[int], list[int]],
     most_tokens: tuple[int, int],
-) -> StepSpeculation:
+) -> Controller:
     """`models`, `prompts` and `most_tokens` (of a sequence): those of the command's model, those of the draft."""
     problem = _problem(command, plan)
-    if problem is None and not _same_tokens(*models):
+    reads_tokens = isinstance(plan, SpeculateSteps) or plan.hint == "offer"
+    if problem is None and reads_tokens and not _same_tokens(*models):
         problem = (
             f"plan.draft {plan.draft!r} has other tokens than {command.model!r}: a local draft needs the"
             " same tokenizer; name another one, or leave out the plan"
@@ -35,6 +39,8 @@ def step_speculation(
         )
     if problem is not None:
         raise InvalidRequest(problem, "plan")
+    if isinstance(plan, Cascade):
+        return CascadeAnswer(command, plan, models, prompts, most_tokens)
     return StepSpeculation(command, plan, _method(plan), models, prompts, most_tokens)
 
 
@@ -55,7 +61,7 @@ def _method(plan: SpeculateSteps) -> Method:
             return EntropySwitch(threshold(entropy.THRESHOLD), plan.window)
 
 
-def _problem(command: Generate, plan: SpeculateSteps) -> str | None:
+def _problem(command: Generate, plan: SpeculateSteps | Cascade) -> str | None:
     sampling = command.sampling
     if plan.draft == command.model:
         return f"plan.draft is {plan.draft!r} itself: name a smaller model"
@@ -63,8 +69,11 @@ def _problem(command: Generate, plan: SpeculateSteps) -> str | None:
         return f"plan: one choice at a time, not n = {command.n}"
     if sampling.response_format is not None or command.tools_json is not None:
         return "plan: neither tools nor a response_format can be held while two models write; leave out one of them"
-    if sampling.logprobs or command.taps is not None:
+    alone = isinstance(plan, Cascade) and plan.hint == "none"  # one model writes all that is told
+    if (sampling.logprobs and not alone) or command.taps is not None:
         return "plan: log-probabilities and taps are one model's; leave out the plan, or those"
+    if isinstance(plan, Cascade):
+        return _accept_problem(plan.accept)
     for name in ("lookahead", "window", "max_step_tokens"):
         if getattr(plan, name) < 1:
             return f"plan.{name} must be at least 1, not {getattr(plan, name)}"
@@ -75,6 +84,18 @@ def _problem(command: Generate, plan: SpeculateSteps) -> str | None:
     thought, answer = plan.max_thinking_tokens, sampling.max_tokens
     if thought is not None and not 1 <= thought < (answer or thought + 1):
         return f"plan.max_thinking_tokens must be at least 1 and leave room under max_tokens ({answer}), not {thought}"
+    return None
+
+
+def _accept_problem(rule: AcceptRule) -> str | None:
+    if rule.go_on_above > 0 and not rule.prospect_weights:
+        return "plan.accept.go_on_above says when to abandon, and prospect_weights, by which, are missing; give both"
+    for name in ("at_least", "go_on_above"):
+        if not 0 <= getattr(rule, name) <= 1:
+            return f"plan.accept.{name} is a probability, from 0 to 1, not {getattr(rule, name)}"
+    numbers = (rule.bias, rule.prospect_bias, *rule.weights.values(), *rule.prospect_weights.values())
+    if not all(map(math.isfinite, numbers)):
+        return "plan.accept holds a weight or a bias that is not a finite number"
     return None
 
 

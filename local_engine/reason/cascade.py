@@ -1,0 +1,162 @@
+"""A cascade on one engine: a small model answers first, and where its answer is not good enough, the command's model.
+
+Nothing of an attempt is told before it is accepted (`accept.py`); one that is not worth its end is abandoned in the
+middle. The larger model reads its prompt only when it is asked. With the hint `offer` it then reads the small model's
+answer as well, in one pass, keeps it up to the first token that it finds too improbable, and writes on from there.
+"""
+
+from collections.abc import Sequence as Tokens
+
+from local_engine.answer import Answer
+from local_engine.lane import Turn
+from local_engine.model import LocalModel
+from local_engine.primitives import Primitives
+from local_engine.reason.accept import AnswerWatch, abandons, accepts, p_correct
+from local_engine.sampler import Choice, Sampler
+from local_engine.sequence import Sequence
+from local_engine.types import Cascade, Event, Failed, FinishReason, Generate, ModelUse, PlanUse
+
+
+class CascadeAnswer:
+    """Controller of one answer by one of two models."""
+
+    _engine: Primitives
+    _draft: Sequence
+
+    def __init__(
+        self,
+        command: Generate,
+        plan: Cascade,
+        models: tuple[LocalModel, LocalModel],
+        prompts: tuple[list[int], list[int]],
+        most_tokens: tuple[int, int],
+    ) -> None:
+        """`models`, `prompts` and `most_tokens` (of a sequence): the command's model's, the small one's."""
+        self._command, self._plan, self._models, self._prompts = command, plan, models, prompts
+        asked = command.sampling.max_tokens
+        rooms = [most - len(prompt) for most, prompt in zip(most_tokens, prompts, strict=True)]
+        self._max_tokens = tuple(room if asked is None else min(asked, room) for room in rooms)
+        self._answers = [
+            Answer(
+                command, model, prompt, self._sampler(model, prompt, measure), has_tools=False, choice=0, plan=self._use
+            )
+            for model, prompt, measure in zip(models, prompts, (False, True), strict=True)
+        ]
+        self._answer = self._answers[1]  # the one that is told
+        self._watch = AnswerWatch()
+        self._attempt: list[Choice] = []
+        self._base: Sequence | None = None
+        self._base_tokens = self._kept = 0
+        self._accepted: bool | None = None
+        self._abandoned = False
+        self._p: float | None = None
+        self._degraded = ""
+        self._refused = False
+
+    @property
+    def done(self) -> bool:
+        return self._answer.over or self._refused
+
+    def begin(self, engine: Primitives) -> None:
+        self._engine = engine
+        prompt = self._prompts[1]
+        limit = len(prompt) + self._max_tokens[1]
+        self._draft = engine.open(self._plan.draft, prompt, self._answers[1].sampler, limit=limit, expendable=True)
+
+    def ended(self, reason: FinishReason) -> list[Event]:
+        self._answer = self._answers[0]
+        return self._answer.end(reason)
+
+    def stepped(self, turn: Turn) -> list[Event]:
+        if turn.sequence is not self._draft:
+            return self._base_wrote(turn)
+        if turn.error is not None or turn.out_of_room:
+            why = f"failed: {turn.error}" if turn.error is not None else "has no room for it"
+            self._degraded = f"{self._plan.draft} {why}"
+            return self._escalate()
+        for choice in turn.choices:
+            self._attempt.append(choice)
+            self._watch.push(choice.logprob, choice.entropy)
+            if self._ends(choice):
+                self._p = p_correct(self._plan.accept, self._watch)
+                return self._send() if accepts(self._plan.accept, self._watch) else self._escalate()
+            if abandons(self._plan.accept, self._watch):
+                self._abandoned = True
+                return self._escalate()
+        return self._escalate() if len(self._attempt) >= self._max_tokens[1] else []
+
+    def _ends(self, choice: Choice) -> bool:
+        return choice.token in self._models[1].end_tokens or choice.token in self._command.sampling.stop_token_ids
+
+    def _send(self) -> list[Event]:
+        self._accepted = True
+        self._answer.cached_tokens = self._draft.cached or 0
+        return self._answer.take_all(self._attempt, self._max_tokens[1])
+
+    def _escalate(self) -> list[Event]:
+        self._accepted = False
+        self._answer = self._answers[0]
+        prompt, room = self._prompts[0], self._max_tokens[0]
+        self._base = self._engine.open(self._command.model, prompt, self._answer.sampler, limit=len(prompt) + room)
+        offered = [choice.token for choice in self._attempt if not self._ends(choice)][: room - 1]
+        if self._plan.hint == "offer" and offered:
+            self._engine.offer(self._base, offered, self._plan.floor)
+        self._engine.close(self._draft)
+        return []
+
+    def _base_wrote(self, turn: Turn) -> list[Event]:
+        assert self._base is not None, "it has been asked"
+        answer = self._answer
+        answer.cached_tokens = self._base.cached or 0
+        answer.drafted_tokens, answer.accepted_tokens = self._base.drafted, self._base.accepted
+        if turn.out_of_room:
+            if answer.output_tokens:
+                return answer.end("length")
+            self._refused = True
+            model = self._command.model
+            return [Failed(self._command.id, "context_length_exceeded", f"no room for the prompt in the KV of {model}")]
+        if self._plan.hint == "offer" and not answer.output_tokens:
+            self._kept = _agreeing(turn.choices[:-1], self._attempt)
+        self._base_tokens += len(turn.choices) - (0 if answer.output_tokens else self._kept)
+        return answer.take_all(turn.choices, self._max_tokens[0])
+
+    def _sampler(self, model: LocalModel, prompt: list[int], measure: bool) -> Sampler:
+        return Sampler(
+            self._command.sampling,
+            model.device,
+            prompt_tokens=len(prompt),
+            end_tokens=model.end_tokens,
+            measure=measure,
+        )
+
+    def _use(self) -> PlanUse:
+        written, base = len(self._attempt), self._base
+        in_text = written if self._accepted else self._kept
+        return PlanUse(
+            [
+                ModelUse(
+                    self._command.model,
+                    0 if base is None else len(self._prompts[0]),
+                    0 if base is None else base.cached or 0,
+                    self._base_tokens,
+                    0 if base is None else base.rows,
+                ),
+                ModelUse(self._plan.draft, len(self._prompts[1]), self._draft.cached or 0, written, self._draft.rows),
+            ],
+            drafted_tokens=written,
+            accepted_tokens=in_text,
+            discarded_tokens=written - in_text,
+            degraded=self._degraded,
+            escalated=self._accepted is False,
+            abandoned=self._abandoned,
+            p_correct=self._p,
+        )
+
+
+def _agreeing(kept: Tokens[Choice], attempt: Tokens[Choice]) -> int:
+    count = 0
+    for mine, theirs in zip(kept, attempt, strict=False):
+        if mine.token != theirs.token:
+            break
+        count += 1
+    return count

@@ -1,0 +1,203 @@
+"""A small model answers first: what is sent, what is abandoned, and that nobody sees an attempt that failed."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from local_engine.arithmetic import problems
+from local_engine.engine import Engine
+from local_engine.model import LocalModel, load_model
+from local_engine.reason.accept import AnswerWatch, abandons, accepts, p_correct, price_of_going_on
+from local_engine.types import AcceptRule, Cascade, Delta, Finished, PlanUse, SamplingParams
+from tests.local_engine.engine_harness import GREEDY, Caller, Watch
+from tests.local_engine.reason.test_speculate import watched
+
+StartEngines = Callable[..., Engine]
+QUESTIONS = [problem.question for level in (1, 4) for problem in problems(6, level, 3)]
+ALWAYS = AcceptRule(weights={}, bias=0.0, at_least=0.0)
+NEVER = AcceptRule(weights={}, bias=-1e9, at_least=1.0)
+SURE = AcceptRule(weights={"min_logprob": 1.0}, bias=1.0, at_least=0.5)
+"""Accepts where no token is less probable than 1 / e."""
+
+
+@pytest.fixture(scope="module")
+def pair(bundled: LocalModel) -> dict[str, LocalModel]:
+    return {"base": bundled, "draft": load_model("draft", "bundled/nano", dtype="float32", device="cpu")}
+
+
+def plan(rule: AcceptRule, **options: Any) -> Cascade:
+    return Cascade(draft="draft", accept=rule, **options)
+
+
+def ask(caller: Caller, text: str, model: str = "base", **options: Any) -> tuple[str, Finished]:
+    """(thought and answer, how it ended)"""
+    events = caller.wait(caller.generate(text, options.pop("sampling", GREEDY), model=model, **options))
+    last = events[-1]
+    assert isinstance(last, Finished), last
+    return "".join(event.reasoning + "|" + event.content for event in events if isinstance(event, Delta)), last
+
+
+def use(finished: Finished) -> PlanUse:
+    assert finished.plan is not None
+    return finished.plan
+
+
+def test_an_accepted_answer_is_the_small_models_and_costs_nothing_else(
+    start_engines: StartEngines, pair: dict[str, LocalModel]
+) -> None:
+    caller = Caller(start_engines(pair))
+    for question in QUESTIONS:
+        text, alone = ask(caller, question, model="draft")
+        got, finished = ask(caller, question, plan=plan(ALWAYS))
+        did = use(finished)
+        assert (got, finished.output_tokens, finished.finish_reason) == (text, alone.output_tokens, "stop")
+        assert not did.escalated
+        assert (did.models[0].computed_tokens, did.models[0].input_tokens, did.discarded_tokens) == (0, 0, 0)
+        assert did.accepted_tokens == did.drafted_tokens == alone.output_tokens
+
+
+def test_an_attempt_that_is_not_accepted_is_not_seen(start_engines: StartEngines, pair: dict[str, LocalModel]) -> None:
+    caller = Caller(start_engines(pair))
+    for question in QUESTIONS:
+        text, alone = ask(caller, question)
+        got, finished = ask(caller, question, plan=plan(NEVER))
+        did = use(finished)
+        assert (got, finished.output_tokens) == (text, alone.output_tokens)
+        assert did.escalated
+        assert did.p_correct == 0.0
+        assert did.discarded_tokens == did.drafted_tokens == did.models[1].output_tokens > 0
+        assert did.models[0].computed_tokens <= alone.input_tokens + alone.output_tokens
+
+
+def test_an_attempt_is_abandoned_where_it_is_not_worth_its_end(
+    start_engines: StartEngines, pair: dict[str, LocalModel]
+) -> None:
+    """Once the least probable token is under the rule's bound nothing can save it."""
+    watching = AcceptRule(
+        weights=SURE.weights, bias=1.0, at_least=0.5,
+        prospect_weights={"min_logprob": 100.0}, prospect_bias=100.0, go_on_above=0.5,
+    )  # fmt: skip
+    caller = Caller(start_engines(pair))
+    abandoned = 0
+    for question in QUESTIONS:
+        patient, hasty = (ask(caller, question, plan=plan(rule)) for rule in (SURE, watching))
+        assert patient[0] == hasty[0]
+        whole, part = use(patient[1]), use(hasty[1])
+        assert whole.escalated == part.escalated == part.abandoned
+        if part.abandoned:
+            abandoned += 1
+            assert part.p_correct is None
+            assert part.drafted_tokens < whole.drafted_tokens
+    assert 0 < abandoned < len(QUESTIONS)
+
+
+def test_an_offered_attempt_is_read_in_one_pass_and_kept_as_far_as_it_is_good(
+    start_engines: StartEngines, pair: dict[str, LocalModel]
+) -> None:
+    """With a floor that no token reaches, it is read, and the answer is the larger model's own."""
+    caller = Caller(start_engines(pair, prefix_bytes=0))
+    for question in QUESTIONS:
+        text, alone = ask(caller, question)
+        got, strict = ask(caller, question, plan=plan(NEVER, hint="offer", floor=1.0))
+        assert got == text
+        assert use(strict).accepted_tokens == 0
+        base = use(strict).models[0]
+        assert base.output_tokens == alone.output_tokens
+        _, lax = ask(caller, question, plan=plan(NEVER, hint="offer", floor=-1e6))
+        base = use(lax).models[0]
+        assert use(lax).accepted_tokens == use(lax).drafted_tokens - 1, "all but its end"
+        assert base.output_tokens == 1
+        assert base.computed_tokens == base.input_tokens + lax.output_tokens - 1
+
+
+def test_a_small_model_that_fails_costs_its_attempt(start_engines: StartEngines, pair: dict[str, LocalModel]) -> None:
+    watch = Watch()
+    watch.fails = lambda segments: len(watch.passes) > 3
+    text, _ = ask(Caller(start_engines(pair)), QUESTIONS[0])
+    got, finished = ask(
+        Caller(start_engines(pair, make_runner=watched(watch, "draft"))), QUESTIONS[0], plan=plan(ALWAYS)
+    )
+    assert got == text
+    assert "made to fail" in use(finished).degraded
+    assert use(finished).drafted_tokens == 3
+
+
+def test_an_answer_without_an_end_is_not_accepted(start_engines: StartEngines, pair: dict[str, LocalModel]) -> None:
+    short = SamplingParams(temperature=0, max_tokens=6)
+    caller = Caller(start_engines(pair))
+    text, _ = ask(caller, QUESTIONS[0], sampling=short)
+    got, finished = ask(caller, QUESTIONS[0], sampling=short, plan=plan(ALWAYS))
+    assert (got, finished.finish_reason) == (text, "length")
+    assert use(finished).escalated
+
+
+@pytest.mark.parametrize("name", ["draft", "m"])
+def test_a_caller_who_leaves_is_let_go(start_engines: StartEngines, pair: dict[str, LocalModel], name: str) -> None:
+    watch = Watch(gated=True)
+    caller = Caller(start_engines(pair, make_runner=watched(watch, name)))
+    id = caller.generate(QUESTIONS[0], GREEDY, model="base", plan=plan(NEVER))
+    watch.allow(2)
+    watch.wait_for_pass(3)
+    caller.cancel(id)
+    watch.allow(1)
+    finished = caller.finished(id)
+    assert finished.finish_reason == "cancelled"
+    assert use(finished).models[1].output_tokens > 0
+    assert not any(isinstance(event, Delta) and event.content for event in caller.wait(id))
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "says"),
+    [
+        pytest.param(AcceptRule(weights={}, bias=0.0, at_least=1.5), {}, "at_least", id="no probability"),
+        pytest.param(AcceptRule(weights={}, bias=math.nan, at_least=0.5), {}, "finite", id="no number"),
+        pytest.param(
+            AcceptRule(weights={}, bias=0.0, at_least=0.5, go_on_above=0.1), {}, "prospect_weights", id="by nothing"
+        ),
+        pytest.param(ALWAYS, {"n": 2}, "one choice", id="two choices"),
+    ],
+)
+def test_contradictions_are_refused(
+    start_engines: StartEngines, pair: dict[str, LocalModel], rule: AcceptRule, options: dict[str, Any], says: str
+) -> None:
+    caller = Caller(start_engines(pair))
+    failed = caller.failed(caller.generate("1 + 1?", GREEDY, model="base", plan=plan(rule), **options))
+    assert (failed.code, failed.param) == ("invalid_request", "plan")
+    assert says in failed.message
+
+
+# ---- the rule -------------------------------------------------------------------------------------------------------
+
+
+def test_features_are_those_of_the_tokens() -> None:
+    watch = AnswerWatch()
+    for logprob, entropy in ((-0.5, 0.1), (-2.0, 0.7), (-0.1, 0.1)):
+        watch.push(logprob, entropy)
+    assert watch.features() == pytest.approx(
+        {
+            "mean_logprob": -2.6 / 3,
+            "min_logprob": -2.0,
+            "mean_entropy": 0.3,
+            "max_entropy": 0.7,
+            "log_tokens": math.log(3),
+        }
+    )
+    assert p_correct(SURE, watch) == pytest.approx(1 / (1 + math.e))
+    assert not accepts(SURE, watch)
+
+
+def test_what_cannot_be_judged_is_not_accepted() -> None:
+    rule = AcceptRule(weights={"min_logprob": 1.0}, bias=9.0, at_least=0.5)
+    assert p_correct(rule, AnswerWatch()) == 0.0
+    odd = AnswerWatch()
+    odd.push(-math.inf)
+    assert not accepts(rule, odd)
+    assert not abandons(rule, odd), "nothing says when"
+
+
+def test_going_on_has_a_price() -> None:
+    assert price_of_going_on(10, 1.0, saved=100.0) == 0.1
+    assert price_of_going_on(10, 1.0, saved=0.0) == 1.0
+    assert price_of_going_on(500, 1.0, saved=100.0) == 1.0
