@@ -176,7 +176,7 @@ class AttemptEngine:
             raise
         answer = await self._run(ticket, target, attempt, permit, lambda up, target: up.complete(target, call))
         ticket.first_byte(attempt)
-        ticket.end_attempt(attempt, "ok", answer.usage, delivered_bytes=answer.delivered_bytes)
+        ticket.end_attempt(attempt, "ok", answer.usage, delivered_bytes=answer.delivered_bytes, plan=answer.plan)
         return answer
 
     def succeeded(self, ticket: Ticket, model: str) -> None:
@@ -309,7 +309,9 @@ class AttemptEngine:
             if runner.attempt is None:
                 continue
             if isinstance(answer, Answer):
-                ticket.end_attempt(runner.attempt, outcome, answer.usage, delivered_bytes=answer.delivered_bytes)
+                ticket.end_attempt(
+                    runner.attempt, outcome, answer.usage, delivered_bytes=answer.delivered_bytes, plan=answer.plan
+                )
                 continue
             ticket.end_if_running(runner.attempt, outcome)
             await _let_go(answer)

@@ -313,7 +313,7 @@ class Lifecycle:
     async def _complete(self, ticket: Ticket) -> Answer:
         call = ticket.call
         answer, attempt = await self._attempts.first_answer(ticket, lambda up, target: up.complete(target, call))
-        ticket.end_attempt(attempt, "ok", answer.usage, delivered_bytes=answer.delivered_bytes)
+        ticket.end_attempt(attempt, "ok", answer.usage, delivered_bytes=answer.delivered_bytes, plan=answer.plan)
         return answer
 
     async def _stream(self, ticket: Ticket, relay: "_Relay") -> None:
@@ -402,7 +402,14 @@ class _Relay:
             try:
                 usage = state.usage if state.done else None
                 outcome = outcome or ticket.interruption()
-                ticket.end_attempt(attempt, outcome, usage, delivered_bytes=state.delivered_bytes, deltas=state.deltas)
+                ticket.end_attempt(
+                    attempt,
+                    outcome,
+                    usage,
+                    delivered_bytes=state.delivered_bytes,
+                    deltas=state.deltas,
+                    plan=state.plan if state.done else None,
+                )
             finally:
                 await stream.close()
 

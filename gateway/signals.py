@@ -54,9 +54,9 @@ class SignalReader:
                 if head in result.p_success
             },
             input_tokens={
-                world.local_models[name]: tokens
-                for name, tokens in result.input_tokens.items()
-                if name in world.local_models
+                name: tokens
+                for wire_name, tokens in result.input_tokens.items()
+                for name in world.local_models.get(wire_name, ())
             },
             probe="ok",
         )

@@ -17,7 +17,7 @@ from gateway.ledger.records import AttemptKind, AttemptRecord, RequestRecord
 from gateway.ledger.settle import NO_USAGE, Usage, cost_nanousd, estimated_usage, worst_case_usage
 from gateway.ledger.store import LedgerStore
 from gateway.telemetry.metrics import Metrics
-from gateway.upstream.types import ChatCall, Target, UpstreamError
+from gateway.upstream.types import ChatCall, PlanReport, Target, UpstreamError
 from gateway.world import World
 from routers.policy import Price, Route
 from routers.types import Decision, Query
@@ -61,6 +61,8 @@ class Ticket:
         self.resumed = False
         """Another target went on with a stream that broke."""
         self.attempts: list[AttemptRecord] = []
+        self.plan: PlanReport | None = None
+        """What a plan of the engine did for the answer."""
         self._ledger = ledger
         self._metrics = metrics
         self.route: Route | None = None
@@ -76,7 +78,7 @@ class Ticket:
 
     def worst_cost(self, target: Target, call: ChatCall | None = None) -> int | None:
         """The most that one attempt at `target` can cost, in nano-dollars; None: unpriced. `call`: what goes out."""
-        return cost_nanousd(target.price, _worst_usage(call or self.call, target))
+        return _worst_cost(target, _worst_usage(call or self.call, target))
 
     async def begin_attempt(self, target: Target, kind: AttemptKind, call: ChatCall | None = None) -> AttemptRecord:
         """Hold the most this attempt can cost, then journal it: only then may it go out.
@@ -86,7 +88,7 @@ class Ticket:
         """
         record, call = self.record, call or self.call
         worst = _worst_usage(call, target)
-        worst_cost = cost_nanousd(target.price, worst)
+        worst_cost = _worst_cost(target, worst)
         hold = await self.account.reserve(worst_cost or 0)  # what is unpriced runs only where no budget holds
         seq = len(self.attempts)
         attempt = AttemptRecord(
@@ -146,11 +148,19 @@ class Ticket:
         self.end_attempt(attempt, error.cause, None if error.may_be_billed else NO_USAGE)
 
     def end_attempt(
-        self, attempt: AttemptRecord, outcome: str, usage: Usage | None, *, delivered_bytes: int = 0, deltas: int = 0
+        self,
+        attempt: AttemptRecord,
+        outcome: str,
+        usage: Usage | None,
+        *,
+        delivered_bytes: int = 0,
+        deltas: int = 0,
+        plan: PlanReport | None = None,
     ) -> None:
         """Bill one attempt and give its hold back. `usage` None: the provider did not say, so it is estimated.
 
         A whole answer that never came may have been written to its end: it is billed at the most it can have cost.
+        `plan`: of an engine's plan, whose smaller model gets a row of its own.
         """
         running = self._running.pop(attempt.id)
         target = self.world.targets[attempt.model]
@@ -169,10 +179,35 @@ class Ticket:
         attempt.bill(usage, cost)
         attempt.outcome = outcome
         attempt.duration_us = (time.perf_counter_ns() - running.started_ns) // 1000
-        running.hold.settle(cost or 0)
+        drafted = 0
+        if plan is not None:
+            self.plan = plan
+            if plan.draft is not None and target.draft is not None:
+                drafted = self._bill_draft(attempt, target.draft, plan.draft)
+        running.hold.settle((cost or 0) + drafted)
         if self.world.loads is not None:
             self.world.loads.ended(attempt, stream=self.call.stream)
         self._metrics.attempt(attempt)
+
+    def _bill_draft(self, attempt: AttemptRecord, draft: Target, usage: Usage) -> int:
+        """A row for what the smaller model of a plan did within `attempt`; its cost."""
+        seq = len(self.attempts)
+        row = AttemptRecord(
+            id=f"{self.record.id}-{seq}",
+            request_id=self.record.id,
+            seq=seq,
+            model=draft.model,
+            provider=draft.provider,
+            started_at_ms=attempt.started_at_ms,
+            duration_us=attempt.duration_us,
+            outcome=attempt.outcome,
+            kind="draft",
+        )
+        cost = cost_nanousd(draft.price, usage)
+        row.bill(usage, cost)
+        self.attempts.append(row)
+        self._metrics.attempt(row)
+        return cost or 0
 
     def interruption(self) -> str:
         """Why an attempt was cancelled: `deadline`, the request's own, or `cancelled`, as its caller left."""
@@ -205,7 +240,7 @@ class Ticket:
             self._metrics.degraded(record.degraded)
         if self.baseline_price is not None and self.attempts:
             served = self.attempts[-1]
-            if served.outcome != "ok":
+            if served.outcome != "ok" or served.kind == "draft":
                 served = next((attempt for attempt in self.attempts if attempt.outcome == "ok"), served)
             record.baseline_nanousd = cost_nanousd(self.baseline_price, _usage(served))
         record.duration_us = (time.perf_counter_ns() - self._started_ns) // 1000
@@ -246,6 +281,10 @@ class Ticket:
                 f"x-leadline-budget-remaining-nanousd: {budget.remaining_nanousd}\r\n"
                 f"x-leadline-budget-scope: {budget.label}\r\n"
             )
+        if self.plan is not None:
+            count += 1
+            told = "".join(f"; {name}={value}" for name, value in self.plan.counts.items())
+            left += f"x-leadline-plan: {self.plan.kind}{told}\r\n"
         degraded = self._degraded()
         if degraded:
             count += 1
@@ -273,7 +312,8 @@ class Ticket:
     def receipt(self) -> dict[str, object]:
         """The extension that a stream's last usage chunk carries."""
         record = self.record
-        return {
+        plan: dict[str, object] = {} if self.plan is None else {"plan": {"kind": self.plan.kind, **self.plan.counts}}
+        return plan | {
             "request_id": record.id,
             "model": record.model_served,
             "provider": record.provider,
@@ -286,16 +326,38 @@ class Ticket:
         }
 
 
+_PLANNED = 2
+"""A plan may write every token twice, once to be thrown away, and read what others wrote."""
+
+
+def _worst_cost(target: Target, worst: Usage) -> int | None:
+    """Of one attempt with this usage, and of the smaller model that its plan may have; None: one is unpriced."""
+    cost = cost_nanousd(target.price, worst)
+    if target.draft is None or cost is None:
+        return cost
+    draft = cost_nanousd(target.draft.price, worst)
+    return None if draft is None else cost + draft
+
+
 def _worst_usage(call: ChatCall, target: Target) -> Usage:
     """The dearest usage that one attempt at `target` can have."""
     asked = call.sampling.max_tokens
-    return worst_case_usage(
+    worst = worst_case_usage(
         target.price,
         body_bytes=call.body_bytes,
         context=target.context * call.inputs,
         max_output=min(asked, target.max_output) if asked is not None else target.max_output,
         choices=call.choices,
         text_only=call.text_only,
+    )
+    if target.plan is None:
+        return worst
+    written = worst.output + worst.reasoning
+    return msgspec.structs.replace(
+        worst,
+        input=worst.input + _PLANNED * written,
+        output=_PLANNED * worst.output,
+        reasoning=_PLANNED * worst.reasoning,
     )
 
 

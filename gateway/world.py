@@ -2,6 +2,9 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
+
+import msgspec
 
 from gateway.loads import Loads
 from gateway.policies import missing_secrets
@@ -11,9 +14,10 @@ from gateway.upstream.http import HttpClient
 from gateway.upstream.local import EngineLink, LocalUpstream
 from gateway.upstream.openai import OpenAIUpstream
 from gateway.upstream.types import Target, Upstream
+from local_engine.types import Plan
 from routers.cost import ASSUMED_CONTEXT, ASSUMED_MAX_OUTPUT_TOKENS
 from routers.plans import models_of
-from routers.policy import Policy, Price
+from routers.policy import EnginePlan, Policy, Price
 
 
 class MissingSecret(ValueError):
@@ -32,12 +36,11 @@ class World:
         self.loads = Loads({name: model.slots for name, model in policy.models.items()}) if policy.timed else None
         """None: no route decides by time."""
         engines = {name for name, provider in policy.providers.items() if provider.engine is not None}
-        self.local_models = {
-            t.wire_model: t.model
-            for t in targets.values()
-            if t.provider in engines and not policy.models[t.model].embeds
-        }
-        """The engine's name of a model → the policy's."""
+        self.local_models: dict[str, list[str]] = {}
+        """The engine's name of a model → the policy's; several, where it has several plans."""
+        for target in targets.values():
+            if target.provider in engines and not policy.models[target.model].embeds:
+                self.local_models.setdefault(target.wire_model, []).append(target.model)
         self._dearest: dict[tuple[str, ...], Price | None] = {}
         """By the candidates of a route, or those that its caller's model leaves: as many as the policy can offer."""
 
@@ -48,11 +51,11 @@ class World:
             for name, breaker in self.breakers.items()
             if not breaker.closed and (reason := breaker.reason()) is not None
         }
-        for name in self.local_models.values():
-            target = self.targets[name]
+        for names in self.local_models.values():
+            target = self.targets[names[0]]
             reason = self.upstreams[target.provider].unavailable(target)
             if reason is not None:
-                found[name] = reason
+                found.update(dict.fromkeys(names, reason))
         return found
 
     def dearest(self, models: tuple[str, ...]) -> Price | None:
@@ -110,6 +113,10 @@ def build_world(
             first_byte_timeout_s=(provider.first_byte_timeout_ms or provider.timeout_ms) / 1000,
             idle_timeout_s=(provider.idle_timeout_ms or provider.timeout_ms) / 1000,
         )
+    for model in policy.models.values():
+        if model.plan is not None:
+            draft = targets[model.plan.draft] if model.plan.draft is not None else None
+            targets[model.name] = replace(targets[model.name], plan=engine_plan(model.plan, draft), draft=draft)
     world = World(policy, targets, upstreams)
     if before is not None:
         for name, target in targets.items():
@@ -117,3 +124,11 @@ def build_world(
             if same_place and name in before.targets and before.targets[name].wire_model == target.wire_model:
                 world.breakers[name] = before.breakers[name]
     return world
+
+
+def engine_plan(plan: EnginePlan, draft: Target | None) -> Plan:
+    """As the engine is told it."""
+    named = {} if draft is None else {"draft": draft.wire_model}
+    stated = {"type": plan.kind, **named, **dict(plan.options)}
+    found: Plan = msgspec.convert(stated, Plan)
+    return found

@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 from routers.cost import worst_case_nanousd
+from routers.plans import models_of
 from routers.policy import Policy
 from routers.types import Candidate, Decision, Plan, Query
 from routers.units import format_money
@@ -25,6 +26,9 @@ def to_lines(decision: Decision, asked: Asked | None = None) -> list[str]:
         for candidate in decision.candidates
     ]
     if asked is not None:
+        models = asked[0].models
+        planned = [name for name in models_of(c.model for c in decision.candidates) if models[name].plan is not None]
+        lines += [f"plan of {name}: {models[name].plan}" for name in planned]
         worst = worst_case_nanousd(asked[0], decision, asked[1])
         most = "not known, as a model that may answer is unpriced" if worst is None else format_money(worst)
         lines.append(f"worst case: {most}, with every retry, fallback and hedge that the policy allows")

@@ -18,6 +18,7 @@ from routers.policy import (
     FREE,
     Breaker,
     Difficulty,
+    EnginePlan,
     Listing,
     Model,
     Policy,
@@ -28,11 +29,14 @@ from routers.policy import (
 )
 from routers.routes import RoutesReader
 from routers.schema import (
+    ExitFile,
     ModelFile,
+    PlanFile,
     PolicyFile,
     PriceFile,
     ProviderFile,
     SignalsFile,
+    SpeculateFile,
     TierFile,
 )
 from routers.shape import NAME_FIX, did_you_mean, validated
@@ -248,8 +252,38 @@ class _Loader:
                 name, part.provider, part.model, context, max_output, price, tools, part.structured, part.logprobs,
                 prefix, embeds=part.embeds, completes=completes,
                 speculation=part.speculation or ("auto" if local else None),
-                slots=part.slots,
+                slots=part.slots, plan=self._plan(part.plan, path, local) if part.plan is not None else None,
             )  # fmt: skip
+        self._check_plans()
+
+    def _plan(self, part: PlanFile, path: Path, local: bool) -> EnginePlan | None:
+        if (part.exit is None) == (part.speculate is None):
+            self._document.report((*path, "plan"), "not one way to spend compute", "write one of exit, speculate")
+            return None
+        if not local:
+            fix = "remove it, or let the model run on the local engine"
+            self._document.report((*path, "plan"), "only the local engine runs plans", fix)
+        if part.speculate is not None:
+            return EnginePlan("speculate", _stated(part.speculate), part.speculate.draft)
+        assert part.exit is not None
+        return EnginePlan("exit", _stated(part.exit))
+
+    def _check_plans(self) -> None:
+        """A draft is another model, there, on the same engine, and has no plan of its own."""
+        for model in self._models.values():
+            if model.plan is None or model.plan.draft is None:
+                continue
+            path = ("models", model.name, "plan", "speculate", "draft")
+            draft = self._models.get(model.plan.draft)
+            if draft is None:
+                if model.plan.draft not in self._names("models"):
+                    fix = did_you_mean(model.plan.draft, self._names("models"))
+                    self._document.report(path, "no model of this name", fix, show=False)
+            elif draft.upstream == model.upstream:
+                self._document.report(path, "the model itself", "name a smaller one", show=False)
+            elif draft.provider != model.provider or draft.embeds:
+                fix = f"name a model that {model.provider} runs and that answers conversations"
+                self._document.report(path, "not a model of the same engine", fix, show=False)
 
         self._check_drafting()
 
@@ -310,6 +344,10 @@ def to_price(part: PriceFile, document: Document, path: Path) -> Price:
             document.report(here, f"cheaper than the tier before it in {', '.join(cheaper)}", fix)
         tiers.append(found)
     return replace(base, tiers=tuple(tiers))
+
+
+def _stated(part: ExitFile | SpeculateFile) -> tuple[tuple[str, str | int | float], ...]:
+    return tuple(part.model_dump(exclude_none=True, exclude={"draft"}).items())
 
 
 def _classes(part: PriceFile | TierFile) -> Price:

@@ -111,6 +111,21 @@ class Provider:
 
 
 @dataclass(frozen=True, slots=True)
+class EnginePlan:
+    """How the local engine spends compute on a model's answers."""
+
+    kind: Literal["exit", "speculate"]
+    options: tuple[tuple[str, str | int | float], ...]
+    """As the policy states them, by name."""
+    draft: str | None = None
+    """`speculate`: the model of the policy that writes the steps."""
+
+    def __str__(self) -> str:
+        draft = () if self.draft is None else (f"draft {self.draft}",)
+        return f"{self.kind}: {', '.join((*draft, *(f'{name} {value}' for name, value in self.options)))}"
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """A model as the policy names it."""
 
@@ -138,6 +153,8 @@ class Model:
     """How the local engine drafts for it; None: it runs elsewhere."""
     slots: int | None = None
     """Answers that its target writes side by side before any waits; None: not known."""
+    plan: EnginePlan | None = None
+    """None: the model alone, as long as it thinks."""
     thinking: Thinking | None = None
     """How it is told how much to think; None: it cannot be told."""
 

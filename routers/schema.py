@@ -127,6 +127,49 @@ class PriceFile(Strict):
     """Dearer prices of long prompts, by rising `above`."""
 
 
+class ExitFile(Strict):
+    """Leave a thought before its end: it is closed, and the model answers from there."""
+
+    rule: Literal["probe", "convergence", "redundancy", "momentum", "budget"] = "probe"
+    """At a cue word: `probe` (as `leadline exits` fitted it), `convergence` (forced answers agree), `redundancy` (two
+    thoughts come to the same), `momentum` (no step stood out). `budget`: past so many tokens."""
+    delta: Share = 0.05
+    """`probe`: the share of requests that may be left early and go wrong by it."""
+    form: Literal["expected", "high_probability", "per_event"] = "expected"
+    """`probe`: of that promise: in expectation; for 95% of calibrations; or per event, which promises less."""
+    loss: Literal["wrong", "harm"] = "wrong"
+    """`probe`: what goes wrong: the answer is; or it is, and would not have been at the thought's own end."""
+    agree: Annotated[int, Field(ge=2, le=16)] = 2
+    """`convergence`, `redundancy`: so many in a row."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """`momentum`: smaller leaves more thoughts."""
+    budget: Tokens | None = None
+    """`budget`: of the thought. Default: as fitted, by the length of the prompt."""
+    max_thinking_tokens: Tokens | None = None
+    """The thought is closed here in any case."""
+
+
+class SpeculateFile(Strict):
+    """A smaller model writes the steps of a thought, and this one judges them and writes those that do not pass."""
+
+    draft: Text
+    """Another model of this policy, on the same engine and with the same tokenizer."""
+    method: Literal["score", "specreason", "glimprouter", "speculative_thinking", "entropy"] = "score"
+    """How steps are judged: by how probable this model finds them; by a digit it rates them with; by the entropy of
+    their first token; by words of doubt; by the entropy of their last tokens."""
+    threshold: float | None = None
+    """Of the method. Default: its own."""
+    max_thinking_tokens: Tokens | None = None
+    """A thought that is longer is closed, and answered."""
+
+
+class PlanFile(Strict):
+    """How the local engine spends compute on an answer: one of these."""
+
+    exit: ExitFile | None = None
+    speculate: SpeculateFile | None = None
+
+
 class ModelFile(Strict):
     """A model by the name that routes and callers use."""
 
@@ -160,6 +203,9 @@ class ModelFile(Strict):
     """How the local engine drafts tokens for it; what it writes stays the same. `off`, or some of `ngram`, `recycle`,
     `auto` (both) and one of `draft:MODEL` (a smaller one with the same tokenizer) and `exit:LAYER` (its own first
     layers), joined by `+`. Default: `auto`."""
+    plan: PlanFile | None = None
+    """On the local engine: who writes its thoughts, and when they end. Default: the model alone, as long as it thinks.
+    Several names may stand for one model with different plans."""
     slots: Annotated[int, Field(ge=1, le=100_000)] | None = None
     """How many answers its target writes side by side before any waits. Default: not known, so no queue is expected."""
 

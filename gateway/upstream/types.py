@@ -1,6 +1,6 @@
 """What lifecycle knows of an upstream: a target, a call, an answer, an error."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -8,6 +8,7 @@ import msgspec
 
 from gateway.ledger.settle import Usage
 from gateway.upstream.tool_calls import ToolCallOrder
+from local_engine.types import Plan
 from routers.policy import Price
 from routers.types import Endpoint, Hints
 
@@ -37,6 +38,21 @@ class Target:
     connect_timeout_s: float = 10.0
     first_byte_timeout_s: float = 60.0
     idle_timeout_s: float = 60.0
+    plan: Plan | None = None
+    """How the local engine spends compute on its answers; a draft by its name in the engine."""
+    draft: "Target | None" = None
+    """Of a plan: the smaller model, billed beside."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReport:
+    """What a plan of the engine did for one answer."""
+
+    kind: str
+    counts: Mapping[str, int | float | str]
+    """In names of its own; what is nothing is left out."""
+    draft: Usage | None = None
+    """What the smaller model read and wrote."""
 
 
 class UpstreamError(Exception):
@@ -162,6 +178,7 @@ class Answer(msgspec.Struct):
     usage: Usage | None
     """None when the provider reported none."""
     delivered_bytes: int = 0
+    plan: PlanReport | None = None
 
 
 @dataclass(slots=True)
@@ -177,6 +194,7 @@ class StreamState:
     """By choice."""
     done: bool = False
     """The terminator came, or a finish reason for every choice: nothing is missing."""
+    plan: PlanReport | None = None
 
 
 class Event(msgspec.Struct, frozen=True):

@@ -1,0 +1,48 @@
+"""Plans of the local engine: which requests they are for, and what of them is billed and told."""
+
+from collections.abc import Mapping
+
+from gateway.ledger.settle import Usage
+from gateway.upstream.types import ChatCall, PlanReport
+from local_engine.types import Exit, Finished, Plan, PlanUse
+
+_Count = int | float | str
+
+
+def plan_runs(call: ChatCall) -> bool:
+    """Whether a plan can run for this call: one choice of plain text from its beginning. Others run without."""
+    return not (call.choices > 1 or call.has_tools or call.has_format or call.sampling.logprobs or call.prefix)
+
+
+def report_of(plan: Plan, end: Finished, usage: Usage) -> tuple[PlanReport, Usage]:
+    """What the plan did, and what its own model is billed; `usage` is what the caller is told."""
+    if isinstance(plan, Exit):
+        counts: dict[str, _Count | None] = {"by": end.exited, "p": end.exit_p, "discarded_tokens": end.discarded_tokens}
+        return PlanReport("exit", _stated(counts)), usage
+    use = end.plan or PlanUse([])
+    report: dict[str, _Count | None] = {
+        "drafted_steps": use.drafted_steps,
+        "accepted_steps": use.accepted_steps,
+        "drafted_tokens": use.drafted_tokens,
+        "accepted_tokens": use.accepted_tokens,
+        "discarded_tokens": use.discarded_tokens,
+        "closed_by": use.closed_by,
+        "degraded": use.degraded,
+    }
+    if not use.models:
+        return PlanReport("speculate", _stated(report)), usage
+    own = use.models[0]
+    reasoning = min(usage.reasoning, own.output_tokens)
+    read = max(own.computed_tokens - own.output_tokens, 0)
+    billed = Usage(read, own.cached_tokens, output=own.output_tokens - reasoning, reasoning=reasoning)
+    drafts = use.models[1:]
+    draft = Usage(
+        sum(max(d.computed_tokens - d.output_tokens, 0) for d in drafts),
+        sum(d.cached_tokens for d in drafts),
+        reasoning=sum(d.output_tokens for d in drafts),
+    )
+    return PlanReport("speculate", _stated(report), draft), billed
+
+
+def _stated(counts: Mapping[str, _Count | None]) -> dict[str, _Count]:
+    return {name: value for name, value in counts.items() if value}

@@ -1,0 +1,180 @@
+"""Plans of the local engine, from the policy to the ledger: who wrote what, what it cost, and what is told of it."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+import pytest
+
+from gateway.upstream.http import HttpClient
+from gateway.world import build_world, engine_plan
+from local_engine.arithmetic import problems
+from local_engine.client import EngineClient
+from local_engine.types import Exit, SpeculateSteps
+from routers.decide import decide
+from routers.errors import PolicyError
+from routers.explain import to_lines
+from routers.load import parse
+from routers.schema import ExitFile, SpeculateFile
+from routers.types import Query, Signals, State
+from tests.gateway.conftest import Gateway, running
+
+pytestmark = [pytest.mark.anyio, pytest.mark.engine]
+
+POLICY = """
+version: 1
+providers:
+  home: {engine: embedded}
+models:
+  local: {provider: home, model: bundled/base, context: 1024, price: {input: $1/Mtok, output: $10/Mtok}}
+  small: {provider: home, model: bundled/draft, context: 1024, price: {input: $0.1/Mtok, output: $1/Mtok}}
+  quick:
+    provider: home
+    model: bundled/base
+    context: 1024
+    price: {input: $1/Mtok, output: $10/Mtok}
+    plan: {speculate: {draft: small}}
+  brief:
+    provider: home
+    model: bundled/base
+    context: 1024
+    price: free
+    plan: {exit: {rule: convergence, agree: 2}}
+limits: [{key: "*", budget: $1/day}]
+"""
+QUESTION = problems(20, 3, 1)[0].question
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+async def home(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Gateway]:
+    async with running(POLICY, tmp_path_factory.mktemp("plans") / "home") as gateway:
+        assert gateway.app.engine is not None
+        async with asyncio.timeout(120):
+            await gateway.app.engine.ready.wait()
+        yield gateway
+
+
+class NoEngine:
+    client: EngineClient | None = None
+
+
+def ask(model: str, **fields: Any) -> dict[str, Any]:
+    return {"model": model, "messages": [{"role": "user", "content": QUESTION}], "temperature": 0, **fields}
+
+
+def told(headers: Any) -> tuple[str, dict[str, str]]:
+    kind, *counts = headers["x-leadline-plan"].split("; ")
+    return kind, dict(count.split("=", 1) for count in counts)
+
+
+async def test_a_smaller_model_writes_and_each_model_is_billed_for_what_it_did(home: Gateway) -> None:
+    status, headers, answer = await home.chat(ask("quick"))
+    assert status == 200
+    kind, counts = told(headers)
+    assert kind == "speculate"
+    assert 0 < int(counts["accepted_steps"]) <= int(counts["drafted_steps"])
+    message = answer["choices"][0]["message"]
+    assert message["reasoning_content"]
+    assert message["content"]
+    row = (await home.rows())[0]
+    own, draft = row["attempt_rows"]
+    assert (own["model"], own["kind"], draft["model"], draft["kind"]) == ("quick", "first", "small", "draft")
+    assert own["cost_nanousd"] == 1000 * own["input_tokens"] + 10_000 * (own["output_tokens"] + own["reasoning_tokens"])
+    assert draft["reasoning_tokens"] == int(counts["drafted_tokens"])
+    assert draft["cost_nanousd"] == 100 * draft["input_tokens"] + 1000 * draft["reasoning_tokens"] > 0
+    assert row["cost_nanousd"] == own["cost_nanousd"] + draft["cost_nanousd"] == int(headers["x-leadline-cost-nanousd"])
+    assert row["cost_nanousd"] <= row["reserved_nanousd"]
+    usage = answer["usage"]
+    written = own["output_tokens"] + own["reasoning_tokens"]
+    assert written < usage["completion_tokens"], "most of the thought was accepted, not written again"
+
+
+async def test_a_streamed_plan_costs_and_tells_what_a_whole_one_does(home: Gateway) -> None:
+    _, headers, whole = await home.chat(ask("quick", seed=1))
+    _, _, raw = await home.stream(ask("quick", seed=2, stream_options={"include_usage": True}))
+    lines = [line.removeprefix("data: ") for line in raw.decode().splitlines() if line.startswith("data: {")]
+    chunks = [json.loads(line) for line in lines]
+    reasoning = "".join(c["choices"][0]["delta"].get("reasoning_content", "") for c in chunks if c["choices"])
+    assert reasoning == whole["choices"][0]["message"]["reasoning_content"]
+    extension = chunks[-1]["leadline"]
+    assert extension["cost_nanousd"] > 0
+    kind, counts = told(headers)
+    assert extension["plan"]["kind"] == kind
+    assert extension["plan"]["accepted_steps"] == int(counts["accepted_steps"])
+
+
+async def test_a_thought_left_early_says_by_what_rule(home: Gateway) -> None:
+    status, headers, answer = await home.chat(ask("brief", reasoning_effort="high"))
+    assert status == 200
+    assert answer["choices"][0]["message"]["content"]
+    kind, counts = told(headers)
+    assert kind == "exit"
+    assert counts.get("by", "convergence") == "convergence"
+    (attempt,) = (await home.rows())[0]["attempt_rows"]
+    assert (attempt["model"], attempt["kind"]) == ("brief", "first")
+
+
+async def test_what_no_plan_is_for_runs_without(home: Gateway) -> None:
+    status, headers, _ = await home.chat(ask("quick", logprobs=True, max_tokens=8))
+    assert status == 200
+    assert "x-leadline-plan" not in headers
+    (attempt,) = (await home.rows())[0]["attempt_rows"]
+    assert attempt["kind"] == "first"
+
+
+def test_every_name_of_a_model_is_away_with_its_engine() -> None:
+    world = build_world(parse(POLICY), HttpClient(), NoEngine(), b"salt")
+    assert set(world.unavailable()) == {"local", "small", "quick", "brief"}
+
+
+@pytest.mark.parametrize(
+    ("plan", "problem"),
+    [
+        ("{exit: {}, speculate: {draft: small}}", "not one way to spend compute"),
+        ("{}", "not one way to spend compute"),
+        ("{speculate: {draft: smal}}", "did you mean"),
+        ("{speculate: {draft: quick}}", "the model itself"),
+        ("{speculate: {draft: remote}}", "not a model of the same engine"),
+        ("{speculate: {draft: small, method: guess}}", "specreason"),
+        ("{exit: {delta: 0.5}}", "5%"),
+        ("{exit: {rule: convergence, agree: 1}}", "agree"),
+    ],
+)
+def test_a_plan_that_cannot_run_is_refused_with_its_place(plan: str, problem: str) -> None:
+    remote = "  remote: {provider: far, model: m, price: free}\n"
+    text = POLICY.replace("{speculate: {draft: small}}", plan).replace("  quick:", f"{remote}  quick:")
+    with pytest.raises(PolicyError) as caught:
+        parse(
+            text.replace("  home: {engine: embedded}", '  home: {engine: embedded}\n  far: {base_url: "http://h/v1"}')
+        )
+    assert problem in str(caught.value)
+    assert "models.quick.plan" in str(caught.value)
+
+
+def test_a_plan_is_for_the_local_engine() -> None:
+    text = POLICY.replace("  home: {engine: embedded}", '  home: {base_url: "http://h/v1"}')
+    with pytest.raises(PolicyError, match="only the local engine runs plans"):
+        parse(text)
+
+
+def test_every_field_of_a_plan_is_one_of_the_engines() -> None:
+    for file, struct in ((ExitFile, Exit), (SpeculateFile, SpeculateSteps)):
+        assert set(file.model_fields) <= {field.name for field in msgspec.structs.fields(struct)}
+    policy = parse(POLICY)
+    brief = policy.models["brief"].plan
+    assert brief is not None
+    assert engine_plan(brief, None) == Exit(rule="convergence")
+
+
+def test_explain_says_what_a_plan_is() -> None:
+    policy = parse(POLICY)
+    query = Query("quick", "t", input_tokens_estimate=20, input_tokens_max=100, max_output_tokens=50)
+    lines = to_lines(decide(query, Signals(), policy, State(), seed=0), (policy, query))
+    assert "plan of quick: speculate: draft small, method score" in lines
