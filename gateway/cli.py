@@ -11,6 +11,7 @@ import typer
 
 from gateway.exits.command import app as exits_app
 from gateway.policy_commands import add_to, stop
+from gateway.replay.command import replay
 from gateway.simulate.command import simulate
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ engine_app = typer.Typer(help="Run the engine alone, or measure it.")
 app.add_typer(engine_app, name="engine")
 add_to(app)
 app.command("simulate")(simulate)
+app.command("replay")(replay)
 app.add_typer(exits_app, name="exits")
 
 

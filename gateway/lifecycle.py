@@ -32,6 +32,7 @@ from gateway.errors import (
     UnknownModel,
     UpstreamRateLimited,
 )
+from gateway.facts import hash_secret, prompt_hash, written
 from gateway.ledger.records import AttemptRecord, RequestRecord
 from gateway.ledger.settle import NO_USAGE, cost_nanousd
 from gateway.ledger.store import LedgerStore
@@ -103,6 +104,7 @@ class Lifecycle:
         self._cache = cache
         self._signals = signals
         self._cache_secret = cache_secret(pepper)
+        self._hash_secret = hash_secret(pepper)
         self._attempts = AttemptEngine(metrics)
         self.shadows = Shadows(keys, budgets, self._limits, ledger, self._attempts, metrics)
 
@@ -238,15 +240,19 @@ class Lifecycle:
     async def _route(self, ticket: Ticket) -> None:
         """Measure what the policy wants measured, then decide. The decision goes into the ledger whole."""
         messages = ticket.call.fields.get("messages", b"")
-        decision = await self._decide(ticket.query, ticket.world, messages, ticket.account)
+        decision, facts = await self._decide(ticket.query, ticket.world, messages, ticket.account)
         ticket.decision = decision
+        ticket.record.facts = facts
+        if facts is not None:
+            ticket.record.prompt_hash = prompt_hash(self._hash_secret, ticket.record.tenant, messages)
         ticket.record.route = decision.route
         ticket.record.decision = _encode(decision).decode()  # `routers.explain.from_dict` reads it
         ticket.baseline_price = ticket.world.dearest(tuple(candidate.model for candidate in decision.candidates))
 
     async def _decide(
         self, query: Query, world: World, messages: bytes | msgspec.Raw, account: Account | None
-    ) -> Decision:
+    ) -> tuple[Decision, str | None]:
+        """The decision, and what its row keeps of what it was made from; None where the caller named a model."""
         signals = await self._signals.read(query, messages, world)
         budgets = account.budgets if account is not None else ()
         budget, degraded = tightest(budgets), degrade(budgets)
@@ -259,9 +265,10 @@ class Lifecycle:
             load=self._load(query, world),
         )
         try:
-            return decide(query, signals, world.policy, state, seed=_seed())
+            decision = decide(query, signals, world.policy, state, seed=_seed())
         except NoCandidate as error:
             raise _no_candidate(error, query.model, world, budget) from error
+        return decision, written(query, signals, state) if decision.route != "named" else None
 
     def _load(self, query: Query, world: World) -> Mapping[str, Load]:
         """What the targets are doing, where the query's route decides by it."""
@@ -272,7 +279,7 @@ class Lifecycle:
 
     async def explain(self, query: Query, messages: bytes) -> Decision:
         """The decision that this query would get now. Nothing runs, nothing is written. Raises LeadlineError."""
-        return await self._decide(query, self.world, messages, None)
+        return (await self._decide(query, self.world, messages, None))[0]
 
     # run ------------------------------------------------------------------------------------------------------------
 

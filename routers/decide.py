@@ -48,6 +48,7 @@ def decide(query: Query, signals: Signals, policy: Policy, state: State, seed: i
     _settle_doubts(considered, (*options, *steps_in))
     usable = [option for option in options if option.obstacle is None]
     degraded, propensity, explored = "", 1.0, False
+    among: tuple[str, ...] = ()
     if usable:
         cheaper = state.degrade_reason if state.degrade == "cheaper" and query.model not in policy.models else None
         chosen, rule, guessed, satisfying = choose(route, usable, query, cheaper)
@@ -60,7 +61,8 @@ def decide(query: Query, signals: Signals, policy: Policy, state: State, seed: i
         else:
             degraded = _missed(route, options, chosen, query) or ("probe_unavailable" if guessed else "")
         if route.explore is not None and len(satisfying) > 1:
-            name, propensity = explore(route.explore, chosen.name, [o.name for o in satisfying], signals, state, seed)
+            among = tuple([option.name for option in satisfying])
+            name, propensity = explore(route.explore, chosen.name, among, signals, state, seed)
             if name != chosen.name:
                 chosen.reason = f"the best, but this request explores {name}"
                 rule += f"; explored {name}, as {100 * route.explore.share:g}% of requests do ({route.explore.method})"
@@ -99,6 +101,7 @@ def decide(query: Query, signals: Signals, policy: Policy, state: State, seed: i
         degraded=degraded,
         propensity=propensity,
         explored=explored,
+        among=among,
         shadow=() if shadow is None else cast(shadow, (plan.model,), query, signals, policy, state, seed),
     )
 

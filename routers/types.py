@@ -284,6 +284,8 @@ class Decision(Struct, frozen=True, omit_defaults=True):
     """The probability, over seeds, with which these inputs lead to this plan; 1: nothing is explored."""
     explored: bool = False
     """Whether the plan was drawn to learn from it, not chosen as the best."""
+    among: tuple[str, ...] = ()
+    """The plans of which one is drawn, each with a propensity above 0; empty: nothing is explored."""
     shadow: tuple[str, ...] = ()
     """Models to be called beside the plan; nobody is shown their answers."""
 

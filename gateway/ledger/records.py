@@ -85,6 +85,7 @@ class RequestRecord(msgspec.Struct, array_like=True):
     parent: str | None = None
     """The request whose shadow this is; None: a caller's own."""
     prompt_hash: str | None = None
+    facts: str | None = None
 
     def total(self, attempts: list[AttemptRecord]) -> None:
         """Sum the attempts into the request: the request's cost is exactly what its attempts cost."""

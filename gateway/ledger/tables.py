@@ -121,7 +121,9 @@ class RequestRow(SQLModel, table=True):
     parent: str | None = Field(default=None, max_length=40)
     """The request whose shadow this is; NULL: a caller's own."""
     prompt_hash: str | None = Field(default=None, max_length=32)
-    """Keyed, of the conversation as it came; NULL where nothing sounded it."""
+    """Keyed, of the conversation as it came (`gateway.facts`); NULL as `facts`."""
+    facts: str | None = Field(default=None, sa_column=Column(Text, nullable=True))
+    """What the decision was made from (`gateway.facts`); NULL where the caller named a model."""
 
 
 class AttemptRow(SQLModel, table=True):

@@ -1,4 +1,4 @@
-"""What callers and judges said of answers; what was kept to learn from; which request a shadow was cast by."""
+"""What callers and judges said of answers; what is kept to learn from; which request a shadow is of."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -31,3 +31,4 @@ def upgrade() -> None:
     )
     op.add_column("request", sa.Column("parent", sa.String(40)))
     op.add_column("request", sa.Column("prompt_hash", sa.String(32)))
+    op.add_column("request", sa.Column("facts", sa.Text))

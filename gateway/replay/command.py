@@ -1,0 +1,126 @@
+"""`leadline replay POLICY`: a new policy over the ledger's history, before anybody is served by it."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from gateway.replay.estimate import Evaluation
+    from gateway.replay.history import Replay
+
+
+def replay(
+    file: Annotated[Path, typer.Argument(metavar="POLICY", help="Policy file.")],
+    since: Annotated[str, typer.Option(help="How far back (7d, 12h), or a moment (2026-11-01).")] = "30d",
+    until: Annotated[str | None, typer.Option(help="Up to then, in the same words. Default: now.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Of one tenant alone.")] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Also write everything to this file.")] = None,
+) -> None:
+    """Say what a policy would have cost, got right and taken on the requests in the ledger, and how sure that is.
+
+    Where the policy in force explored, the answer is an estimate with an interval; elsewhere it is arithmetic on the
+    same tokens, and says so. Nothing is called.
+    """
+    from rich.console import Console
+
+    from gateway.ledger.store import LedgerUnreachable, connect
+    from gateway.policies import CannotServe, checked_policy
+    from gateway.replay.history import Span
+    from gateway.replay.history import replay as run
+    from gateway.settings import Settings, SettingsError
+
+    now_ms = time.time_ns() // 1_000_000
+    try:
+        policy, _ = checked_policy(file, secrets=False)
+        span = Span(
+            _moment("--since", since, now_ms), now_ms if until is None else _moment("--until", until, now_ms), tenant
+        )
+        if span.since_ms >= span.until_ms:
+            raise typer.BadParameter(f"--since {since}: not before --until")
+        settings = Settings.from_env()
+        settings.prepare_home()
+        engine = connect(settings.database_url, settings.durability)
+    except (CannotServe, SettingsError, LedgerUnreachable) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    try:
+        found = run(engine, policy, span)
+    finally:
+        engine.dispose()
+    console = Console()
+    for line in lines(found):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if json_out is not None:
+        told = {"policy": {"file": file.name, "version": policy.version_hash}, **asdict(found)}
+        json_out.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def lines(found: "Replay") -> list[str]:
+    """For a person, one fact per line."""
+    out = [f"{found.rows} requests replayed; {found.same} would be decided the same"]
+    out += [f"  left out: {count}, {why}" for why, count in found.skipped.items()]
+    if found.refused:
+        out.append(f"  refused: {found.refused}, which cost nothing and answer nothing")
+    if found.supported:
+        out.append(f"Estimated on {found.supported} of them (doubly robust, 95% interval; models are matched by name):")
+        out += [_estimated(name, estimate) for name, estimate in found.estimates.items()]
+    repriced = found.repriced
+    if repriced is not None:
+        out.append(
+            f"Repriced on the other {repriced.n}, where nothing was explored: arithmetic on the same tokens, not an "
+            "estimate, as another model writes other answers of other lengths:"
+        )
+        after = "not known" if repriced.cost_after is None else _usd(repriced.cost_after)
+        out.append(f"  cost per 1,000: {_usd(repriced.cost_before)} then, {after} repriced")
+        if repriced.unpriced:
+            out.append(f"  {repriced.unpriced} of them have no price, and are in neither sum")
+        if repriced.predicted_before is not None and repriced.predicted_after is not None:
+            was, now = repriced.predicted_before, repriced.predicted_after
+            out.append(f"  P(success) as the probe predicts it, not as measured: {was:.3f} then, {now:.3f} now")
+        out.append("  latency: not known")
+        out.append("  To have an estimate there, let a share of the route's requests explore (`explore:` of a route).")
+    return out
+
+
+def _estimated(name: str, found: "Evaluation | None") -> str:
+    if found is None:
+        few = {"quality": "too few of these requests were rated", "cost": "too few of them have a price"}
+        return f"  {name}: not known, {few.get(name, 'too few requests')}"
+    show: Mapping[str, Any] = {"cost": _usd, "quality": "{:.3f}".format, "latency": "{:.0f} ms".format}
+    told, change = show[name], found.change
+    label = {"cost": "cost per 1,000", "quality": f"quality (of {found.n} rated)", "latency": "latency"}[name]
+    clipped = f", {found.clipped:.1%} of weights cut" if found.clipped else ""
+    clipped += "; so few that the interval is rough" if found.rough else ""
+    return (
+        f"  {label}: {told(found.before.value)} then, {told(found.after.value)} "
+        f"({told(found.after.low)} to {told(found.after.high)}) now, a change of {told(change.value)} "
+        f"({told(change.low)} to {told(change.high)}); weights worth {found.effective_n:.0f} rows, "
+        f"the largest {found.largest_weight:.3g}{clipped}"
+    )
+
+
+def _usd(nanousd: float) -> str:
+    """Of 1,000 requests."""
+    dollars = nanousd * 1e-6
+    return f"{'-' if dollars < 0 else ''}${abs(dollars):.4g}"
+
+
+def _moment(option: str, text: str, now_ms: int) -> int:
+    import datetime as dt
+
+    from routers.units import UnitError, parse_duration_ms
+
+    try:
+        return now_ms - parse_duration_ms(text)
+    except UnitError:
+        pass
+    try:
+        found = dt.datetime.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter(f"{option} {text}: write how far back, such as 7d, or a date, 2026-11-01") from None
+    return int((found if found.tzinfo is not None else found.replace(tzinfo=dt.UTC)).timestamp() * 1000)

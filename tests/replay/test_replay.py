@@ -1,0 +1,168 @@
+"""`leadline replay` over the ledger of a real gateway: decisions made again, estimates that hold the truth."""
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine
+from typer.testing import CliRunner
+
+from gateway import facts
+from gateway.cli import app
+from gateway.ledger import browse, outcomes, prices, report
+from gateway.ledger.outcomes import decision_of
+from gateway.replay.history import Span, replay
+from routers.decide import decide
+from routers.load import parse
+from routers.policy import Policy
+from tests.gateway.conftest import POLICY, Gateway, ask, running
+from tests.gateway.fake_upstream import FakeUpstream
+
+pytestmark = pytest.mark.anyio
+
+ROUTES = """routes:
+  - name: explored
+    when: {{model: explored, not: {{tag: plain}}}}
+    candidates: [cheap, dear]
+    explore: {{share: 40%, method: uniform}}
+    cache: off
+  - {{name: plain, when: {{model: explored}}, use: [cheap], cache: off}}
+"""
+ALWAYS = """routes:
+  - {{name: all, when: {{model: explored}}, use: [MODEL]}}
+"""
+EVER = Span(0, 1 << 60)
+
+
+def policy(url: str, routes: str, limits: str = "") -> str:
+    text = POLICY.replace("routes:\n", routes, 1).replace("timeout: 1s", "timeout: 20s")
+    return text.format(url=url, limits=limits)
+
+
+def always(url: str, model: str) -> Policy:
+    return parse(policy(url, ALWAYS.replace("MODEL", model)), prices=prices.lookup)
+
+
+async def traffic(gateway: Gateway, n: int, **headers: str) -> None:
+    gate = asyncio.Semaphore(8)
+
+    async def one(i: int) -> None:
+        async with gate:
+            status, _, _ = await gateway.chat(ask(f"question {i} " + "word " * (i % 40), model="explored"), **headers)
+            assert status == 200
+
+    await asyncio.gather(*[one(i) for i in range(n)])
+
+
+def rated(engine: Engine) -> list[dict[str, Any]]:
+    """Says of each request that dear is right on nine of ten questions, and cheap on the even ones; its rows."""
+    rows = [row for row in browse.page(engine, browse.Slice(), limit=10_000) if row["parent"] is None]
+    for row in rows:
+        length = row["input_tokens"] + row["cached_input_tokens"]
+        right = length % 10 != 3 if row["model_served"] == "dear" else length % 2 == 0
+        outcomes.caller_says(engine, row["id"], float(right), tenant=None, source="caller", comment=None, now_ms=1)
+    return rows
+
+
+async def test_a_policy_is_estimated_where_the_old_one_explored(
+    upstream: FakeUpstream, tmp_path: Path, database_url: str
+) -> None:
+    async with running(policy(upstream.url, ROUTES), tmp_path / "home", database_url=database_url) as gateway:
+        await traffic(gateway, 300)
+        await gateway.rows()
+        engine = gateway.app.web.state.lifecycle.ledger.engine
+        rows = rated(engine)
+        found = replay(engine, always(upstream.url, "dear"), EVER)
+        again = replay(engine, gateway.app.policy, EVER)
+    assert (found.rows, found.supported, found.same, found.skipped) == (300, 300, 0, {})
+    assert found.repriced is None
+    # The fake upstream bills words: what dear costs on each prompt is known, and so is where it is right.
+    sizes = [row["input_tokens"] + row["cached_input_tokens"] for row in rows]
+    truth = sum((size - size // 3) * 2.5 + size // 3 * 1.25 + 12 * 10 for size in sizes) / 300 * 1000
+    cost, quality = found.estimates["cost"], found.estimates["quality"]
+    assert cost is not None
+    assert cost.after.value == pytest.approx(truth, rel=0.1)
+    assert cost.before.value < cost.after.value
+    assert cost.change.low > 0
+    assert quality is not None
+    right = sum(size % 10 != 3 for size in sizes) / 300
+    slack = (quality.after.high - quality.after.low) / 2
+    assert abs(quality.after.value - right) < 2 * slack  # 1.96 errors hold it in 95 of 100 runs; twice that in all
+    assert quality.effective_n < 200
+    kept = again.estimates["quality"]
+    assert kept is not None
+    assert kept.largest_weight == pytest.approx(1.0)
+    assert kept.after.value == pytest.approx(kept.before.value, abs=0.05)
+
+
+async def test_what_was_never_tried_is_repriced_and_says_so(upstream: FakeUpstream, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    async with running(policy(upstream.url, ROUTES), home) as gateway:
+        await traffic(gateway, 40, **{"X-Leadline-Tags": "plain"})
+        rows = await gateway.rows()
+        engine = gateway.app.web.state.lifecycle.ledger.engine
+        same = replay(engine, always(upstream.url, "cheap"), EVER)
+        found = replay(engine, always(upstream.url, "dear"), EVER)
+        other = replay(engine, always(upstream.url, "dear"), Span(0, 1 << 60, "nobody"))
+    assert (same.same, same.supported, same.repriced) == (40, 40, None)
+    cost = same.estimates["cost"]
+    assert cost is not None
+    assert (cost.after.value, cost.change.value) == pytest.approx((cost.before.value, 0.0))
+    assert (found.supported, other.rows) == (0, 0)
+    assert found.repriced is not None
+    assert (found.repriced.n, found.repriced.predicted_after) == (40, None)
+    assert found.repriced.cost_before == pytest.approx(sum(row["cost_nanousd"] for row in rows) / 40)
+    by_hand = [r["input_tokens"] * 2.5 + r["cached_input_tokens"] * 1.25 + r["output_tokens"] * 10 for r in rows]
+    assert found.repriced.cost_after == pytest.approx(sum(by_hand) / 40 * 1000)
+    file, out = tmp_path / "dear.yaml", tmp_path / "out.json"
+    file.write_text(policy(upstream.url, ALWAYS.replace("MODEL", "dear")))
+    done = await asyncio.to_thread(
+        CliRunner().invoke, app, ["replay", str(file), "--json", str(out)], env={"LEADLINE_HOME": str(home)}
+    )
+    assert done.exit_code == 0, done.output
+    assert "Repriced on the other 40, where nothing was explored: arithmetic on the same tokens" in done.output
+    assert "Estimated" not in done.output
+    assert json.loads(out.read_text())["repriced"]["n"] == 40
+
+
+async def test_the_same_inputs_and_seed_make_the_same_decision(upstream: FakeUpstream, tmp_path: Path) -> None:
+    limits = 'limits: [{key: "*", budget: $1/day, at: {1%: cheaper}}]'
+    async with running(policy(upstream.url, ROUTES, limits), tmp_path / "home") as gateway:
+        await traffic(gateway, 20)
+        await traffic(
+            gateway, 3, **{"X-Leadline-Tags": "plain,other", "X-Session-Id": "s1", "X-Leadline-Scope": "run1"}
+        )
+        await gateway.chat({**ask(model="explored"), "max_tokens": 7, "response_format": {"type": "json_object"}})
+        await gateway.chat(ask(model="explored"), **{"X-Leadline-Max-Cost": "0.01"})
+        await gateway.chat(ask(model="cheap"))
+        rows = await gateway.rows()
+        engine = gateway.app.web.state.lifecycle.ledger.engine
+        again = 0
+        for listed in rows:
+            found = report.request(engine, listed["id"])
+            assert found is not None
+            decision = decision_of(found[0]["decision"])
+            asked = facts.read(found[0], "probe")
+            assert decision is not None
+            if decision.route == "named":
+                assert asked is None
+                continue
+            assert asked is not None
+            assert decide(*asked[:2], gateway.app.policy, asked[2], decision.seed) == decision
+            again += 1
+        assert again == len(rows) - 1
+        assert len({decision_of(row["decision"]).seed for row in rows}) > 20  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--since", "yesterday"], "such as 7d"), (["--since", "1d", "--until", "2d"], "not before --until")],
+)
+def test_a_span_that_is_none_is_refused(tmp_path: Path, arguments: list[str], words: str) -> None:
+    file = tmp_path / "p.yaml"
+    file.write_text(policy("http://127.0.0.1:9/v1", ALWAYS.replace("MODEL", "dear")))
+    done = CliRunner().invoke(app, ["replay", str(file), *arguments], env={"LEADLINE_HOME": str(tmp_path)})
+    assert done.exit_code == 2
+    assert words in done.output
