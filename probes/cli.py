@@ -47,6 +47,7 @@ Group = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of folds, projection and resamples.")]
 JsonOut = Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")]
+Report = Annotated[Path | None, typer.Option(help="Also write a page with plots to this .html file.")]
 
 
 @app.command()
@@ -66,12 +67,16 @@ def fit(
     answers: Answers = 0.5,
     seed: Seed = 0,
     json_out: JsonOut = None,
+    report: Report = None,
 ) -> None:
     """Fit a probe, print its out-of-fold worth beside the baselines, write the artifact."""
     with _explained():
         heads = _parse_heads(head)
+        from probes.errors import TableError
         from probes.train import read_table
 
+        if report is not None and tier == "static":
+            raise TableError(f"--report {report}: a static probe has no page yet; leave it out, or fit an encoder's")
         data = read_table(
             table, prompt, heads, drop_if=drop_if, group_column=group_column,
             tokens=_parse_heads(tokens or (), "--tokens"), domain=domain, reasoning=_pair(reasoning),
@@ -90,6 +95,17 @@ def fit(
             fitted = fit_probe(data, Encoder.load(encoder), Recipe(seed=seed), name=name or out.name, progress=True)
             write(fitted.artifact, out)
             version, rows = fitted.artifact.version, fitted.rows
+            if report is not None:
+                from probes.html import probe_report
+
+                lead = f"Fitted on {len(data.prompts):,} prompts of {table.name}; every number here is out of fold."
+                _write_report(
+                    report,
+                    probe_report(
+                        f"Probe {version}", lead, fitted.artifact, table.name, data, {"probe": fitted.probabilities},
+                        rows, certificates=fitted.artifact.manifest.certificates, seed=seed,
+                    ),
+                )  # fmt: skip
     _show(f"{version}, out of fold on {len(data.prompts)} prompts", rows, json_out)
     typer.echo(f"wrote {out}")
 
@@ -105,6 +121,7 @@ def evaluate(
     group_column: Group = None,
     seed: Seed = 0,
     json_out: JsonOut = None,
+    report: Report = None,
 ) -> None:
     """Measure fitted artifacts on a table they were not fitted on."""
     with _explained():
@@ -119,6 +136,20 @@ def evaluate(
         scores = {probe.version: score(data, probe, loaded, progress=True) for probe in artifacts}
         trained_on = [probe.version for probe in artifacts if probe.manifest.data_sha256 == data.sha256()]
         rows = table_rows(data, scores, seed)
+        if report is not None:
+            from probes.html import probe_report
+
+            lead = f"Measured on {len(data.prompts):,} prompts of {table.name}."
+            if trained_on:
+                lead += f" {', '.join(trained_on)} was fitted on this very table: these numbers flatter it."
+            title = f"Probe {artifacts[0].version} on {table.name}"
+            _write_report(
+                report,
+                probe_report(
+                    title, lead, artifacts[0], table.name, data, scores, rows,
+                    certificates=artifacts[0].manifest.certificates, seed=seed,
+                ),
+            )  # fmt: skip
     if trained_on:
         typer.echo(
             f"warning: {', '.join(trained_on)} was fitted on this very table: these numbers flatter it", err=True
@@ -157,6 +188,11 @@ def _explained() -> Iterator[None]:
     except ProbeError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
+
+
+def _write_report(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    typer.echo(f"wrote {path}")
 
 
 def _show(title: str, rows: Sequence["Row"], json_out: Path | None) -> None:

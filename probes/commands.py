@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from probes.cli import DropIf, EncoderName, JsonOut, Prompt, TablePath, _explained, _parse_heads, app
+from probes.cli import (
+    DropIf,
+    EncoderName,
+    JsonOut,
+    Prompt,
+    Report,
+    TablePath,
+    _explained,
+    _parse_heads,
+    _write_report,
+    app,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -51,6 +62,7 @@ def certify(
     drop_if: DropIf = None,
     encoder: EncoderName = "default",
     json_out: JsonOut = None,
+    report: Report = None,
 ) -> None:
     """Certify thresholds on rows that the artifact was not fitted on, and store them in its probe.json."""
     with _explained():
@@ -103,6 +115,17 @@ def certify(
             for bound, how, over in promises
         ]  # fmt: skip
         write_manifest(probe.manifest.certified(issued), artifact)
+        if report is not None:
+            from probes.html import probe_report
+
+            lead = f"Certified on {len(data.prompts):,} rows of {table.name} that the artifact was not fitted on."
+            _write_report(
+                report,
+                probe_report(
+                    f"Certificates of {probe.version}", lead, probe, table.name, data, {probe.version: p}, (),
+                    certificates=issued,
+                ),
+            )  # fmt: skip
     Console().print(_certificate_table(f"{probe.version}, certified on {len(data.prompts)} rows", issued))
     if json_out is not None:
         rows = [one.model_dump(mode="json") for one in issued]

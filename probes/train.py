@@ -17,7 +17,7 @@ from probes.artifact import Artifact, calibration_kind, sealed
 from probes.calibrate import Array
 from probes.certify import ALPHAS, METHODS, issue
 from probes.errors import CertificateError, TableError
-from probes.evaluate import Row, baselines, folds, head_rows, routing_rows
+from probes.evaluate import IntArray, Row, baselines, folds, head_rows, routing_rows
 from probes.extract import Encoder, FloatArray
 from probes.linear import ProbeClassifier
 from probes.manifest import Certificate, HeadInfo, Manifest, sketch
@@ -329,20 +329,33 @@ def table_rows(table: Table, probes: Mapping[str, Array], seed: int = 0, *, base
         for i, head in enumerate(table.names):
             if table.kinds[i] in ("correct", "needs_reasoning"):
                 rows += head_rows(f"{name}: {head}", probabilities[:, i], table.labels[:, i], seed=seed)
-    if not {"weak", "strong"} <= set(table.names):
+    found = routing_scores(table, probes, seed, baseline=baseline)
+    if found is None:
         return rows
+    routers, both = found
+    weak, strong = table.column("weak")[both], table.column("strong")[both]
+    reference = next(iter(routers)) if baseline else None
+    return rows + routing_rows(routers, weak, strong, reference=reference, seed=seed)
+
+
+def routing_scores(
+    table: Table, probes: Mapping[str, Array], seed: int = 0, *, baseline: bool = True
+) -> tuple[dict[str, Array], IntArray] | None:
+    """Scores for the strong model of each probe, then of the baselines, on the rows that have both labels, and these
+    rows; None where there are none."""
+    if not {"weak", "strong"} <= set(table.names):
+        return None
     weak, strong = table.column("weak"), table.column("strong")
     both = np.flatnonzero(~np.isnan(weak + strong))
     if not len(both):
-        return rows
+        return None
     w, s = table.names.index("weak"), table.names.index("strong")
     routers = {name: p[both, s] - p[both, w] for name, p in probes.items()}
-    reference = next(iter(routers))
     if baseline:
         prompts = [table.prompts[i] for i in both]
         groups = None if table.groups is None else table.groups[both]
         routers |= baselines(prompts, weak[both], strong[both], folds(len(both), seed), groups=groups, seed=seed)
-    return rows + routing_rows(routers, weak[both], strong[both], reference=reference if baseline else None, seed=seed)
+    return routers, both
 
 
 def score(table: Table, artifact: Artifact, encoder: Encoder, progress: bool = False) -> Array:

@@ -50,7 +50,7 @@ def certify(folder: Path, table: pd.DataFrame, *options: str) -> Result:
 
 def test_certificates_are_stored(folder: Path) -> None:
     fresh = outcomes(100, 1)
-    done = certify(folder, fresh, "--json", str(folder / "c.json"))
+    done = certify(folder, fresh, "--json", str(folder / "c.json"), "--report", str(folder / "c.html"))
     assert done.exit_code == 0, done.output
     assert "no certificate for alpha 0.02 (ltt): 100 rows are too few" in done.output
     manifest = read(folder / "probe").manifest
@@ -59,6 +59,7 @@ def test_certificates_are_stored(folder: Path) -> None:
     assert json.loads((folder / "c.json").read_text()) == [one.model_dump(mode="json") for one in manifest.certificates]
     one = manifest.certificate_for(0.1)
     assert one is not None
+    assert str(one) in (folder / "c.html").read_text()
     assert (one.horizon, one.n, one.rows) == (100, 100, "held_out")
 
     probe = EncoderProbe.load(folder / "probe")
