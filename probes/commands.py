@@ -1,4 +1,4 @@
-"""`leadline probe certify`: commands that use a fitted artifact. Heavy imports stay inside commands."""
+"""`leadline probe certify | compare`: commands that use fitted artifacts. Heavy imports stay inside commands."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,11 @@ import typer
 from probes.cli import (
     DropIf,
     EncoderName,
+    Head,
     JsonOut,
     Prompt,
     Report,
+    Seed,
     TablePath,
     _explained,
     _parse_heads,
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
     from probes.certify import Method
+    from probes.compare import Compared
     from probes.manifest import Certificate
 
 __all__ = ["app"]
@@ -144,4 +147,60 @@ def _certificate_table(title: str, certificates: "list[Certificate]") -> "RichTa
     for one in certificates:
         shares = [f"{share:.1%}" for share in one.shares.values()]
         table.add_row(f"{one.alpha:g}", one.method, f"{one.threshold:+.4f}", f"{one.risk:.4f}", *shares)
+    return table
+
+
+@app.command()
+def compare(
+    table: TablePath,
+    artifact: Annotated[list[Path], typer.Argument(help="Artifact folders; each is held against the first.")],
+    prompt: Prompt,
+    head: Head,
+    at_most: Annotated[float, typer.Option(help="Also compare what their certificates for this loss keep.")] = 0.05,
+    drop_if: DropIf = None,
+    encoder: EncoderName = "default",
+    seed: Seed = 0,
+    json_out: JsonOut = None,
+) -> None:
+    """Put several artifacts side by side on rows that none was fitted on, with paired intervals."""
+    with _explained():
+        from rich.console import Console
+
+        from probes.artifact import read
+        from probes.compare import compare as compared
+        from probes.errors import TableError
+        from probes.extract import Encoder
+        from probes.train import read_table, score
+
+        probes = [read(folder) for folder in artifact]
+        versions = [probe.version for probe in probes]
+        if len(probes) < 2 or len(set(versions)) < len(versions):
+            raise TableError(f"{', '.join(versions)}: give two artifacts or more, each of them once")
+        data = read_table(table, prompt, _parse_heads(head), drop_if=drop_if)
+        loaded = Encoder.load(encoder)
+        scores = {probe.version: score(data, probe, loaded, progress=True) for probe in probes}
+        certificates = [probe.manifest.certificate_for(at_most, heads=("weak", "strong")) for probe in probes]
+        rows = compared(data, scores, certificates, seed=seed)
+        seen = [probe.version for probe in probes if probe.manifest.seen(data.prompts)]
+    if seen:
+        typer.echo(f"warning: {', '.join(seen)} was fitted on some of these prompts: this flatters it", err=True)
+    Console().print(_comparison(f"{len(data.prompts)} prompts of {table.name}", versions, rows))
+    if json_out is not None:
+        told = {"artifacts": versions, "measures": [row.to_json() for row in rows]}
+        json_out.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
+def _comparison(title: str, versions: list[str], rows: "list[Compared]") -> "RichTable":
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("measure", no_wrap=True)
+    for version in versions:
+        table.add_column(version, justify="right")
+    for row in rows:
+        cells = [f"{row.values[0]:.4f}"]
+        for value, (gap, low, high) in zip(row.values[1:], row.differences, strict=True):
+            cells.append(f"{value:.4f}\n{gap:+.4f} [{low:+.4f}, {high:+.4f}]")
+        better = f" ({row.better} is better)" if row.better else ""
+        table.add_row(f"{row.measure}{better}", *cells)
     return table
