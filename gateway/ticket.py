@@ -17,6 +17,7 @@ from gateway.ledger.records import AttemptKind, AttemptRecord, RequestRecord
 from gateway.ledger.settle import NO_USAGE, Usage, cost_nanousd, estimated_usage, worst_case_usage
 from gateway.ledger.store import LedgerStore
 from gateway.telemetry.metrics import Metrics
+from gateway.upstream.local_plans import planned_for
 from gateway.upstream.types import ChatCall, PlanReport, Target, UpstreamError
 from gateway.world import World
 from routers.policy import Price, Route
@@ -78,7 +79,7 @@ class Ticket:
 
     def worst_cost(self, target: Target, call: ChatCall | None = None) -> int | None:
         """The most that one attempt at `target` can cost, in nano-dollars; None: unpriced. `call`: what goes out."""
-        return _worst_cost(target, _worst_usage(call or self.call, target))
+        return _worst(call or self.call, target)[1]
 
     async def begin_attempt(self, target: Target, kind: AttemptKind, call: ChatCall | None = None) -> AttemptRecord:
         """Hold the most this attempt can cost, then journal it: only then may it go out.
@@ -87,8 +88,7 @@ class Ticket:
         journal does not take it.
         """
         record, call = self.record, call or self.call
-        worst = _worst_usage(call, target)
-        worst_cost = _worst_cost(target, worst)
+        worst, worst_cost = _worst(call, target)
         hold = await self.account.reserve(worst_cost or 0)  # what is unpriced runs only where no budget holds
         seq = len(self.attempts)
         attempt = AttemptRecord(
@@ -182,8 +182,9 @@ class Ticket:
         drafted = 0
         if plan is not None:
             self.plan = plan
-            if plan.draft is not None and target.draft is not None:
-                drafted = self._bill_draft(attempt, target.draft, plan.draft)
+            planned = planned_for(target, running.call)
+            if plan.draft is not None and planned is not None and planned.draft is not None:
+                drafted = self._bill_draft(attempt, planned.draft, plan.draft)
         running.hold.settle((cost or 0) + drafted)
         if self.world.loads is not None:
             self.world.loads.ended(attempt, stream=self.call.stream)
@@ -330,34 +331,34 @@ _PLANNED = 2
 """A plan may write every token twice, once to be thrown away, and read what others wrote."""
 
 
-def _worst_cost(target: Target, worst: Usage) -> int | None:
-    """Of one attempt with this usage, and of the smaller model that its plan may have; None: one is unpriced."""
-    cost = cost_nanousd(target.price, worst)
-    if target.draft is None or cost is None:
-        return cost
-    draft = cost_nanousd(target.draft.price, worst)
-    return None if draft is None else cost + draft
+def _worst(call: ChatCall, target: Target) -> tuple[Usage, int | None]:
+    """The dearest usage that one attempt at `target` can have, and its cost: of a plan's smaller model too. None: one
+    of them is unpriced."""
+    usage = _worst_usage(call, target)
+    if not target.plans or (planned := planned_for(target, call)) is None:
+        return usage, cost_nanousd(target.price, usage)
+    written = usage.output + usage.reasoning
+    usage = msgspec.structs.replace(
+        usage,
+        input=usage.input + _PLANNED * written,
+        output=_PLANNED * usage.output,
+        reasoning=_PLANNED * usage.reasoning,
+    )
+    cost = cost_nanousd(target.price, usage)
+    draft = 0 if planned.draft is None else cost_nanousd(planned.draft.price, usage)
+    return usage, None if cost is None or draft is None else cost + draft
 
 
 def _worst_usage(call: ChatCall, target: Target) -> Usage:
     """The dearest usage that one attempt at `target` can have."""
     asked = call.sampling.max_tokens
-    worst = worst_case_usage(
+    return worst_case_usage(
         target.price,
         body_bytes=call.body_bytes,
         context=target.context * call.inputs,
         max_output=min(asked, target.max_output) if asked is not None else target.max_output,
         choices=call.choices,
         text_only=call.text_only,
-    )
-    if target.plan is None:
-        return worst
-    written = worst.output + worst.reasoning
-    return msgspec.structs.replace(
-        worst,
-        input=worst.input + _PLANNED * written,
-        output=_PLANNED * worst.output,
-        reasoning=_PLANNED * worst.reasoning,
     )
 
 

@@ -13,7 +13,7 @@ from gateway.upstream.fleet import Fleet
 from gateway.upstream.http import HttpClient
 from gateway.upstream.local import EngineLink, LocalUpstream
 from gateway.upstream.openai import OpenAIUpstream
-from gateway.upstream.types import Target, Upstream
+from gateway.upstream.types import Planned, Target, Upstream
 from local_engine.types import Plan
 from routers.cost import ASSUMED_CONTEXT, ASSUMED_MAX_OUTPUT_TOKENS
 from routers.plans import models_of
@@ -114,9 +114,9 @@ def build_world(
             idle_timeout_s=(provider.idle_timeout_ms or provider.timeout_ms) / 1000,
         )
     for model in policy.models.values():
-        if model.plan is not None:
-            draft = targets[model.plan.draft] if model.plan.draft is not None else None
-            targets[model.name] = replace(targets[model.name], plan=engine_plan(model.plan, draft), draft=draft)
+        if model.plans:
+            plans = {effort: _planned(plan, targets) for effort, plan in model.plans}
+            targets[model.name] = replace(targets[model.name], plans=plans)
     world = World(policy, targets, upstreams)
     if before is not None:
         for name, target in targets.items():
@@ -126,9 +126,14 @@ def build_world(
     return world
 
 
-def engine_plan(plan: EnginePlan, draft: Target | None) -> Plan:
-    """As the engine is told it."""
-    named = {} if draft is None else {"draft": draft.wire_model}
+def _planned(plan: EnginePlan, targets: Mapping[str, Target]) -> Planned:
+    draft = targets[plan.draft] if plan.draft is not None else None
+    return Planned(engine_plan(plan, draft.wire_model if draft is not None else None), draft)
+
+
+def engine_plan(plan: EnginePlan, draft: str | None) -> Plan:
+    """As the engine is told it; `draft` by its name there."""
+    named = {} if draft is None else {"draft": draft}
     stated = {"type": plan.kind, **named, **dict(plan.options)}
     found: Plan = msgspec.convert(stated, Plan)
     return found

@@ -27,8 +27,8 @@ def to_lines(decision: Decision, asked: Asked | None = None) -> list[str]:
     ]
     if asked is not None:
         models = asked[0].models
-        planned = [name for name in models_of(c.model for c in decision.candidates) if models[name].plan is not None]
-        lines += [f"plan of {name}: {models[name].plan}" for name in planned]
+        for name in models_of(c.model for c in decision.candidates):
+            lines += [f"plan of {name} at effort {effort}: {plan}" for effort, plan in models[name].plans]
         worst = worst_case_nanousd(asked[0], decision, asked[1])
         most = "not known, as a model that may answer is unpriced" if worst is None else format_money(worst)
         lines.append(f"worst case: {most}, with every retry, fallback and hedge that the policy allows")

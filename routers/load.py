@@ -13,6 +13,7 @@ from typing import Literal, get_args
 from routers.errors import PolicyError, Problem
 from routers.fields import NAME_PATTERN
 from routers.limits import read_limits
+from routers.plans import EFFORTS
 from routers.policy import (
     DEFAULT_CONNECT_TIMEOUT_MS,
     FREE,
@@ -40,6 +41,7 @@ from routers.schema import (
     TierFile,
 )
 from routers.shape import NAME_FIX, did_you_mean, validated
+from routers.types import Effort
 from routers.units import format_duration
 from routers.when import When
 from routers.yaml import Document, Path, concealed, read
@@ -252,17 +254,28 @@ class _Loader:
                 name, part.provider, part.model, context, max_output, price, tools, part.structured, part.logprobs,
                 prefix, embeds=part.embeds, completes=completes,
                 speculation=part.speculation or ("auto" if local else None),
-                slots=part.slots, plan=self._plan(part.plan, path, local) if part.plan is not None else None,
+                slots=part.slots, plans=self._plans(part, path, local),
             )  # fmt: skip
         self._check_plans()
 
-    def _plan(self, part: PlanFile, path: Path, local: bool) -> EnginePlan | None:
+    def _plans(self, part: ModelFile, path: Path, local: bool) -> tuple[tuple[Effort, EnginePlan], ...]:
+        given: dict[Path, PlanFile] = {} if part.plan is None else {("plan",): part.plan}
+        for effort in EFFORTS:
+            if part.plans is not None and (plan := getattr(part.plans, effort)) is not None:
+                given["plans", effort] = plan
+        for field in given:
+            if not local:
+                fix = "remove it, or let the model run on the local engine"
+                self._document.report((*path, *field), "only the local engine runs plans", fix)
+        read = {field: plan for field, file in given.items() if (plan := self._plan(file, (*path, *field)))}
+        default = read.get(("plan",))
+        by_effort = [(effort, read.get(("plans", effort), default)) for effort in EFFORTS]
+        return tuple((effort, plan) for effort, plan in by_effort if plan is not None)
+
+    def _plan(self, part: PlanFile, path: Path) -> EnginePlan | None:
         if (part.exit is None) == (part.speculate is None):
-            self._document.report((*path, "plan"), "not one way to spend compute", "write one of exit, speculate")
+            self._document.report(path, "not one way to spend compute", "write one of exit, speculate")
             return None
-        if not local:
-            fix = "remove it, or let the model run on the local engine"
-            self._document.report((*path, "plan"), "only the local engine runs plans", fix)
         if part.speculate is not None:
             return EnginePlan("speculate", _stated(part.speculate), part.speculate.draft)
         assert part.exit is not None
@@ -270,14 +283,17 @@ class _Loader:
 
     def _check_plans(self) -> None:
         """A draft is another model, there, on the same engine, and has no plan of its own."""
-        for model in self._models.values():
-            if model.plan is None or model.plan.draft is None:
-                continue
-            path = ("models", model.name, "plan", "speculate", "draft")
-            draft = self._models.get(model.plan.draft)
+        drafted = [
+            (model, (field, effort) if field == "plans" else (field,), name)
+            for model in self._models.values()
+            for effort, field, name in self._drafts(model)
+        ]
+        for model, field, name in dict.fromkeys(drafted):
+            path = ("models", model.name, *field, "speculate", "draft")
+            draft = self._models.get(name)
             if draft is None:
-                if model.plan.draft not in self._names("models"):
-                    fix = did_you_mean(model.plan.draft, self._names("models"))
+                if name not in self._names("models"):
+                    fix = did_you_mean(name, self._names("models"))
                     self._document.report(path, "no model of this name", fix, show=False)
             elif draft.upstream == model.upstream:
                 self._document.report(path, "the model itself", "name a smaller one", show=False)
@@ -311,6 +327,16 @@ class _Loader:
                 self._document.report(path, "no model of this name", did_you_mean(name, models), show=False)
         heads = MappingProxyType(part.difficulty.heads)
         self._difficulty = Difficulty(part.difficulty.probe, heads, part.difficulty.timeout, part.difficulty.encoder)
+
+    def _drafts(self, model: Model) -> list[tuple[Effort, str, str]]:
+        """(effort, the field that says so, the draft) of its plans."""
+        stated = self._document.at(("models", model.name, "plans"))
+        own = stated if isinstance(stated, dict) else {}
+        return [
+            (effort, "plans" if effort in own else "plan", plan.draft)
+            for effort, plan in model.plans
+            if plan.draft is not None
+        ]
 
     def _names(self, section: str) -> list[str]:
         """The entries of a section, whether they loaded or not: a broken model is not also an unknown one."""

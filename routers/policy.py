@@ -153,8 +153,8 @@ class Model:
     """How the local engine drafts for it; None: it runs elsewhere."""
     slots: int | None = None
     """Answers that its target writes side by side before any waits; None: not known."""
-    plan: EnginePlan | None = None
-    """None: the model alone, as long as it thinks."""
+    plans: tuple[tuple[Effort, EnginePlan], ...] = ()
+    """How the local engine answers, by the effort that is asked for; others: the model alone, as long as it thinks."""
     thinking: Thinking | None = None
     """How it is told how much to think; None: it cannot be told."""
 

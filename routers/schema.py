@@ -170,6 +170,15 @@ class PlanFile(Strict):
     speculate: SpeculateFile | None = None
 
 
+class EffortPlansFile(Strict):
+    """A plan for each effort that a caller may ask for."""
+
+    none: PlanFile | None = None
+    low: PlanFile | None = None
+    """Also where the caller asks for none in particular."""
+    high: PlanFile | None = None
+
+
 class ModelFile(Strict):
     """A model by the name that routes and callers use."""
 
@@ -206,6 +215,8 @@ class ModelFile(Strict):
     plan: PlanFile | None = None
     """On the local engine: who writes its thoughts, and when they end. Default: the model alone, as long as it thinks.
     Several names may stand for one model with different plans."""
+    plans: EffortPlansFile | None = None
+    """The same by effort, in place of `plan`. `leadline tune` measures and writes them."""
     slots: Annotated[int, Field(ge=1, le=100_000)] | None = None
     """How many answers its target writes side by side before any waits. Default: not known, so no queue is expected."""
 

@@ -16,7 +16,7 @@ from gateway.ledger.settle import Usage
 from gateway.upstream.embed import embed
 from gateway.upstream.gather import Gathered
 from gateway.upstream.local_params import sampling_params, tool_choice
-from gateway.upstream.local_plans import plan_runs, report_of
+from gateway.upstream.local_plans import planned_for, report_of
 from gateway.upstream.types import Answer, Cause, ChatCall, Event, StreamState, Target, UpstreamError
 from local_engine.client import EngineClient
 from local_engine.errors import EngineFailure, EngineGone
@@ -97,7 +97,7 @@ class LocalUpstream:
             salt=call.tenant,
             tool_choice=choice.mode,
             tool=choice.tool,
-            plan=target.plan if plan_runs(call) else None,
+            plan=planned.plan if (planned := planned_for(target, call)) is not None else None,
         )
 
 
@@ -113,7 +113,7 @@ class LocalStream:
         self._wait_s = target.first_byte_timeout_s
         self._idle_timeout_s = target.idle_timeout_s
         self._wants_logprobs = call.sampling.logprobs
-        self._planned = target.plan if plan_runs(call) else None
+        self._planned = planned_for(target, call)
         self._arrived: asyncio.Queue[Delta | Finished | Exception] = asyncio.Queue(maxsize=256)
         self._pumping = asyncio.create_task(self._pump(generation))
         self._choices = self._running = call.choices
@@ -209,7 +209,7 @@ class LocalStream:
         reasoning = sum(f.reasoning_tokens for f in self._finished)
         self.state.usage = Usage(prompt - cached, cached, output=output - reasoning, reasoning=reasoning)
         if self._planned is not None:
-            self.state.plan, self.state.usage = report_of(self._planned, self._finished[0], self.state.usage)
+            self.state.plan, self.state.usage = report_of(self._planned.plan, self._finished[0], self.state.usage)
         usage = {
             "prompt_tokens": prompt,
             "completion_tokens": output,

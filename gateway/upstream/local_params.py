@@ -13,7 +13,8 @@ from gateway.upstream.types import ChatCall, UpstreamError
 from local_engine.types import Effort, SamplingParams, TextFormat
 
 MAX_SEED = (1 << 62) - 1
-_EFFORTS: dict[str, Effort] = {
+DEFAULT_EFFORT = "low"
+EFFORTS: dict[str, Effort] = {
     "none": "none", "minimal": "none", "low": "low", "medium": "high", "high": "high", "xhigh": "high",
 }  # fmt: skip
 _PUNCTUATION = re.compile(r"([\\.+*?()|\[\]{}^$#&~\-])")
@@ -52,9 +53,9 @@ class _NamedTool(msgspec.Struct):
 def sampling_params(call: ChatCall, seed: int) -> SamplingParams:
     """What the engine samples by; `seed` where the caller gave none. Raises UpstreamError naming a bad field."""
     asked = call.sampling
-    effort = asked.reasoning_effort or "low"
-    if effort not in _EFFORTS:
-        raise refused("reasoning_effort", f"{effort[:40]!r} is none of {', '.join(_EFFORTS)}")
+    effort = asked.reasoning_effort or DEFAULT_EFFORT
+    if effort not in EFFORTS:
+        raise refused("reasoning_effort", f"{effort[:40]!r} is none of {', '.join(EFFORTS)}")
     return SamplingParams(
         max_tokens=asked.max_tokens,
         min_tokens=_read(call, "min_tokens", int, 0),
@@ -72,7 +73,7 @@ def sampling_params(call: ChatCall, seed: int) -> SamplingParams:
         logprobs=asked.logprobs,
         top_logprobs=asked.top_logprobs,
         response_format=_text_format(call),
-        effort=_EFFORTS[effort],
+        effort=EFFORTS[effort],
     )
 
 

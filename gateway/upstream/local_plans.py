@@ -3,15 +3,19 @@
 from collections.abc import Mapping
 
 from gateway.ledger.settle import Usage
-from gateway.upstream.types import ChatCall, PlanReport
+from gateway.upstream.local_params import DEFAULT_EFFORT, EFFORTS
+from gateway.upstream.types import ChatCall, Planned, PlanReport, Target
 from local_engine.types import Exit, Finished, Plan, PlanUse
 
 _Count = int | float | str
 
 
-def plan_runs(call: ChatCall) -> bool:
-    """Whether a plan can run for this call: one choice of plain text from its beginning. Others run without."""
-    return not (call.choices > 1 or call.has_tools or call.has_format or call.sampling.logprobs or call.prefix)
+def planned_for(target: Target, call: ChatCall) -> Planned | None:
+    """The plan that runs for this call: of its effort, and for one choice of plain text from its beginning alone."""
+    if not target.plans or call.choices > 1 or call.has_tools or call.has_format or call.sampling.logprobs:
+        return None
+    effort = EFFORTS.get(call.sampling.reasoning_effort or DEFAULT_EFFORT)
+    return target.plans.get(effort) if effort is not None and not call.prefix else None
 
 
 def report_of(plan: Plan, end: Finished, usage: Usage) -> tuple[PlanReport, Usage]:

@@ -10,13 +10,22 @@ from gateway.ledger.settle import Usage
 from gateway.upstream.tool_calls import ToolCallOrder
 from local_engine.types import Plan
 from routers.policy import Price
-from routers.types import Endpoint, Hints
+from routers.types import Effort, Endpoint, Hints
 
 Cause = Literal[
     "connect", "timeout", "status", "bad_answer", "cut", "auth", "refused", "engine_gone",
     "rate_limit", "context_length", "content_filter", "breaker_open",
 ]  # fmt: skip
 """`rate_limit`, `context_length` and `content_filter` are refusals that a policy may answer with other fallbacks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan of the local engine, and the smaller model that it may have, billed beside."""
+
+    plan: Plan
+    """The smaller model by its name in the engine."""
+    draft: "Target | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +47,8 @@ class Target:
     connect_timeout_s: float = 10.0
     first_byte_timeout_s: float = 60.0
     idle_timeout_s: float = 60.0
-    plan: Plan | None = None
-    """How the local engine spends compute on its answers; a draft by its name in the engine."""
-    draft: "Target | None" = None
-    """Of a plan: the smaller model, billed beside."""
+    plans: Mapping[Effort, Planned] = field(default_factory=dict)
+    """How the local engine answers, by the effort that is asked for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -168,13 +168,29 @@ def test_every_field_of_a_plan_is_one_of_the_engines() -> None:
     for file, struct in ((ExitFile, Exit), (SpeculateFile, SpeculateSteps)):
         assert set(file.model_fields) <= {field.name for field in msgspec.structs.fields(struct)}
     policy = parse(POLICY)
-    brief = policy.models["brief"].plan
-    assert brief is not None
-    assert engine_plan(brief, None) == Exit(rule="convergence")
+    assert dict(policy.models["local"].plans) == {}
+    plans = dict(policy.models["brief"].plans)
+    assert plans.keys() == {"none", "low", "high"}
+    assert engine_plan(plans["low"], None) == Exit(rule="convergence")
+
+
+def test_a_plan_may_be_for_one_effort() -> None:
+    text = POLICY.replace(
+        "    plan: {exit: {rule: convergence, agree: 2}}", "    plans: {high: {exit: {rule: budget, budget: 9}}}"
+    )
+    world = build_world(parse(text), HttpClient(), NoEngine(), b"salt")
+    assert world.targets["brief"].plans.keys() == {"high"}
+    assert world.targets["brief"].plans["high"].plan == Exit(rule="budget", budget=9)
+    both = text.replace("    plans: {high:", "    plan: {exit: {rule: momentum}}\n    plans: {high:")
+    assert {effort: plan.kind for effort, plan in parse(both).models["brief"].plans} == dict.fromkeys(
+        ("none", "low", "high"), "exit"
+    )
+    with pytest.raises(PolicyError, match=r"models\.quick\.plans\.high"):
+        parse(text.replace("    plan: {speculate: {draft: small}}", "    plans: {high: {speculate: {draft: nobody}}}"))
 
 
 def test_explain_says_what_a_plan_is() -> None:
     policy = parse(POLICY)
     query = Query("quick", "t", input_tokens_estimate=20, input_tokens_max=100, max_output_tokens=50)
     lines = to_lines(decide(query, Signals(), policy, State(), seed=0), (policy, query))
-    assert "plan of quick: speculate: draft small, method score" in lines
+    assert "plan of quick at effort low: speculate: draft small, method score" in lines
