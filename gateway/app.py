@@ -138,7 +138,7 @@ class App:
         stack.push_async_callback(client.close)
         socket_path = settings.engine or engine_socket(settings.home)
         self.engine = engine = EngineConnection(socket_path, metrics)
-        world = build_world(policy, client, engine, pepper)
+        world = build_world(policy, client, engine, pepper, folder=self.policy_folder)
         hosts = _hosts(policy)
         if os.environ.get(OTLP_ENDPOINT):
             from gateway.telemetry.traces import Traces  # only where it is used: it takes 15 MB and the extra `otel`
@@ -205,7 +205,9 @@ class App:
                 self.policy_file,
                 metrics,
                 current=lambda: lifecycle.world,
-                build=lambda new: build_world(new, client, engine, pepper, before=lifecycle.world),
+                build=lambda new: build_world(
+                    new, client, engine, pepper, before=lifecycle.world, folder=self.policy_folder
+                ),
                 swap=put_in_force,
                 running=needs,
                 loaded=engine.loaded,

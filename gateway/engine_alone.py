@@ -61,8 +61,8 @@ def _needs(place: Path, policy: Path | None, models: list[str], *, exit_with_par
         if problems:
             raise CannotServe("\n".join(problems))
         return EngineNeeds(
-            models=named, speculation={}, probe=None, encoder="default", embeds=False, socket_path=str(place),
-            exit_with_parent=exit_with_parent,
+            models=named, speculation={}, probe=None, encoder="default", embeds=False, readers={},
+            socket_path=str(place), exit_with_parent=exit_with_parent,
         )  # fmt: skip
     loaded, folder = checked_policy(policy, secrets=False)
     needs = engine_needs(loaded, folder, place, exit_with_parent=exit_with_parent)

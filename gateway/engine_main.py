@@ -6,14 +6,15 @@ torch; no worker imports it.
 
 import json
 import sys
+from pathlib import Path
 
 from gateway.engine_needs import EngineNeeds
 from gateway.settings import KVSettings, SettingsError
-from local_engine.config import EngineConfig, configure_process
+from local_engine.config import EngineConfig, configure_process, locate
 from local_engine.errors import ConfigError, ModelLoadError
 from local_engine.server import run_engine
-from local_engine.types import Prober
-from probes.errors import ProbeError
+from local_engine.types import Prober, PromptReader
+from probes.errors import ArtifactError, ProbeError
 
 _VARIABLES = {"prefix_disk": "LEADLINE_KV_DISK", "prefix_redis": "LEADLINE_KV_REDIS"}
 """Where the operator writes a setting of the engine."""
@@ -45,11 +46,26 @@ def main(argument: str) -> None:
             from probes.runtime import TextEncoder
 
             prober = TextEncoder.load(config["encoder"])
-        run_engine(engine, prober)
+        run_engine(engine, prober, _readers(config))
     except ConfigError as error:
         sys.exit(f"engine: {_VARIABLES.get(error.field, error.field)}: {error.why}")
     except (ProbeError, ModelLoadError, ModuleNotFoundError) as error:
         sys.exit(f"engine: {error}")
+
+
+def _readers(config: EngineNeeds) -> dict[str, list[PromptReader]]:
+    """Raises ProbeError where a probe was fitted on other weights than its model has."""
+    if not config["readers"]:
+        return {}
+    from probes.prefill import PromptProbe
+
+    found: dict[str, list[PromptReader]] = {}
+    for name, artifacts in config["readers"].items():
+        place, here = locate(config["models"][name])
+        if not here:
+            raise ArtifactError(f"model {name!r} is fetched from a hub; a probe that hears it needs its folder")
+        found[name] = [PromptProbe.load(artifact, Path(place)) for artifact in artifacts]
+    return found
 
 
 if __name__ == "__main__":

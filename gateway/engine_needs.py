@@ -1,6 +1,6 @@
 """What an engine process is told by whoever starts it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 
@@ -13,6 +13,8 @@ class EngineNeeds(TypedDict):
     """The engine's name of a model → how it drafts."""
     probe: str | None
     encoder: str
+    readers: Mapping[str, Sequence[str]]
+    """The engine's name of a model → the artifacts of the probes that hear it read a prompt."""
     embeds: bool
     """Vectors are asked of the encoder, with or without a probe."""
     socket_path: str

@@ -240,7 +240,9 @@ class Lifecycle:
     async def _route(self, ticket: Ticket) -> None:
         """Measure what the policy wants measured, then decide. The decision goes into the ledger whole."""
         messages = ticket.call.fields.get("messages", b"")
-        decision, facts = await self._decide(ticket.query, ticket.world, messages, ticket.account)
+        call = ticket.call
+        asked = call.fields.get("tools"), call.sampling.reasoning_effort
+        decision, facts = await self._decide(ticket.query, ticket.world, messages, ticket.account, *asked)
         ticket.decision = decision
         ticket.record.facts = facts
         if facts is not None:
@@ -250,10 +252,16 @@ class Lifecycle:
         ticket.baseline_price = ticket.world.dearest(tuple(candidate.model for candidate in decision.candidates))
 
     async def _decide(
-        self, query: Query, world: World, messages: bytes | msgspec.Raw, account: Account | None
+        self,
+        query: Query,
+        world: World,
+        messages: bytes | msgspec.Raw,
+        account: Account | None,
+        tools: msgspec.Raw | None = None,
+        effort: str | None = None,
     ) -> tuple[Decision, str | None]:
         """The decision, and what its row keeps of what it was made from; None where the caller named a model."""
-        signals = await self._signals.read(query, messages, world)
+        signals = await self._signals.read(query, messages, world, tools, effort)
         budgets = account.budgets if account is not None else ()
         budget, degraded = tightest(budgets), degrade(budgets)
         state = State(

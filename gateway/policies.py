@@ -6,16 +6,14 @@ Relative paths in a policy (`probe: ./mine`, `model: ./checkpoint`) are relative
 import json
 import os
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
+from gateway import tiers
 from gateway.engine_needs import EngineNeeds
 from gateway.ledger import prices
 from local_engine.config import locate, read_speculation
 from local_engine.errors import ModelLoadError
-from probes.errors import ArtifactError
-from probes.manifest import default_artifact_path, read_manifest
 from routers.errors import PolicyError
 from routers.load import load, parse, preset
 from routers.policy import Policy
@@ -85,11 +83,8 @@ def missing_secrets(policy: Policy, env: Mapping[str, str] | None = None) -> lis
 
 
 def probe_folder(policy: Policy, folder: Path) -> Path | None:
-    """Where the policy's probe artifact lies; None when it has no probe. `folder` holds the policy file."""
-    if policy.difficulty is None:
-        return None
-    name = policy.difficulty.probe
-    return default_artifact_path() if name == "default" else folder / Path(name).expanduser()
+    """Where the artifact of the encoder's tier lies; None when the policy has none. `folder` holds the policy file."""
+    return tiers.artifact(policy, folder, "encoder")
 
 
 def encoder(policy: Policy, folder: Path) -> str:
@@ -119,15 +114,16 @@ def engine_needs(
     """What the policy's engine process has to be told; None when the policy needs no engine."""
     models = local_models(policy, folder)
     embeds = bool(_local_embedders(policy))
-    if not models and policy.difficulty is None and not embeds:
-        return None
     probe = probe_folder(policy, folder)
+    if not models and probe is None and not embeds:
+        return None
     return EngineNeeds(
         models=models,
         speculation=_speculation(policy, folder),
         probe=str(probe) if probe is not None else None,
         encoder=encoder(policy, folder),
         embeds=embeds,
+        readers=tiers.readers(policy, folder, models),
         socket_path=str(socket_path),
         exit_with_parent=exit_with_parent,
     )
@@ -151,23 +147,8 @@ def _placed(source: str, folder: Path) -> str:
 
 def unloadable(policy: Policy, folder: Path) -> list[str]:
     """A sentence for each probe, head and local model that the policy names and that is not there."""
-    found = []
-    artifact = probe_folder(policy, folder)
-    if artifact is not None and policy.difficulty is not None:
-        try:
-            heads = [head.name for head in read_manifest(artifact).heads]
-        except ArtifactError as error:
-            found.append(f"signals.difficulty.probe: {error}")
-        else:
-            for model, head in policy.difficulty.heads.items():
-                if head not in heads:
-                    close = get_close_matches(head, heads, n=1)
-                    meant = f"did you mean {close[0]!r}? " if close else ""
-                    found.append(
-                        f"signals.difficulty.heads.{model}: the probe has no head {head!r}; {meant}"
-                        f"it has {', '.join(heads)}"
-                    )
     models = local_models(policy, folder)
+    found = tiers.problems(policy, folder, models)
     fields = {model.upstream: f"models.{model.name}" for model in policy.models.values()}
     missing = [f"{fields[name]}.model: {why}" for name, why in unloadable_models(models).items()]
     return found + missing + _undraftable(_speculation(policy, folder), models, fields)

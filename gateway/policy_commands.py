@@ -309,8 +309,11 @@ def _probe_signals(policy: "Policy", query: "Query", prompt: str, folder: Path) 
 
     heads = policy.heads_for(query)
     artifact = probe_folder(policy, folder)
-    if not heads or artifact is None:
+    if not heads or policy.difficulty is None:
         return Signals()
+    if artifact is None:
+        typer.echo("note: of the policy's probes only one of the encoder's tier is asked here", err=True)
+        return Signals(probe="unavailable")
     try:
         from probes.runtime import EncoderProbe
     except ModuleNotFoundError as error:

@@ -126,6 +126,9 @@ class PolicyReloader:
             wrong.append("signals.difficulty.probe: the engine has loaded no probe")
         elif running is not None and needs["probe"] not in (None, running["probe"]):
             wrong.append("signals.difficulty.probe: the engine has loaded another probe")
+        at_start_hears = running["readers"] if running is not None else {}
+        if any(at_start_hears.get(name) != found for name, found in needs["readers"].items()):
+            wrong.append("signals.difficulty.probe: the engine has not loaded these probes of its models")
         if running is not None and needs["encoder"] != running["encoder"] and (needs["probe"] or needs["embeds"]):
             wrong.append("signals.difficulty.encoder: the engine has loaded another encoder")
         if needs["embeds"] and (running is None or not (running["embeds"] or running["probe"])):

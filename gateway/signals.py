@@ -1,17 +1,29 @@
-"""What the policy wants measured before it decides: asks the probe in the engine process, and remembers its answers."""
+"""What the policy wants measured before it decides: asks its probes, from the cheapest on, and remembers their answers.
+
+Each tier is asked only about what the one before it left open: a head that it abstained from, or is undecided about.
+The words are read here; the encoder and the local models read in the engine process. An undecided word stands where
+nobody has a better one.
+"""
 
 import asyncio
+import time
 from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import msgspec
 
 from gateway.telemetry.logs import get_logger
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.local import EngineLink
+from gateway.upstream.local_params import DEFAULT_EFFORT, EFFORTS
 from gateway.world import World
 from local_engine.client import EngineClient
 from local_engine.errors import EngineError
-from local_engine.types import ProbeResult
+from local_engine.types import ProbeResult, Sounding
+from probes.text import render
 from probes.types import Estimate
 from routers.types import Query, Signals
 
@@ -24,59 +36,156 @@ MAX_PROBED_BYTES = 1 << 18
 """A longer conversation is not sounded: reading it would hold up everybody else's."""
 MAX_REMEMBERED_BYTES = 1 << 14
 """A longer conversation is asked about each time."""
+KEPT_S = 20.0
+"""How long the engine keeps a prompt that it has read for a probe, for the local route that may go on from it."""
+
+_read_messages = msgspec.json.Decoder(list[dict[str, Any]]).decode
+
+
+@dataclass(slots=True)
+class _Found:
+    """What the tiers have said so far of the heads that matter to this query."""
+
+    heads: Mapping[str, str]
+    """Model of the policy to head."""
+    p_success: dict[str, Estimate] = field(default_factory=dict)
+    undecided: set[str] = field(default_factory=set)
+    """Models."""
+    out_tokens: dict[str, Estimate] = field(default_factory=dict)
+    domain: Mapping[str, float] = field(default_factory=dict)
+    needs_reasoning: Estimate | None = None
+    input_tokens: dict[str, int] = field(default_factory=dict)
+    answered: bool = False
+
+    @property
+    def open(self) -> bool:
+        """Whether a dearer tier has something to add."""
+        return len(self.p_success) < len(self.heads) or bool(self.undecided)
+
+    def add(self, said: Sounding, version: str, cost_us: int) -> None:
+        self.answered = True
+        for model, head in self.heads.items():
+            p = said.p_success.get(head)
+            if p is not None and (model not in self.p_success or model in self.undecided):
+                self.p_success[model] = Estimate(p, source=f"{version}/{head}", cost_us=cost_us)
+                self.undecided.discard(model)
+                if head in said.undecided:
+                    self.undecided.add(model)
+            if (tokens := said.out_tokens.get(head)) is not None:
+                value, low, high = tokens
+                self.out_tokens[model] = Estimate(value, f"{version}/{head}.tokens", low, high, cost_us)
+        if said.domain:
+            self.domain = said.domain
+        if said.needs_reasoning is not None:
+            self.needs_reasoning = Estimate(said.needs_reasoning, f"{version}/needs_reasoning", cost_us=cost_us)
+
+    def signals(self) -> Signals:
+        if not self.answered:
+            return Signals(probe="unavailable")
+        return Signals(
+            p_success=self.p_success,
+            input_tokens=self.input_tokens,
+            probe="ok",
+            out_tokens=self.out_tokens,
+            domain=self.domain,
+            needs_reasoning=self.needs_reasoning,
+        )
 
 
 class SignalReader:
     def __init__(self, engine: EngineLink, metrics: Metrics) -> None:
         self._engine = engine
         self._metrics = metrics
-        self._remembered: OrderedDict[tuple[str, bytes], ProbeResult] = OrderedDict()
+        self._remembered: OrderedDict[tuple[str, str, bytes], ProbeResult] = OrderedDict()
 
-    async def read(self, query: Query, messages: bytes | msgspec.Raw, world: World) -> Signals:
-        """The signals of one query. What cannot be measured in time is absent; nothing here fails a request."""
+    async def read(
+        self,
+        query: Query,
+        messages: bytes | msgspec.Raw,
+        world: World,
+        tools: bytes | msgspec.Raw | None = None,
+        effort: str | None = None,
+    ) -> Signals:
+        """The signals of one query. What cannot be measured in time is absent; nothing here fails a request.
+
+        `tools` and `effort` as the caller sent them: a model's own reading of the prompt holds both.
+        """
         difficulty = world.policy.difficulty
         if difficulty is None or query.endpoint != "chat.completions" or not (heads := world.policy.heads_for(query)):
             return NOT_ASKED
         messages = bytes(messages)
+        found = _Found(heads)
         if len(messages) > MAX_PROBED_BYTES:
-            return Signals(probe="unavailable")
-        client = self._engine.client
-        if client is None:
-            return Signals(probe="unavailable")
-        result = await self._probe(client, query.tenant, messages, difficulty.timeout_ms / 1000)
-        if result is None:
-            return Signals(probe="unavailable")
-        version = client.hello.probe_version or "probe"
-        return Signals(
-            p_success={
-                model: Estimate(result.p_success[head], source=f"{version}/{head}", cost_us=result.cost_us)
-                for model, head in heads.items()
-                if head in result.p_success
-            },
-            input_tokens={
-                name: tokens
-                for wire_name, tokens in result.input_tokens.items()
-                for name in world.local_models.get(wire_name, ())
-            },
-            probe="ok",
-        )
+            return found.signals()
+        static = world.probes.static
+        if static is not None:
+            began = time.perf_counter_ns()
+            reading = static.read(_text(messages))
+            if reading.p_success:
+                found.add(reading, static.version, (time.perf_counter_ns() - began) // 1000)
+        if found.open and (client := self._engine.client) is not None:
+            try:
+                async with asyncio.timeout(difficulty.timeout_ms / 1000):
+                    await self._ask_engine(client, query.tenant, messages, world, found, tools, effort)
+            except (EngineError, TimeoutError) as error:
+                self._metrics.probe_failures.inc()
+                log.warning("probe.failed", error=type(error).__name__)
+        return found.signals()
 
-    async def _probe(self, client: EngineClient, tenant: str, messages: bytes, timeout_s: float) -> ProbeResult | None:
+    async def _ask_engine(
+        self,
+        client: EngineClient,
+        tenant: str,
+        messages: bytes,
+        world: World,
+        found: _Found,
+        tools: bytes | msgspec.Raw | None,
+        effort: str | None,
+    ) -> None:
+        if world.probes.encoder:
+            result = await self._asked(tenant, "", messages, lambda: client.probe(messages))
+            self._take(result, client.hello.probe_version or "probe", found, world)
+        for name in world.probes.heard:
+            version = client.hello.readers.get(name)
+            if version is None or not found.open or not found.heads.keys() & world.local_models.get(name, ()):
+                continue
+            hear = partial(
+                client.probe,
+                messages,
+                name,
+                bytes(tools) if tools is not None else None,
+                effort=EFFORTS.get(effort or DEFAULT_EFFORT, "low"),
+                salt=tenant,
+                ttl_s=KEPT_S,
+            )
+            self._take(await self._asked(tenant, f"{name} {effort} {tools!r}", messages, hear), version, found, world)
+
+    async def _asked(
+        self, tenant: str, what: str, messages: bytes, ask: Callable[[], Awaitable[ProbeResult]]
+    ) -> ProbeResult:
         # The tenant is part of the key: how fast an answer comes must not tell one tenant what another has asked.
-        memo = (tenant, messages)
+        memo = (tenant, what, messages)
         known = self._remembered.get(memo)
         if known is not None:
             self._remembered.move_to_end(memo)
             return known
-        try:
-            async with asyncio.timeout(timeout_s):
-                result = await client.probe(messages)
-        except (EngineError, TimeoutError) as error:
-            self._metrics.probe_failures.inc()
-            log.warning("probe.failed", error=type(error).__name__)
-            return None
+        result = await ask()
         if len(messages) <= MAX_REMEMBERED_BYTES:
             self._remembered[memo] = result
             if len(self._remembered) > REMEMBERED:
                 self._remembered.popitem(last=False)
         return result
+
+    def _take(self, result: ProbeResult, version: str, found: _Found, world: World) -> None:
+        found.add(result, version, result.cost_us)
+        for name, tokens in result.input_tokens.items():
+            for model in world.local_models.get(name, ()):
+                found.input_tokens[model] = tokens
+
+
+def _text(messages: bytes) -> str:
+    """The conversation, whole; empty where it is none."""
+    try:
+        return render(_read_messages(messages))
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return ""

@@ -3,11 +3,13 @@
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 
+from gateway import tiers
 from gateway.loads import Loads
-from gateway.policies import missing_secrets
+from gateway.policies import local_models, missing_secrets
 from gateway.upstream.breaker import Breaker
 from gateway.upstream.fleet import Fleet
 from gateway.upstream.http import HttpClient
@@ -25,8 +27,11 @@ class MissingSecret(ValueError):
 
 
 class World:
-    def __init__(self, policy: Policy, targets: Mapping[str, Target], upstreams: Mapping[str, Upstream]) -> None:
+    def __init__(
+        self, policy: Policy, targets: Mapping[str, Target], upstreams: Mapping[str, Upstream], probes: tiers.Tiers
+    ) -> None:
         self.policy = policy
+        self.probes = probes
         self.targets = targets
         """By the policy's name of the model."""
         self.upstreams = upstreams
@@ -75,9 +80,11 @@ def build_world(
     env: Mapping[str, str] | None = None,
     *,
     before: World | None = None,
+    folder: Path | None = None,
 ) -> World:
     """`salt` is the secret that tenants' cache salts at engines are made with. `before`: the world whose place this one
-    takes; what is known of providers and models that stay as they were is kept. Raises MissingSecret."""
+    takes; what is known of providers and models that stay as they were is kept. `folder`: the policy file's, to which
+    its paths are relative. Raises MissingSecret, and ArtifactError."""
     env = os.environ if env is None else env
     missing = missing_secrets(policy, env)
     if missing:
@@ -117,7 +124,8 @@ def build_world(
         if model.plans:
             plans = {effort: _planned(plan, targets) for effort, plan in model.plans}
             targets[model.name] = replace(targets[model.name], plans=plans)
-    world = World(policy, targets, upstreams)
+    place = folder or Path.cwd()
+    world = World(policy, targets, upstreams, tiers.load(policy, place, local_models(policy, place)))
     if before is not None:
         for name, target in targets.items():
             same_place = upstreams[target.provider] is before.upstreams.get(target.provider)

@@ -5,13 +5,14 @@ import contextlib
 import logging
 import os
 import signal
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from local_engine.config import EngineConfig, configure_process, read_speculation
 from local_engine.errors import EngineError
-from local_engine.types import Event, Failed, Prober
+from local_engine.types import Event, Failed, Prober, PromptReader
 from local_engine.wire import FrameError, decode_command, encode_frame, read_frame
 
 if TYPE_CHECKING:
@@ -25,7 +26,9 @@ _WATCH_S: Final = 0.5
 _FAREWELL_S: Final = 2.0  # for a client to read what it is still owed
 
 
-def run_engine(config: EngineConfig, prober: Prober | None) -> None:
+def run_engine(
+    config: EngineConfig, prober: Prober | None, readers: Mapping[str, Sequence[PromptReader]] | None = None
+) -> None:
     """Load the models and serve them until SIGTERM, SIGINT or the end of the parent process. Blocking.
 
     Raises ModelLoadError when a model cannot be served, ConfigError for a setting that cannot be used, EngineError when
@@ -56,6 +59,7 @@ def run_engine(config: EngineConfig, prober: Prober | None) -> None:
     engine = Engine(
         models,
         prober,
+        readers=readers,
         max_running=config.max_running,
         prefill_chunk=config.prefill_chunk,
         kv_bytes=config.kv_bytes,

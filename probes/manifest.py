@@ -128,6 +128,10 @@ class Manifest(BaseModel):
     metrics: dict[str, Any]
     limits: dict[str, float] = {}
     """Beyond these a text is unlike those it was fitted on, and the probe abstains; by the names its tier gives."""
+    question: str = ""
+    """Of tier `self`: what the model is asked about the prompt that it has read."""
+    answers: tuple[str, str] = ("Yes", "No")
+    """Yes and no, as the answer to it begins."""
     tensors_sha256: str = ""
     certificates: tuple[Certificate, ...] = ()
 

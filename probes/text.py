@@ -20,9 +20,11 @@ def render(conversation: Sequence[Message]) -> str:
 
 def _text(message: Message) -> str:
     parts = [_content(message.get("content"))]
-    for call in message.get("tool_calls") or ():
-        function = call.get("function") or {}
-        parts.append(f"{function.get('name', 'tool')}({function.get('arguments', '')})")
+    calls = message.get("tool_calls")
+    for call in calls if isinstance(calls, Sequence) and not isinstance(calls, str) else ():
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if isinstance(function, Mapping):
+            parts.append(f"{function.get('name', 'tool')}({function.get('arguments', '')})")
     return "\n".join(part for part in parts if part)
 
 

@@ -120,7 +120,7 @@ class _Loader:
     def _difficulty_key(self) -> tuple[object, ...]:
         assert self._difficulty is not None
         of = self._difficulty
-        return of.probe, dict(of.heads), of.timeout_ms, of.encoder
+        return of.probes[0] if len(of.probes) == 1 else of.probes, dict(of.heads), of.timeout_ms, of.encoder
 
     def _top(self) -> None:
         data, known = self._document.data, list(PolicyFile.model_fields)
@@ -326,7 +326,9 @@ class _Loader:
                 path = ("signals", "difficulty", "heads", name)
                 self._document.report(path, "no model of this name", did_you_mean(name, models), show=False)
         heads = MappingProxyType(part.difficulty.heads)
-        self._difficulty = Difficulty(part.difficulty.probe, heads, part.difficulty.timeout, part.difficulty.encoder)
+        named = part.difficulty.probe
+        probes = (named,) if isinstance(named, str) else tuple(named)
+        self._difficulty = Difficulty(probes, heads, part.difficulty.timeout, part.difficulty.encoder)
 
     def _drafts(self, model: Model) -> list[tuple[Effort, str, str]]:
         """(effort, the field that says so, the draft) of its plans."""

@@ -161,9 +161,10 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Difficulty:
-    """The signal p_success: which probe to ask, and which of its heads speaks for which model."""
+    """The signal p_success: which probes to ask, and which of their heads speaks for which model."""
 
-    probe: str
+    probes: tuple[str, ...]
+    """Each is asked where the one before it is not sure."""
     heads: Mapping[str, str]
     """Model of the policy → head of the probe."""
     timeout_ms: int

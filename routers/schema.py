@@ -228,7 +228,9 @@ class ModelFile(Strict):
 class DifficultyFile(Strict):
     """Ask a probe, before routing, how likely each model is to answer well."""
 
-    probe: Text
+    probe: Text | Annotated[list[Text], Field(min_length=1, max_length=4)]
+    """A probe that ships with Leadline, or a folder. Of a list each is asked where the one before it is not sure: at
+    most one of each tier, in the order static, encoder, prefill, self."""
     heads: Annotated[dict[str, Text], Field(min_length=1)]
     """Model of this policy: head of the probe."""
     encoder: Text = "default"

@@ -65,7 +65,10 @@ def _signals(
         return {}, "the policy measures nothing: it decides by price and order"
     from probes.runtime import EncoderProbe
 
-    probe = EncoderProbe.load(probe_folder(policy, folder), encoder(policy, folder))
+    artifact = probe_folder(policy, folder)
+    if artifact is None:
+        return {}, "the policy's probes are none that can be run here: only one of the encoder's tier can"
+    probe = EncoderProbe.load(artifact, encoder(policy, folder))
     found = probe_scores(probe, table.prompts, scores, progress=progress)
     heads = {model: head for model, head in policy.difficulty.heads.items() if model in table.models}
     said = (

@@ -197,7 +197,7 @@ def test_an_engines_setting_is_named_as_the_operator_wrote_it(tmp_path: Path) ->
     (tmp_path / "file").touch()
     needs = {
         "models": {"bundled/nano": "bundled/nano"}, "speculation": {}, "probe": None, "encoder": "default",
-        "embeds": False, "socket_path": str(tmp_path / "s"), "exit_with_parent": False,
+        "embeds": False, "readers": {}, "socket_path": str(tmp_path / "s"), "exit_with_parent": False,
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "gateway.engine_main", json.dumps(needs)], capture_output=True, text=True, timeout=100,
