@@ -21,6 +21,7 @@ from probes.manifest import MANIFEST
 from probes.sparse import SparseProbeClassifier
 from probes.static import BUCKETS, MAX_CHARS, StaticProbe, words_of
 from probes.static_fit import TextFeatures, fit_static, write_static
+from probes.text import render
 from probes.train import Table, read_table, undecided
 
 ARGUMENTS = ["--prompt", "question", "--head", "weak=cheap", "--head", "strong=dear", "--tier", "static"]
@@ -174,6 +175,15 @@ def test_what_is_read_of_a_huge_text_is_bounded() -> None:
     assert words_of(start).places <= words.places
     assert words_of(end).places <= words.places
     assert max(words.places) < BUCKETS
+
+
+def test_the_whole_conversation_is_read(probe: StaticProbe) -> None:
+    talk = [
+        {"role": "user", "content": ESSAY},
+        {"role": "assistant", "content": "Sure?"},
+        {"role": "user", "content": "Yes"},
+    ]
+    assert words_of(ESSAY).places <= words_of(render(talk)).places
 
 
 def test_fit_from_the_command_line(sums_and_essays: pd.DataFrame, tmp_path: Path) -> None:
