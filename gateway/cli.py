@@ -13,6 +13,7 @@ from gateway.exits.command import app as exits_app
 from gateway.policy_commands import add_to, stop
 from gateway.replay.command import replay
 from gateway.simulate.command import simulate
+from gateway.tune.command import tune
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -28,6 +29,7 @@ add_to(app)
 app.command("simulate")(simulate)
 app.command("replay")(replay)
 app.add_typer(exits_app, name="exits")
+app.command("tune")(tune)
 
 
 def main() -> None:

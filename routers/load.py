@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path as FilePath
@@ -273,13 +273,10 @@ class _Loader:
         return tuple((effort, plan) for effort, plan in by_effort if plan is not None)
 
     def _plan(self, part: PlanFile, path: Path) -> EnginePlan | None:
-        if (part.exit is None) == (part.speculate is None):
+        plan = _to_plan(part)
+        if plan is None:
             self._document.report(path, "not one way to spend compute", "write one of exit, speculate")
-            return None
-        if part.speculate is not None:
-            return EnginePlan("speculate", _stated(part.speculate), part.speculate.draft)
-        assert part.exit is not None
-        return EnginePlan("exit", _stated(part.exit))
+        return plan
 
     def _check_plans(self) -> None:
         """A draft is another model, there, on the same engine, and has no plan of its own."""
@@ -372,6 +369,24 @@ def to_price(part: PriceFile, document: Document, path: Path) -> Price:
             document.report(here, f"cheaper than the tier before it in {', '.join(cheaper)}", fix)
         tiers.append(found)
     return replace(base, tiers=tuple(tiers))
+
+
+def read_plan(stated: Mapping[str, object]) -> EnginePlan:
+    """A plan as a policy states it. Raises ValueError."""
+    plan = _to_plan(PlanFile.model_validate(stated))
+    if plan is None:
+        raise ValueError(f"a plan is one of exit, speculate; not {', '.join(stated) or 'none'}")
+    return plan
+
+
+def _to_plan(part: PlanFile) -> EnginePlan | None:
+    """None: it states none, or several."""
+    if (part.exit is None) == (part.speculate is None):
+        return None
+    if part.speculate is not None:
+        return EnginePlan("speculate", _stated(part.speculate), part.speculate.draft)
+    assert part.exit is not None
+    return EnginePlan("exit", _stated(part.exit))
 
 
 def _stated(part: ExitFile | SpeculateFile) -> tuple[tuple[str, str | int | float], ...]:

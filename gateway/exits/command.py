@@ -65,7 +65,7 @@ def fit(
     from local_engine.reason.artifact import weights_sha256
 
     with _errors(), _loaded(model, together) as (engine, local, folder):
-        asked = _questions(questions, seed, per_level, "fit")
+        asked = questions_of(questions, seed, per_level, "fit")
         sampling = _sampling(effort, temperature, seed, max_tokens)
         rows = _collect(engine, asked, trajectories, sampling, layers or [], together)
         fitted = fit_artifact(
@@ -101,7 +101,7 @@ def certify(
         found = read(artifact or folder)
         if found is None:
             raise _Stop(f"no artifact in {artifact or folder}: run `leadline exits fit` first")
-        asked = _questions(questions, seed, per_level, "fit")
+        asked = questions_of(questions, seed, per_level, "fit")
         sampling = _sampling(found.manifest.effort, temperature, seed, max_tokens)
         rows = _collect(engine, asked, trajectories, sampling, found.manifest.layers, together)
         fitted = certify_artifact(found, rows, **({"deltas": delta} if delta else {}))
@@ -126,7 +126,7 @@ def compare(
     from gateway.exits.page import HEADS, aligned, cells, compare_page
 
     with _errors(), _loaded(model, together) as (engine, local, _):
-        asked = _questions(questions, seed, per_level, "test")
+        asked = questions_of(questions, seed, per_level, "test")
         fitted = ("probe", "budget")
         methods = {
             name: plan
@@ -180,7 +180,7 @@ def _loaded(source: str, together: int) -> "Iterator[tuple[Engine, LocalModel, P
         engine.stop()
 
 
-def _questions(path: Path | None, seed: int, per_level: int, half: str) -> "list[Question]":
+def questions_of(path: Path | None, seed: int, per_level: int, half: str) -> "list[Question]":
     from local_engine.reason.trajectories import Question, arithmetic_questions
 
     if path is None:

@@ -15,7 +15,7 @@ import msgspec
 from local_engine.arithmetic import LEVELS, problems
 from local_engine.engine import Engine
 from local_engine.reason.answers import answer_class
-from local_engine.types import Delta, Event, Exit, Failed, Finished, Generate, SamplingParams
+from local_engine.types import Delta, Event, Exit, Failed, Finished, Generate, Plan, SamplingParams
 
 _DIGITS: Final = 6
 
@@ -120,7 +120,7 @@ def ask(
     model: str,
     questions: Sequence[Question],
     sampling: SamplingParams,
-    exit: Exit | None = None,
+    exit: Plan | None = None,
     *,
     together: int = 16,
 ) -> Iterator[tuple[Question, str, Finished]]:
