@@ -2,14 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, get_args
+from typing import Any
 
 import numpy as np
 
-Preference = Literal["quality", "balanced", "economy"]
-PREFERENCES: Final[tuple[Preference, ...]] = get_args(Preference)
-ALLOWED_LOSS: Final[Mapping[Preference, float]] = {"quality": 0.0, "balanced": 0.01, "economy": 0.05}
-"""Accuracy that may be given up for a cheaper plan, of the most accurate one's."""
+from gateway.tune.preferences import ALLOWED_LOSS, Preference
+
 _RESAMPLES = 1000
 
 

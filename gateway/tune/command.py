@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gateway.tune.choose import Preference, choose
+from gateway.tune.preferences import Preference
 
 if TYPE_CHECKING:
     from gateway.tune.choose import Measured
@@ -46,6 +46,7 @@ def tune(
     """
     from gateway.policies import local_models
     from gateway.policy_commands import load, stop
+    from gateway.tune.choose import choose
     from gateway.tune.write import CannotWrite, with_field
     from local_engine.errors import ModelLoadError
     from local_engine.reason.trajectories import AskingFailed

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gateway.tune.choose import Measured, Preference, choose, measured
+from gateway.tune.choose import Measured, choose, measured
+from gateway.tune.preferences import Preference
 from routers.load import load
 
 
