@@ -17,6 +17,7 @@ from gateway.admission.rates import LocalRates, Rates
 from gateway.admission.shared_budgets import SharedBudgets, connect_budgets
 from gateway.cache.exact import ExactCache, MemoryCache
 from gateway.dashboard.views import mount_dashboard
+from gateway.drift import DriftWatch
 from gateway.edge.api import build_web
 from gateway.edge.asgi import Receive, Scope, Send, identified, limited
 from gateway.edge.dataplane import Endpoint, data_plane
@@ -190,6 +191,10 @@ class App:
         idempotency.start()
         stack.push_async_callback(idempotency.close)
         stack.push_async_callback(lifecycle.shadows.close)
+        self.web.state.drift = drift = DriftWatch(database)
+        drift.start()
+        stack.push_async_callback(drift.stop)
+        metrics.watch_calibration(drift.calibrations)
         self.web.state.lifecycle = lifecycle
         self.web.state.pepper = pepper
         self._data_plane = data_plane(lifecycle, idempotency, settings.max_body_bytes)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from gateway.exits.command import app as exits_app
+from gateway.export.command import app as export_app
 from gateway.policy_commands import add_to, stop
 from gateway.replay.command import replay
 from gateway.simulate.command import simulate
@@ -30,6 +31,7 @@ app.command("simulate")(simulate)
 app.command("replay")(replay)
 app.add_typer(exits_app, name="exits")
 app.command("tune")(tune)
+app.add_typer(export_app, name="export")
 
 
 def main() -> None:

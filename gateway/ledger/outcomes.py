@@ -66,6 +66,10 @@ def caller_says(
         _write(connection, engine, rows)
         if connection.execute(_sources(request_id)).scalar_one() > MAX_SOURCES:
             raise TooManySources(request_id)
+        first = select(col(OutcomeRow.created_at_ms)).where(
+            col(OutcomeRow.request_id) == request_id, col(OutcomeRow.source) == source
+        )
+        rows[0]["created_at_ms"] = connection.execute(first).scalar_one()  # of its first word
     return rows[0]
 
 
@@ -102,7 +106,7 @@ def _rows(
 def _write(connection: Connection, engine: Engine, rows: list[Row]) -> None:
     insert = insert_into(OutcomeRow.__table__, engine.dialect.name)  # type: ignore[attr-defined]
     key = ("request_id", "source", "model")
-    new = {name: insert.excluded[name] for name in ("created_at_ms", "score", "comment")}
+    new = {name: insert.excluded[name] for name in ("score", "comment")}
     connection.execute(insert.on_conflict_do_update(index_elements=key, set_=new), rows)
 
 

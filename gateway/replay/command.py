@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gateway.moments import moment
+
 if TYPE_CHECKING:
     from gateway.replay.estimate import Evaluation
     from gateway.replay.history import Replay
@@ -38,7 +40,7 @@ def replay(
     try:
         policy, _ = checked_policy(file, secrets=False)
         span = Span(
-            _moment("--since", since, now_ms), now_ms if until is None else _moment("--until", until, now_ms), tenant
+            moment("--since", since, now_ms), now_ms if until is None else moment("--until", until, now_ms), tenant
         )
         if span.since_ms >= span.until_ms:
             raise typer.BadParameter(f"--since {since}: not before --until")
@@ -108,19 +110,3 @@ def _usd(nanousd: float) -> str:
     """Of 1,000 requests."""
     dollars = nanousd * 1e-6
     return f"{'-' if dollars < 0 else ''}${abs(dollars):.4g}"
-
-
-def _moment(option: str, text: str, now_ms: int) -> int:
-    import datetime as dt
-
-    from routers.units import UnitError, parse_duration_ms
-
-    try:
-        return now_ms - parse_duration_ms(text)
-    except UnitError:
-        pass
-    try:
-        found = dt.datetime.fromisoformat(text)
-    except ValueError:
-        raise typer.BadParameter(f"{option} {text}: write how far back, such as 7d, or a date, 2026-11-01") from None
-    return int((found if found.tzinfo is not None else found.replace(tzinfo=dt.UTC)).timestamp() * 1000)

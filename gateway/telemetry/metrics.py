@@ -143,6 +143,53 @@ class _Breakers(Collector):
         yield family
 
 
+class CalibrationState(Protocol):
+    """What the gauges read of a watched probe head."""
+
+    @property
+    def probe(self) -> str: ...
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def by(self) -> str: ...
+
+    @property
+    def pairs(self) -> int: ...
+
+    @property
+    def evidence(self) -> float: ...
+
+    @property
+    def alarm(self) -> str: ...
+
+
+class _Calibration(Collector):
+    """Whether what a probe said still holds, by model and by who said what became of it."""
+
+    def __init__(self, live: Callable[[], Iterable[CalibrationState]]) -> None:
+        self._live = live
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        labels = ["probe", "model", "by"]
+        alarm = GaugeMetricFamily(
+            "leadline_calibration_alarm", "1 where a probe's probabilities have left the outcomes.", labels=labels
+        )
+        evidence = GaugeMetricFamily(
+            "leadline_calibration_evidence", "Of that, as an e-value: the alarm is raised at 100.", labels=labels
+        )
+        pairs = GaugeMetricFamily(
+            "leadline_calibration_pairs", "Answers with a probability and an outcome.", labels=labels
+        )
+        for state in self._live():
+            values = [state.probe, state.model, state.by]
+            alarm.add_metric(values, 1 if state.alarm else 0)
+            evidence.add_metric(values, state.evidence)
+            pairs.add_metric(values, state.pairs)
+        yield from (alarm, evidence, pairs)
+
+
 class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -244,6 +291,10 @@ class Metrics:
     def watch_breakers(self, live: Callable[[], Mapping[str, BreakerState]]) -> None:
         """Show the state of each model's breaker. `live` is called at each scrape. Call once."""
         self.registry.register(_Breakers(live))
+
+    def watch_calibration(self, live: Callable[[], Iterable[CalibrationState]]) -> None:
+        """Show whether probes still mean what they say. `live` is called at each scrape. Call once."""
+        self.registry.register(_Calibration(live))
 
     def exposition(self, worker: int | None = None) -> bytes:
         """Prometheus text; with `worker`, each sample says whose it is."""

@@ -1,0 +1,1 @@
+from tests.gateway.conftest import upstream  # noqa: F401
