@@ -6,6 +6,7 @@
     fall back by the cause of the failure, to what the decision holds in reserve, each target once
     hedge     where the route says so: a second attempt beside a slow first, the loser cancelled and billed
     resume    where the route says so: a target that continues a stream which broke after its first byte
+    escalate  the next stage of a cascade, where the answers before it were not accepted (`gateway.cascade`)
 
 Nothing is tried again after the first byte except by `resume`, which the caller can see.
 """
@@ -58,18 +59,25 @@ class AttemptEngine:
         self._retries: dict[str, RetryBudget] = {}
         self._hedges: dict[str, HedgeBudget] = {}
 
-    async def first_answer(self, ticket: Ticket, run: Run[_T]) -> tuple[_T, AttemptRecord]:
-        """The first target that answers, with its attempt still open. Raises LeadlineError when none does."""
+    async def first_answer(
+        self, ticket: Ticket, run: Run[_T], errors: list[UpstreamError] | None = None
+    ) -> tuple[_T, AttemptRecord]:
+        """The first target that answers, with its attempt still open. Raises LeadlineError when none does.
+
+        Of a cascade, from its last stage on: `errors` are those of the stages before it.
+        """
         decision = ticket.decision
         assert decision is not None
-        errors: list[UpstreamError] = []
-        tried: list[str] = []
-        model: str | None = decision.plan.model
+        plan = decision.plan
+        errors = [] if errors is None else errors
+        earlier = plan.stages[:-1] if plan.kind == "cascade" else ()
+        tried: list[str] = [stage.model for stage in earlier] if errors else []
+        model: str | None = plan.stages[-1].model if plan.kind == "cascade" else plan.model
         while model is not None:
-            if errors:
+            if errors and tried:
                 self._metrics.fell_back(tried[-1], errors[-1].cause)
             tried.append(model)
-            found = await self._on_target(ticket, model, run, errors)
+            found = await self.on_target(ticket, model, run, errors)
             if found is not None:
                 return found
             cause = errors[-1].cause
@@ -83,7 +91,7 @@ class AttemptEngine:
             model = next((name for name in reserve if name not in tried and name not in hedged), None)
         raise failed(errors, ticket, tried)
 
-    async def _on_target(
+    async def on_target(
         self, ticket: Ticket, model: str, run: Run[_T], errors: list[UpstreamError]
     ) -> tuple[_T, AttemptRecord] | None:
         """This target until it answers or is given up; what went wrong is appended to `errors`."""
@@ -95,7 +103,7 @@ class AttemptEngine:
             budget = self._retries[target.provider] = RetryBudget()
         # A client that tries again by itself multiplies our own retries: one of the two is enough.
         retries = target.retries if ticket.call.headers.retry_count == 0 else 0
-        kind: AttemptKind = "first" if not errors else "fallback"
+        kind: AttemptKind = "fallback" if errors else "escalation" if ticket.attempts else "first"
         for retry in range(retries + 1):
             permit = breaker.acquire()
             if permit is None:

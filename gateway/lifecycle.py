@@ -21,6 +21,7 @@ from gateway.admission.limits import BudgetLimits
 from gateway.admission.rates import Rates, tokens_estimate
 from gateway.attempts import AttemptEngine, deadline_passed, stream_failed
 from gateway.cache.exact import CachedAnswer, ExactCache, cache_key, cache_secret, cacheable
+from gateway.cascade import NOT_CLIMBED, Climbed, climb
 from gateway.errors import (
     BudgetExceeded,
     ContextLengthExceeded,
@@ -43,7 +44,8 @@ from gateway.signals import SignalReader
 from gateway.telemetry.logs import get_logger
 from gateway.telemetry.metrics import Metrics
 from gateway.ticket import Ticket
-from gateway.upstream.gather import gather, replay, usage_of
+from gateway.told import told
+from gateway.upstream.gather import as_stream, gather, replay, usage_of
 from gateway.upstream.sse import DONE, write_event
 from gateway.upstream.types import Answer, AnswerStream, ChatCall, Event, UpstreamError
 from gateway.world import World
@@ -51,7 +53,7 @@ from routers.decide import decide
 from routers.errors import NoCandidate
 from routers.plans import models_of
 from routers.policy import DEFAULT_CACHE_TTL_MS
-from routers.types import Decision, Load, Query, State
+from routers.types import Cascade, Decision, Load, Query, State
 
 log = get_logger(__name__)
 
@@ -229,7 +231,7 @@ class Lifecycle:
 
     async def _remember(self, ticket: Ticket, body: bytes | None) -> None:
         record = ticket.record
-        if ticket.cache_key is None or not record.model_served or not record.provider:
+        if ticket.cache_key is None or ticket.not_accepted or not record.model_served or not record.provider:
             return
         if body is not None:
             answer = CachedAnswer(body, record.model_served, record.provider)
@@ -242,7 +244,7 @@ class Lifecycle:
         messages = ticket.call.fields.get("messages", b"")
         call = ticket.call
         asked = call.fields.get("tools"), call.sampling.reasoning_effort
-        decision, facts = await self._decide(ticket.query, ticket.world, messages, ticket.account, *asked)
+        decision, facts = await self._decide(ticket.query, ticket.world, messages, _seed(), ticket.account, *asked)
         ticket.decision = decision
         ticket.record.facts = facts
         if facts is not None:
@@ -256,6 +258,7 @@ class Lifecycle:
         query: Query,
         world: World,
         messages: bytes | msgspec.Raw,
+        seed: int,
         account: Account | None,
         tools: msgspec.Raw | None = None,
         effort: str | None = None,
@@ -273,7 +276,7 @@ class Lifecycle:
             load=self._load(query, world),
         )
         try:
-            decision = decide(query, signals, world.policy, state, seed=_seed())
+            decision = decide(query, signals, world.policy, state, seed)
         except NoCandidate as error:
             raise _no_candidate(error, query.model, world, budget) from error
         return decision, written(query, signals, state) if decision.route != "named" else None
@@ -286,8 +289,8 @@ class Lifecycle:
         return world.loads.of(models_of(route.targets)) if route is not None and route.timed else {}
 
     async def explain(self, query: Query, messages: bytes) -> Decision:
-        """The decision that this query would get now. Nothing runs, nothing is written. Raises LeadlineError."""
-        return (await self._decide(query, self.world, messages, None))[0]
+        """The decision that this query would get now (seed 0). Nothing runs or is written. Raises LeadlineError."""
+        return (await self._decide(query, self.world, messages, 0, None))[0]
 
     # run ------------------------------------------------------------------------------------------------------------
 
@@ -326,14 +329,48 @@ class Lifecycle:
             raise deadline_passed(ticket) from error
 
     async def _complete(self, ticket: Ticket) -> Answer:
-        call = ticket.call
-        answer, attempt = await self._attempts.first_answer(ticket, lambda up, target: up.complete(target, call))
+        climbed, errors = await self._climb(ticket)
+        if climbed.answer is not None and climbed.accepted:
+            return climbed.answer
+        call, decision, policy = ticket.call, ticket.decision, ticket.world.policy
+        assert decision is not None
+        try:
+            answer, attempt = await self._attempts.first_answer(
+                ticket, lambda up, target: up.complete(target, told(call, decision, policy, target.model)), errors
+            )
+        except LeadlineError:
+            if climbed.answer is None:
+                raise
+            ticket.settle_for(climbed.model)
+            return climbed.answer
         ticket.end_attempt(attempt, "ok", answer.usage, delivered_bytes=answer.delivered_bytes, plan=answer.plan)
         return answer
 
+    async def _climb(self, ticket: Ticket) -> tuple[Climbed, list[UpstreamError]]:
+        """The stages of a cascade before its last, which is then asked like any other plan's model."""
+        plan = ticket.decision.plan if ticket.decision is not None else None
+        errors: list[UpstreamError] = []
+        if not isinstance(plan, Cascade):
+            return NOT_CLIMBED, errors
+        return await climb(self._attempts, ticket, plan, errors), errors
+
     async def _stream(self, ticket: Ticket, relay: "_Relay") -> None:
-        call = ticket.call
-        stream, attempt = await self._attempts.first_answer(ticket, lambda up, target: up.stream(target, call))
+        climbed, errors = await self._climb(ticket)
+        if climbed.answer is not None and climbed.accepted:
+            await relay.replay(climbed.answer)
+            return
+        call, decision, policy = ticket.call, ticket.decision, ticket.world.policy
+        assert decision is not None
+        try:
+            stream, attempt = await self._attempts.first_answer(
+                ticket, lambda up, target: up.stream(target, told(call, decision, policy, target.model)), errors
+            )
+        except LeadlineError:
+            if climbed.answer is None:
+                raise
+            ticket.settle_for(climbed.model)
+            await relay.replay(climbed.answer)
+            return
         while True:
             try:
                 await relay.run(stream, attempt)
@@ -427,6 +464,18 @@ class _Relay:
                 )
             finally:
                 await stream.close()
+
+    async def replay(self, answer: Answer) -> None:
+        """A whole answer, whose attempt has been billed, as the stream that its caller asked for."""
+        chunks = as_stream(answer.body)
+        events = [Event(chunk, False) for chunk in chunks[:-1]]
+        self.usage_event = Event(chunks[-1], True)
+        for event in (*events, self.usage_event):
+            if self._keeping:
+                self._keep(event)
+        self._metered = answer.usage is not None
+        await self._reply.start_stream(self._ticket.headers(final=False))
+        await self._reply.send(b"".join(write_event(event.data) for event in events))
 
     def _keep(self, event: Event) -> None:
         self._kept_bytes += len(event.data)

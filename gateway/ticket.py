@@ -61,6 +61,8 @@ class Ticket:
         self.cache_ttl_s = 0.0
         self.resumed = False
         """Another target went on with a stream that broke."""
+        self.not_accepted = False
+        """A cascade's answer that was not good enough was sent, as the stages after it could not answer."""
         self.attempts: list[AttemptRecord] = []
         self.plan: PlanReport | None = None
         """What a plan of the engine did for the answer."""
@@ -130,6 +132,11 @@ class Ticket:
         if record.first_byte_us is None:  # a stream that is resumed has had its own
             record.first_byte_us = (now_ns - self._started_ns) // 1000
             record.overhead_us = (now_ns - self._started_ns - self._upstream_ns) // 1000
+
+    def settle_for(self, model: str) -> None:
+        """Send this model's answer though it was not accepted: nothing better came."""
+        self.not_accepted = True
+        self.record.model_served, self.record.provider = model, self.world.targets[model].provider
 
     def waited(self, nanoseconds: int) -> None:
         """Time spent on an upstream, or between two attempts, is not the gateway's own."""
@@ -306,9 +313,10 @@ class Ticket:
     def _degraded(self) -> str | None:
         """Why this request got less than the policy wanted; None: it did not."""
         decided = self.decision.degraded if self.decision is not None else ""
-        if not (decided or self.grant.degraded or self.resumed):
+        if not (decided or self.grant.degraded or self.resumed or self.not_accepted):
             return None
-        return ", ".join(filter(None, (decided, self.grant.degraded, "resumed" if self.resumed else "")))
+        resumed, less = "resumed" if self.resumed else "", "not_accepted" if self.not_accepted else ""
+        return ", ".join(filter(None, (decided, self.grant.degraded, resumed, less)))
 
     def receipt(self) -> dict[str, object]:
         """The extension that a stream's last usage chunk carries."""

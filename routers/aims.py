@@ -7,9 +7,9 @@ from routers.units import format_money
 
 ExploreMethod = Literal["thompson", "softmax", "uniform"]
 """How an explored candidate is drawn: by its chance of being the best, by its mean reward, or each alike."""
-ThinkingField = Literal["reasoning_effort", "chat_template_kwargs", "engine"]
-"""How a model is told how much to think: OpenAI's field, the `enable_thinking` of chat templates (vLLM, SGLang), or the
-local engine's own effort."""
+ThinkingField = Literal["reasoning_effort", "enable_thinking", "thinking_budget"]
+"""How a model is told how much to think: OpenAI's field, which the local engine reads, too; the `enable_thinking` of
+chat templates (`chat_template_kwargs` of vLLM and SGLang); or that and a number of tokens (`thinking_budget`, Qwen)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,8 @@ class Thinking:
     """How much a model thinks before it answers, and how it is told."""
 
     field: ThinkingField
-    low_tokens: int
+    low_tokens: int = 1024
     """The thinking budget of effort `low`, in tokens."""
-    high_tokens: int
+    high_tokens: int = 8192
+    off: str = "none"
+    """The provider's word for no thinking, where the field takes words."""

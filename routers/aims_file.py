@@ -1,13 +1,16 @@
 """What a route aims at beside its objective, as a policy file has it: shapes, and what they mean together."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from routers.aims import Explore, ExploreMethod, Worth
+from routers.aims import Explore, ExploreMethod, Thinking, ThinkingField, Worth
 from routers.fields import Money, Share
+from routers.plans import models_of
+from routers.policy import Model
 from routers.shape import Strict
+from routers.types import Accept, AnswerFeature, Single
 from routers.yaml import Document, Path, concealed
 
 if TYPE_CHECKING:
@@ -35,6 +38,49 @@ class ExploreFile(Strict):
     """Of `softmax`: mean rewards this far apart are drawn e times as often. Default: 0.1."""
 
 
+class ThinkingFile(Strict):
+    """How a model is told how much to think. Effort is off, low or high, with a budget of tokens each."""
+
+    field: ThinkingField
+    """What its provider takes: `reasoning_effort` (OpenAI, and the local engine), `enable_thinking` (chat templates at
+    vLLM and SGLang), or `thinking_budget` (Qwen's: on or off, and tokens)."""
+    off: Literal["none", "minimal"] = "none"
+    """The provider's word for no thinking. Default: none."""
+    low_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 1024
+    high_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 8192
+
+
+_Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class AcceptFile(Strict):
+    """When the answer of a cascade's earlier stage is sent: P(correct) is a logistic regression over the answer."""
+
+    mean_logprob: float = 0.0
+    """Weight of the mean log probability of its tokens."""
+    min_logprob: float = 0.0
+    """Weight of the least of them."""
+    log_tokens: float = 0.0
+    """Weight of the natural logarithm of their number."""
+    bias: float = 0.0
+    at_least: _Probability
+    """Accepted from this P(correct) on."""
+    keeps_right: _Probability
+    """The share of right answers that this accepts, as measured on held-out ones."""
+    keeps_wrong: _Probability
+    """The share of wrong answers that this accepts."""
+
+
+def accept_of(part: AcceptFile) -> Accept:
+    features: tuple[AnswerFeature, ...] = ("mean_logprob", "min_logprob", "log_tokens")
+    weights = tuple((name, weight) for name in features if (weight := getattr(part, name)))
+    return Accept(weights, part.bias, part.at_least, part.keeps_right, part.keeps_wrong)
+
+
+def thinking_of(part: ThinkingFile | None) -> Thinking | None:
+    return None if part is None else Thinking(part.field, part.low_tokens, part.high_tokens, part.off)
+
+
 def worth_of(part: WorthFile | None) -> Worth | None:
     return None if part is None else Worth(part.point, part.second)
 
@@ -43,8 +89,16 @@ def explore_of(part: ExploreFile | None) -> Explore | None:
     return None if part is None else Explore(part.share, part.method, part.temperature)
 
 
-def check_aims(document: Document, part: "RouteFile", path: Path, heads: Mapping[str, str] | None) -> None:
-    """Report what does not fit together. `heads`: candidate to probe head; None: that section is broken itself."""
+def check_aims(
+    document: Document,
+    part: "RouteFile",
+    path: Path,
+    plans: Mapping[str, tuple[Single, ...]],
+    models: Mapping[str, Model],
+    heads: Mapping[str, str] | None,
+) -> None:
+    """Report what does not fit together. `plans`: the candidates that can be read, by name; `heads`: plan to probe
+    head; None: that section is broken itself."""
 
     def report(key: str, message: str, fix: str) -> None:
         document.report((*path, key), message, fix)
@@ -63,8 +117,48 @@ def check_aims(document: Document, part: "RouteFile", path: Path, heads: Mapping
         report("threshold", "only the objective `threshold` has one", "remove it, or write `objective: threshold`")
     if part.explore is not None and len(candidates) < 2:
         report("explore", "nothing to explore: one candidate", "remove it, or name more candidates")
+    _check_plans(document, part, path, plans, models)
     if heads is None or part.explore is not None:  # a bandit learns p_success by itself
         return
-    if part.objective in ("utility", "threshold") and (missing := [name for name in candidates if name not in heads]):
+    if part.objective in ("utility", "threshold") and (
+        missing := dict.fromkeys(s.name for stages in plans.values() for s in stages if s.name not in heads)
+    ):
         names = ", ".join(concealed(name) for name in missing)
         report("objective", f"no probe head for {names}", "name heads for all candidates in `signals.difficulty.heads`")
+
+
+def _check_plans(
+    document: Document,
+    part: "RouteFile",
+    path: Path,
+    plans: Mapping[str, tuple[Single, ...]],
+    models: Mapping[str, Model],
+) -> None:
+    cascades = [stages for stages in plans.values() if len(stages) > 1]
+    if cascades and part.accept is None:
+        fix = "add `accept: {mean_logprob: …, bias: …, at_least: …, keeps_right: …, keeps_wrong: …}`"
+        document.report((*path, "candidates"), "a cascade, and it is not said which answers are good enough", fix)
+    if cascades and part.hedge is not None:
+        message = "a cascade is not hedged: its second attempt would be judged by what its first is worth"
+        document.report((*path, "hedge"), message, "remove it, or leave the cascade out")
+    if part.accept is not None and not cascades:
+        document.report((*path, "accept"), "no candidate is a cascade", "remove it, or add one such as `weak>strong`")
+    if part.accept is not None and not accept_of(part.accept).weights:
+        fix = "give mean_logprob, min_logprob or log_tokens a weight"
+        document.report((*path, "accept"), "it looks at nothing of the answer", fix)
+    for stages in cascades:
+        for stage in stages[:-1]:
+            if stage.model in models and not models[stage.model].logprobs:
+                message = f"`{concealed(stage.model)}` returns no log probabilities, so its answers cannot be judged"
+                document.report((*path, "candidates"), message, "put it last, or leave the cascade out")
+    for stages in plans.values():
+        for stage in stages:
+            if stage.effort is not None and stage.model in models and models[stage.model].thinking is None:
+                message = f"`{concealed(stage.model)}` cannot be told how much to think"
+                fix = f"say how in `models.{concealed(stage.model)}.thinking`, or write the model alone"
+                document.report((*path, "candidates"), message, fix)
+    named = models_of(part.use or ()) + models_of(plans)
+    known = [models[name] for name in named if name in models]
+    if part.effort is not None and len(known) == len(named) and not any(model.thinking for model in known):
+        message = "no model of this route can be told how much to think"
+        document.report((*path, "effort"), message, "say how in `thinking` of a model, or remove it")

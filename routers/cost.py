@@ -101,7 +101,8 @@ def worst_case_nanousd(policy: Policy, decision: Decision, query: Query) -> int 
     It counts every attempt that the policy allows, each billed at the most it can cost, as a timeout or a cut
     connection may be:
 
-        each model that the decision may turn to (chosen, fallbacks, fallbacks by cause), 1 + `retries` times
+        each model that the decision may turn to (chosen, each stage of a cascade, fallbacks, fallbacks by cause),
+        1 + `retries` times
         one hedge, at the dearest of the chosen model and its fallbacks for errors
         each model that may resume a broken stream, once, with its context filled: it reads the answer so far, too
 
@@ -109,7 +110,9 @@ def worst_case_nanousd(policy: Policy, decision: Decision, query: Query) -> int 
     an engine that turns to each model once and hedges once. More choices, more tokens, more retries or more fallbacks
     never make it smaller.
     """
-    running = dict.fromkeys((decision.plan.model, *decision.fallbacks))
+    plan = decision.plan
+    chosen = [stage.model for stage in plan.stages] if plan.kind == "cascade" else [plan.model]
+    running = dict.fromkeys((*chosen, *decision.fallbacks))
     hedged = tuple(running)
     for names in decision.on_cause.values():
         running.update(dict.fromkeys(names))

@@ -10,10 +10,13 @@ from pathlib import Path as FilePath
 from types import MappingProxyType
 from typing import Literal, get_args
 
+from msgspec import to_builtins
+
+from routers.aims_file import thinking_of
 from routers.errors import PolicyError, Problem
 from routers.fields import NAME_PATTERN
 from routers.limits import read_limits
-from routers.plans import EFFORTS
+from routers.plans import EFFORTS, parse_plan
 from routers.policy import (
     DEFAULT_CONNECT_TIMEOUT_MS,
     FREE,
@@ -42,7 +45,7 @@ from routers.schema import (
 )
 from routers.shape import NAME_FIX, did_you_mean, validated
 from routers.types import Effort
-from routers.units import format_duration
+from routers.units import UnitError, format_duration
 from routers.when import When
 from routers.yaml import Document, Path, concealed, read
 
@@ -254,7 +257,7 @@ class _Loader:
                 name, part.provider, part.model, context, max_output, price, tools, part.structured, part.logprobs,
                 prefix, embeds=part.embeds, completes=completes,
                 speculation=part.speculation or ("auto" if local else None),
-                slots=part.slots, plans=self._plans(part, path, local),
+                slots=part.slots, plans=self._plans(part, path, local), thinking=thinking_of(part.thinking),
             )  # fmt: skip
         self._check_plans()
 
@@ -318,14 +321,24 @@ class _Loader:
         if part is None or part.difficulty is None:
             return
         models = self._names("models")
-        for name in part.difficulty.heads:
-            if name not in models:
-                path = ("signals", "difficulty", "heads", name)
-                self._document.report(path, "no model of this name", did_you_mean(name, models), show=False)
-        heads = MappingProxyType(part.difficulty.heads)
+        heads: dict[str, str] = {}
+        for name, head in part.difficulty.heads.items():
+            path = ("signals", "difficulty", "heads", name)
+            try:
+                stages = parse_plan(name)
+            except UnitError as error:
+                self._document.report(path, str(error), error.fix, show=False)
+                continue
+            if len(stages) > 1:
+                fix = "name a head for each of its stages"
+                self._document.report(path, "a head speaks of a model, or of a model at one effort", fix, show=False)
+            elif stages[0].model not in models:
+                fix = did_you_mean(stages[0].model, models)
+                self._document.report(path, "no model of this name", fix, show=False)
+            heads[stages[0].name] = head
         named = part.difficulty.probe
         probes = (named,) if isinstance(named, str) else tuple(named)
-        self._difficulty = Difficulty(probes, heads, part.difficulty.timeout, part.difficulty.encoder)
+        self._difficulty = Difficulty(probes, MappingProxyType(heads), part.difficulty.timeout, part.difficulty.encoder)
 
     def _drafts(self, model: Model) -> list[tuple[Effort, str, str]]:
         """(effort, the field that says so, the draft) of its plans."""
@@ -424,6 +437,8 @@ def _canonical(route: Route) -> dict[str, object]:
         "worth": route.worth and asdict(route.worth),
         "threshold": route.threshold,
         "explore": route.explore and asdict(route.explore),
+        "effort": route.effort,
+        "plans": {name: to_builtins(plan) for name, plan in route.plans.items()},
         "shadow": route.shadow and asdict(route.shadow),
     }
 

@@ -1,14 +1,16 @@
 """The routes of a policy file: each one checked against the models and signals, and all of them for reachability."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from types import MappingProxyType
 from typing import get_args
 
 from routers.aims import Shadow
-from routers.aims_file import check_aims, explore_of, worth_of
+from routers.aims_file import accept_of, check_aims, explore_of, worth_of
 from routers.cost import least_nanousd
+from routers.plans import models_of, parse_plan, plan_name
 from routers.policy import (
     DEFAULT_CACHE_TTL_MS,
     Constraints,
@@ -21,7 +23,8 @@ from routers.policy import (
 from routers.reach import takers_of
 from routers.schema import ConditionsFile, OnFailureFile, RouteFile, ScheduleFile, ShadowFile, WhenFile
 from routers.shape import did_you_mean, validated
-from routers.units import format_duration, format_money
+from routers.types import Accept, Cascade, Plan, Single
+from routers.units import UnitError, format_duration, format_money
 from routers.when import MINUTES_PER_DAY, Schedule, When
 from routers.yaml import Document, Path, concealed
 
@@ -102,7 +105,8 @@ class RoutesReader:
         self._check_cost(part, path)
         self._check_named(part, path)
         heads = self._difficulty.heads if self._difficulty else {}
-        check_aims(self._document, part, path, heads if self._signals_read else None)
+        plans = _plans(part.candidates or ())
+        check_aims(self._document, part, path, plans, self._models, heads if self._signals_read else None)
         self._check_attempts(part, path)
 
     def _check_models(self, path: Path) -> None:
@@ -110,31 +114,42 @@ class RoutesReader:
         names = self._document.at(path)
         if not isinstance(names, list):
             return
+        seen: list[tuple[Single, ...]] = []
         for index, name in enumerate(names):
             if not isinstance(name, str):
                 continue
-            if "+" in name or ">" in name:
-                kind = "an effort (+)" if "+" in name else "a cascade (>)"
-                fix = f"write the model alone, `{concealed(re.split('[+>]', name)[0])}`"
-                self._document.report((*path, index), f"{kind} is not part of policy version 1", fix)
-            elif name in names[:index]:
+            try:
+                stages = parse_plan(name) if path[-1] == "candidates" else (Single(name),)
+            except UnitError as error:
+                self._document.report((*path, index), str(error), error.fix)
+                continue
+            if plan_name(stages) in [plan_name(before) for before in seen]:
                 self._document.report((*path, index), "listed twice", "keep one of the two")
-            elif name not in self._model_names:
-                self._document.report((*path, index), "no model of this name", did_you_mean(name, self._model_names))
+            seen.append(stages)
+            for model in dict.fromkeys(stage.model for stage in stages):
+                if model in self._model_names:
+                    continue
+                if "+" in model or ">" in model:
+                    fix = f"write the model alone, `{concealed(re.split('[+>]', model)[0])}`"
+                    self._document.report((*path, index), "efforts and cascades stand among `candidates` only", fix)
+                else:
+                    fix = did_you_mean(model, self._model_names)
+                    self._document.report((*path, index), "no model of this name", fix)
 
     def _check_signals(self, part: RouteFile, path: Path) -> None:
         """A bound or an objective on p_success needs heads; a broken `signals` section has been reported already."""
         if not part.candidates or not self._signals_read:
             return
         heads = self._difficulty.heads if self._difficulty else {}
-        headed = [name for name in part.candidates if name in heads]
+        plans = _plans(part.candidates)
+        headed = [name for name, stages in plans.items() if all(stage.name in heads for stage in stages)]
         bounds = part.subject_to
         fix = "name heads for the candidates in `signals.difficulty.heads`"
         if bounds and bounds.p_success is not None and not headed:
             at = (*path, "subject_to", "p_success")
             self._document.report(at, "nothing can satisfy this: no candidate has a probe head", fix)
-        if bounds and bounds.p_success_gap is not None and len(headed) < len(part.candidates):
-            missing = ", ".join(concealed(name) for name in part.candidates if name not in headed)
+        if bounds and bounds.p_success_gap is not None and len(headed) < len(plans):
+            missing = ", ".join(concealed(name) for name in plans if name not in headed)
             at = (*path, "subject_to", "p_success_gap")
             self._document.report(at, f"nothing can satisfy this: no probe head for {missing}", fix)
         if part.objective == "best" and not headed:
@@ -178,7 +193,8 @@ class RoutesReader:
             fix = did_you_mean(judge, self._model_names)
             self._document.report((*path, "shadow", "judge"), "no model of this name", fix)
         if part.on_stream_failure == "resume":
-            names = [*(part.use or part.candidates or ()), *((part.on_failure and part.on_failure.error) or ())]
+            listed = [*(part.use or part.candidates or ()), *((part.on_failure and part.on_failure.error) or ())]
+            names = models_of(listed)
             known = [self._models[name] for name in names if name in self._models]
             if len(known) == len(names) and not any(model.prefix for model in known):
                 message = "no model of this route goes on from the start of an answer"
@@ -193,9 +209,12 @@ class RoutesReader:
             else Constraints()
         )
         objective = part.objective or "cheapest"
-        candidates = tuple(part.candidates or ())
+        stages = _plans(part.candidates or ())
+        candidates = tuple(stages)
+        plans = {name: _plan(of, part) for name, of in stages.items() if of != (Single(name),)}
+        cascades = any(len(of) > 1 for of in stages.values())
         otherwise = part.otherwise or "best"
-        asks = objective in ("best", "utility", "threshold") or constraints.ask_p_success
+        asks = objective in ("best", "utility", "threshold") or constraints.ask_p_success or cascades
         heads = self._difficulty.heads if self._difficulty and asks else {}
         failures = part.on_failure or OnFailureFile()
         on_failure = tuple(failures.error or ())
@@ -221,8 +240,27 @@ class RoutesReader:
             worth=worth_of(part.worth),
             threshold=part.threshold,
             explore=explore_of(part.explore),
-            heads=MappingProxyType({name: heads[name] for name in candidates if name in heads}),
+            effort=part.effort,
+            plans=MappingProxyType(plans),
+            heads=MappingProxyType({s.name: heads[s.name] for of in stages.values() for s in of if s.name in heads}),
         )
+
+
+def _plans(names: Sequence[str]) -> dict[str, tuple[Single, ...]]:
+    """The candidates that can be read, by the one spelling of their names."""
+    found = {}
+    for name in names:
+        with suppress(UnitError):
+            stages = parse_plan(name)
+            found[plan_name(stages)] = stages
+    return found
+
+
+def _plan(stages: tuple[Single, ...], part: RouteFile) -> Plan:
+    """A broken cascade, which has been reported, stands as if it accepted nothing."""
+    if len(stages) == 1:
+        return stages[0]
+    return Cascade(stages, accept_of(part.accept) if part.accept is not None else Accept((), 0.0, 1.0, 0.0, 0.0))
 
 
 def _shadow(part: ShadowFile | None) -> Shadow | None:

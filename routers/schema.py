@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from routers.aims_file import ExploreFile, WorthFile
+from routers.aims_file import AcceptFile, ExploreFile, ThinkingFile, WorthFile
 from routers.fields import (
     AtLeast,
     AtMost,
@@ -217,6 +217,8 @@ class ModelFile(Strict):
     Several names may stand for one model with different plans."""
     plans: EffortPlansFile | None = None
     """The same by effort, in place of `plan`. `leadline tune` measures and writes them."""
+    thinking: ThinkingFile | None = None
+    """How it is told how much to think. Default: it is not, and efforts cannot be asked of it."""
     slots: Annotated[int, Field(ge=1, le=100_000)] | None = None
     """How many answers its target writes side by side before any waits. Default: not known, so no queue is expected."""
 
@@ -347,7 +349,12 @@ class RouteFile(Strict):
     use: Names | None = None
     """The first of these that is available."""
     candidates: Names | None = None
-    """The models to choose from, from the weakest to the strongest."""
+    """What to choose from, from the weakest to the strongest: models, models at an effort (`strong+high`, or `none`,
+    `low`), and cascades (`weak>strong`: the second answers where the first one's answer is not accepted)."""
+    accept: AcceptFile | None = None
+    effort: Literal["auto", "none", "low", "high"] | None = None
+    """How much models with `thinking` think; `auto`: by the signals of each query. A caller who says so itself is
+    obeyed. Default: as they do by themselves."""
     objective: Objective | None = None
     """How to choose among the candidates that satisfy `subject_to`. Default: cheapest."""
     worth: WorthFile | None = None

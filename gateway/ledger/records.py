@@ -10,7 +10,7 @@ import msgspec
 
 from gateway.ledger.settle import Usage
 
-AttemptKind = Literal["first", "retry", "fallback", "hedge", "resume", "shadow", "judge", "draft"]
+AttemptKind = Literal["first", "retry", "fallback", "hedge", "resume", "escalation", "shadow", "judge", "draft"]
 """Why an attempt was made."""
 
 

@@ -19,7 +19,7 @@ class _Said(BaseModel):
 
 class Plan(_Said):
     kind: str
-    """`single`: one model answers."""
+    """`single`: one model answers. `cascade`: the first, and the next ones where its answer is not accepted."""
     model: str
     effort: str | None = None
 

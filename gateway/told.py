@@ -1,0 +1,55 @@
+"""A call as one target gets it: told how much to think and, where its answer will be judged, asked for what that takes.
+
+What the caller's own body says of thinking stands.
+"""
+
+import msgspec
+
+from gateway.upstream.types import ChatCall
+from routers.aims import Thinking
+from routers.policy import Policy
+from routers.types import Decision, Effort
+
+_encode = msgspec.json.Encoder().encode
+_TEMPLATE = "chat_template_kwargs"
+_OWN_WORDS = ("reasoning_effort", _TEMPLATE, "enable_thinking", "thinking_budget")
+
+
+def told(call: ChatCall, decision: Decision, policy: Policy, model: str) -> ChatCall:
+    """The caller's call, with the effort that was decided for this model."""
+    plan = decision.plan
+    if plan.kind == "cascade":
+        effort = next((stage.effort for stage in plan.stages if stage.model == model), None)
+    else:
+        effort = plan.effort
+    if effort is None or call.endpoint != "chat.completions":
+        return call
+    thinking = policy.models[model].thinking
+    if thinking is None or any(field in call.fields for field in _OWN_WORDS):
+        return call
+    tokens = None if plan.kind == "cascade" else plan.max_thinking_tokens
+    return _thinking(call, effort, thinking, tokens)
+
+
+def _thinking(call: ChatCall, effort: Effort, thinking: Thinking, tokens: int | None) -> ChatCall:
+    if thinking.field == "reasoning_effort":
+        word = thinking.off if effort == "none" else effort
+        fields = {**call.fields, "reasoning_effort": msgspec.Raw(_encode(word))}
+        return msgspec.structs.replace(
+            call, fields=fields, sampling=msgspec.structs.replace(call.sampling, reasoning_effort=word)
+        )
+    if thinking.field == "enable_thinking":
+        template = msgspec.Raw(_encode({"enable_thinking": effort != "none"}))
+        return msgspec.structs.replace(call, fields={**call.fields, _TEMPLATE: template})
+    asked = {"enable_thinking": msgspec.Raw(_encode(effort != "none"))}
+    if effort != "none" and tokens is not None:
+        asked["thinking_budget"] = msgspec.Raw(b"%d" % tokens)
+    return msgspec.structs.replace(call, fields={**call.fields, **asked})
+
+
+def to_be_judged(call: ChatCall) -> ChatCall:
+    """The same call for an answer that comes whole, with the log probabilities of its tokens."""
+    fields = {key: value for key, value in call.fields.items() if key not in ("stream", "stream_options")}
+    fields["logprobs"] = msgspec.Raw(b"true")
+    sampling = msgspec.structs.replace(call.sampling, logprobs=True)
+    return msgspec.structs.replace(call, fields=fields, sampling=sampling, stream=False, include_usage=False)
