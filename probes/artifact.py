@@ -13,9 +13,11 @@ from safetensors.numpy import load, save
 
 from probes.calibrate import Calibrator, Exp, Isotonic, Platt
 from probes.errors import ArtifactError
-from probes.heads import Heads
+from probes.heads import Heads, Similarity
 from probes.manifest import TENSORS, Manifest, read_manifest, version_of, write_manifest
 from probes.tensors import read_bytes
+
+SIMILARITY = ("similarity.mean", "similarity.scale", "similarity.basis", "similarity.landmarks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,11 @@ def _heads(manifest: Manifest, tensors: Mapping[str, npt.NDArray[Any]], folder: 
         "weight": (np.float32, (heads, features)),
         "bias": (np.float32, (heads,)),
     }
+    if (kernel := manifest.similarity) is not None:
+        expected["weight"] = (np.float32, (heads, kernel.landmarks))
+        expected["similarity.mean"] = expected["similarity.scale"] = (np.float32, (features,))
+        expected["similarity.basis"] = (np.float16, (features, kernel.components))
+        expected["similarity.landmarks"] = (np.float16, (kernel.landmarks, kernel.components))
     shapes = {"platt": (2,), "isotonic": (2, -1)}
     for head in manifest.heads:
         if head.calibration in shapes:
@@ -100,11 +107,21 @@ def _heads(manifest: Manifest, tensors: Mapping[str, npt.NDArray[Any]], folder: 
         else:
             calibrators.append(Platt(*map(float, numbers)) if numbers.ndim == 1 else Isotonic(numbers[0], numbers[1]))
     names = tuple(head.name for head in manifest.heads)
-    return Heads(names, tensors["weight"], tensors["bias"], tuple(calibrators))
+    similarity = None
+    if kernel is not None:
+        mean, scale, basis, landmarks = (tensors[name].astype(np.float64) for name in SIMILARITY)
+        if not scale.all():
+            raise ArtifactError(f"{folder / TENSORS}: similarity.scale holds 0; refit")
+        similarity = Similarity(mean, scale, basis, landmarks, kernel.gamma)
+    return Heads(names, tensors["weight"], tensors["bias"], tuple(calibrators), similarity)
 
 
 def _tensor_bytes(heads: Heads) -> bytes:
     tensors: dict[str, npt.NDArray[Any]] = {"weight": heads.weight, "bias": heads.bias}
+    if (kernel := heads.similarity) is not None:
+        kept: list[npt.NDArray[Any]] = [one.astype(np.float32) for one in (kernel.mean, kernel.scale)]
+        kept += [one.astype(np.float16) for one in (kernel.basis, kernel.landmarks)]
+        tensors |= dict(zip(SIMILARITY, kept, strict=True))
     for name, calibrator in zip(heads.names, heads.calibrators, strict=True):
         if not isinstance(calibrator, Exp):
             tensors[f"calibration.{name}"] = calibration_tensor(calibrator)

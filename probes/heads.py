@@ -1,4 +1,7 @@
-"""What a fitted probe is at inference: one linear map and one calibrator per head. numpy only, so it loads at once."""
+"""What a fitted probe is at inference: similarities to a few hundred prompts it has seen, weighed, and calibrated.
+
+numpy only, so it loads at once.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,15 +13,48 @@ from probes.calibrate import Array, Calibrator
 
 
 @dataclass(frozen=True, slots=True)
+class Similarity:
+    """exp(-gamma |z - landmark|^2), z = (features - mean) / scale @ basis: near 0 for what resembles nothing seen."""
+
+    mean: Array
+    """[features]"""
+    scale: Array
+    """[features]"""
+    basis: Array
+    """[features, components]"""
+    landmarks: Array
+    """[landmarks, components]"""
+    gamma: float
+
+    def __call__(self, features: npt.NDArray[np.floating]) -> Array:
+        """[n, landmarks]"""
+        return rbf(self.project(features), self.landmarks, self.gamma)
+
+    def project(self, features: npt.NDArray[np.floating]) -> Array:
+        """z [n, components]"""
+        return np.asarray((np.asarray(features, np.float64) - self.mean) / self.scale @ self.basis, np.float64)
+
+
+def rbf(a: Array, b: Array, gamma: float) -> Array:
+    """The Gaussian kernel between the rows of a [n, d] and of b [m, d]: [n, m]."""
+    squared = (a**2).sum(1)[:, None] + (b**2).sum(1)[None, :] - 2.0 * (a @ b.T)
+    return np.asarray(np.exp(-gamma * np.maximum(squared, 0.0)), np.float64)
+
+
+@dataclass(frozen=True, slots=True)
 class Heads:
-    """Calibrated linear heads over one feature vector; scaling and PCA are folded into `weight`."""
+    """Calibrated heads, linear in the features or, where there is a `similarity`, in the similarities to landmarks.
+
+    A head of a similarity says its base rate of a prompt that is like none of the landmarks.
+    """
 
     names: tuple[str, ...]
     weight: npt.NDArray[np.float32]
-    """[heads, features]"""
+    """[heads, features], or [heads, landmarks]"""
     bias: npt.NDArray[np.float32]
     """[heads]"""
     calibrators: tuple[Calibrator, ...]
+    similarity: Similarity | None = None
 
     def __post_init__(self) -> None:
         heads = len(self.names)
@@ -26,10 +62,13 @@ class Heads:
             raise ValueError(f"{heads} heads do not fit weight {self.weight.shape} and bias {self.bias.shape}")
         if len(self.calibrators) != heads:
             raise ValueError(f"{heads} heads but {len(self.calibrators)} calibrators")
+        if self.similarity is not None and len(self.similarity.landmarks) != self.weight.shape[1]:
+            raise ValueError(f"{len(self.similarity.landmarks)} landmarks do not fit weight {self.weight.shape}")
 
     def decision_function(self, features: npt.NDArray[np.floating]) -> Array:
         """Uncalibrated log-odds [n, heads] of features [n, features]."""
-        return np.asarray(features, np.float64) @ self.weight.T.astype(np.float64) + self.bias
+        inputs = np.asarray(features, np.float64) if self.similarity is None else self.similarity(features)
+        return np.asarray(inputs @ self.weight.T.astype(np.float64) + self.bias, np.float64)
 
     def predict_proba(self, features: npt.NDArray[np.floating]) -> Array:
         """Calibrated P(correct) [n, heads]."""

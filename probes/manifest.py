@@ -49,6 +49,16 @@ class HeadInfo(BaseModel):
     """Of a head for tokens: four of five answers lie within these multiples of the value."""
 
 
+class SimilarityInfo(BaseModel):
+    """How the heads' inputs are made: exp(-gamma |z - landmark|^2) in a space of so many components."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    components: int = Field(ge=1)
+    landmarks: int = Field(ge=1)
+    gamma: float = Field(gt=0)
+
+
 class Certificate(BaseModel):
     """A threshold on calibrated probabilities, what is proven of it, and by which rows.
 
@@ -117,6 +127,8 @@ class Manifest(BaseModel):
     dims: int
     pooling: Literal["mean"] = "mean"
     max_tokens: int
+    similarity: SimilarityInfo | None = None
+    """None: the heads are linear in the hidden states."""
     heads: tuple[HeadInfo, ...] = Field(min_length=1)
     data_sha256: str
     prompts_sketch: tuple[str, ...] = ()

@@ -1,6 +1,6 @@
 """The probe over sparse features as a scikit-learn estimator: one logistic regression per head, calibrated.
 
-As `linear.ProbeClassifier`, without scaling and projection: text features come scaled, and centring would fill them.
+As `kernel.ProbeClassifier`, but linear, and without scaling: text features come scaled, and centring would fill them.
 """
 
 from typing import Any, Self

@@ -19,8 +19,9 @@ from probes.certify import ALPHAS, METHODS, issue
 from probes.errors import CertificateError, TableError
 from probes.evaluate import IntArray, Row, baselines, folds, head_rows, routing_rows
 from probes.extract import Encoder, FloatArray
-from probes.linear import ProbeClassifier
-from probes.manifest import Certificate, HeadInfo, Manifest, sketch
+from probes.heads import Heads
+from probes.kernel import ProbeClassifier
+from probes.manifest import Certificate, HeadInfo, Manifest, SimilarityInfo, sketch
 from probes.types import Kind
 
 LIBRARIES = ("numpy", "safetensors", "scikit-learn", "torch", "transformers")
@@ -159,18 +160,19 @@ def _binary(column: Any, path: Path, name: str) -> Array:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How features become heads. `layers` index hidden states (0: embeddings); None: the upper half."""
+    """How features become heads. `layers` index hidden states (0: embeddings); None: all of them."""
 
     layers: tuple[int, ...] | None = None
     max_tokens: int = 256
-    components: int | None = 256
+    components: int = 96
+    landmarks: int = 1000
     seed: int = 0
 
     def layers_of(self, encoder: Encoder) -> tuple[int, ...]:
-        return self.layers or tuple(range(encoder.layers // 2, encoder.layers))
+        return self.layers or tuple(range(encoder.layers))
 
     def estimator(self) -> ProbeClassifier:
-        return ProbeClassifier(components=self.components, seed=self.seed)
+        return ProbeClassifier(components=self.components, landmarks=self.landmarks, seed=self.seed)
 
 
 def head_info(
@@ -205,6 +207,13 @@ def undecided(probabilities: Array, answers: float) -> tuple[float, float] | Non
     middle = float(known.mean())
     reach = float(np.quantile(np.abs(known - middle), 1 - answers))
     return max(0.0, middle - reach), min(1.0, middle + reach)
+
+
+def similarity_info(heads: Heads) -> SimilarityInfo | None:
+    if (kernel := heads.similarity) is None:
+        return None
+    landmarks, components = kernel.landmarks.shape
+    return SimilarityInfo(components=components, landmarks=landmarks, gamma=kernel.gamma)
 
 
 def library_versions(*names: str) -> dict[str, str]:
@@ -252,6 +261,7 @@ def fit_probe(
         layers=layers,
         dims=encoder.dims,
         max_tokens=recipe.max_tokens,
+        similarity=similarity_info(heads),
         heads=tuple(infos),
         data_sha256=table.sha256(),
         prompts_sketch=sketch(table.prompts),

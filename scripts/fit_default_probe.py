@@ -1,9 +1,8 @@
 """Fit the shipped probe: `python scripts/fit_default_probe.py ../shared/data`.
 
-Heads `weak` (Mixtral-8x7B) and `strong` (GPT-4-1106) learn from RouteLLM's MMLU outcomes. Head `local` learns from
-what the bundled model really answers, greedily, to held-out arithmetic, to MMLU and GSM8K training questions and to
-prompts of other kinds; without the bundled model there is no such head. GSM8K test questions are never trained on: the
-demo runs on them.
+Heads `weak` (Mixtral-8x7B) and `strong` (GPT-4-1106) learn from RouteLLM's outcomes on MMLU and GSM8K. Head `local`
+learns from what the bundled model really answers, greedily, to held-out arithmetic, to MMLU and GSM8K training
+questions and to prompts of other kinds; without the bundled model there is no such head.
 """
 
 import argparse
@@ -34,17 +33,24 @@ NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="folder with routellm_mmlu.parquet and gsm8k.parquet")
+    parser.add_argument("data", type=Path, help="folder with the tables of shared/data")
     parser.add_argument("--model", type=Path, default=BUNDLED, help="the model that head `local` is about")
     parser.add_argument("--out", type=Path, default=default_artifact_path())
-    parser.add_argument("--cache", type=Path, help="folder to keep hidden states in between runs")
+    parser.add_argument("--cache", type=Path, help="folder to keep answers and hidden states in between runs")
     parser.add_argument("--per-level", type=int, default=300, help="arithmetic problems a level")
     parser.add_argument("--others", type=int, default=400, help="MMLU and GSM8K questions each that the model is asked")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
 
-    frame = gather(args)
+    kept = None if args.cache is None else args.cache / "answers.parquet"
+    if kept is not None and kept.is_file():
+        frame = pd.read_parquet(kept)
+    else:
+        frame = gather(args)
+        if kept is not None:
+            args.cache.mkdir(parents=True, exist_ok=True)
+            frame.to_parquet(kept)
     heads = {"weak": "mixtral_8x7b_correct", "strong": "gpt4_1106_correct"}
     if frame["local"].notna().any():
         heads = {"local": f"{args.model.name}: last number right, greedy, low effort"} | heads
@@ -68,20 +74,7 @@ def main() -> None:
 
 def gather(args: argparse.Namespace) -> pd.DataFrame:
     """All prompts with columns source, group, local, weak, strong; NaN where nobody knows."""
-    mmlu = pd.read_parquet(args.data / "routellm_mmlu.parquet")
-    mmlu = mmlu[~mmlu["contaminated"]].reset_index(drop=True)
-    frames = [
-        pd.DataFrame(
-            {
-                "source": "mmlu",
-                "prompt": mmlu["prompt"],
-                "group": mmlu["domain"],
-                "local": np.nan,
-                "weak": mmlu["mixtral_8x7b_correct"].astype(float),
-                "strong": mmlu["gpt4_1106_correct"].astype(float),
-            }
-        )
-    ]
+    frames = [routellm(args.data, "mmlu"), routellm(args.data, "gsm8k")]
     if (args.model / "model.safetensors").is_file():
         ask = Asker(args.model)
         sample = frames[0].sample(args.others, random_state=args.seed).index
@@ -91,13 +84,29 @@ def gather(args: argparse.Namespace) -> pd.DataFrame:
 
         gsm8k = pd.read_parquet(args.data / "gsm8k.parquet")
         gsm8k = gsm8k[gsm8k["split"] == "train"].sample(args.others, random_state=args.seed)
-        frames.append(asked(ask, "gsm8k", "gsm8k", gsm8k["question"].tolist(), gsm8k["final"].tolist()))
+        frames.append(asked(ask, "gsm8k train", "gsm8k", gsm8k["question"].tolist(), gsm8k["final"].tolist()))
         frames.append(elsewhere(ask, args))
         for level in LEVELS:
             drawn = problems(args.seed + 7100, level, args.per_level)
             questions, answers = [p.question for p in drawn], [str(p.answer) for p in drawn]
             frames.append(asked(ask, "arithmetic", f"arithmetic, level {level}", questions, answers))
     return pd.concat(frames, ignore_index=True)
+
+
+def routellm(data: Path, name: str) -> pd.DataFrame:
+    """RouteLLM's outcomes on one benchmark, contaminated questions dropped."""
+    table = pd.read_parquet(data / f"routellm_{name}.parquet")
+    table = table[~table["contaminated"]].reset_index(drop=True)
+    return pd.DataFrame(
+        {
+            "source": name,
+            "prompt": table["prompt"],
+            "group": table.get("domain", name),
+            "local": np.nan,
+            "weak": table["mixtral_8x7b_correct"].astype(float),
+            "strong": table["gpt4_1106_correct"].astype(float),
+        }
+    )
 
 
 def elsewhere(ask: "Asker", args: argparse.Namespace) -> pd.DataFrame:

@@ -13,7 +13,9 @@ from safetensors.numpy import load_file, save_file
 from probes.artifact import Artifact, read, write
 from probes.errors import ArtifactError
 from probes.extract import file_sha256
+from probes.kernel import ProbeClassifier
 from probes.manifest import MANIFEST, TENSORS
+from probes.train import similarity_info
 
 
 def test_round_trip_is_bit_equal(artifact: Artifact, tmp_path: Path) -> None:
@@ -81,4 +83,19 @@ def test_refusals(artifact: Artifact, tmp_path: Path, damage: Callable[[Path], N
     write(artifact, tmp_path)
     damage(tmp_path)
     with pytest.raises(ArtifactError, match=complaint):
+        read(tmp_path)
+
+
+def test_a_similarity_comes_back_bit_for_bit(artifact: Artifact, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(60, 4 * 384)).astype(np.float32)
+    heads = ProbeClassifier(components=8, landmarks=20).fit(X, (X[:, :2] > 0) * 1.0, names=("weak", "strong")).heads_
+    infos = tuple(head.model_copy(update={"calibration": "platt"}) for head in artifact.manifest.heads)
+    fitted = artifact.manifest.model_copy(update={"heads": infos, "similarity": similarity_info(heads)})
+    write(Artifact(fitted, heads), tmp_path)
+    back = read(tmp_path)
+    assert back.version == Artifact(fitted, heads).version
+    assert back.heads.predict_proba(X).tobytes() == heads.predict_proba(X).tobytes()
+    _tensors(lambda t: t.update({"similarity.scale": np.zeros(4 * 384, np.float32)}))(tmp_path)
+    with pytest.raises(ArtifactError, match="holds 0"):
         read(tmp_path)

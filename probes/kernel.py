@@ -1,0 +1,238 @@
+"""The probe as a scikit-learn estimator: kernel ridge regression of many heads at once, calibrated.
+
+Hidden states are scaled and projected (PCA); a prompt is its similarities to landmarks, rows drawn from the training
+set (Nystroem's approximation, Williams and Seeger, 2001); all heads that share their labelled rows share one ridge
+regression of the 0/1 label. Because the regression is linear in the labels, the difference of two heads *is* the
+regression of their gap, which is what a router ranks by; heads with a strength of their own each would not be.
+Training needs scikit-learn; what comes out (`heads_`) needs only numpy.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
+
+import numpy as np
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.decomposition import PCA
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from probes.calibrate import Array, Calibrator, fit_calibrator, fit_isotonic, fit_platt
+from probes.heads import Heads, Similarity, rbf
+
+MIN_OF_CLASS = 2
+"""Fewest labels of the rarer class for which a regression means anything; below it a head is its base rate."""
+SMALLEST = 1e-6
+"""Directions of the landmarks' own kernel below this share of the largest are noise, and left out."""
+STILL = 1e-3
+"""A feature whose spread is below this share of the median one's is not scaled up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ridge:
+    """One ridge regression of several heads: scores are inputs @ weight + bias."""
+
+    weight: Array
+    """[inputs, heads]"""
+    bias: Array
+    """[heads]"""
+    left_out: Array
+    """[n, heads], each row's score by all the others"""
+    strength: float
+    error: float
+    """Mean square of label minus left-out score, plus that of the gaps between heads, which a router ranks by."""
+
+
+def ridge(inputs: Array, labels: Array, strengths: tuple[float, ...]) -> Ridge:
+    """The strength with the least leave-one-out error, which one eigendecomposition gives for every strength.
+
+    `inputs` [n, d], `labels` [n, heads]. The intercept is the labels' mean, and inputs are not centred: where they are
+    all zero, the score is the base rate. Left-out scores by the leverages (Hastie, Tibshirani and Friedman, 7.10).
+    """
+    if not strengths:
+        raise ValueError("strengths is empty: give at least one ridge strength")
+    base = labels.mean(0)
+    values, vectors = np.linalg.eigh(inputs.T @ inputs)
+    values, rotated = np.maximum(values, 0.0), inputs @ vectors
+    target = rotated.T @ (labels - base)
+    best: Ridge | None = None
+    for strength in strengths:
+        coefficients = target / (values + strength)[:, None]
+        leverage = (rotated**2) @ (1.0 / (values + strength))
+        residual = (labels - base - rotated @ coefficients) / np.maximum(1.0 - leverage, 1e-6)[:, None]
+        gaps = residual - residual.mean(1, keepdims=True)
+        error = float(np.mean(residual**2) + 2.0 * np.mean(gaps**2))
+        if best is None or error < best.error:
+            best = Ridge(vectors @ coefficients, base, labels - residual, strength, error)
+    assert best is not None, "there are strengths to choose from"
+    return best
+
+
+class ProbeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn ships no types
+    """Calibrated multi-head kernel probe.
+
+    Parameters: `components` of the PCA after scaling; `landmarks`, at most as many as rows; `gammas`, widths of the
+    similarity, and `strengths` of the ridge regression, of which the pair with the least leave-one-out error is taken;
+    `calibration`, fitted on the left-out scores ("auto": by the number of the head's labels); `seed` of the PCA and of
+    the landmarks.
+
+    y is [n] with any two classes, and then this is an ordinary binary classifier (`predict_proba` is [n, 2]); or
+    y is [n, heads] in [0, 1] with NaN where a head has no label, and then `predict_proba` is [n, heads], P(correct), or
+    the expected score where labels are scores.
+    Learnt: `heads_` (numpy-only inference), `strength_` [heads] (NaN: too few labels, the head is its base rate),
+    `gamma_`, `classes_`.
+    """
+
+    def __init__(
+        self,
+        components: int = 96,
+        landmarks: int = 1000,
+        gammas: tuple[float, ...] = (0.25, 1.0),
+        strengths: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
+        calibration: Literal["auto", "platt", "isotonic"] = "auto",
+        seed: int = 0,
+    ) -> None:
+        self.components = components
+        self.landmarks = landmarks
+        self.gammas = gammas
+        self.strengths = strengths
+        self.calibration = calibration
+        self.seed = seed
+
+    def fit(self, X: Any, y: Any, names: tuple[str, ...] | None = None) -> Self:
+        """Fit all heads; `names` label them in `heads_`."""
+        if not self.gammas:
+            raise ValueError("gammas is empty: give at least one width of the similarity")
+        X, labels = self._validate(X, y)
+        space = self._project(X)
+        z = space.project(X)
+        chosen = np.random.default_rng(self.seed).permutation(len(z))[: self.landmarks]
+        landmarks = _half(z[np.sort(chosen)])
+        groups = _groups(labels)
+        fits = [(gamma, *self._regress(z, landmarks, gamma, labels, groups)) for gamma in self.gammas]
+        # What has no regression at all has no error either.
+        self.gamma_, root, found, _ = min(fits, key=lambda one: one[3])
+        weight, bias = np.zeros((labels.shape[1], len(landmarks))), np.zeros(labels.shape[1])
+        self.strength_ = np.full(labels.shape[1], np.nan)
+        calibrators: list[Calibrator] = [_constant(column[~np.isnan(column)]) for column in labels.T]
+        for (rows, columns), one in zip(groups, found, strict=True):
+            for i, head in enumerate(columns):
+                y_head = labels[rows, head]
+                base = float(y_head.mean())
+                # Log-odds to first order around the base rate: a temperature alone can then calibrate them.
+                slope = 1.0 / (base * (1.0 - base))
+                centre = float(np.log(base / (1.0 - base))) - slope * base
+                weight[head], bias[head] = slope * (root @ one.weight[:, i]), slope * one.bias[i] + centre
+                calibrators[head] = self._calibrator(slope * one.left_out[:, i] + centre, y_head)
+                self.strength_[head] = one.strength
+        self.heads_ = Heads(
+            names or tuple(f"head{i}" for i in range(labels.shape[1])),
+            weight.astype(np.float32),
+            bias.astype(np.float32),
+            tuple(calibrators),
+            replace(space, landmarks=landmarks, gamma=self.gamma_),
+        )
+        return self
+
+    def predict_proba(self, X: Any) -> Array:
+        """Calibrated probabilities: [n, 2] in the order of `classes_`, or [n, heads] of P(correct)."""
+        p = self._probabilities(X)
+        return p if self.multi_head_ else np.column_stack([1 - p[:, 0], p[:, 0]])
+
+    def decision_function(self, X: Any) -> Array:
+        """Calibrated log-odds, [n] or [n, heads]."""
+        p = np.clip(self._probabilities(X), 1e-15, 1 - 1e-15)
+        scores = np.asarray(np.log(p) - np.log1p(-p))
+        return scores if self.multi_head_ else scores[:, 0]
+
+    def predict(self, X: Any) -> Any:
+        """The likelier class, [n] or [n, heads]."""
+        likelier = (self._probabilities(X) > 0.5).astype(int)
+        return self.classes_[likelier if self.multi_head_ else likelier[:, 0]]
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_class = False
+        return tags
+
+    def _probabilities(self, X: Any) -> Array:
+        check_is_fitted(self)
+        return self.heads_.predict_proba(validate_data(self, X, dtype=np.float64, reset=False))
+
+    def _validate(self, X: Any, y: Any) -> tuple[Array, Array]:
+        """Features [n, d] and labels [n, heads] as 0, 1, NaN."""
+        self.multi_head_ = np.asarray(y).ndim == 2
+        if self.multi_head_:
+            X = validate_data(self, X, dtype=np.float64)
+            labels = np.asarray(y, np.float64)
+            if len(labels) != len(X):
+                raise ValueError(f"X has {len(X)} rows, y {len(labels)}")
+            known = labels[~np.isnan(labels)]
+            if not ((known >= 0) & (known <= 1)).all():
+                raise ValueError("labels of several heads must lie in [0, 1], or be NaN")
+            self.classes_ = np.array([0, 1])
+            return X, labels
+        X, y = validate_data(self, X, y, dtype=np.float64)
+        check_classification_targets(y)
+        self.classes_, encoded = np.unique(y, return_inverse=True)
+        if len(self.classes_) > 2:
+            raise ValueError(f"Only binary classification is supported. y has {len(self.classes_)} classes.")
+        if len(self.classes_) < 2:
+            raise ValueError("y has only one class; a classifier needs two.")
+        return X, encoded.reshape(-1, 1).astype(np.float64)
+
+    def _project(self, X: Array) -> Similarity:
+        """Without landmarks yet. z is scaled, projected, and of mean square norm 1: a width means the same anywhere."""
+        mean, scale = _single(X.mean(0)), X.std(0)
+        # What hardly varies is noise, or rounding: it must not be blown up to the size of what does.
+        scale = np.maximum(scale, max(STILL * float(np.median(scale)), float(np.finfo(np.float32).tiny)))
+        scaled = (X - mean) / scale
+        components = min(self.components, *X.shape)
+        basis = PCA(components, random_state=self.seed).fit(scaled).components_.T
+        norm = float(np.sqrt(((scaled @ basis) ** 2).sum(1).mean())) or 1.0
+        return Similarity(mean, _single(scale * norm), _half(basis), np.empty((0, components)), 1.0)
+
+    def _regress(
+        self, z: Array, landmarks: Array, gamma: float, labels: Array, groups: list[tuple[Any, list[int]]]
+    ) -> tuple[Array, list[Ridge], float]:
+        """(root of the landmarks' inverse kernel, a regression per group of heads, their mean error)."""
+        values, vectors = np.linalg.eigh(rbf(landmarks, landmarks, gamma))
+        kept = values > SMALLEST * values[-1]
+        root = vectors[:, kept] / np.sqrt(values[kept])
+        inputs = rbf(z, landmarks, gamma) @ root
+        found = [ridge(inputs[rows], labels[np.ix_(rows, columns)], self.strengths) for rows, columns in groups]
+        return (
+            root,
+            found,
+            float(sum(one.error * len(columns) for one, (_, columns) in zip(found, groups, strict=True))),
+        )
+
+    def _calibrator(self, scores: Array, y: Array) -> Calibrator:
+        # Platt's targets are for labels of 0 and 1; isotonic regression takes means of any.
+        if self.calibration == "isotonic" or not np.isin(y, [0, 1]).all():
+            return fit_isotonic(scores, y)
+        return fit_calibrator(scores, y) if self.calibration == "auto" else fit_platt(scores, y)
+
+
+def _groups(labels: Array) -> list[tuple[Any, list[int]]]:
+    """(labelled rows, heads) of the heads that share their labelled rows and have both classes."""
+    found: dict[bytes, tuple[Any, list[int]]] = {}
+    for head, column in enumerate(labels.T):
+        known = ~np.isnan(column)
+        ones = float(column[known].sum())
+        if min(ones, known.sum() - ones) >= MIN_OF_CLASS:
+            found.setdefault(known.tobytes(), (np.flatnonzero(known), []))[1].append(head)
+    return list(found.values())
+
+
+def _constant(y: Array) -> Calibrator:
+    """The smoothed base rate, whatever the score."""
+    return fit_platt(np.zeros(len(y)), y)
+
+
+def _single(values: Array) -> Array:
+    return values.astype(np.float32).astype(np.float64)
+
+
+def _half(values: Array) -> Array:
+    """As float16 will keep them: what is stored is what was fitted."""
+    return values.astype(np.float16).astype(np.float64)

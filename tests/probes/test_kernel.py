@@ -1,0 +1,131 @@
+"""The estimator keeps scikit-learn's promises and its own: missing labels, gaps, left-out scores, calibration."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from probes.calibrate import Isotonic, ece, sigmoid
+from probes.heads import rbf
+from probes.kernel import ProbeClassifier, ridge
+
+EXPECTED_FAILURES = {
+    "check_supervised_y_2d": "a column of labels means one head, not a vector to be ravelled",
+}
+
+
+@parametrize_with_checks([ProbeClassifier()], expected_failed_checks=lambda _: EXPECTED_FAILURES)  # type: ignore[untyped-decorator]
+def test_scikit_learn_checks(estimator: Any, check: Any) -> None:
+    check(estimator)
+
+
+def _problem(n: int = 3000, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features, labels and true probabilities of two heads."""
+    rng = np.random.default_rng(seed)
+    X = rng.normal(size=(n, 12)) * np.linspace(0.1, 5, 12) + 3
+    z = (X - 3) / np.linspace(0.1, 5, 12)
+    p = sigmoid(np.column_stack([z[:, 0] + z[:, 5], z[:, 1] - z[:, 7] + 1]))
+    return X, (rng.random(p.shape) < p).astype(float), p
+
+
+def test_probabilities_are_near_the_truth() -> None:
+    X, y, truth = _problem()
+    model = ProbeClassifier().fit(X, y)
+    assert np.abs(model.predict_proba(X) - truth).mean() < 0.06
+    assert ece(model.predict_proba(X)[:, 0], y[:, 0]) < 0.05
+
+
+def test_left_out_scores_are_those_of_a_fit_without_the_row() -> None:
+    rng = np.random.default_rng(0)
+    inputs, labels = rng.normal(size=(40, 6)), rng.random((40, 2))
+    found, base = ridge(inputs, labels, (2.0,)), labels.mean(0)
+    for row in range(3):
+        rest = np.delete(inputs, row, 0)
+        weight = np.linalg.solve(rest.T @ rest + 2.0 * np.eye(6), rest.T @ (np.delete(labels, row, 0) - base))
+        np.testing.assert_allclose(inputs[row] @ weight + base, found.left_out[row], atol=1e-10)
+
+
+def test_the_strength_with_the_least_error_is_taken() -> None:
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(300, 20))
+    signal = inputs @ rng.normal(size=(20, 1))
+    assert ridge(inputs, signal, (1e-3, 1e4)).strength == 1e-3
+    assert ridge(inputs, rng.normal(size=(300, 1)), (1e-3, 1e4)).strength == 1e4
+
+
+def test_the_difference_of_two_heads_is_the_regression_of_their_gap() -> None:
+    X, y, _ = _problem(600)
+    model = ProbeClassifier(gammas=(1.0,), strengths=(3.0,)).fit(X, y)
+    base = y.mean(0)
+    linear = (model.heads_.decision_function(X) - np.log(base / (1 - base))) * base * (1 - base) + base
+    similarity = model.heads_.similarity
+    assert similarity is not None
+    values, vectors = np.linalg.eigh(rbf(similarity.landmarks, similarity.landmarks, 1.0))
+    kept = values > 1e-6 * values[-1]
+    gap = ridge(similarity(X) @ (vectors[:, kept] / np.sqrt(values[kept])), y[:, 1:] - y[:, :1], (3.0,))
+    direct = similarity(X) @ (vectors[:, kept] / np.sqrt(values[kept])) @ gap.weight + gap.bias
+    np.testing.assert_allclose(linear[:, 1] - linear[:, 0], direct[:, 0], atol=1e-3)
+
+
+def test_what_resembles_nothing_gets_the_base_rate() -> None:
+    X, y, _ = _problem()
+    model = ProbeClassifier(calibration="platt").fit(X, y)
+    far = np.full((1, 12), 1e6)
+    np.testing.assert_allclose(model.predict_proba(far)[0], y.mean(0), atol=0.06)
+
+
+def test_a_head_learns_from_its_labelled_rows_only() -> None:
+    X, y, _ = _problem()
+    holes = y.copy()
+    holes[1000:, 0] = np.nan
+    alone = ProbeClassifier().fit(X, holes).predict_proba(X)
+    wrong = np.where(np.isnan(holes), 1 - y, holes)
+    assert np.abs(alone[:, 0] - ProbeClassifier().fit(X, wrong).predict_proba(X)[:, 0]).max() > 0.3
+    np.testing.assert_allclose(alone[:, 1], ProbeClassifier().fit(X, y).predict_proba(X)[:, 1], atol=0.05)
+
+
+def test_a_head_with_one_class_is_its_smoothed_base_rate() -> None:
+    X, y, _ = _problem(200)
+    y[:, 0] = 0.0
+    model = ProbeClassifier().fit(X, y)
+    np.testing.assert_allclose(model.predict_proba(X)[:, 0], 1 / 202, rtol=1e-6)
+    assert np.isnan(model.strength_[0])
+    y[:, 1] = 1.0
+    np.testing.assert_allclose(ProbeClassifier().fit(X, y).predict_proba(X), [[1 / 202, 201 / 202]] * 200, rtol=1e-6)
+
+
+def test_a_parameter_without_a_choice_is_refused() -> None:
+    X, y, _ = _problem(100)
+    with pytest.raises(ValueError, match="strengths is empty"):
+        ProbeClassifier(strengths=()).fit(X, y)
+    with pytest.raises(ValueError, match="gammas is empty"):
+        ProbeClassifier(gammas=()).fit(X, y)
+
+
+def test_features_that_are_no_numbers_are_refused() -> None:
+    X, y, _ = _problem(100)
+    X[3, 2] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        ProbeClassifier().fit(X, y)
+
+
+def test_each_head_is_calibrated_by_the_number_of_its_labels() -> None:
+    X, y, _ = _problem(3200)
+    y[:600, 0] = np.nan
+    few, many = ProbeClassifier().fit(X, y).heads_.calibrators
+    assert not isinstance(few, Isotonic)
+    assert isinstance(many, Isotonic)
+
+
+def test_labels_outside_0_1_are_refused() -> None:
+    X, y, _ = _problem(100)
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+        ProbeClassifier().fit(X, y * 2)
+
+
+def test_scores_between_0_and_1_are_foretold() -> None:
+    X, _, truth = _problem(1500)
+    model = ProbeClassifier().fit(X, truth)
+    assert np.abs(model.predict_proba(X) - truth).mean() < 0.05
+    assert isinstance(model.heads_.calibrators[0], Isotonic)
