@@ -11,6 +11,7 @@ from typing import Literal
 
 from gateway import tiers
 from gateway.engine_needs import EngineNeeds
+from gateway.guarantees import with_certificates
 from gateway.ledger import prices
 from local_engine.config import locate, read_speculation
 from local_engine.errors import ModelLoadError
@@ -51,6 +52,8 @@ def checked_policy(file: Path | None, *, secrets: bool = True) -> tuple[Policy, 
         raise CannotServe(f"{file}: cannot be read ({error.strerror})") from error
     folder = file.parent.absolute() if file is not None else Path.cwd()
     wrong = (missing_secrets(policy) if secrets else []) + unloadable(policy, folder)
+    policy, unproven = with_certificates(policy, folder)
+    wrong += unproven
     if wrong:
         raise CannotServe("\n".join(located(wrong, file)))
     return policy, folder

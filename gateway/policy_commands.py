@@ -32,12 +32,13 @@ def add_to(app: typer.Typer) -> None:
 def check(file: PolicyPath, as_json: AsJson = False) -> None:
     """Load a policy file strictly: every problem with its line and its fix, or a summary and what may not be meant."""
     from gateway.checks import callers_of, notes
+    from gateway.guarantees import with_certificates
     from gateway.ledger.prices import price_list
     from gateway.policies import located, unloadable
     from gateway.settings import Settings, SettingsError
 
     policy = load(file)
-    if wrong := located(unloadable(policy, file.parent), file):
+    if wrong := located([*unloadable(policy, file.parent), *with_certificates(policy, file.parent)[1]], file):
         stop("\n".join(wrong))
     try:
         callers = callers_of(Settings.from_env().database_url)
@@ -74,7 +75,9 @@ def explain(
 
     Nothing runs but the probe. With --request: what was decided then, and what this policy would decide now.
     """
-    policy = load(file)
+    from gateway.guarantees import with_certificates
+
+    policy, _ = with_certificates(load(file), file.parent)
     if (prompt is None) == (request is None):
         stop("give a prompt, or --request with the id of a request of the ledger")
     if request is not None:

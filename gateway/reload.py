@@ -90,7 +90,7 @@ class PolicyReloader:
             self._keep_to_engine(policy)
             before = self._current().policy.version_hash
             if policy.version_hash != before:
-                self._swap(self._build(policy))
+                self._swap(await asyncio.to_thread(self._build, policy))
                 self.since_ms = time.time_ns() // 1_000_000
                 log.info("policy.loaded", file=str(self._file), version=policy.version_hash, before=before)
                 self._metrics.policy_loaded(refused=False)
@@ -131,6 +131,9 @@ class PolicyReloader:
             wrong.append("signals.difficulty.probe: the engine has not loaded these probes of its models")
         if running is not None and needs["encoder"] != running["encoder"] and (needs["probe"] or needs["embeds"]):
             wrong.append("signals.difficulty.encoder: the engine has loaded another encoder")
+        for name, probes in needs["readers"].items():
+            if running is None or not set(probes) <= set(running["readers"].get(name, ())):
+                wrong.append(f"signals.difficulty.probe: the engine has not loaded what hears {name!r} read")
         if needs["embeds"] and (running is None or not (running["embeds"] or running["probe"])):
             wrong.append("models: the engine has loaded no encoder to embed with")
         if wrong:

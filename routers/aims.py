@@ -72,3 +72,37 @@ class Thinking:
     high_tokens: int = 8192
     off: str = "none"
     """The provider's word for no thinking, where the field takes words."""
+
+
+GuaranteedLoss = Literal["weak_wrong_strong_right", "accepted_wrong"]
+"""What may not happen often: a candidate answers wrong where the last one would have been right; or the first one's
+answer, taken by the probe's word, is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """The proof behind a guarantee: a threshold on differences of p_success, certified on held-out rows."""
+
+    candidates: tuple[str, ...]
+    """In the order of the certificate: the first whose p_success is above the last one's by more than `threshold`
+    answers, else the last. Of one alone: it answers where its p_success is above `threshold`."""
+    threshold: float
+    words: str
+    """The certificate, for people."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guarantee:
+    """A bound on how often a route's decisions lose."""
+
+    loss: GuaranteedLoss
+    at_most: float
+    confidence: float | None = None
+    """With which the bound holds; None: on average is enough."""
+    bound: Bound | None = None
+    """None: no certificate has been bound to it, and only the last candidate may answer."""
+
+    def __str__(self) -> str:
+        sure = "" if self.confidence is None else f" with {100 * self.confidence:g}% confidence"
+        proof = "no certificate" if self.bound is None else f"threshold {self.bound.threshold:.4g}, {self.bound.words}"
+        return f"guarantee {self.loss} <= {self.at_most:g}{sure} ({proof})"

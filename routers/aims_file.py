@@ -1,12 +1,21 @@
 """What a route aims at beside its objective, as a policy file has it: shapes, and what they mean together."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from routers.aims import Explore, ExploreMethod, Thinking, ThinkingField, Worth
-from routers.fields import Money, Share
+from routers.aims import (
+    Affinity,
+    Explore,
+    ExploreMethod,
+    Guarantee,
+    GuaranteedLoss,
+    Thinking,
+    ThinkingField,
+    Worth,
+)
+from routers.fields import Duration, Money, Share
 from routers.plans import models_of
 from routers.policy import Model
 from routers.shape import Strict
@@ -81,6 +90,37 @@ def thinking_of(part: ThinkingFile | None) -> Thinking | None:
     return None if part is None else Thinking(part.field, part.low_tokens, part.high_tokens, part.off)
 
 
+class AffinityFile(Strict):
+    """Stay with the model that answered a conversation last, unless leaving it pays for what its prefix is worth."""
+
+    ttl: Duration = 300_000
+    """How long a provider keeps a prefix after it was last used. Default: 5 minutes."""
+    comes_back: Share = 0.5
+    """How likely a conversation comes back after its prefix is gone, and pays for it again. Default: 50%."""
+    release: Share = 0.3
+    """How much of a rise in p_success is believed at once; a fall is believed whole. Default: 30%."""
+
+
+class GuaranteeFile(Strict):
+    """How often a decision may lose, proven by a certificate of the probe (`leadline probe certify`)."""
+
+    loss: GuaranteedLoss
+    """`weak_wrong_strong_right`: a candidate answers wrong where the last would have been right. `accepted_wrong`: the
+    first candidate's answer, taken by the probe's word, is wrong."""
+    at_most: Annotated[float, Field(gt=0, lt=1)]
+    """Of the queries, as a number such as 0.05."""
+    confidence: Share | None = None
+    """With which that holds, such as 95%. Default: on average is enough."""
+
+
+def affinity_of(part: AffinityFile | None) -> Affinity | None:
+    return None if part is None else Affinity(part.ttl, part.comes_back, part.release)
+
+
+def guarantee_of(part: GuaranteeFile | None) -> Guarantee | None:
+    return None if part is None else Guarantee(part.loss, part.at_most, part.confidence)
+
+
 def worth_of(part: WorthFile | None) -> Worth | None:
     return None if part is None else Worth(part.point, part.second)
 
@@ -118,6 +158,8 @@ def check_aims(
     if part.explore is not None and len(candidates) < 2:
         report("explore", "nothing to explore: one candidate", "remove it, or name more candidates")
     _check_plans(document, part, path, plans, models)
+    if part.guarantee is not None:
+        _check_guarantee(document, part.guarantee, list(plans), (*path, "guarantee"), heads)
     if heads is None or part.explore is not None:  # a bandit learns p_success by itself
         return
     if part.objective in ("utility", "threshold") and (
@@ -162,3 +204,19 @@ def _check_plans(
     if part.effort is not None and len(known) == len(named) and not any(model.thinking for model in known):
         message = "no model of this route can be told how much to think"
         document.report((*path, "effort"), message, "say how in `thinking` of a model, or remove it")
+
+
+def _check_guarantee(
+    document: Document, part: GuaranteeFile, candidates: Sequence[str], path: Path, heads: Mapping[str, str] | None
+) -> None:
+    if part.confidence == 1:
+        document.report((*path, "confidence"), "nothing is sure", "write less than 100%, such as 95%")
+    if len(candidates) < 2:
+        document.report(path, "nothing to guarantee: one candidate", "remove it, or name more candidates")
+    led = candidates[:1] if part.loss == "accepted_wrong" else candidates
+    if cascades := [concealed(text) for text in led if ">" in text]:
+        fix = "remove the one or the other"
+        document.report(path, f"no certificate speaks for a cascade, `{cascades[0]}`", fix)
+    elif heads is not None and (missing := [concealed(name) for name in led if name not in heads]):
+        fix = "name heads for all candidates in `signals.difficulty.heads`"
+        document.report(path, f"no probe head for {', '.join(missing)}", fix)

@@ -24,6 +24,7 @@ from routers.bandit import explore, learned
 from routers.choose import choose, why_not
 from routers.effort import at_most, budget, by_signals
 from routers.errors import NoCandidate, NoCandidateKind
+from routers.guarantee import hold
 from routers.options import CascadeOption, Option
 from routers.policy import FailureCause, Model, Policy, Route
 from routers.shadow import cast
@@ -38,10 +39,13 @@ def decide(query: Query, signals: Signals, policy: Policy, state: State, seed: i
     targets = _targets(query, policy, route)
     if route is None:
         return _named(policy.models[targets[0]], query, signals, policy, state, seed)
+    measured = signals
     if route.affinity is not None or route.explore is not None:
         signals = _remembered(route, targets, signals, state)
     options = _options(route, targets, policy, query, signals, state)
     by_name = {option.name: option for option in options}
+    if route.guarantee is not None:
+        options = hold(route.guarantee, route.candidates, options, measured)
     reserve = _reserve(route, by_name, policy, query, signals, state)
     considered = list(by_name.values())
     steps_in = _steps_in(options, reserve)
@@ -52,6 +56,8 @@ def decide(query: Query, signals: Signals, policy: Policy, state: State, seed: i
     if usable:
         cheaper = state.degrade_reason if state.degrade == "cheaper" and query.model not in policy.models else None
         chosen, rule, guessed, satisfying = choose(route, usable, query, cheaper)
+        if route.guarantee is not None:
+            rule += f", {route.guarantee}"
         if len(targets) < len(route.targets):
             rule += f" (only {query.model}, which the caller named)"
         for option in usable:

@@ -146,7 +146,7 @@ def _schema(pattern: str, example: str) -> WithJsonSchema:
 Text = Annotated[str, Field(min_length=1, max_length=256)]
 TokenPrice = Annotated[int, BeforeValidator(_token_price), _schema(units.TOKEN_PRICE_PATTERN, "$0.25/Mtok")]
 Duration = Annotated[int, BeforeValidator(_duration), _schema(units.DURATION_PATTERN, "60s")]
-BudgetText = Annotated[units.Budget, BeforeValidator(_budget), _schema(units.BUDGET_PATTERN, "$50/month")]
+BudgetOrTotal = Annotated[units.Budget, BeforeValidator(_budget), _schema(units.BUDGET_OR_TOTAL_PATTERN, "$50/month")]
 RateText = Annotated[units.Rate, BeforeValidator(_rate), _schema(units.RATE_PATTERN, "600/min")]
 TokenRateText = Annotated[units.Rate, BeforeValidator(_token_rate), _schema(units.RATE_PATTERN, "100000/min")]
 Share = Annotated[float, BeforeValidator(_share), _schema(units.PERCENT_PATTERN, "5%")]

@@ -321,8 +321,9 @@ class _Loader:
         if part is None or part.difficulty is None:
             return
         models = self._names("models")
+        said = self._own_heads() if part.difficulty.heads is None else part.difficulty.heads
         heads: dict[str, str] = {}
-        for name, head in part.difficulty.heads.items():
+        for name, head in said.items():
             path = ("signals", "difficulty", "heads", name)
             try:
                 stages = parse_plan(name)
@@ -349,6 +350,11 @@ class _Loader:
             for effort, plan in model.plans
             if plan.draft is not None
         ]
+
+    def _own_heads(self) -> dict[str, str]:
+        """A head for each model that answers, by its own name."""
+        models = self._models
+        return {name: name for name in self._names("models") if name not in models or not models[name].embeds}
 
     def _names(self, section: str) -> list[str]:
         """The entries of a section, whether they loaded or not: a broken model is not also an unknown one."""
@@ -439,6 +445,8 @@ def _canonical(route: Route) -> dict[str, object]:
         "explore": route.explore and asdict(route.explore),
         "effort": route.effort,
         "plans": {name: to_builtins(plan) for name, plan in route.plans.items()},
+        "guarantee": route.guarantee and asdict(route.guarantee),
+        "affinity": route.affinity and asdict(route.affinity),
         "shadow": route.shadow and asdict(route.shadow),
     }
 

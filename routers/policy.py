@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from routers.aims import Affinity, Explore, Shadow, Thinking, Worth
+from routers.aims import Affinity, Explore, Guarantee, Shadow, Thinking, Worth
 from routers.types import Effort, Plan, Query
 from routers.units import Budget, Rate, format_duration, format_money
 from routers.when import When
@@ -236,6 +236,7 @@ class Route:
     threshold: float | None = None
     """Of the objective `threshold`: how much higher the second candidate's p_success must be for it to answer."""
     explore: Explore | None = None
+    guarantee: Guarantee | None = None
     affinity: Affinity | None = None
     effort: Effort | Literal["auto"] | None = None
     """How much models that can be told think; None: as they do by themselves, or as the caller says."""

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import get_args
 
 from routers.aims import Shadow
-from routers.aims_file import accept_of, check_aims, explore_of, worth_of
+from routers.aims_file import accept_of, affinity_of, check_aims, explore_of, guarantee_of, worth_of
 from routers.cost import least_nanousd
 from routers.plans import models_of, parse_plan, plan_name
 from routers.policy import (
@@ -94,7 +94,7 @@ class RoutesReader:
             fix = "write `use: […]` for a fixed order, or `candidates: […]` with an objective"
             self._document.report(path, given, fix)
         if part.use is not None:
-            for key in ("objective", "worth", "threshold", "subject_to", "otherwise", "explore"):
+            for key in ("objective", "worth", "threshold", "subject_to", "otherwise", "explore", "guarantee"):
                 if getattr(part, key) is not None:
                     fix = "remove it, or write `candidates` instead of `use`"
                     self._document.report((*path, key), "has no meaning with `use`, a fixed order", fix)
@@ -214,7 +214,8 @@ class RoutesReader:
         plans = {name: _plan(of, part) for name, of in stages.items() if of != (Single(name),)}
         cascades = any(len(of) > 1 for of in stages.values())
         otherwise = part.otherwise or "best"
-        asks = objective in ("best", "utility", "threshold") or constraints.ask_p_success or cascades
+        asks = objective in ("best", "utility", "threshold") or constraints.ask_p_success
+        asks = asks or cascades or part.guarantee is not None
         heads = self._difficulty.heads if self._difficulty and asks else {}
         failures = part.on_failure or OnFailureFile()
         on_failure = tuple(failures.error or ())
@@ -240,6 +241,8 @@ class RoutesReader:
             worth=worth_of(part.worth),
             threshold=part.threshold,
             explore=explore_of(part.explore),
+            guarantee=guarantee_of(part.guarantee),
+            affinity=affinity_of(part.affinity),
             effort=part.effort,
             plans=MappingProxyType(plans),
             heads=MappingProxyType({s.name: heads[s.name] for of in stages.values() for s in of if s.name in heads}),

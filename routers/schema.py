@@ -2,14 +2,14 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
-from routers.aims_file import AcceptFile, ExploreFile, ThinkingFile, WorthFile
+from routers.aims_file import AcceptFile, AffinityFile, ExploreFile, GuaranteeFile, ThinkingFile, WorthFile
 from routers.fields import (
     AtLeast,
     AtMost,
     BaseUrl,
-    BudgetText,
+    BudgetOrTotal,
     CostAtMost,
     DaysOrMany,
     Duration,
@@ -233,8 +233,8 @@ class DifficultyFile(Strict):
     probe: Text | Annotated[list[Text], Field(min_length=1, max_length=4)]
     """A probe that ships with Leadline, or a folder. Of a list each is asked where the one before it is not sure: at
     most one of each tier, in the order static, encoder, prefill, self."""
-    heads: Annotated[dict[str, Text], Field(min_length=1)]
-    """Model of this policy: head of the probe."""
+    heads: Annotated[dict[str, Text], Field(min_length=1)] | None = None
+    """Model of this policy: head of the probe. Default: for each model that answers, the head of its own name."""
     encoder: Text = "default"
     """What the probe reads with, as when it was fitted: `default`, a folder, or a hub id."""
     timeout: Duration = 250
@@ -364,6 +364,8 @@ class RouteFile(Strict):
     otherwise: Otherwise | None = None
     """What to choose when no candidate satisfies `subject_to`. Default: best. The bound on cost still goes first."""
     explore: ExploreFile | None = None
+    guarantee: GuaranteeFile | None = None
+    affinity: AffinityFile | None = None
     on_failure: (
         Annotated[OnFailureFile, BeforeValidator(_for_error, json_schema_input_type=Names | OnFailureFile)] | None
     ) = None
@@ -388,7 +390,8 @@ class LimitFile(Strict):
     tenant: Text | None = None
     run: Literal["*"] | None = None
     """Each agent run by itself, its sub-agents included."""
-    budget: BudgetText | None = None
+    budget: BudgetOrTotal | None = None
+    """Dollars per window; of a run also without one: `$2` is `$2/total`."""
     at: (
         Annotated[dict[WholePercent, Degrade], Field(min_length=1, json_schema_extra={"additionalProperties": False})]
         | None
@@ -400,6 +403,13 @@ class LimitFile(Strict):
     """Tokens, prompt and answer together."""
     concurrency: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """Requests under way at a time."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _run_has_no_window(cls, value: object) -> object:
+        if isinstance(value, dict) and "run" in value and isinstance(budget := value.get("budget"), str):
+            return value | {"budget": budget if "/" in budget else f"{budget}/total"}
+        return value
 
 
 class PolicyFile(Strict):

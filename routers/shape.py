@@ -45,7 +45,8 @@ def _report(document: Document, kind: type[BaseModel], base: Path, detail: Error
     match detail["type"]:
         case "extra_forbidden":
             known = _known_keys(kind, detail["loc"])
-            document.report(path, "unknown key", did_you_mean(str(path[-1]), known), show=False)
+            fix = _OTHER_WORDS.get((kind.__name__, str(path[-1])), did_you_mean(str(path[-1]), known))
+            document.report(path, "unknown key", fix, show=False)
         case "missing":
             document.report(path, "missing", f"add `{path[-1]}:`")
         case "literal_error":
@@ -71,6 +72,8 @@ def _as_written(document: Document, base: Path, location: Path) -> Path:
     return path
 
 
+_OTHER_WORDS = {("ModelFile", "draft"): "write `speculation: draft:MODEL`, with the model that drafts"}
+"""Fixes for keys that a reader of the design may expect."""
 _PROBLEMS = {
     "string_type": ("not text", "write it as text, in quotes if it looks like a number"),
     "string_too_short": ("empty", "write at least one character"),
@@ -85,6 +88,7 @@ _PROBLEMS = {
     "too_short": ("empty", "name at least one"),
     "greater_than_equal": ("too small", "write {ge} or more"),
     "greater_than": ("too small", "write more than {gt}"),
+    "less_than": ("too large", "write less than {lt}"),
     "less_than_equal": ("too large", "write {le} or less"),
 }
 

@@ -12,6 +12,7 @@ MONEY_PATTERN = rf"^{_AMOUNT}$".replace("?P<amount>", "?:")
 TOKEN_PRICE_PATTERN = rf"^{_AMOUNT}/Mtok$".replace("?P<amount>", "?:")
 DURATION_PATTERN = r"^\d{1,9}(?:\.\d{1,3})?(?:ms|s|min|h|d)$"
 BUDGET_PATTERN = rf"^{_AMOUNT}/(?:{'|'.join(get_args(Window))})$".replace("?P<amount>", "?:")
+BUDGET_OR_TOTAL_PATTERN = rf"^{_AMOUNT}(?:/(?:{'|'.join(get_args(Window))}))?$".replace("?P<amount>", "?:")
 RATE_PATTERN = r"^[1-9]\d{0,8}/(?:s|min|h)$"
 PERCENT_PATTERN = r"^(?:\d{1,2}(?:\.\d{1,2})?|100)%$"
 

@@ -1,6 +1,7 @@
 """`leadline check | explain | diff | schema` on files and on a ledger's history."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from gateway.cli import app
-from gateway.policies import load_policy
+from gateway.policies import CannotServe, checked_policy, load_policy
+from probes.manifest import Certificate, default_artifact_path, read_manifest, write_manifest
+from routers.aims import Bound
 from tests.gateway.conftest import POLICY, StartGateway, ask
 
 ROOT = Path(__file__).parents[2]
@@ -175,3 +178,46 @@ def test_nothing_is_written_by_looking(shell: Shell) -> None:
         shell.run(*command)
     assert not shell.home.exists()
     assert load_policy(Path(file)).aliases
+
+
+GUARANTEED = """\
+version: 1
+providers: {{p: {{base_url: "http://127.0.0.1:9/v1"}}}}
+models:
+  local: {{provider: p, model: l, price: free}}
+  strong: {{provider: p, model: s, price: {{input: $1/Mtok, output: $1/Mtok}}}}
+signals: {{difficulty: {{probe: {artifact}}}}}
+routes:
+  - name: auto
+    when: {{model: auto}}
+    candidates: [local, strong]
+    guarantee: {{loss: weak_wrong_strong_right, at_most: 0.05, confidence: {confidence}}}
+"""
+
+
+def test_a_guarantee_needs_its_certificate_and_check_says_how_to_make_one(shell: Shell) -> None:
+    artifact = shell.home.parent / "probe"
+    shutil.copytree(default_artifact_path(), artifact)
+    manifest = read_manifest(artifact)
+    write_manifest(manifest.model_copy(update={"certificates": ()}), artifact)
+    file = shell.policy("p.yaml", GUARANTEED.format(artifact=artifact, confidence="95%"))
+    status, out = shell.run("check", file)
+    assert status != 0
+    assert f"{file}:11: routes[0].guarantee: the probe has no certificate for weak_wrong_strong_right of local" in out
+    assert f"leadline probe certify {artifact} TABLE --prompt COLUMN --head local=COLUMN --head strong=COLUMN" in out
+    assert "--alpha 0.05 --method ltt --delta 0.05" in out
+    certificate = Certificate(
+        loss="weak_wrong_strong_right", heads=("local", "strong"), method="ltt", alpha=0.04, delta=0.05, horizon=None,
+        threshold=-0.02, n=2000, risk=0.03, shares={"local": 0.5, "strong": 0.5}, rows="held_out",
+        data_sha256=manifest.data_sha256, tensors_sha256=manifest.tensors_sha256,
+        encoder_sha256=manifest.encoder_sha256, created="2026-11-21",
+    )  # fmt: skip
+    write_manifest(manifest.model_copy(update={"certificates": (certificate,)}), artifact)
+    assert shell.run("check", file)[0] == 0
+    policy, _ = checked_policy(Path(file))
+    (route,) = policy.routes
+    assert route.guarantee is not None
+    assert route.guarantee.bound == Bound(("local", "strong"), -0.02, str(certificate))
+    surer = shell.policy("surer.yaml", GUARANTEED.format(artifact=artifact, confidence="99%"))
+    with pytest.raises(CannotServe, match=r"--delta 0\.01"):
+        checked_policy(Path(surer))

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from routers.aims import Guarantee
 from routers.errors import PolicyError, Problem
 from routers.load import load, parse, preset
-from routers.policy import Breaker, Hedge, Listing, Policy, Price, Provider, Route, Threshold
+from routers.policy import Breaker, Difficulty, Hedge, Listing, Policy, Price, Provider, Route, Threshold
 from routers.schema import policy_schema
 from routers.types import Query
 from routers.units import Budget, Rate
@@ -70,6 +71,12 @@ def when(conditions: str, field: str, message: str, fix: str) -> object:
     return case(
         "when: {model: auto}", f"when: {{{conditions}}}", 16, f"routes[1].when.{field}".rstrip("."), message, fix
     )
+
+
+def guaranteed(guarantee: str, field: str, message: str, fix: str) -> object:
+    """A problem of the second route's guarantee."""
+    new = f"    guarantee: {guarantee}\n    subject_to"
+    return case("    subject_to", new, 18, f"routes[1].guarantee{field}", message, fix)
 
 
 LOCAL = "local:  {provider: home, model: bundled/base, context: 1024}"
@@ -236,6 +243,20 @@ CASES = [
         "deadline: 1s\n    hedge: {after: 1s}", "routes[0].hedge.after", "the deadline of 1s comes first", "shorter"
     ),
     on_route("on_stream_failure: again", "routes[0].on_stream_failure", "not one of the choices", "error, resume"),
+    case("context: 1024", "draft: bundled/nano", 6, "models.local.draft", "unknown key", "speculation: draft:MODEL"),
+    guaranteed("{loss: weak_wrong_strong_right, at_most: 5%}", ".at_most", "not a number", "without quotes"),
+    guaranteed("{loss: weak_wrong_strong_right, at_most: 1}", ".at_most", "too large", "less than 1"),
+    guaranteed("{loss: errors, at_most: 0.1}", ".loss", "not one of", "weak_wrong_strong_right"),
+    guaranteed("{loss: accepted_wrong, at_most: 0.1, confidence: 100%}", ".confidence", "nothing is sure", "95%"),
+    case(
+        "[local, weak, strong]",
+        "[local]\n    guarantee: {loss: accepted_wrong, at_most: 0.1}",
+        18,
+        "routes[1].guarantee",
+        "one candidate",
+        "name more",
+    ),
+    guaranteed("{loss: accepted_wrong}", ".at_most", "missing", "add `at_most:`"),
     # limits
     case('key: "*"', 'key: "*", tenant: a', 20, "limits[0]", "both key and tenant", "one of them"),
     case('key: "*", ', "", 20, "limits[0]", "neither key nor team", "one of them"),
@@ -453,6 +474,10 @@ def test_the_version_covers_every_field() -> None:
         (PRIVATE, "\n    hedge: {after: 1s}"),
         (PRIVATE, "\n    hedge: {after: 1s, max_extra: 6%}"),
         (PRIVATE, "\n    on_stream_failure: resume"),
+        ("[local, weak, strong]", "\n    affinity: {release: 30%}"),
+        ("[local, weak, strong]", "\n    affinity: {release: 10%}"),
+        ("[local, weak, strong]", "\n    guarantee: {loss: weak_wrong_strong_right, at_most: 0.1}"),
+        ("[local, weak, strong]", "\n    guarantee: {loss: weak_wrong_strong_right, at_most: 0.1, confidence: 95%}"),
         *(
             ("tag: private", f", {condition}")
             for condition in (
@@ -685,3 +710,57 @@ def test_the_schema_knows_every_key_of_the_recipes() -> None:
     schema = json.dumps(policy_schema())
     for key in ("providers", "p_success_gap", "on_failure", "cached_input", "logprobs"):
         assert f'"{key}"' in schema
+
+
+DESIGNED = """\
+version: 1
+providers:
+  home:   {engine: embedded}
+  openai: {base_url: https://api.openai.com/v1, api_key: env:OPENAI_API_KEY}
+models:
+  local:  {provider: home, model: bundled/base, draft: bundled/draft}
+  strong: {provider: openai, model: gpt-5}
+signals:
+  difficulty: {probe: default}
+routes:
+  - name: private
+    when: {tag: private}
+    use: [local]
+  - name: auto
+    when: {model: auto}
+    objective: cheapest
+    subject_to: {p_success: ">= 0.90", ttft_p95: "<= 1.5s", cost: "<= $0.01"}
+    candidates: [local, local+think, local>strong, strong]   # ">" is a cascade
+    guarantee: {loss: weak_wrong_strong_right, at_most: 0.05}
+    on_failure: [strong, local]
+limits:
+  - {key: "*", budget: $50/month, rate: 600/min}
+  - {run: "*", budget: $2, at: {80%: cheaper, 100%: local}}
+"""
+"""The design's sketch of a policy."""
+GPT_5 = Listing(Price(1_250_000_000, 125_000_000, 1_250_000_000, 10_000_000_000, 10_000_000_000), 400_000, 128_000)
+
+
+def test_the_designs_sketch_loads_once_what_is_wrong_with_it_is_mended() -> None:
+    with pytest.raises(PolicyError) as caught:
+        parse(DESIGNED, prices=lambda provider, model: GPT_5)
+    found = {(problem.line, problem.field): problem.fix for problem in caught.value.problems}
+    assert found[6, "models.local.draft"] == "write `speculation: draft:MODEL`, with the model that drafts"
+    assert found[19, "routes[1].guarantee"] == "remove the one or the other"  # a cascade
+    assert (23, "limits[1].budget") not in found
+    mended = DESIGNED.replace("draft: bundled/draft", "speculation: draft:bundled/draft").replace(
+        "[local, local+think, local>strong, strong]", "[local, strong]"
+    )
+    policy = parse(mended, prices=lambda provider, model: GPT_5)
+    auto = policy.routes[1]
+    assert auto.candidates == ("local", "strong")
+    assert auto.heads == {"local": "local", "strong": "strong"}
+    assert auto.rule == "cheapest with p_success >= 0.9 and cost <= $0.01 and ttft_p95 <= 1500ms"
+    assert auto.guarantee == Guarantee("weak_wrong_strong_right", 0.05)
+    assert policy.limits[1].budget == Budget(2_000_000_000, "total")
+
+
+def test_heads_are_those_of_the_models_names_where_none_are_named() -> None:
+    assert parse(changed(HEADS, "timeout: 1s")).difficulty == Difficulty(
+        ("default",), {"local": "local", "weak": "weak", "strong": "strong"}, 1000
+    )
