@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from routers.aims import (
-    Affinity,
     Explore,
     ExploreMethod,
     Guarantee,
@@ -15,7 +14,7 @@ from routers.aims import (
     ThinkingField,
     Worth,
 )
-from routers.fields import Duration, Money, Share
+from routers.fields import Money, Share
 from routers.plans import models_of
 from routers.policy import Model
 from routers.shape import Strict
@@ -90,17 +89,6 @@ def thinking_of(part: ThinkingFile | None) -> Thinking | None:
     return None if part is None else Thinking(part.field, part.low_tokens, part.high_tokens, part.off)
 
 
-class AffinityFile(Strict):
-    """Stay with the model that answered a conversation last, unless leaving it pays for what its prefix is worth."""
-
-    ttl: Duration = 300_000
-    """How long a provider keeps a prefix after it was last used. Default: 5 minutes."""
-    comes_back: Share = 0.5
-    """How likely a conversation comes back after its prefix is gone, and pays for it again. Default: 50%."""
-    release: Share = 0.3
-    """How much of a rise in p_success is believed at once; a fall is believed whole. Default: 30%."""
-
-
 class GuaranteeFile(Strict):
     """How often a decision may lose, proven by a certificate of the probe (`leadline probe certify`)."""
 
@@ -111,10 +99,6 @@ class GuaranteeFile(Strict):
     """Of the queries, as a number such as 0.05."""
     confidence: Share | None = None
     """With which that holds, such as 95%. Default: on average is enough."""
-
-
-def affinity_of(part: AffinityFile | None) -> Affinity | None:
-    return None if part is None else Affinity(part.ttl, part.comes_back, part.release)
 
 
 def guarantee_of(part: GuaranteeFile | None) -> Guarantee | None:

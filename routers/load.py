@@ -446,7 +446,6 @@ def _canonical(route: Route) -> dict[str, object]:
         "effort": route.effort,
         "plans": {name: to_builtins(plan) for name, plan in route.plans.items()},
         "guarantee": route.guarantee and asdict(route.guarantee),
-        "affinity": route.affinity and asdict(route.affinity),
         "shadow": route.shadow and asdict(route.shadow),
     }
 

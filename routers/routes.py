@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import get_args
 
 from routers.aims import Shadow
-from routers.aims_file import accept_of, affinity_of, check_aims, explore_of, guarantee_of, worth_of
+from routers.aims_file import accept_of, check_aims, explore_of, guarantee_of, worth_of
 from routers.cost import least_nanousd
 from routers.plans import models_of, parse_plan, plan_name
 from routers.policy import (
@@ -242,7 +242,6 @@ class RoutesReader:
             threshold=part.threshold,
             explore=explore_of(part.explore),
             guarantee=guarantee_of(part.guarantee),
-            affinity=affinity_of(part.affinity),
             effort=part.effort,
             plans=MappingProxyType(plans),
             heads=MappingProxyType({s.name: heads[s.name] for of in stages.values() for s in of if s.name in heads}),

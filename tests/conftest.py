@@ -15,6 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("leadline", deadline=None)  # how long an example takes says more of the machine
+settings.load_profile("leadline")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -474,8 +474,6 @@ def test_the_version_covers_every_field() -> None:
         (PRIVATE, "\n    hedge: {after: 1s}"),
         (PRIVATE, "\n    hedge: {after: 1s, max_extra: 6%}"),
         (PRIVATE, "\n    on_stream_failure: resume"),
-        ("[local, weak, strong]", "\n    affinity: {release: 30%}"),
-        ("[local, weak, strong]", "\n    affinity: {release: 10%}"),
         ("[local, weak, strong]", "\n    guarantee: {loss: weak_wrong_strong_right, at_most: 0.1}"),
         ("[local, weak, strong]", "\n    guarantee: {loss: weak_wrong_strong_right, at_most: 0.1, confidence: 95%}"),
         *(
