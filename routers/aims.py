@@ -74,6 +74,9 @@ class Thinking:
     """The provider's word for no thinking, where the field takes words."""
 
 
+TOLD_BY_EFFORT = Thinking("reasoning_effort")
+"""The local engine's models, and OpenAI's."""
+
 GuaranteedLoss = Literal["weak_wrong_strong_right", "accepted_wrong"]
 """What may not happen often: a candidate answers wrong where the last one would have been right; or the first one's
 answer, taken by the probe's word, is wrong."""

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 from msgspec import to_builtins
 
+from routers.aims import TOLD_BY_EFFORT
 from routers.aims_file import thinking_of
 from routers.errors import PolicyError, Problem
 from routers.fields import NAME_PATTERN
@@ -257,7 +258,8 @@ class _Loader:
                 name, part.provider, part.model, context, max_output, price, tools, part.structured, part.logprobs,
                 prefix, embeds=part.embeds, completes=completes,
                 speculation=part.speculation or ("auto" if local else None),
-                slots=part.slots, plans=self._plans(part, path, local), thinking=thinking_of(part.thinking),
+                slots=part.slots, plans=self._plans(part, path, local),
+                thinking=thinking_of(part.thinking) or (TOLD_BY_EFFORT if local and not part.embeds else None),
             )  # fmt: skip
         self._check_plans()
 

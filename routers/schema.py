@@ -218,7 +218,8 @@ class ModelFile(Strict):
     plans: EffortPlansFile | None = None
     """The same by effort, in place of `plan`. `leadline tune` measures and writes them."""
     thinking: ThinkingFile | None = None
-    """How it is told how much to think. Default: it is not, and efforts cannot be asked of it."""
+    """How it is told how much to think. Default: it is not, and efforts cannot be asked of it; on the local engine, by
+    `reasoning_effort`."""
     slots: Annotated[int, Field(ge=1, le=100_000)] | None = None
     """How many answers its target writes side by side before any waits. Default: not known, so no queue is expected."""
 
