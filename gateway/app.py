@@ -17,12 +17,12 @@ from gateway.admission.rates import LocalRates, Rates
 from gateway.admission.shared_budgets import SharedBudgets, connect_budgets
 from gateway.cache.exact import ExactCache, MemoryCache
 from gateway.dashboard.views import mount_dashboard
-from gateway.drift import DriftWatch
 from gateway.edge.api import build_web
 from gateway.edge.asgi import Receive, Scope, Send, identified, limited
 from gateway.edge.dataplane import Endpoint, data_plane
 from gateway.engine_link import EngineConnection
 from gateway.engine_process import EngineProcess
+from gateway.learned import Learned
 from gateway.ledger import budget_rows, report
 from gateway.ledger.claim import DatabaseClaimed, claim
 from gateway.ledger.journal import Journal, JournalError, to_disk
@@ -170,6 +170,10 @@ class App:
         metrics.watch_breakers(
             lambda: {name: breaker.state for name, breaker in self.web.state.lifecycle.world.breakers.items()}
         )
+        self.web.state.learned = learned = Learned(database)
+        learned.start()
+        stack.push_async_callback(learned.stop)
+        metrics.watch_calibration(learned.calibrations)
         lifecycle = Lifecycle(
             world=world,
             keys=keys,
@@ -180,6 +184,7 @@ class App:
             signals=SignalReader(engine, metrics),
             metrics=metrics,
             pepper=pepper,
+            learned=learned,
         )
         if settings.peers is not None:
             peers = Peers(settings.peers, settings.worker, lambda: metrics.exposition(settings.worker))
@@ -191,10 +196,6 @@ class App:
         idempotency.start()
         stack.push_async_callback(idempotency.close)
         stack.push_async_callback(lifecycle.shadows.close)
-        self.web.state.drift = drift = DriftWatch(database)
-        drift.start()
-        stack.push_async_callback(drift.stop)
-        metrics.watch_calibration(drift.calibrations)
         self.web.state.lifecycle = lifecycle
         self.web.state.pepper = pepper
         self._data_plane = data_plane(lifecycle, idempotency, settings.max_body_bytes)

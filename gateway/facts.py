@@ -10,7 +10,7 @@ import msgspec
 from blake3 import blake3
 
 from probes.types import Estimate
-from routers.types import Effort, Hints, Load, Query, Signals, State
+from routers.types import Arm, Effort, Hints, Load, Query, Signals, State
 
 Told = float | tuple[float, float, float]
 """An estimate: its value, or (value, low, high)."""
@@ -54,6 +54,8 @@ class Facts(msgspec.Struct, frozen=True, omit_defaults=True):
     load: dict[str, Load] = {}
     last: str | None = None
     last_p: dict[str, float] = {}
+    arms: tuple[tuple[int, str, float, float], ...] = ()
+    """(cluster, model, pulls, reward)"""
 
 
 def hash_secret(pepper: bytes) -> bytes:
@@ -102,15 +104,13 @@ def written(query: Query, signals: Signals, state: State) -> str:
             load=dict(state.load),
             last=state.session_model,
             last_p=dict(state.session_p),
+            arms=tuple([(at, model, arm.pulls, arm.reward) for (at, model), arm in state.arms.items()]),
         )
     ).decode()
 
 
 def read(row: Any, source: str) -> tuple[Query, Signals, State] | None:
-    """What a row's decision was made from; None where the row does not say. `source`: who measured.
-
-    What a bandit had learned by then is not kept: a policy that explores by it is taken as one that knows nothing yet.
-    """
+    """What a row's decision was made from; None where the row does not say. `source`: who measured."""
     if not row["facts"]:
         return None
     try:
@@ -160,8 +160,17 @@ def read(row: Any, source: str) -> tuple[Query, Signals, State] | None:
         load=facts.load,
         session_model=facts.last,
         session_p=facts.last_p,
+        arms={(at, model): Arm(pulls, reward) for at, model, pulls, reward in facts.arms},
     )
     return query, signals, state
+
+
+def clusters_of(text: str | None) -> tuple[tuple[int, float], ...]:
+    """The clusters of the query that a row's facts tell of; none where they tell of none."""
+    try:
+        return _decode(text).clusters if text else ()
+    except msgspec.DecodeError:
+        return ()
 
 
 def _hints(hints: Hints) -> _Hints:

@@ -34,6 +34,7 @@ from gateway.errors import (
     UpstreamRateLimited,
 )
 from gateway.facts import hash_secret, prompt_hash, written
+from gateway.learned import Learned
 from gateway.ledger.records import AttemptRecord, RequestRecord
 from gateway.ledger.settle import NO_USAGE, cost_nanousd
 from gateway.ledger.store import LedgerStore
@@ -95,6 +96,7 @@ class Lifecycle:
         signals: SignalReader,
         metrics: Metrics,
         pepper: bytes,
+        learned: Learned,
     ) -> None:
         self.world = world
         self.keys = keys
@@ -106,6 +108,7 @@ class Lifecycle:
         self._cache = cache
         self._signals = signals
         self._cache_secret = cache_secret(pepper)
+        self._learned = learned
         self._hash_secret = hash_secret(pepper)
         self._attempts = AttemptEngine(metrics)
         self.shadows = Shadows(keys, budgets, self._limits, ledger, self._attempts, metrics)
@@ -274,6 +277,7 @@ class Lifecycle:
             degrade_reason=degraded[1] if degraded is not None else "",
             now_ms=query.at_ms,
             load=self._load(query, world),
+            arms=self._learned.arms(query.tenant, signals.clusters) if world.explores else {},
         )
         try:
             decision = decide(query, signals, world.policy, state, seed)

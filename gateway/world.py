@@ -40,6 +40,7 @@ class World:
         """By the policy's name of the model."""
         self.loads = Loads({name: model.slots for name, model in policy.models.items()}) if policy.timed else None
         """None: no route decides by time."""
+        self.explores = any(route.explore is not None for route in policy.routes)
         engines = {name for name, provider in policy.providers.items() if provider.engine is not None}
         self.local_models: dict[str, list[str]] = {}
         """The engine's name of a model → the policy's; several, where it has several plans."""

@@ -152,7 +152,7 @@ class RoutesReader:
             missing = ", ".join(concealed(name) for name in plans if name not in headed)
             at = (*path, "subject_to", "p_success_gap")
             self._document.report(at, f"nothing can satisfy this: no probe head for {missing}", fix)
-        if part.objective == "best" and not headed:
+        if part.objective == "best" and not headed and part.explore is None:  # what is explored becomes known
             at = (*path, "objective")
             self._document.report(at, "no candidate has a probe head, so none is known to be best", f"{fix}, or `use`")
 

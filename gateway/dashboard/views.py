@@ -84,7 +84,7 @@ async def overview(request: Request, viewer: Viewer, lifecycle: Settled, filters
         data=data,
         policy=lifecycle.world.policy,
         refused=reloader.refused if reloader is not None else None,
-        drifted=[one for one in request.app.state.drift.calibrations() if one.alarm],
+        drifted=[one for one in request.app.state.learned.calibrations() if one.alarm],
     )
 
 

@@ -1,12 +1,14 @@
 """`leadline simulate POLICY TABLE`: what a policy would have done on queries whose outcomes are known."""
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from gateway.moments import moment
 from probes.errors import ProbeError, TableError
 
 
@@ -36,6 +38,7 @@ def simulate(
     ask: Annotated[str, typer.Option(help="The model or alias that callers name.")] = "auto",
     tag: Annotated[list[str] | None, typer.Option(help="A tag of the requests; may be repeated.")] = None,
     tenant: Annotated[str, typer.Option(help="The tenant of the caller's key.")] = "default",
+    at: Annotated[str | None, typer.Option(help="When they ask, for schedules, such as 2026-11-01T09:00.")] = None,
     scores: Annotated[
         Path | None,
         typer.Option(help="Folder for the probe's scores: beside --report or --json, else in ~/.leadline."),
@@ -72,7 +75,9 @@ def simulate(
         outcomes = read_outcomes(table, columns, prompts)
         output = report or json_out
         kept = scores or (output.parent if output is not None else Settings.from_env().home / "scores")
-        found = run.simulated(policy, folder, outcomes, Caller(ask, tenant, frozenset(tag or ())), kept, seed)
+        now_ms = time.time_ns() // 1_000_000
+        caller = Caller(ask, tenant, frozenset(tag or ()), now_ms if at is None else moment("--at", at, now_ms))
+        found = run.simulated(policy, folder, outcomes, caller, kept, seed)
     except (ProbeError, CannotServe, SettingsError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None

@@ -44,6 +44,8 @@ class Caller:
     model: str = "auto"
     tenant: str = "default"
     tags: frozenset[str] = frozenset()
+    at_ms: int = 0
+    """When it is asked, for schedules: milliseconds since 1970 UTC."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +73,15 @@ def run_policy(
     """
     caller = caller or Caller()
     held = {name.partition("+")[0] for name in table.models}
-    state = State(unavailable={name: NOT_IN_TABLE for name in policy.models if name not in held})
+    missing = {name: NOT_IN_TABLE for name in policy.models if name not in held}
+    state = State(unavailable=missing, now_ms=caller.at_ms)
     place = {model: index for index, model in enumerate(table.models)}
     answered = np.zeros(table.correct.shape)
     accuracy, spent = np.zeros(len(table.prompts)), np.zeros(len(table.prompts))
     rules: dict[str, int] = {}
     refused = 0
     for row, prompt in enumerate(table.prompts):
-        query = query_for(prompt, caller)
+        query = query_for(prompt, caller, f"row-{row}")
         signals = Signals(
             p_success={m: Estimate(float(values[row]), source=f"{source}/{m}") for m, values in p_success.items()},
             probe="ok" if p_success else "not_asked",
@@ -127,7 +130,8 @@ def play(
     return accuracy, spent
 
 
-def query_for(prompt: str, caller: Caller) -> Query:
+def query_for(prompt: str, caller: Caller, request_id: str = "") -> Query:
+    """A lone message as the gateway would see it. `request_id`: what shares of requests go by."""
     size = len(prompt.encode("utf-8", "surrogatepass"))
     return Query(
         model=caller.model,
@@ -136,6 +140,8 @@ def query_for(prompt: str, caller: Caller) -> Query:
         input_tokens_max=size + PROMPT_MARGIN,
         max_output_tokens=None,
         tags=caller.tags,
+        id=request_id,
+        at_ms=caller.at_ms,
     )
 
 

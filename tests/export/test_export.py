@@ -1,5 +1,6 @@
 """`leadline export outcomes`: labels of the ledger as a table that others read, and the alarm on the same pairs."""
 
+import asyncio
 import json
 import random
 import time
@@ -9,18 +10,19 @@ from typing import Any
 import pandas as pd
 import pytest
 from sqlalchemy import Engine
-from sqlmodel import Session
+from sqlmodel import Session, select
 from typer.testing import CliRunner, Result
 
 from gateway.cli import app
 from gateway.dashboard import session
-from gateway.drift import DriftWatch
+from gateway.learned import Learned
 from gateway.ledger import outcomes
 from gateway.ledger.store import connect
 from gateway.ledger.tables import AttemptRow, RequestRow, SampleRow
 from gateway.settings import Settings
 from gateway.telemetry.metrics import Metrics
 from probes.train import read_table
+from routers.types import Arm
 from tests.gateway.conftest import POLICY, ask, running, until
 from tests.gateway.fake_upstream import FakeUpstream
 
@@ -133,7 +135,7 @@ def test_the_alarm_hears_each_answer_once_and_is_the_same_in_every_worker(engine
     for i in range(300):
         say(engine, i, float(rng.random() < 0.4))
     say(engine, 0, 1.0, "another", at_ms=9_000)
-    watch, other = DriftWatch(engine), DriftWatch(engine)
+    watch, other = Learned(engine), Learned(engine)
     assert watch.read(5_100) == 100  # not yet what is younger
     while watch.read(1 << 60):
         pass
@@ -155,7 +157,7 @@ def test_no_alarm_where_the_probe_is_right(engine: Engine) -> None:
     rng = random.Random(1)
     for i in range(300):
         say(engine, i, float(rng.random() < 0.7))
-    watch = DriftWatch(engine)
+    watch = Learned(engine)
     while watch.read(1 << 60):
         pass
     (found,) = watch.calibrations()
@@ -174,10 +176,47 @@ async def test_a_drifted_probe_stands_on_the_dashboard(upstream: FakeUpstream, t
     async with running(POLICY.format(url=upstream.url, limits=""), tmp_path / "home") as gateway:
         await gateway.chat(ask())
         state = gateway.app.web.state
-        await until(lambda: any(one.alarm for one in state.drift.calibrations()))
+        await until(lambda: any(one.alarm for one in state.learned.calibrations()))
         principal = state.lifecycle.keys.authenticate(gateway.key)
         cookie = f"{session.COOKIE}={session.sign(principal, state.pepper, now_s=int(time.time()))}"
         async with gateway.session.get(f"{gateway.url}/dashboard", headers={"Cookie": cookie}) as response:
             page = await response.text()
         assert "has drifted for" in page
         assert "answers of P" in page
+
+
+def test_arms_earn_by_tenant_and_by_the_clusters_of_the_query(engine: Engine) -> None:
+    fill(engine, 4)
+    with Session(engine) as session:
+        for row in session.exec(select(RequestRow)):
+            row.facts = '{"n":1,"clusters":[[7,0.75],[9,0.25]]}' if row.tenant == "a" else None
+            session.add(row)
+        session.commit()
+    for i in range(4):
+        say(engine, i, float(i > 1))
+    say(engine, 3, 0.0, "another", at_ms=6000)  # the first word on an answer earns
+    learned = Learned(engine)
+    while learned.read(1 << 60):
+        pass
+    assert learned.arms("b", ()) == {(-1, "weak"): Arm(2.0, 1.0)}
+    assert learned.arms("a", ()) == {}
+    assert learned.arms("a", ((7, 0.5), (9, 0.5))) == {(7, "weak"): Arm(1.5, 0.75), (9, "weak"): Arm(0.5, 0.25)}
+    assert learned.arms("nobody", ((7, 1.0),)) == {}
+
+
+@pytest.mark.anyio
+async def test_a_bandit_turns_to_what_is_accepted(upstream: FakeUpstream, tmp_path: Path) -> None:
+    route = "routes:\n  - {{name: try, when: {{model: try}}, candidates: [cheap, dear], objective: best, cache: off,"
+    policy = POLICY.replace("routes:\n", route + " explore: {{share: 30%}}}}\n", 1).format(url=upstream.url, limits="")
+    async with running(policy, tmp_path / "home") as gateway:
+        state = gateway.app.web.state
+        for i in range(60):
+            _, headers, _ = await gateway.chat(ask(f"question {i}", model="try"))
+            url = f"{gateway.url}/leadline/v1/requests/{headers['x-request-id']}/feedback"
+            said = {"accept": headers["x-leadline-model"] == "cheap"}
+            async with gateway.session.post(url, json=said, headers=gateway.headers()) as response:
+                assert response.status == 200
+        while await asyncio.to_thread(state.learned.read, 1 << 60):
+            pass
+        served = [(await gateway.chat(ask(f"later {i}", model="try")))[1]["x-leadline-model"] for i in range(60)]
+    assert served.count("cheap") > 30  # 42 are expected: the best, but for the explored share

@@ -107,6 +107,23 @@ def test_the_policy_and_each_baseline_by_hand(policy: Path, tmp_path: Path) -> N
     assert "not in the table, so never chosen: third" in done.output
 
 
+def test_shares_and_schedules_hold_as_they_would(tmp_path: Path) -> None:
+    routes = """routes:
+  - {name: some, when: {model: auto, share: 30%}, use: [strong]}
+  - {name: night, when: {model: auto, schedule: {hours: "22:00-06:00"}}, use: [strong]}
+  - {name: rest, when: {model: auto}, use: [weak]}
+"""
+    policy, table, out = tmp_path / "p.yaml", written(frame(400), tmp_path), tmp_path / "out.json"
+    policy.write_text(POLICY.split("signals:")[0] + routes)
+    shares = {}
+    for at in ("2026-11-01T12:00", "2026-11-01T23:00"):
+        done = simulate(policy, table, *MODELS, "--at", at, "--json", out)
+        assert done.exit_code == 0, done.output
+        shares[at] = routers_of(out)["policy"]["share"]["strong"]
+    assert 0.2 < shares["2026-11-01T12:00"] < 0.4
+    assert shares["2026-11-01T23:00"] == 1.0
+
+
 def test_the_long_form_says_the_same(policy: Path, tmp_path: Path) -> None:
     wide = frame()
     long = pd.concat(
