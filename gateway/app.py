@@ -30,6 +30,7 @@ from gateway.ledger.store import LedgerStore, LedgerUnreachable, connect
 from gateway.lifecycle import Lifecycle
 from gateway.policies import engine_needs
 from gateway.reload import PolicyReloader
+from gateway.sessions import MemorySessions, Store
 from gateway.settings import Settings, engine_socket
 from gateway.signals import SignalReader
 from gateway.telemetry.logs import get_logger
@@ -119,17 +120,19 @@ class App:
         self.first_key = make_first_key(keys, settings.home)
         cache: ExactCache = MemoryCache(settings.cache_bytes)
         rates: Rates = LocalRates()
+        sessions: Store = MemorySessions()
         if settings.redis_url:
             # Imported where they are used: without a Redis its client would be 7 MB and a tenth of the start.
             from gateway.admission.shared_rates import SharedRates
             from gateway.cache.redis import RedisCache
             from gateway.redis_link import RedisLink
+            from gateway.shared_sessions import SharedSessions
 
             link = RedisLink(settings.redis_url, metrics.redis_up.set)
             stack.push_async_callback(link.close)
             await link.check()
             self.web.state.redis = link
-            cache = RedisCache(link)
+            cache, sessions = RedisCache(link), SharedSessions(link)
             if settings.shared:
                 rates = SharedRates(link)
         rates.start()
@@ -185,6 +188,7 @@ class App:
             metrics=metrics,
             pepper=pepper,
             learned=learned,
+            sessions=sessions,
         )
         if settings.peers is not None:
             peers = Peers(settings.peers, settings.worker, lambda: metrics.exposition(settings.worker))

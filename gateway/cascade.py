@@ -65,9 +65,7 @@ async def climb(engine: AttemptEngine, ticket: Ticket, plan: Cascade, errors: li
 async def _ask(
     engine: AttemptEngine, ticket: Ticket, model: str, errors: list[UpstreamError]
 ) -> tuple[Answer, AttemptRecord] | None:
-    decision = ticket.decision
-    assert decision is not None
-    call = to_be_judged(told(ticket.call, decision, ticket.world.policy, model))
+    call = to_be_judged(told(ticket, model))
 
     async def complete(upstream: Upstream, target: Target) -> Answer:
         return await upstream.complete(target, call)

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from gateway.admission.budgets import Account, Budget, BudgetKeeper, degrade, refusal, tightest
+from gateway.admission.budgets import Budget, BudgetKeeper, degrade, refusal, tightest
 from gateway.admission.keys import KeyStore, Principal
 from gateway.admission.limits import BudgetLimits
 from gateway.admission.rates import Rates, tokens_estimate
@@ -40,6 +40,7 @@ from gateway.ledger.settle import NO_USAGE, cost_nanousd
 from gateway.ledger.store import LedgerStore
 from gateway.query import query_of
 from gateway.resume import Transcript, resumable
+from gateway.sessions import Conversation, Store, after, conversation_key, is_bound
 from gateway.shadow import Shadows
 from gateway.signals import SignalReader
 from gateway.telemetry.logs import get_logger
@@ -54,7 +55,7 @@ from routers.decide import decide
 from routers.errors import NoCandidate
 from routers.plans import models_of
 from routers.policy import DEFAULT_CACHE_TTL_MS
-from routers.types import Cascade, Decision, Load, Query, State
+from routers.types import Cascade, Decision, Load, Query, Signals, State
 
 log = get_logger(__name__)
 
@@ -97,6 +98,7 @@ class Lifecycle:
         metrics: Metrics,
         pepper: bytes,
         learned: Learned,
+        sessions: Store,
     ) -> None:
         self.world = world
         self.keys = keys
@@ -109,6 +111,7 @@ class Lifecycle:
         self._signals = signals
         self._cache_secret = cache_secret(pepper)
         self._learned = learned
+        self._sessions = sessions
         self._hash_secret = hash_secret(pepper)
         self._attempts = AttemptEngine(metrics)
         self.shadows = Shadows(keys, budgets, self._limits, ledger, self._attempts, metrics)
@@ -125,6 +128,8 @@ class Lifecycle:
             if not await self._recall(ticket, reply):
                 await self._route(ticket)
                 await self._run(ticket, reply)
+                if ticket.conversation_key is not None:
+                    await self._went_on(ticket, ticket.conversation_key)
                 if ticket.served is not None:
                     self.shadows.cast(ticket, ticket.served, new_ledger_id(time.time_ns() // 1_000_000))
         except asyncio.CancelledError:
@@ -247,7 +252,10 @@ class Lifecycle:
         messages = ticket.call.fields.get("messages", b"")
         call = ticket.call
         asked = call.fields.get("tools"), call.sampling.reasoning_effort
-        decision, facts = await self._decide(ticket.query, ticket.world, messages, _seed(), ticket.account, *asked)
+        if ticket.route is not None and ticket.route.affinity is not None:
+            ticket.conversation_key = key = conversation_key(self._cache_secret, ticket.record.tenant, call)
+            ticket.conversation = await self._sessions.get(key) if key is not None else None
+        decision, facts = await self._decide(ticket.query, ticket.world, messages, _seed(), ticket, *asked)
         ticket.decision = decision
         ticket.record.facts = facts
         if facts is not None:
@@ -262,13 +270,13 @@ class Lifecycle:
         world: World,
         messages: bytes | msgspec.Raw,
         seed: int,
-        account: Account | None,
+        ticket: Ticket | None,
         tools: msgspec.Raw | None = None,
         effort: str | None = None,
     ) -> tuple[Decision, str | None]:
         """The decision, and what its row keeps of what it was made from; None where the caller named a model."""
         signals = await self._signals.read(query, messages, world, tools, effort)
-        budgets = account.budgets if account is not None else ()
+        budgets = ticket.account.budgets if ticket is not None else ()
         budget, degraded = tightest(budgets), degrade(budgets)
         state = State(
             unavailable=world.unavailable(),
@@ -279,6 +287,8 @@ class Lifecycle:
             load=self._load(query, world),
             arms=self._learned.arms(query.tenant, signals.clusters) if world.explores else {},
         )
+        if ticket is not None and ticket.conversation is not None:
+            signals, state = _going_on(ticket, ticket.conversation, signals, state)
         try:
             decision = decide(query, signals, world.policy, state, seed)
         except NoCandidate as error:
@@ -291,6 +301,17 @@ class Lifecycle:
             return {}
         route = world.policy.route_for(query)
         return world.loads.of(models_of(route.targets)) if route is not None and route.timed else {}
+
+    async def _went_on(self, ticket: Ticket, key: bytes) -> None:
+        """Remember who has answered, and what its provider holds now."""
+        decision = ticket.decision
+        served = next((attempt for attempt in reversed(ticket.attempts) if attempt.outcome == "ok"), None)
+        if decision is None or served is None:
+            return
+        tokens = served.input_tokens + served.cached_input_tokens + served.cache_write_tokens + served.output_tokens
+        at_ms = served.started_at_ms + served.duration_us // 1000
+        now = after(ticket.conversation, decision, served.model, served.provider, tokens, at_ms)
+        await self._sessions.put(key, now)
 
     async def explain(self, query: Query, messages: bytes) -> Decision:
         """The decision that this query would get now (seed 0). Nothing runs or is written. Raises LeadlineError."""
@@ -336,11 +357,9 @@ class Lifecycle:
         climbed, errors = await self._climb(ticket)
         if climbed.answer is not None and climbed.accepted:
             return climbed.answer
-        call, decision, policy = ticket.call, ticket.decision, ticket.world.policy
-        assert decision is not None
         try:
             answer, attempt = await self._attempts.first_answer(
-                ticket, lambda up, target: up.complete(target, told(call, decision, policy, target.model)), errors
+                ticket, lambda up, target: up.complete(target, told(ticket, target.model)), errors
             )
         except LeadlineError:
             if climbed.answer is None:
@@ -363,11 +382,9 @@ class Lifecycle:
         if climbed.answer is not None and climbed.accepted:
             await relay.replay(climbed.answer)
             return
-        call, decision, policy = ticket.call, ticket.decision, ticket.world.policy
-        assert decision is not None
         try:
             stream, attempt = await self._attempts.first_answer(
-                ticket, lambda up, target: up.stream(target, told(call, decision, policy, target.model)), errors
+                ticket, lambda up, target: up.stream(target, told(ticket, target.model)), errors
             )
         except LeadlineError:
             if climbed.answer is None:
@@ -511,6 +528,18 @@ os.register_at_fork(after_in_child=lambda: _ids.seed(os.urandom(32)))
 def new_ledger_id(now_ms: int) -> str:
     """Sorts by time. Unique, not secret: whose request it is decides who may see it."""
     return f"req_{now_ms:011x}{_ids.getrandbits(64):016x}"
+
+
+def _going_on(ticket: Ticket, before: Conversation, signals: Signals, state: State) -> tuple[Signals, State]:
+    """With what is remembered of the conversation, for a route that has affinity."""
+    assert ticket.route is not None
+    affinity = ticket.route.affinity
+    assert affinity is not None
+    bound = before.provider if affinity.bound == "keep" and is_bound(ticket.call) else None
+    return (
+        msgspec.structs.replace(signals, cached_tokens=before.cached_tokens(state.now_ms, affinity.ttl_ms)),
+        msgspec.structs.replace(state, session_model=before.model, session_p=before.p_success, bound_to=bound),
+    )
 
 
 def _seed() -> int:

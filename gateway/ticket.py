@@ -16,6 +16,7 @@ from gateway.header_lines import checked, lines_of
 from gateway.ledger.records import AttemptKind, AttemptRecord, RequestRecord
 from gateway.ledger.settle import NO_USAGE, Usage, cost_nanousd, estimated_usage, worst_case_usage
 from gateway.ledger.store import LedgerStore
+from gateway.sessions import Conversation
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.local_plans import planned_for
 from gateway.upstream.types import ChatCall, PlanReport, Target, UpstreamError
@@ -61,6 +62,9 @@ class Ticket:
         self.cache_ttl_s = 0.0
         self.resumed = False
         """Another target went on with a stream that broke."""
+        self.conversation: Conversation | None = None
+        """What is remembered of the conversation, where its route has affinity."""
+        self.conversation_key: bytes | None = None
         self.not_accepted = False
         """A cascade's answer that was not good enough was sent, as the stages after it could not answer."""
         self.attempts: list[AttemptRecord] = []

@@ -5,6 +5,8 @@ What the caller's own body says of thinking stands.
 
 import msgspec
 
+from gateway.sessions import is_bound, unbound
+from gateway.ticket import Ticket
 from gateway.upstream.types import ChatCall
 from routers.aims import Thinking
 from routers.policy import Policy
@@ -15,8 +17,17 @@ _TEMPLATE = "chat_template_kwargs"
 _OWN_WORDS = ("reasoning_effort", _TEMPLATE, "enable_thinking", "thinking_budget")
 
 
-def told(call: ChatCall, decision: Decision, policy: Policy, model: str) -> ChatCall:
-    """The caller's call, with the effort that was decided for this model."""
+def told(ticket: Ticket, model: str) -> ChatCall:
+    """The caller's call for this model: with the effort that was decided for it, and without what its provider cannot
+    read of a conversation that comes from another one."""
+    call, before, policy, decision = ticket.call, ticket.conversation, ticket.world.policy, ticket.decision
+    assert decision is not None
+    if before is not None and policy.models[model].provider != before.provider and is_bound(call):
+        call = unbound(call)
+    return _with_effort(call, decision, policy, model)
+
+
+def _with_effort(call: ChatCall, decision: Decision, policy: Policy, model: str) -> ChatCall:
     plan = decision.plan
     if plan.kind == "cascade":
         effort = next((stage.effort for stage in plan.stages if stage.model == model), None)

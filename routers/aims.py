@@ -60,6 +60,8 @@ class Affinity:
     """How likely it is that a conversation comes back after its prefix has been dropped, and pays for it again."""
     release: float = 0.3
     """How much of a rise in p_success is believed at once; a fall is believed whole. 1: all of it."""
+    bound: Literal["strip", "keep"] = "strip"
+    """Of blocks that only the provider which made them reads again: leave them out elsewhere, or stay with it."""
 
 
 @dataclass(frozen=True, slots=True)

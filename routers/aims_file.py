@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from routers.aims import (
+    Affinity,
     Explore,
     ExploreMethod,
     Guarantee,
@@ -14,7 +15,7 @@ from routers.aims import (
     ThinkingField,
     Worth,
 )
-from routers.fields import Money, Share
+from routers.fields import Duration, Money, Share
 from routers.plans import models_of
 from routers.policy import Model
 from routers.shape import Strict
@@ -46,6 +47,25 @@ class ExploreFile(Strict):
     """Of `softmax`: mean rewards this far apart are drawn e times as often. Default: 0.1."""
 
 
+_Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class AffinityFile(Strict):
+    """Conversations stay with the model that answered them last, unless leaving it is worth its price."""
+
+    ttl: Duration = 300_000
+    """How long a provider keeps a prefix after it was last used. Default: 5min."""
+    comes_back: _Probability = 0.5
+    """How likely a conversation is to come back after its prefix has been dropped, and pay for it again: the price of
+    leaving is this share of what the prefix is worth. Default: 0.5."""
+    release: _Probability = 0.3
+    """How much of a rise in p_success is believed from one turn to the next; a fall is believed whole, so that a hard
+    turn moves up at once and easy ones come back slowly. 1: all of it. Default: 0.3."""
+    bound: Literal["strip", "keep"] = "strip"
+    """What becomes of blocks that only their own provider reads again (thinking signatures, encrypted reasoning):
+    `strip`, left out for another provider; `keep`, the conversation stays with its provider. Default: strip."""
+
+
 class ThinkingFile(Strict):
     """How a model is told how much to think. Effort is off, low or high, with a budget of tokens each."""
 
@@ -56,9 +76,6 @@ class ThinkingFile(Strict):
     """The provider's word for no thinking. Default: none."""
     low_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 1024
     high_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 8192
-
-
-_Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 class AcceptFile(Strict):
@@ -105,6 +122,10 @@ def guarantee_of(part: GuaranteeFile | None) -> Guarantee | None:
     return None if part is None else Guarantee(part.loss, part.at_most, part.confidence)
 
 
+def affinity_of(part: AffinityFile | None) -> Affinity | None:
+    return None if part is None else Affinity(part.ttl, part.comes_back, part.release, part.bound)
+
+
 def worth_of(part: WorthFile | None) -> Worth | None:
     return None if part is None else Worth(part.point, part.second)
 
@@ -139,6 +160,8 @@ def check_aims(
             report("objective", "a threshold tells two candidates apart", "name the weak one, then the strong one")
     elif part.threshold is not None:
         report("threshold", "only the objective `threshold` has one", "remove it, or write `objective: threshold`")
+    if part.affinity is not None and len(candidates) < 2:
+        report("affinity", "nothing to stay with: one candidate", "remove it, or name more candidates")
     if part.explore is not None and len(candidates) < 2:
         report("explore", "nothing to explore: one candidate", "remove it, or name more candidates")
     _check_plans(document, part, path, plans, models)

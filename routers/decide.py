@@ -136,6 +136,11 @@ def _options(
         switch = switch_nanousd(route.affinity, models[leaves], signals.cached_tokens.get(leaves, 0))
         for option in options:
             option.switch = 0 if option.model.name == leaves else switch
+    if state.bound_to is not None:
+        for option in options:
+            if option.obstacle is None and option.model.provider != state.bound_to:
+                option.obstacle = "capability"
+                option.reason = f"the conversation holds blocks that only {state.bound_to} can read"
     return options
 
 

@@ -445,6 +445,7 @@ def _canonical(route: Route) -> dict[str, object]:
         "worth": route.worth and asdict(route.worth),
         "threshold": route.threshold,
         "explore": route.explore and asdict(route.explore),
+        "affinity": route.affinity and asdict(route.affinity),
         "effort": route.effort,
         "plans": {name: to_builtins(plan) for name, plan in route.plans.items()},
         "guarantee": route.guarantee and asdict(route.guarantee),

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import get_args
 
 from routers.aims import Shadow
-from routers.aims_file import accept_of, check_aims, explore_of, guarantee_of, worth_of
+from routers.aims_file import accept_of, affinity_of, check_aims, explore_of, guarantee_of, worth_of
 from routers.cost import least_nanousd
 from routers.plans import models_of, parse_plan, plan_name
 from routers.policy import (
@@ -94,7 +94,16 @@ class RoutesReader:
             fix = "write `use: […]` for a fixed order, or `candidates: […]` with an objective"
             self._document.report(path, given, fix)
         if part.use is not None:
-            for key in ("objective", "worth", "threshold", "subject_to", "otherwise", "explore", "guarantee"):
+            for key in (
+                "objective",
+                "worth",
+                "threshold",
+                "subject_to",
+                "otherwise",
+                "explore",
+                "guarantee",
+                "affinity",
+            ):
                 if getattr(part, key) is not None:
                     fix = "remove it, or write `candidates` instead of `use`"
                     self._document.report((*path, key), "has no meaning with `use`, a fixed order", fix)
@@ -242,6 +251,7 @@ class RoutesReader:
             threshold=part.threshold,
             explore=explore_of(part.explore),
             guarantee=guarantee_of(part.guarantee),
+            affinity=affinity_of(part.affinity),
             effort=part.effort,
             plans=MappingProxyType(plans),
             heads=MappingProxyType({s.name: heads[s.name] for of in stages.values() for s in of if s.name in heads}),

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from routers.aims_file import AcceptFile, ExploreFile, GuaranteeFile, ThinkingFile, WorthFile
+from routers.aims_file import AcceptFile, AffinityFile, ExploreFile, GuaranteeFile, ThinkingFile, WorthFile
 from routers.fields import (
     AtLeast,
     AtMost,
@@ -366,6 +366,7 @@ class RouteFile(Strict):
     """What to choose when no candidate satisfies `subject_to`. Default: best. The bound on cost still goes first."""
     explore: ExploreFile | None = None
     guarantee: GuaranteeFile | None = None
+    affinity: AffinityFile | None = None
     on_failure: (
         Annotated[OnFailureFile, BeforeValidator(_for_error, json_schema_input_type=Names | OnFailureFile)] | None
     ) = None

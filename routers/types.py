@@ -137,6 +137,8 @@ class State(Struct, frozen=True):
     """The model that answered this conversation last; None: a new one, or not known."""
     session_p: Mapping[str, float] = field(default_factory=dict)
     """The p_success of each candidate, as the conversation's last decision had it."""
+    bound_to: str | None = None
+    """The only provider that can read what the conversation holds; None: any can."""
     arms: Mapping[tuple[int, str], Arm] = field(default_factory=dict)
     """By cluster and model: what bandits have learned."""
 
