@@ -10,6 +10,8 @@ import typer
 
 if TYPE_CHECKING:
     from probes.evaluate import Row
+    from probes.train import Fitted, Table
+    from probes.types import Tier
 
 app = typer.Typer(no_args_is_help=True, help="Fit and evaluate probes.")
 
@@ -23,8 +25,14 @@ Head = Annotated[
 ]
 DropIf = Annotated[str | None, typer.Option(help="Leave out rows where this 0/1 column is 1.")]
 TierName = Annotated[
-    Literal["static", "encoder"],
-    typer.Option(help="What to read: `static`, the words, in the gateway itself; `encoder`, a small network's states."),
+    Literal["static", "encoder", "prefill", "self"],
+    typer.Option(
+        help="What is read: `static`, the words, in the gateway; `encoder`, a small network's states; `prefill`, a "
+        "local model's own states as it reads the prompt; `self`, what it says of itself."
+    ),
+]
+ModelName = Annotated[
+    str | None, typer.Option(help="Of tiers prefill and self: `bundled/base`, or the folder of a local model.")
 ]
 Tokens = Annotated[
     list[str] | None,
@@ -38,7 +46,9 @@ Reasoning = Annotated[
 Answers = Annotated[
     float,
     typer.Option(
-        min=0.0, max=1.0, help="Share of queries on which a static head decides; the others go to the next tier."
+        min=0.0,
+        max=1.0,
+        help="Share of queries on which a head is sure; about the others a policy asks the next tier.",
     ),
 ]
 EncoderName = Annotated[str, typer.Option(help="`default`, a folder, or a hub id.")]
@@ -61,6 +71,7 @@ def fit(
     group_column: Group = None,
     name: Annotated[str | None, typer.Option(help="Name in the artifact's version; the folder's by default.")] = None,
     tier: TierName = "encoder",
+    model: ModelName = None,
     tokens: Tokens = None,
     domain: Domain = None,
     reasoning: Reasoning = None,
@@ -77,6 +88,8 @@ def fit(
 
         if report is not None and tier == "static":
             raise TableError(f"--report {report}: a static probe has no page yet; leave it out, or fit an encoder's")
+        if (model is None) == (tier in ("prefill", "self")):
+            raise TableError(f"--tier {tier}: " + ("say whose, by --model" if model is None else "leave out --model"))
         data = read_table(
             table, prompt, heads, drop_if=drop_if, group_column=group_column,
             tokens=_parse_heads(tokens or (), "--tokens"), domain=domain, reasoning=_pair(reasoning),
@@ -89,10 +102,8 @@ def fit(
             version = write_static(words, data, out, name or out.name, rows)
         else:
             from probes.artifact import write
-            from probes.extract import Encoder
-            from probes.train import Recipe, fit_probe
 
-            fitted = fit_probe(data, Encoder.load(encoder), Recipe(seed=seed), name=name or out.name, progress=True)
+            fitted = _fit_network(data, tier, encoder, model, name or out.name, answers, seed)
             write(fitted.artifact, out)
             version, rows = fitted.artifact.version, fitted.rows
             if report is not None:
@@ -108,6 +119,32 @@ def fit(
                 )  # fmt: skip
     _show(f"{version}, out of fold on {len(data.prompts)} prompts", rows, json_out)
     typer.echo(f"wrote {out}")
+
+
+def _fit_network(
+    data: "Table", tier: "Tier", encoder: str, model: str | None, name: str, answers: float, seed: int
+) -> "Fitted":
+    """By the hidden states of the encoder, or by what a local model is heard to read."""
+    from probes.train import Recipe, fit_probe
+
+    if model is None:
+        from probes.extract import Encoder
+
+        return fit_probe(data, Encoder.load(encoder), Recipe(seed=seed), name=name, answers=answers, progress=True)
+    from probes.listen import ListenedModel, Ratings
+    from probes.prefill import QUESTION
+
+    heard = ListenedModel.load(model)
+    if tier == "self":
+        features = heard.ratings(data.prompts, progress=True)
+        return fit_probe(
+            data, Ratings(heard.name, heard.sha256), Recipe((0,), linear=True, seed=seed),
+            name=name, features=features, tier="self", question=QUESTION, answers=answers, progress=True,
+        )  # fmt: skip
+    layers = heard.default_layers
+    features = heard.states(data.prompts, layers, progress=True)
+    recipe = Recipe(layers, heard.context, linear=True, seed=seed)
+    return fit_probe(data, heard, recipe, name=name, features=features, tier="prefill", answers=answers, progress=True)
 
 
 @app.command("eval")

@@ -5,18 +5,23 @@ Both are linear in the same features as the correctness heads, so an artifact ho
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, Self
 
 import numpy as np
+import numpy.typing as npt
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import KFold, cross_val_predict
 
-from probes.calibrate import Array
+from probes.calibrate import Array, Calibrator, Exp
 from probes.evaluate import Row
+from probes.heads import Heads
+from probes.sparse import SparseProbeClassifier
 from probes.types import Kind
 
 SPREAD = (0.1, 0.9)
 """Quantiles of actual over foretold tokens that the interval of a head spans."""
+STILL = 1e-6
+"""The least spread by which a feature is scaled."""
 ALPHAS = (0.3, 1.0, 3.0, 10.0, 100.0, 1000.0)
 
 
@@ -108,3 +113,60 @@ def kind_rows(names: Sequence[str], kinds: Sequence[Kind], labels: Array, values
         rows.append(Row("probe: domain", "accuracy", float((truth == guess).mean()), unit="share"))
         rows.append(Row("constant: domain", "accuracy", float(np.bincount(truth).max() / len(truth)), unit="share"))
     return rows
+
+
+def fit_dense(
+    X: npt.NDArray[np.floating],
+    labels: Array,
+    kinds: Sequence[Kind],
+    names: Sequence[str],
+    estimator: "Fits",
+    seed: int = 0,
+) -> tuple[Heads, dict[int, tuple[float, float] | None]]:
+    """Heads of every kind over dense features: by `estimator` those that say yes or no, the others by `fit_others`.
+
+    Also the spreads of heads for tokens, by column.
+    """
+    binary = [at for at, kind in enumerate(kinds) if kind in ("correct", "needs_reasoning")]
+    heads = estimator.fit(X, labels[:, binary]).heads_ if binary else None
+    similarity = heads.similarity if heads is not None else None
+    inputs = np.asarray(X, np.float64) if similarity is None else similarity(X)
+    weight = np.zeros((len(kinds), inputs.shape[1]), np.float32)
+    bias = np.zeros(len(kinds), np.float32)
+    calibrators: list[Calibrator] = [Exp()] * len(kinds)
+    spreads: dict[int, tuple[float, float] | None] = {}
+    if heads is not None:
+        weight[binary], bias[binary] = heads.weight, heads.bias
+        for at, calibrator in zip(binary, heads.calibrators, strict=True):
+            calibrators[at] = calibrator
+    if len(binary) < len(kinds):
+        mean, std = inputs.mean(0), np.maximum(inputs.std(0), STILL)
+        for at, head in fit_others((inputs - mean) / std, labels, kinds, seed).items():
+            weight[at] = head.coef / std
+            bias[at] = head.intercept - float(mean @ (head.coef / std))
+            spreads[at] = head.spread
+    return Heads(tuple(names), weight, bias, tuple(calibrators), similarity), spreads
+
+
+class LinearHeads:
+    """Logistic regressions over scaled features, folded into plain weights."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def fit(self, X: Any, y: Any) -> Self:
+        mean, std = X.mean(0), np.maximum(X.std(0), STILL)
+        model = SparseProbeClassifier(Cs=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1), seed=self.seed).fit((X - mean) / std, y)
+        weight = model.coef_ / std
+        names = tuple(f"head{at}" for at in range(len(weight)))
+        bias = (model.intercept_ - weight @ mean).astype(np.float32)
+        self.heads_ = Heads(names, weight.astype(np.float32), bias, model.calibrators_)
+        return self
+
+
+class Fits(Protocol):
+    """An estimator of the probe's shape: `kernel.ProbeClassifier`, or LinearHeads."""
+
+    heads_: Heads
+
+    def fit(self, X: Any, y: Any) -> Self: ...

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +21,9 @@ from probes.evaluate import IntArray, Row, baselines, folds, head_rows, routing_
 from probes.extract import Encoder, FloatArray
 from probes.heads import Heads
 from probes.kernel import ProbeClassifier
+from probes.kinds import Fits, LinearHeads, fit_dense, kind_rows
 from probes.manifest import Certificate, HeadInfo, Manifest, SimilarityInfo, sketch
-from probes.types import Kind
+from probes.types import Kind, Tier
 
 LIBRARIES = ("numpy", "safetensors", "scikit-learn", "torch", "transformers")
 MIN_ROWS = 20
@@ -166,12 +167,16 @@ class Recipe:
     max_tokens: int = 256
     components: int = 96
     landmarks: int = 1000
+    linear: bool = False
+    """Heads linear in the features, without landmarks: few numbers, for features that are few or already linear."""
     seed: int = 0
 
-    def layers_of(self, encoder: Encoder) -> tuple[int, ...]:
+    def layers_of(self, encoder: "Reader") -> tuple[int, ...]:
         return self.layers or tuple(range(encoder.layers))
 
-    def estimator(self) -> ProbeClassifier:
+    def estimator(self) -> Fits:
+        if self.linear:
+            return LinearHeads(seed=self.seed)
         return ProbeClassifier(components=self.components, landmarks=self.landmarks, seed=self.seed)
 
 
@@ -220,6 +225,22 @@ def library_versions(*names: str) -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in names}
 
 
+class Reader(Protocol):
+    """What the features are read with, as the artifact names it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def sha256(self) -> str: ...
+
+    @property
+    def dims(self) -> int: ...
+
+    @property
+    def layers(self) -> int: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Fitted:
     """A probe and its out-of-fold worth."""
@@ -232,29 +253,42 @@ class Fitted:
 
 def fit_probe(
     table: Table,
-    encoder: Encoder,
+    encoder: Reader,
     recipe: Recipe | None = None,
     *,
     name: str = "probe",
     features: FloatArray | None = None,
+    tier: Tier = "encoder",
+    question: str = "",
+    answers: float = 0.5,
     progress: bool = False,
 ) -> Fitted:
     """Fit on all rows; measure out of fold (5 folds), and with whole groups held out where the table has groups.
 
-    `features` may be given by a caller that kept them; they must be `layer_features` of this table and recipe.
+    `features` may be given by a caller that kept them; they must be `layer_features` of this table and recipe. In the
+    tiers `prefill` and `self` they are what `encoder` was heard to read. `answers`: see `undecided`.
     """
     recipe = recipe or Recipe()
     layers = recipe.layers_of(encoder)
     if features is None:
+        assert isinstance(encoder, Encoder), "features of other tiers are given"
         features = layer_features(encoder, table.prompts, layers, recipe.max_tokens, progress)
     probabilities = _out_of_fold(table, features, recipe, folds(len(table.prompts), recipe.seed), progress)
     rows = measure(table, features, recipe, probabilities, progress)
-    heads = recipe.estimator().fit(features, table.labels, names=table.names).heads_
+    heads, spreads = fit_dense(features, table.labels, table.kinds, table.names, recipe.estimator(), recipe.seed)
     infos = [
-        head_info(table, at, calibration=calibration_kind(calibrator))
+        head_info(
+            table,
+            at,
+            calibration=calibration_kind(calibrator),
+            undecided=undecided(probabilities[:, at], answers),
+            spread=spreads.get(at),
+        )
         for at, calibrator in enumerate(heads.calibrators)
     ]
     manifest = Manifest(
+        tier=tier,
+        question=question,
         name=name,
         encoder=encoder.name,
         encoder_sha256=encoder.sha256,
@@ -309,6 +343,7 @@ def measure(
     """Rows of out-of-fold `probabilities`: every head, routing between `weak` and `strong` if the table has both; and
     with whole groups held out."""
     rows = table_rows(table, {"probe": probabilities}, recipe.seed)
+    rows += kind_rows(table.names, table.kinds, table.labels, dict(enumerate(probabilities.T)))
     if table.groups is not None:
         apart = folds(len(table.prompts), recipe.seed, table.groups)
         held_out = {"probe": _out_of_fold(table, features, recipe, apart, progress)}
@@ -328,7 +363,10 @@ def _out_of_fold(
 
     out = np.full(table.labels.shape, np.nan)
     for train, test in tqdm(splits, desc="folds", disable=not progress):
-        out[test] = recipe.estimator().fit(features[train], table.labels[train]).predict_proba(features[test])
+        heads, _ = fit_dense(
+            features[train], table.labels[train], table.kinds, table.names, recipe.estimator(), recipe.seed
+        )
+        out[test] = heads.predict_proba(features[test])
     return out
 
 

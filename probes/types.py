@@ -25,6 +25,18 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
+class Rating:
+    """What a model says of itself when it has read a prompt; None: it was not asked."""
+
+    entropy: float
+    """Of the first token of its answer, in nats."""
+    p_true: float | None = None
+    """P(yes), of yes and no, after a question about the prompt."""
+    internal_confidence: float | None = None
+    """The same, read off several layers and tokens."""
+
+
+@dataclass(frozen=True, slots=True)
 class Reading:
     """What one probe says of one query. What it abstains from is absent."""
 
