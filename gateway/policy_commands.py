@@ -253,7 +253,7 @@ def _told(policy: "Policy", query: "Query", signals: "Signals") -> _Told:
     from routers.types import State
 
     facts = route_facts(policy, query)
-    lines = [f"route {fact.route}: {'taken' if fact.taken else 'not taken'}: {fact.why}" for fact in facts]
+    lines = [str(fact) for fact in facts]
     data: dict[str, Any] = {"routes": [fact._asdict() for fact in facts]}
     try:
         decision = decide(query, signals, policy, State(now_ms=query.at_ms), seed=0)

@@ -18,6 +18,9 @@ class RouteFact(NamedTuple):
     why: str
     """The first condition that does not hold; of the one taken, all its conditions."""
 
+    def __str__(self) -> str:
+        return f"route {self.route}: {'taken' if self.taken else 'not taken'}: {self.why}"
+
 
 def route_facts(policy: Policy, query: Query) -> list[RouteFact]:
     """The routes in order, up to the one that takes the query; where none does, all of them."""

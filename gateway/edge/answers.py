@@ -138,8 +138,17 @@ class BudgetPage(BudgetList):
     """The key name to continue after; null at the end."""
 
 
+class RouteFact(Answer):
+    route: str
+    taken: bool
+    why: str
+    """The first condition that does not hold; of the one taken, all its conditions."""
+
+
 class Explanation(Answer):
     decision: dict[str, Any]
+    routes: list[RouteFact]
+    """In order, up to the one that takes the request."""
     lines: list[str]
 
 

@@ -31,6 +31,7 @@ from gateway.query import query_of
 from gateway.reload import PolicyReloader
 from gateway.telemetry.peers import Peers
 from routers.explain import from_dict, to_dict, to_lines
+from routers.facts import route_facts
 
 if TYPE_CHECKING:
     from gateway.redis_link import RedisLink
@@ -312,7 +313,12 @@ async def explain(body: ExplainRequest, request: Request, principal: Caller, lif
     query = query_of(call, principal, at_ms=time.time_ns() // 1_000_000)
     asked = lifecycle.world.policy, query
     decision = await lifecycle.explain(query, bytes(call.fields["messages"]))
-    return {"decision": to_dict(decision, asked), "lines": to_lines(decision, asked)}
+    routes = route_facts(*asked)
+    return {
+        "decision": to_dict(decision, asked),
+        "routes": [fact._asdict() for fact in routes],
+        "lines": [*to_lines(decision, asked), *map(str, routes)],
+    }
 
 
 def _scope(principal: Principal) -> str | None:

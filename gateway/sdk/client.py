@@ -69,6 +69,20 @@ class Leadline(openai.OpenAI):
         """A client whose requests carry these tags, too: the policy's routes may ask for them."""
         return self.with_options(default_headers=wire.tag_headers(tags, self._custom_headers))
 
+    def narrowed(
+        self,
+        *,
+        max_cost: wire.Money | None = None,
+        min_quality: float | None = None,
+        effort: str | None = None,
+        models: Iterable[str] | None = None,
+    ) -> Self:
+        """A client whose requests ask for less than the policy allows: at most this expected cost in dollars, at
+        least this chance of a good answer, at most this effort (none, low, high), only these models. What it has asked
+        for already still holds."""
+        hints = wire.hint_headers(self._custom_headers, max_cost, min_quality, effort, models)
+        return self.with_options(default_headers=hints)
+
     def _spend(self, query: dict[str, object]) -> Spend:
         found = self.get(self._beside_v1("/leadline/v1/spend"), cast_to=object, options={"params": query})
         return Spend.model_validate(found)
@@ -146,6 +160,18 @@ class AsyncLeadline(openai.AsyncOpenAI):
     def tagged(self, *tags: str) -> Self:
         """See `Leadline.tagged`."""
         return self.with_options(default_headers=wire.tag_headers(tags, self._custom_headers))
+
+    def narrowed(
+        self,
+        *,
+        max_cost: wire.Money | None = None,
+        min_quality: float | None = None,
+        effort: str | None = None,
+        models: Iterable[str] | None = None,
+    ) -> Self:
+        """See `Leadline.narrowed`."""
+        hints = wire.hint_headers(self._custom_headers, max_cost, min_quality, effort, models)
+        return self.with_options(default_headers=hints)
 
     async def _spend(self, query: dict[str, object]) -> Spend:
         found = await self.get(self._beside_v1("/leadline/v1/spend"), cast_to=object, options={"params": query})

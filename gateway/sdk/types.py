@@ -133,10 +133,21 @@ class Receipt(_Said):
         return None if self.cost_nanousd is None else usd(self.cost_nanousd)
 
 
+class RouteFact(_Said):
+    """What became of one route of the policy."""
+
+    route: str
+    taken: bool
+    why: str
+    """The first condition that does not hold; of the one taken, all its conditions."""
+
+
 class Explanation(_Said):
     """The decision that a request would get now. `print` it to read it."""
 
     decision: Decision
+    routes: tuple[RouteFact, ...] = ()
+    """In order, up to the one that takes the request."""
     lines: tuple[str, ...]
 
     def __str__(self) -> str:

@@ -14,6 +14,9 @@ DEFAULT_BASE_URL = "http://127.0.0.1:8080/v1"
 SCOPE = "x-leadline-scope"
 SCOPE_BUDGET = "x-leadline-scope-budget"
 TAGS = "x-leadline-tags"
+MAX_COST, MIN_QUALITY = "x-leadline-max-cost", "x-leadline-min-quality"
+EFFORT, MODELS = "x-leadline-effort", "x-leadline-models"
+EFFORTS = ("none", "low", "high")
 _SCOPE = r"[A-Za-z0-9._:-]{1,64}(/[A-Za-z0-9._:-]{1,64}){0,7}"
 ALL_HOURS = 1_000_000
 """Longer than any ledger: a scope's budget has no window."""
@@ -106,3 +109,37 @@ def tag_headers(tags: Iterable[str], before: Mapping[str, str]) -> dict[str, str
             raise ValueError(f"tag {tag!r}: use printable ASCII without spaces or commas")
         listed.append(tag)
     return {TAGS: ",".join(dict.fromkeys(listed))}
+
+
+def hint_headers(
+    before: Mapping[str, str],
+    max_cost: Money | None,
+    min_quality: float | None,
+    effort: str | None,
+    models: Iterable[str] | None,
+) -> dict[str, str]:
+    """These hints within those that the client sends already: of two bounds the narrower one. Raises ValueError for one
+    that the gateway would not take, or that leaves no model."""
+    headers: dict[str, str] = {}
+    if max_cost is not None:
+        dollars = Decimal(str(max_cost))
+        if not dollars.is_finite() or dollars < 0 or dollars.scaleb(9) % 1:
+            raise ValueError(f"max_cost {max_cost!r}: must be dollars, not negative, to the nano-dollar at the finest")
+        headers[MAX_COST] = f"{min(dollars, Decimal(before.get(MAX_COST, 'Infinity'))):f}"
+    if min_quality is not None:
+        if not 0 <= min_quality <= 1:
+            raise ValueError(f"min_quality {min_quality!r}: must be a probability, from 0 to 1")
+        headers[MIN_QUALITY] = f"{max(min_quality, float(before.get(MIN_QUALITY, 0))):.9g}"
+    if effort is not None:
+        if effort not in EFFORTS:
+            raise ValueError(f"effort {effort!r}: must be one of {', '.join(EFFORTS)}")
+        headers[EFFORT] = min(effort, before.get(EFFORT, effort), key=EFFORTS.index)
+    if models is not None:
+        named = dict.fromkeys(models)
+        if wrong := [name for name in named if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}", name)]:
+            raise ValueError(f"models {wrong[0]!r}: is not the name of a model")
+        allowed = [name for name in named if MODELS not in before or name in before[MODELS].split(",")]
+        if not allowed:
+            raise ValueError("models: none is left; name some of those that the client may use already")
+        headers[MODELS] = ",".join(allowed)
+    return headers

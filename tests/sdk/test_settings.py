@@ -2,12 +2,14 @@
 
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
 from openai.types.chat import ChatCompletionChunk
 
 from gateway.admission.limits import valid_run
+from gateway.edge.headers import read_headers
 from gateway.sdk import Leadline
 from gateway.sdk.types import usd
 from gateway.sdk.wire import request_id_of, scope_headers, tag_headers
@@ -86,6 +88,39 @@ def test_tags_add_up_and_cannot_smuggle_others() -> None:
     assert client.default_headers["x-leadline-tags"] == "private,batch"
     with pytest.raises(ValueError, match="tag"):
         tag_headers(["a,b"], {})
+
+
+def test_hints_only_ever_narrow() -> None:
+    client = Leadline(api_key="k").narrowed(max_cost="0.05", min_quality=0.8, effort="high", models=["a", "b"])
+    wider = client.narrowed(max_cost=1, min_quality=0.5, effort="high", models=["b", "c"])
+    narrower = client.narrowed(max_cost=0.01, min_quality=0.9, effort="none")
+    names = ("max-cost", "min-quality", "effort", "models")
+
+    def sent(of: Leadline) -> list[str]:
+        return [str(of.default_headers[f"x-leadline-{name}"]) for name in names]
+
+    assert sent(client) == ["0.05", "0.8", "high", "a,b"]
+    assert sent(wider) == ["0.05", "0.8", "high", "b"]
+    assert sent(narrower) == ["0.01", "0.9", "none", "a,b"]
+    for headers in map(lambda of: dict(zip(names, sent(of), strict=True)), (client, wider, narrower)):  # noqa: C417
+        read = read_headers([(f"x-leadline-{name}".encode(), value.encode()) for name, value in headers.items()])
+        assert read.hints is not None, "as the gateway reads them"
+
+
+@pytest.mark.parametrize(
+    "hint",
+    [
+        {"max_cost": -1},
+        {"max_cost": "x"},
+        {"min_quality": 1.1},
+        {"effort": "huge"},
+        {"models": ["a b"]},
+        {"models": []},
+    ],
+)
+def test_a_hint_that_the_gateway_would_not_take_is_refused(hint: dict[str, Any]) -> None:
+    with pytest.raises((ValueError, ArithmeticError)):
+        Leadline(api_key="k").narrowed(**hint)
 
 
 def test_a_streams_last_chunk_carries_its_receipt() -> None:
