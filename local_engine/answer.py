@@ -119,10 +119,6 @@ class Answer:
                 choice=self.choice,
                 drafted_tokens=self.drafted_tokens,
                 accepted_tokens=self.accepted_tokens,
-                discarded_tokens=self.discarded_tokens,
-                exited=self.leaving.exited if self.leaving is not None else "",
-                exit_p=self.leaving.p if self.leaving is not None else None,
-                cues=self.leaving.cues if self.leaving is not None else [],
                 plan=self.plan() if self.plan is not None else None,
             ),
         ]

@@ -29,6 +29,7 @@ from local_engine.prefix_tiers import SlowTiers
 from local_engine.prefix_types import PrefixStats
 from local_engine.primitives import Controller, Primitives
 from local_engine.reason.plans import shared
+from local_engine.reason.samples import Samples
 from local_engine.runner import Runner, new_kv
 from local_engine.sampler import sampling_problem
 from local_engine.scoring import Scoring
@@ -60,6 +61,7 @@ from local_engine.types import (
     Stats,
     StatsResult,
     TapSpec,
+    Vote,
 )
 
 MAX_CHOICES = 128
@@ -300,6 +302,8 @@ class Engine:
         self._check_room(lane, command.model, len(prompt) + 1)
         if isinstance(command.plan, SpeculateSteps | Cascade):
             controller = self._shared(command, command.plan, lane, prompt)
+        elif isinstance(command.plan, Vote):
+            controller = Samples(command, command.plan, model, prompt, tools, lane.most_tokens)
         else:
             controller = Generation(command, model, prompt, tools, lane.most_tokens)
         self._begin(job, command, controller)

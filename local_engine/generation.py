@@ -1,5 +1,7 @@
 """One `Generate`: its choices, their text on its way out, and why each ended."""
 
+from functools import partial
+
 import msgspec
 
 from local_engine.answer import Answer
@@ -12,16 +14,29 @@ from local_engine.primitives import Primitives
 from local_engine.reason.leaving import ExitPlan, Leaving
 from local_engine.sampler import Sampler
 from local_engine.sequence import Sequence
-from local_engine.types import Event, Exit, Failed, FinishReason, Generate
+from local_engine.types import Event, Exit, Failed, FinishReason, Generate, PlanUse
 
 
 class Generation:
     """Controller of `n` choices of one prompt: choice 0 reads it, the others are forked from it once it is read."""
 
     def __init__(
-        self, command: Generate, model: LocalModel, prompt: list[int], tools: list[Tool] | None, most_tokens: int
+        self,
+        command: Generate,
+        model: LocalModel,
+        prompt: list[int],
+        tools: list[Tool] | None,
+        most_tokens: int,
+        *,
+        source: Sequence | None = None,
+        measure: bool = False,
     ) -> None:
-        """Raises InvalidRequest for a format or a tool choice that cannot be held."""
+        """`source`: a sequence that has read the prompt; `measure`: the choices' log-probabilities are wanted.
+
+        Raises InvalidRequest for a format or a tool choice that cannot be held.
+        """
+        self._source = source
+        self._measure = measure
         self._command = command
         self._model = model
         self._prompt = prompt
@@ -41,6 +56,7 @@ class Generation:
         if self._exit is not None:
             for answer in self._answers:
                 answer.leaving = Leaving(self._exit, prompt, self._max_tokens, command.sampling)
+                answer.plan = partial(_exit_use, answer, answer.leaving)
         self._answer_of: dict[Sequence, Answer] = {}
 
     @property
@@ -50,7 +66,12 @@ class Generation:
     def begin(self, engine: Primitives) -> None:
         self._engine = engine
         limit = len(self._prompt) + self._max_tokens
-        first = engine.open(self._command.model, self._prompt, self._answers[0].sampler, limit=limit, taps=self._taps)
+        sampler = self._answers[0].sampler
+        if self._source is None:
+            first = engine.open(self._command.model, self._prompt, sampler, limit=limit, taps=self._taps)
+        else:
+            first = engine.fork(self._source, sampler, length=len(self._prompt))
+            first.taps = self._taps
         self._answer_of[first] = self._answers[0]
 
     def stepped(self, turn: Turn) -> list[Event]:
@@ -121,7 +142,7 @@ class Generation:
             self._constraint(),
             prompt_tokens=len(self._prompt),
             end_tokens=self._model.end_tokens,
-            measure=self._exit is not None and self._exit.measures,
+            measure=self._measure or (self._exit is not None and self._exit.measures),
         )
 
     def _constraint(self) -> GrammarConstraint | None:
@@ -136,3 +157,7 @@ class Generation:
             return grammars.tool_call(self._tools, command.tool, self._prompt)
         assert form is not None
         return grammars.formatted(form, self._prompt)
+
+
+def _exit_use(answer: Answer, leaving: Leaving) -> PlanUse:
+    return leaving.use(answer.output_tokens, len(answer.prompt), answer.cached_tokens)

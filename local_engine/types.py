@@ -22,6 +22,8 @@ FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "deadline"]
 ExitRule = Literal["probe", "convergence", "redundancy", "momentum", "budget", "cue", "trace", "none"]
 ExitForm = Literal["expected", "high_probability", "per_event"]
 ExitLoss = Literal["wrong", "harm"]
+VoteStop = Literal["posterior", "entropy", "agreement", "never"]
+VoteWeight = Literal["count", "perplexity", "probability"]
 FailureCode = Literal["context_length_exceeded", "model_not_found", "invalid_request", "deadline", "internal"]
 """`deadline`: of a command that has nothing to give before it is done; a generation ends with what it has."""
 Message = dict[str, Any]
@@ -190,8 +192,29 @@ class Cascade(msgspec.Struct, frozen=True, tag="cascade", omit_defaults=True, fo
     """`offer`: a natural logarithm."""
 
 
-Plan = Exit | SpeculateSteps | Cascade
-"""How to spend compute on one answer: when to stop thinking, or who thinks."""
+class Vote(msgspec.Struct, frozen=True, tag="vote", omit_defaults=True, forbid_unknown_fields=True, kw_only=True):
+    """Several samples of one prompt, which is read once, and the answer that they agree on; drawn until they do.
+
+    The request's `max_tokens` holds for each sample; all of them are in the usage. Nothing is shown before the end.
+    """
+
+    most: int = 16
+    """Samples at most."""
+    stop: VoteStop = "posterior"
+    """Draw until: `posterior`, the leading answer stays ahead with probability `bound`; `entropy`, the answers' entropy
+    is at most 1 - `bound` nats; `agreement`, the first three say the same; or nobody can catch up any more. `never`:
+    draw all."""
+    bound: float = 0.9
+    weigh: VoteWeight = "count"
+    """Of a sample: one; the inverse of its perplexity; its probability (the latter two: of different samples only)."""
+    prune: float | None = None
+    """Give up a sample at a token less probable than this (a natural logarithm) once a finished one had none such."""
+    exit: Exit | None = None
+    """How each sample's thought may be left."""
+
+
+Plan = Exit | SpeculateSteps | Cascade | Vote
+"""How to spend compute on one answer: when to stop thinking, who thinks, or how often."""
 
 
 class Generate(msgspec.Struct, frozen=True, tag="generate"):
@@ -332,6 +355,20 @@ class CueSeen(msgspec.Struct, frozen=True):
     answer_tokens: int
 
 
+class Sampled(msgspec.Struct, frozen=True):
+    """One sample of a vote."""
+
+    answer: str
+    """What it came to; empty where it came to nothing, or was given up."""
+    tokens: int
+    logprob: float
+    """Natural, of its tokens together, at temperature 1."""
+    lowest: float
+    """The least of them."""
+    over: bool
+    """Whether it came to its end."""
+
+
 class ModelUse(msgspec.Struct, frozen=True):
     """What a plan took of one model."""
 
@@ -363,7 +400,8 @@ class PlanUse(msgspec.Struct, frozen=True):
     forced_tokens: int = 0
     """In the text, and written by no model: what closed a thought."""
     closed_by: str = ""
-    """Why a thought was closed for the model: `budget`, `repeats`, `reflections`."""
+    """Why a thought was closed for the model: `budget`, `repeats`, `reflections`; of an exit the rule's name, `limit`
+    or `loop`."""
     degraded: str = ""
     """Why the command's model went on alone; empty where it did not."""
     escalated: bool = False
@@ -372,6 +410,14 @@ class PlanUse(msgspec.Struct, frozen=True):
     """Of a cascade: the smaller model's answer was left in the middle."""
     p_correct: float | None = None
     """Of a cascade: of the smaller model's answer; None where it did not get to its end."""
+    exit_p: float | None = None
+    """The exit probe's P(right) at the last cue."""
+    cues: list[CueSeen] = []
+    """Of an exit with the rule `trace`."""
+    samples: list[Sampled] = []
+    """Of a vote: all that were begun, in order."""
+    shown: int | None = None
+    """Of a vote: which of them is shown."""
 
 
 class Finished(msgspec.Struct, frozen=True, tag="finished"):
@@ -389,14 +435,6 @@ class Finished(msgspec.Struct, frozen=True, tag="finished"):
     """Tokens that speculation proposed and the model verified."""
     accepted_tokens: int = 0
     """Of them, those that were right."""
-    discarded_tokens: int = 0
-    """Of the output tokens, those that nobody is shown: after the place where a thought was left, answers tried out."""
-    exited: str = ""
-    """What closed the thought early: the rule's name, `limit` or `loop`; empty where the model did."""
-    exit_p: float | None = None
-    """The probe's P(right) at the last cue."""
-    cues: list[CueSeen] = []
-    """Of an exit with the rule `trace`."""
     plan: PlanUse | None = None
     """Of a command with a plan."""
 

@@ -96,9 +96,9 @@ def _run(
     wall, cpu = time.perf_counter(), time.process_time()
     for question, said, end in ask(engine, model, questions, sampling, plan, together=together):
         tally.right[question.key] = end.finish_reason == "stop" and is_right(said, question.answer)
-        tally.left[question.key] = bool(end.exited)
+        tally.left[question.key] = end.plan is not None and bool(end.plan.closed_by)
         tally.output_tokens += end.output_tokens
-        tally.discarded_tokens += end.discarded_tokens
+        tally.discarded_tokens += end.plan.discarded_tokens if end.plan is not None else 0
         progress(1)
     tally.wall_s += time.perf_counter() - wall
     tally.cpu_s += time.process_time() - cpu

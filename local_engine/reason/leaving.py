@@ -23,7 +23,7 @@ from local_engine.reason.thought import Moment, Verdict, features
 from local_engine.reason.watch import Watch
 from local_engine.sampler import Choice
 from local_engine.sequence import Sequence
-from local_engine.types import CueSeen, Exit, SamplingParams, TapSpec
+from local_engine.types import CueSeen, Exit, ModelUse, PlanUse, SamplingParams, TapSpec
 
 TRIED_TOKENS: Final = 64
 """An answer that is tried out is looked at after so many, ended or not."""
@@ -110,8 +110,11 @@ class Leaving:
 
     def __init__(self, plan: ExitPlan, prompt: list[int], max_tokens: int, sampling: SamplingParams) -> None:
         self.discarded_tokens = 0
+        """Written, and told to nobody."""
         self.exited = ""
+        """What closed the thought; empty while nothing did."""
         self.cues: list[CueSeen] = []
+        self._forced_tokens = 0
         self._plan = plan
         self._model = plan.model
         self._rule = make_rule(plan.asked, plan.model.exits, len(prompt))
@@ -120,6 +123,7 @@ class Leaving:
             cues=plan.cues, max_tokens=plan.asked.max_thinking_tokens, hidden=self._hidden_at,
         )  # fmt: skip
         self._text = Detokenizer(plan.model.pieces)
+        self._rows = 0
         self._begin: int | None = len(prompt) if plan.model.think_token in prompt[-2:] else None
         """Where in the sequence the thought begins; None before it has."""
         self._over = plan.end_think in prompt[-4:]
@@ -142,10 +146,18 @@ class Leaving:
         """Whether what is written now is an answer that may be taken back."""
         return self._trial is not None
 
-    @property
-    def p(self) -> float | None:
-        """The probe's, at the last cue."""
-        return self._rule.p if isinstance(self._rule, ProbeExit) else None
+    def use(self, answer_tokens: int, prompt_tokens: int, cached_tokens: int) -> PlanUse:
+        """What it took; `answer_tokens` were told."""
+        output = answer_tokens + self.discarded_tokens - self._forced_tokens
+        model = ModelUse(self._model.card.name, prompt_tokens, cached_tokens, output, self._rows)
+        return PlanUse(
+            [model],
+            discarded_tokens=self.discarded_tokens,
+            forced_tokens=self._forced_tokens,
+            closed_by=self.exited,
+            exit_p=self._rule.p if isinstance(self._rule, ProbeExit) else None,
+            cues=self.cues,
+        )
 
     def reveal(self, hidden: Hidden) -> None:
         """Hidden states of tokens just computed."""
@@ -154,6 +166,7 @@ class Leaving:
     def take(self, engine: Primitives, sequence: Sequence, at: int, choice: Choice) -> tuple[list[Choice], bool]:
         """The token at `at` of the sequence. (what is now certain to be told, whether later tokens are void)"""
         self._left -= 1
+        self._rows = sequence.rows
         if self._over:
             return [choice], False
         if self._trial is not None:
@@ -234,6 +247,7 @@ class Leaving:
 
     def _forced(self, closing: list[int]) -> list[Choice]:
         self._left -= len(closing)
+        self._forced_tokens += len(closing)
         return [Choice(token, math.nan, []) for token in closing]
 
     def _certain(self) -> list[Choice]:

@@ -149,6 +149,7 @@ def ask(
 
 
 def _trajectory(question: Question, said: str, end: Finished) -> Trajectory:
+    assert end.plan is not None, "every exit has its use told"
     cues = [
         CueOutcome(
             cue.tokens,
@@ -157,14 +158,14 @@ def _trajectory(question: Question, said: str, end: Finished) -> Trajectory:
             cue.answer_tokens,
             is_right(cue.answer, question.answer),
         )
-        for cue in end.cues
+        for cue in end.plan.cues
     ]
     return Trajectory(
         question.key,
         question.group,
         end.input_tokens,
-        end.output_tokens - end.discarded_tokens,
-        end.reasoning_tokens - end.discarded_tokens,
+        end.output_tokens - end.plan.discarded_tokens,
+        end.reasoning_tokens - end.plan.discarded_tokens,
         said,
         end.finish_reason == "stop" and is_right(said, question.answer),
         cues,

@@ -13,13 +13,18 @@ from local_engine.model import LocalModel
 from local_engine.reason.artifact import Certified
 from local_engine.runner import Runner, Segment, StepOutput
 from local_engine.spec.build import speculators
-from local_engine.types import Exit, SamplingParams, TapSpec, TextFormat
+from local_engine.types import Exit, Finished, PlanUse, SamplingParams, TapSpec, TextFormat
 from tests.local_engine.engine_harness import Caller, StartEngine, Watch
 from tests.local_engine.reason.test_rules import artifact
 
 THINK = SamplingParams(temperature=0, effort="high", max_tokens=400)
 ASKED = "What is 83 * 7 + 45?"
 FIRST_PASS = "83 * 7 = 581\n\n581 + 45 = 626\n\n"
+
+
+def use(finished: Finished) -> PlanUse:
+    assert finished.plan is not None
+    return finished.plan
 
 
 class Scripted:
@@ -50,11 +55,11 @@ def test_an_exit_cuts_before_the_cue_and_answers(bundled: LocalModel, start_engi
     assert caller.reasoning(left) == FIRST_PASS
     assert caller.content(left) == caller.content(whole) == "The answer is 626."
     full, end = caller.finished(whole), caller.finished(left)
-    assert (end.exited, end.finish_reason, end.discarded_tokens) == ("cue", "stop", 2)
-    assert full.exited == ""
+    assert (use(end).closed_by, end.finish_reason, use(end).discarded_tokens) == ("cue", "stop", 2)
+    assert full.plan is None
     assert end.output_tokens < 0.6 * full.output_tokens
     told = sum(delta.tokens for delta in caller.deltas(left))
-    assert end.output_tokens == told + end.discarded_tokens + 1, "the end of the turn has no text"
+    assert end.output_tokens == told + use(end).discarded_tokens + 1, "the end of the turn has no text"
 
 
 def test_leaving_reads_nothing_again(bundled: LocalModel, start_engine: StartEngine) -> None:
@@ -74,11 +79,11 @@ def test_answers_that_are_tried_leave_no_trace(bundled: LocalModel, start_engine
     assert caller.reasoning(traced) == caller.reasoning(whole)
     assert caller.content(traced) == caller.content(whole)
     full, end = caller.finished(whole), caller.finished(traced)
-    assert end.output_tokens - end.discarded_tokens == full.output_tokens
-    assert end.reasoning_tokens - end.discarded_tokens == full.reasoning_tokens
-    (cue,) = end.cues
+    assert end.output_tokens - use(end).discarded_tokens == full.output_tokens
+    assert end.reasoning_tokens - use(end).discarded_tokens == full.reasoning_tokens
+    (cue,) = use(end).cues
     assert cue.answer == "The answer is 626."
-    assert end.discarded_tokens == cue.answer_tokens
+    assert use(end).discarded_tokens == cue.answer_tokens
 
 
 def test_hidden_states_at_the_cue_are_those_of_its_token(bundled: LocalModel, start_engine: StartEngine) -> None:
@@ -88,7 +93,7 @@ def test_hidden_states_at_the_cue_are_those_of_its_token(bundled: LocalModel, st
     plain = caller.generate(ASKED, THINK, taps=taps)
     (tapped,) = [tapped for delta in caller.deltas(plain) for tapped in delta.tapped]
     states = torch.frombuffer(bytearray(tapped.data), dtype=torch.float16).float()
-    found = torch.tensor(end.cues[0].features[-len(states) :])
+    found = torch.tensor(use(end).cues[0].features[-len(states) :])
     assert torch.allclose(found, states, atol=2e-2, rtol=2e-3)
 
 
@@ -106,7 +111,7 @@ def test_a_thought_is_closed_at_its_limit(bundled: LocalModel, start_engine: Sta
     id = caller.generate(ASKED, THINK, plan=Exit(rule="none", max_thinking_tokens=10))
     assert caller.reasoning(id) == "83 * 7 = 581\n\n"
     end = caller.finished(id)
-    assert (end.exited, end.finish_reason) == ("limit", "stop")
+    assert (use(end).closed_by, end.finish_reason) == ("limit", "stop")
     assert caller.content(id).startswith("The answer is")
 
 
@@ -136,15 +141,15 @@ def test_the_probe_of_the_artifact_decides(bundled: LocalModel, start_engine: St
         model = dataclasses.replace(bundled, exits=artifact(certain, bias=bias))
         caller = Caller(start_engine(model))
         end = caller.finished(caller.generate(ASKED, THINK, plan=Exit()))
-        assert end.exited == exited
-        assert end.exit_p == pytest.approx(1 / (1 + 2.718281828**-bias))
+        assert use(end).closed_by == exited
+        assert use(end).exit_p == pytest.approx(1 / (1 + 2.718281828**-bias))
 
 
 def test_an_endless_wait_is_broken_off(bundled: LocalModel, start_engine: StartEngine) -> None:
     caller = Caller(start_engine(bundled, make_runner=Scripted("<think>" + "Wait, " * 400), prefix_bytes=0))
     sampling = SamplingParams(temperature=0, effort="high", max_tokens=300)
     end = caller.finished(caller.generate(ASKED, sampling, plan=Exit(rule="none")))
-    assert end.exited == "loop"
+    assert use(end).closed_by == "loop"
     assert end.reasoning_tokens < 70
 
 
@@ -156,7 +161,7 @@ def test_a_thought_that_never_closes_is_closed_while_an_answer_fits(
     sampling = SamplingParams(temperature=0, effort="high", max_tokens=160)
     id = caller.generate(ASKED, sampling, plan=Exit(rule="none"))
     end = caller.finished(id)
-    assert end.exited == "limit"
+    assert use(end).closed_by == "limit"
     assert end.reasoning_tokens <= 140
     assert caller.content(id), "there was room for an answer"
     assert end.output_tokens == 160
@@ -201,7 +206,7 @@ def test_no_thought_no_exit(bundled: LocalModel, start_engine: StartEngine) -> N
     sampling = SamplingParams(temperature=0, effort="none", max_tokens=50)
     plain, left = (caller.generate(ASKED, sampling, plan=exit) for exit in (None, Exit(rule="cue")))
     assert caller.content(plain) == caller.content(left)
-    assert caller.finished(left).exited == ""
+    assert use(caller.finished(left)).closed_by == ""
 
 
 def test_the_shipped_artifact_is_the_bundled_models(bundled: LocalModel, start_engine: StartEngine) -> None:
@@ -209,6 +214,7 @@ def test_the_shipped_artifact_is_the_bundled_models(bundled: LocalModel, start_e
     assert bundled.exits.manifest.layers == ()
     caller = Caller(start_engine(bundled))
     end = caller.finished(caller.generate(ASKED, THINK, plan=Exit(delta=0.01)))
-    assert (end.exited, end.finish_reason) == ("probe", "stop")
-    assert end.exit_p is not None
-    assert end.exit_p > bundled.exits.threshold(0.01, "expected", "wrong")
+    assert (use(end).closed_by, end.finish_reason) == ("probe", "stop")
+    p = use(end).exit_p
+    assert p is not None
+    assert p > bundled.exits.threshold(0.01, "expected", "wrong")
