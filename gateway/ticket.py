@@ -18,7 +18,7 @@ from gateway.ledger.settle import NO_USAGE, Usage, cost_nanousd, estimated_usage
 from gateway.ledger.store import LedgerStore
 from gateway.sessions import Conversation
 from gateway.telemetry.metrics import Metrics
-from gateway.upstream.local_plans import planned_for
+from gateway.upstream.local_plans import most_written, planned_for
 from gateway.upstream.types import ChatCall, PlanReport, Target, UpstreamError
 from gateway.world import World
 from routers.policy import Price, Route
@@ -339,22 +339,18 @@ class Ticket:
         }
 
 
-_PLANNED = 2
-"""A plan may write every token twice, once to be thrown away, and read what others wrote."""
-
-
 def _worst(call: ChatCall, target: Target) -> tuple[Usage, int | None]:
-    """The dearest usage that one attempt at `target` can have, and its cost: of a plan's smaller model too. None: one
-    of them is unpriced."""
+    """The dearest usage that one attempt at `target` can have, and its cost: of a plan's smaller model too, and of all
+    that a plan may write or read to throw it away. None: one of them is unpriced."""
     usage = _worst_usage(call, target)
     if not target.plans or (planned := planned_for(target, call)) is None:
         return usage, cost_nanousd(target.price, usage)
-    written = usage.output + usage.reasoning
+    written, times = usage.output + usage.reasoning, most_written(planned.plan)
     usage = msgspec.structs.replace(
         usage,
-        input=usage.input + _PLANNED * written,
-        output=_PLANNED * usage.output,
-        reasoning=_PLANNED * usage.reasoning,
+        input=usage.input + times * written,
+        output=times * usage.output,
+        reasoning=times * usage.reasoning,
     )
     cost = cost_nanousd(target.price, usage)
     draft = 0 if planned.draft is None else cost_nanousd(planned.draft.price, usage)

@@ -48,9 +48,7 @@ class Generation:
         self._tools = tools
         self._exit: ExitPlan | None = None
         if isinstance(command.plan, Exit):
-            self._exit = ExitPlan.of(
-                command.plan, model, prefix=command.prefix, taps=command.taps, max_tokens=self._max_tokens
-            )
+            self._exit = ExitPlan.of(command.plan, model, prefix=command.prefix, taps=command.taps)
         self._taps = (self._exit and self._exit.taps()) or command.taps
         self._answers = [Answer(command, model, prompt, self._sampler(n), bool(tools), n) for n in range(command.n)]
         if self._exit is not None:

@@ -118,7 +118,7 @@ class Exit(msgspec.Struct, frozen=True, tag="exit", omit_defaults=True, forbid_u
     budget: int | None = None
     """`budget`: thinking tokens; None: as fitted, by the length of the prompt."""
     max_thinking_tokens: int | None = None
-    """The thought is closed here in any case."""
+    """The thought is closed here in any case; sooner where `max_tokens` would leave too little for an answer."""
     layers: tuple[int, ...] = ()
     """`trace`: hidden states at the cue to tell beside the features, numbered as in `TapSpec`."""
 

@@ -43,6 +43,7 @@ from routers.schema import (
     SignalsFile,
     SpeculateFile,
     TierFile,
+    VoteFile,
 )
 from routers.shape import NAME_FIX, did_you_mean, validated
 from routers.types import Effort
@@ -280,7 +281,7 @@ class _Loader:
     def _plan(self, part: PlanFile, path: Path) -> EnginePlan | None:
         plan = _to_plan(part)
         if plan is None:
-            self._document.report(path, "not one way to spend compute", "write one of exit, speculate")
+            self._document.report(path, "not one way to spend compute", "write one of exit, speculate, vote")
         return plan
 
     def _check_plans(self) -> None:
@@ -396,21 +397,23 @@ def read_plan(stated: Mapping[str, object]) -> EnginePlan:
     """A plan as a policy states it. Raises ValueError."""
     plan = _to_plan(PlanFile.model_validate(stated))
     if plan is None:
-        raise ValueError(f"a plan is one of exit, speculate; not {', '.join(stated) or 'none'}")
+        raise ValueError(f"a plan is one of exit, speculate, vote; not {', '.join(stated) or 'none'}")
     return plan
 
 
 def _to_plan(part: PlanFile) -> EnginePlan | None:
     """None: it states none, or several."""
-    if (part.exit is None) == (part.speculate is None):
+    if sum(way is not None for way in (part.exit, part.speculate, part.vote)) != 1:
         return None
     if part.speculate is not None:
         return EnginePlan("speculate", _stated(part.speculate), part.speculate.draft)
+    if part.vote is not None:
+        return EnginePlan("vote", _stated(part.vote))
     assert part.exit is not None
     return EnginePlan("exit", _stated(part.exit))
 
 
-def _stated(part: ExitFile | SpeculateFile) -> tuple[tuple[str, str | int | float], ...]:
+def _stated(part: ExitFile | SpeculateFile | VoteFile) -> tuple[tuple[str, str | int | float], ...]:
     return tuple(part.model_dump(exclude_none=True, exclude={"draft"}).items())
 
 

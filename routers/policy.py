@@ -114,7 +114,7 @@ class Provider:
 class EnginePlan:
     """How the local engine spends compute on a model's answers."""
 
-    kind: Literal["exit", "speculate"]
+    kind: Literal["exit", "speculate", "vote"]
     options: tuple[tuple[str, str | int | float], ...]
     """As the policy states them, by name."""
     draft: str | None = None

@@ -163,11 +163,29 @@ class SpeculateFile(Strict):
     """A thought that is longer is closed, and answered."""
 
 
+class VoteFile(Strict):
+    """Several samples of one prompt, which is read once, until they agree; one of those that agree is shown, whole.
+
+    All are paid for. Requests with temperature 0, whose samples would not differ, run without."""
+
+    most: Annotated[int, Field(ge=2, le=128)] = 16
+    """Samples at most; as many are reserved."""
+    stop: Literal["posterior", "entropy", "agreement"] = "posterior"
+    """When: the leading answer stays ahead with probability `bound`; the answers' entropy is at most 1 - `bound` nats;
+    the first three agree. Or nobody can catch up."""
+    bound: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    weigh: Literal["count", "perplexity", "probability"] = "count"
+    """Of a sample: one; or by the model's own probability of it."""
+    prune: Annotated[float, Field(lt=0)] | None = None
+    """Give up a sample at a token less probable than this natural logarithm once a finished one had none such."""
+
+
 class PlanFile(Strict):
     """How the local engine spends compute on an answer: one of these."""
 
     exit: ExitFile | None = None
     speculate: SpeculateFile | None = None
+    vote: VoteFile | None = None
 
 
 class EffortPlansFile(Strict):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from gateway.ledger.settle import Usage
 from gateway.upstream.local_params import DEFAULT_EFFORT, EFFORTS
 from gateway.upstream.types import ChatCall, Planned, PlanReport, Target
-from local_engine.types import Exit, Finished, Plan, PlanUse
+from local_engine.types import Exit, Finished, Plan, PlanUse, Vote
 
 _Count = int | float | str
 
@@ -15,15 +15,26 @@ def planned_for(target: Target, call: ChatCall) -> Planned | None:
     if not target.plans or call.choices > 1 or call.has_tools or call.has_format or call.sampling.logprobs:
         return None
     effort = EFFORTS.get(call.sampling.reasoning_effort or DEFAULT_EFFORT)
-    return target.plans.get(effort) if effort is not None and not call.prefix else None
+    planned = target.plans.get(effort) if effort is not None and not call.prefix else None
+    alike = call.sampling.temperature == 0
+    return None if planned is not None and alike and isinstance(planned.plan, Vote) else planned
+
+
+def most_written(plan: Plan) -> int:
+    """How often every token may be written: of a vote once for each sample; else twice, once to be thrown away."""
+    return max(2, plan.most) if isinstance(plan, Vote) else 2
 
 
 def report_of(plan: Plan, end: Finished, usage: Usage) -> tuple[PlanReport, Usage]:
     """What the plan did, and what its own model is billed; `usage` is what the caller is told."""
-    if isinstance(plan, Exit):
-        counts: dict[str, _Count | None] = {"by": end.exited, "p": end.exit_p, "discarded_tokens": end.discarded_tokens}
-        return PlanReport("exit", _stated(counts)), usage
     use = end.plan or PlanUse([])
+    counts: dict[str, _Count | None]
+    if isinstance(plan, Exit):
+        counts = {"by": use.closed_by, "p": use.exit_p, "discarded_tokens": use.discarded_tokens}
+        return PlanReport("exit", _stated(counts)), usage
+    if isinstance(plan, Vote):
+        counts = {"samples": len(use.samples), "agree": agreeing(use), "discarded_tokens": use.discarded_tokens}
+        return PlanReport("vote", _stated(counts)), usage
     report: dict[str, _Count | None] = {
         "drafted_steps": use.drafted_steps,
         "accepted_steps": use.accepted_steps,
@@ -46,6 +57,11 @@ def report_of(plan: Plan, end: Finished, usage: Usage) -> tuple[PlanReport, Usag
         reasoning=sum(d.output_tokens for d in drafts),
     )
     return PlanReport("speculate", _stated(report), draft), billed
+
+
+def agreeing(use: PlanUse) -> int:
+    """How many samples say what the one that is shown says."""
+    return 0 if use.shown is None else sum(s.answer == use.samples[use.shown].answer for s in use.samples if s.over)
 
 
 def _stated(counts: Mapping[str, _Count | None]) -> dict[str, _Count]:

@@ -12,12 +12,12 @@ from gateway.upstream.http import HttpClient
 from gateway.world import build_world, engine_plan
 from local_engine.arithmetic import problems
 from local_engine.client import EngineClient
-from local_engine.types import Exit, SpeculateSteps
+from local_engine.types import Exit, SpeculateSteps, Vote
 from routers.decide import decide
 from routers.errors import PolicyError
 from routers.explain import to_lines
 from routers.load import parse
-from routers.schema import ExitFile, SpeculateFile
+from routers.schema import ExitFile, SpeculateFile, VoteFile
 from routers.types import Query, Signals, State
 from tests.gateway.conftest import Gateway, running
 
@@ -42,6 +42,12 @@ models:
     context: 1024
     price: free
     plan: {exit: {rule: convergence, agree: 2}}
+  sure:
+    provider: home
+    model: bundled/base
+    context: 1024
+    price: {input: $1/Mtok, output: $10/Mtok}
+    plan: {vote: {most: 5}}
 limits: [{key: "*", budget: $1/day}]
 """
 QUESTION = problems(20, 3, 1)[0].question
@@ -121,6 +127,23 @@ async def test_a_thought_left_early_says_by_what_rule(home: Gateway) -> None:
     assert (attempt["model"], attempt["kind"]) == ("brief", "first")
 
 
+async def test_a_vote_is_billed_for_all_of_its_samples(home: Gateway) -> None:
+    status, headers, answer = await home.chat(ask("sure", temperature=0.7, seed=1, max_tokens=200))
+    assert status == 200
+    assert answer["choices"][0]["message"]["content"].startswith("The answer is")
+    kind, counts = told(headers)
+    assert kind == "vote"
+    assert 3 <= int(counts["samples"]) <= 5
+    assert int(counts["agree"]) >= 1
+    plain = (await home.chat(ask("local", temperature=0.7, seed=1, max_tokens=200)))[2]
+    assert answer["usage"]["completion_tokens"] > 2 * plain["usage"]["completion_tokens"]
+    (attempt,) = (await home.rows())[1]["attempt_rows"]
+    output = answer["usage"]["completion_tokens"] * 10_000
+    assert attempt["cost_nanousd"] >= output, "every token of every sample"
+    _, headers, _ = await home.chat(ask("sure", temperature=0, max_tokens=200))
+    assert "x-leadline-plan" not in headers, "samples that cannot differ are not drawn"
+
+
 async def test_what_no_plan_is_for_runs_without(home: Gateway) -> None:
     status, headers, _ = await home.chat(ask("quick", logprobs=True, max_tokens=8))
     assert status == 200
@@ -131,7 +154,7 @@ async def test_what_no_plan_is_for_runs_without(home: Gateway) -> None:
 
 def test_every_name_of_a_model_is_away_with_its_engine() -> None:
     world = build_world(parse(POLICY), HttpClient(), NoEngine(), b"salt")
-    assert set(world.unavailable()) == {"local", "small", "quick", "brief"}
+    assert set(world.unavailable()) == {"local", "small", "quick", "brief", "sure"}
 
 
 @pytest.mark.parametrize(
@@ -143,6 +166,9 @@ def test_every_name_of_a_model_is_away_with_its_engine() -> None:
         ("{speculate: {draft: quick}}", "the model itself"),
         ("{speculate: {draft: remote}}", "not a model of the same engine"),
         ("{speculate: {draft: small, method: guess}}", "specreason"),
+        ("{exit: {}, vote: {}}", "not one way to spend compute"),
+        ("{vote: {most: 1}}", "most"),
+        ("{vote: {prune: 0.5}}", "prune"),
         ("{exit: {delta: 0.5}}", "5%"),
         ("{exit: {rule: convergence, agree: 1}}", "agree"),
     ],
@@ -165,7 +191,7 @@ def test_a_plan_is_for_the_local_engine() -> None:
 
 
 def test_every_field_of_a_plan_is_one_of_the_engines() -> None:
-    for file, struct in ((ExitFile, Exit), (SpeculateFile, SpeculateSteps)):
+    for file, struct in ((ExitFile, Exit), (SpeculateFile, SpeculateSteps), (VoteFile, Vote)):
         assert set(file.model_fields) <= {field.name for field in msgspec.structs.fields(struct)}
     policy = parse(POLICY)
     assert dict(policy.models["local"].plans) == {}

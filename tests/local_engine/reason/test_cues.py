@@ -1,7 +1,7 @@
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from local_engine.reason.answers import answer_class
@@ -33,6 +33,7 @@ def test_a_cue_is_a_whole_word_in_whatever_tokens(pieces: list[str], cues: list[
     assert found(pieces) == cues
 
 
+@settings(deadline=None)
 @given(st.text("waithm .\n", max_size=60), st.integers(0, 10**6))
 def test_where_a_text_is_cut_into_tokens_does_not_matter(text: str, seed: int) -> None:
     rng = random.Random(seed)
@@ -52,6 +53,7 @@ def test_where_a_text_is_cut_into_tokens_does_not_matter(text: str, seed: int) -
     assert bool(tokens) == bool(letters)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["w", "ait", "wait", " ", "hold", " on", "x", ".", " hm"]), max_size=30))
 def test_what_is_certain_is_never_cut_off(pieces: list[str]) -> None:
     finder = CueFinder(("wait", "hmm", "hold on"))

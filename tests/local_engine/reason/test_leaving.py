@@ -178,7 +178,6 @@ def test_what_is_held_back_is_told_at_the_end(bundled: LocalModel, start_engine:
     ("options", "problem"),
     [
         ({"plan": Exit()}, "needs a fitted artifact"),
-        ({"plan": Exit(rule="cue", max_thinking_tokens=400)}, "leave room for an answer within 400"),
         ({"plan": Exit(rule="cue", max_thinking_tokens=0)}, "must be at least 1"),
         ({"plan": Exit(rule="cue"), "prefix": "The"}, "the answer has begun"),
         ({"plan": Exit(rule="trace", layers=(9,))}, "names layer 9"),
