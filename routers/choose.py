@@ -110,12 +110,12 @@ def weigh(route: Route, options: Sequence[Option]) -> None:
     times = [option.expected_ms for option in options if option.expected_ms is not None] if worth.second else []
     mean = sum(times) / len(times) if times else 0.0
     for option in options:
-        p, cost = option.p, option.cost
-        if p is None or cost is None:
+        p = option.p
+        if p is None or option.expected is None:
             option.utility = None
             continue
         ms = mean if option.expected_ms is None else option.expected_ms
-        option.utility = round(100 * p * worth.point - cost - ms * worth.second / 1000)
+        option.utility = round(100 * p * worth.point - option.expected - option.switch - ms * worth.second / 1000)
 
 
 def by_cost(option: Option) -> tuple[bool, int, int]:
@@ -206,10 +206,14 @@ def _comparison(route: Route, option: Option, chosen: Option) -> str:
 
 
 def _dearer(option: Option, chosen: Option) -> str:
-    name, mine, its = chosen.name, option.cost, chosen.cost
-    if its is not None and mine is None:
+    name, mine, its = chosen.name, option.expected, chosen.expected
+    if its is None:
+        return f"as good as {name}, listed later"
+    its += chosen.switch
+    if mine is None:
         return f"its price is not known, {name} costs {format_money(its)}"
-    if its is not None and mine is not None and mine > its:
+    mine += option.switch
+    if mine > its:
         leaving = f" with {format_money(option.switch)} to leave the conversation's model" if option.switch else ""
         return f"costs {format_money(mine)}{leaving}, {name} {format_money(its)}"
     return f"as good as {name}, listed later"

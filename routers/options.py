@@ -56,18 +56,21 @@ class Option:
         """Why it will probably not fit; empty: it will, or it cannot."""
         self.violation = ""
         """The first bound of its route that it does not meet, in words."""
-        self._look_for_obstacle(query, exact, state)
+        self._look_for_obstacle(query, exact, tokens, state)
         if query.hints is not None and self.obstacle is None:
             self._look_at_hints(query)
 
-    def _look_for_obstacle(self, query: Query, exact: int | None, state: State) -> None:
+    def _look_for_obstacle(self, query: Query, exact: int | None, tokens: int, state: State) -> None:
         """The lasting obstacles first: what is only unavailable would run if it came back."""
         model, asked = self.model, query.max_output_tokens
-        if model.embeds != (query.endpoint == "embeddings"):
-            self.obstacle, self.reason = "capability", "only embeds" if model.embeds else "cannot embed"
-        elif query.endpoint == "completions" and not model.completes:
-            self.obstacle, self.reason = "capability", "takes conversations only, no raw prompt"
-        elif query.needs_tools and not model.tools:
+        if model.embeds or query.endpoint != "chat.completions":
+            if model.embeds != (query.endpoint == "embeddings"):
+                self.obstacle, self.reason = "capability", "only embeds" if model.embeds else "cannot embed"
+                return
+            if query.endpoint == "completions" and not model.completes:
+                self.obstacle, self.reason = "capability", "takes conversations only, no raw prompt"
+                return
+        if query.needs_tools and not model.tools:
             self.obstacle, self.reason = "capability", "cannot call tools"
         elif query.needs_format and not model.structured:
             self.obstacle, self.reason = "capability", "cannot hold to a JSON format"
@@ -76,7 +79,11 @@ class Option:
         elif asked is not None and model.max_output is not None and asked > model.max_output:
             self.obstacle = "context_length"
             self.reason = f"answers at most {model.max_output} tokens, {asked} asked"
-        elif model.context is not None and (does_not_fit := self._does_not_fit(model.context, query, exact)):
+        elif (
+            model.context is not None
+            and tokens // query.inputs + (asked or 1) > model.context
+            and (does_not_fit := self._does_not_fit(model.context, query, exact, tokens // query.inputs))
+        ):
             self.obstacle, self.reason = "context_length", does_not_fit
         elif (state.budget_remaining_nanousd is not None or state.degrade is not None) and (
             over_budget := self._over_budget(query, state)
@@ -100,11 +107,9 @@ class Option:
             self.obstacle = "constraints"
             self.reason = f"effort {plan.effort}, at most {hints.effort} asked by the caller"
 
-    def _does_not_fit(self, context: int, query: Query, exact: int | None) -> str:
+    def _does_not_fit(self, context: int, query: Query, exact: int | None, tokens: int) -> str:
+        """Of a prompt that by these tokens does not: in words, or empty where it may all the same."""
         out = query.max_output_tokens or 1
-        tokens = (query.input_tokens_estimate if exact is None else exact) // query.inputs
-        if tokens + out <= context:
-            return ""
         if exact is not None:
             return f"does not fit: {tokens} tokens in and {out} out, context {context}"
         least = least_input_tokens(query)
@@ -126,11 +131,6 @@ class Option:
             return ""
         words = f"may cost {format_money(self.worst)}, budget left {format_money(remaining)}"
         return words if query.max_output_tokens is not None else f"{words}; send max_tokens to reserve less"
-
-    @property
-    def cost(self) -> int | None:
-        """What comparisons count: the expected bill, and the switch."""
-        return None if self.expected is None else self.expected + self.switch
 
     def candidate(self, running: bool) -> Candidate:
         """As a decision keeps it; `running`: chosen or in reserve, so not rejected."""

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import lru_cache
 from typing import Literal, get_args
 
 Window = Literal["hour", "day", "week", "month", "total"]
@@ -110,6 +111,7 @@ def parse_percent(text: str) -> float:
     return percent
 
 
+@lru_cache(maxsize=4096)
 def format_money(nanousd: int) -> str:
     """`$0.0125`: exact, without trailing zeros."""
     dollars, rest = divmod(abs(nanousd), 1_000_000_000)
