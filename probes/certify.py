@@ -12,11 +12,14 @@ how much loss n rows may show:
   loosest, and the first that cannot be rejected ends it. As the loss is monotone, every t may be tested, without a
   grid. The p-value is the binomial's own for losses of 0 and 1 (Clopper and Pearson), Hoeffding's and Bentkus's for
   others. With a horizon it is the realised mean loss of that many further rows that is at most alpha with probability
-  1 - delta: what one can count afterwards has noise of its own, and the p-value is then the hypergeometric's.
+  1 - delta: what one can count afterwards has noise of its own. The p-value is then the hypergeometric's, and it must
+  be below delta / 2: rows are never quite exchangeable (out-of-fold scores are of other heads), and a promise that can
+  be counted should hold when it is counted.
 
 Both ask that the rows and the queries to come are exchangeable, and that the score has not seen the rows' labels.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +37,10 @@ Method = Literal["crc", "ltt"]
 METHODS: tuple[Method, ...] = ("ltt", "crc")
 ALPHAS = (0.02, 0.05, 0.1)
 DELTA = 0.05
+ROOM = 0.5
+"""The share of delta at which a realised loss is tested."""
+Horizon = int | Literal["rows"] | None
+"""Further rows whose realised loss is bounded; "rows": as many as it is certified on; None: the expected loss is."""
 SLACK = 1e-9
 """Of counts of rows: alpha * (n + 1) must not lose a row to the last bit of a float."""
 
@@ -116,10 +123,18 @@ def choose(probabilities: Array, threshold: float) -> npt.NDArray[np.intp]:
 
 
 def certify(
-    losses: Losses, alpha: float, method: Method = "ltt", delta: float = DELTA, horizon: int | None = None
+    losses: Losses, alpha: float, method: Method = "ltt", delta: float = DELTA, horizon: Horizon = "rows"
 ) -> Threshold:
-    """The loosest threshold that is proven to lose at most alpha; CertificateError where these rows prove nothing."""
+    """The loosest threshold that is proven to lose at most alpha; CertificateError where these rows prove nothing.
+
+    A horizon belongs to ltt and to losses of 0 and 1; "rows" is None for others.
+    """
+    binary = bool((losses.size == 1.0).all())
+    if horizon == "rows" and not binary:
+        horizon = None
     require_rows(losses.n, alpha, method, delta, horizon)
+    if horizon == "rows":
+        horizon = losses.n if method == "ltt" else None
     total = float(losses.size.sum())
     if total == 0 or total > losses.n - SLACK:
         raise CertificateError(
@@ -130,7 +145,6 @@ def certify(
     at, lost = losses.at[order], np.cumsum(losses.size[order])
     # Rows of one score are accepted together: what counts is the sum after the last of them.
     last = np.append(at[1:] != at[:-1], True)
-    binary = bool((losses.size == 1.0).all())
     if horizon is not None and not binary:
         raise CertificateError("a horizon asks for losses of 0 or 1: leave it out to bound the expected loss")
     allowed = _allowed(losses.n, alpha, method, delta, horizon, binary)
@@ -139,10 +153,12 @@ def certify(
     return Threshold(value, losses.risk(value), losses.n, alpha, method, None if method == "crc" else delta, horizon)
 
 
-def require_rows(n: int, alpha: float, method: Method, delta: float = DELTA, horizon: int | None = None) -> None:
+def require_rows(n: int, alpha: float, method: Method, delta: float = DELTA, horizon: Horizon = "rows") -> None:
     """Refuse what n rows cannot prove, however few of them lose; says how many it takes."""
-    needed = rows_needed(alpha, method, delta, horizon)
-    if n < needed:
+    if not _proves(n, alpha, method, delta, horizon):
+        needed = rows_needed(alpha, method, delta, horizon, above=n)
+        if horizon == "rows":
+            horizon = n if method == "ltt" else None
         sure = "" if method == "crc" else f" with {1 - delta:.4g} confidence"
         sure += "" if horizon is None else f" over the next {horizon} queries"
         raise CertificateError(
@@ -164,14 +180,13 @@ def resplit(
     """Does it hold? The realised risk [splits] on random halves of n rows, each certified on the other half.
 
     `losses` makes the losses of the rows it is given. Conformal risk control promises that the mean of the result is at
-    most alpha; Learn-then-Test, with the size of the other half as its horizon, that a share 1 - delta of it is.
+    most alpha; Learn-then-Test, with its horizon of as many rows, that a share 1 - delta of it is.
     """
     rng = np.random.default_rng(seed)
     risks = np.empty(splits)
     for i in range(splits):
         rows = rng.permutation(n)
-        horizon = n - n // 2 if method == "ltt" else None
-        threshold = certify(losses(rows[: n // 2]), alpha, method, delta, horizon)
+        threshold = certify(losses(rows[: n // 2]), alpha, method, delta)
         risks[i] = losses(rows[n // 2 :]).risk(threshold.value)
     return risks
 
@@ -184,7 +199,7 @@ def issue(
     alpha: float,
     method: Method,
     delta: float = DELTA,
-    horizon: int | None = None,
+    horizon: Horizon = "rows",
     rows: Literal["held_out", "out_of_fold"],
     data_sha256: str,
     manifest: Manifest,
@@ -212,7 +227,7 @@ def issue(
         method=method,
         alpha=alpha,
         delta=found.delta,
-        horizon=horizon,
+        horizon=found.horizon,
         threshold=threshold,
         n=losses.n,
         risk=found.risk,
@@ -225,28 +240,40 @@ def issue(
     )
 
 
-def rows_needed(alpha: float, method: Method = "ltt", delta: float = DELTA, horizon: int | None = None) -> int:
-    """Rows below which not even a sample without any loss proves alpha."""
+def rows_needed(
+    alpha: float, method: Method = "ltt", delta: float = DELTA, horizon: Horizon = "rows", *, above: int = 0
+) -> int:
+    """Rows, more than `above`, below which not even a sample without any loss proves alpha."""
+    few, enough = above, above + 1
+    if horizon == "rows" and method == "ltt":
+        # The chance jumps down where alpha allows one more loss among as many rows to come, and creeps up in between.
+        steps = itertools.count(math.floor(alpha * enough + SLACK) + 1)
+        starts = itertools.chain([enough], (math.ceil(k / alpha - SLACK) for k in steps))
+        return next(n for n in starts if _proves(n, alpha, method, delta, horizon))
+    while not _proves(enough, alpha, method, delta, horizon):
+        few, enough = enough, 2 * enough
+    while enough - few > 1:
+        middle = (few + enough) // 2
+        few, enough = (few, middle) if _proves(middle, alpha, method, delta, horizon) else (middle, enough)
+    return enough
+
+
+def _proves(n: int, alpha: float, method: Method, delta: float, horizon: Horizon) -> bool:
+    """Whether n rows without any loss prove alpha."""
     if not 0 < alpha < 1:
         raise CertificateError(f"alpha {alpha!r} is no bound on a share: give a number between 0 and 1, such as 0.05")
     if not 0 < delta < 1:
         raise CertificateError(f"delta {delta!r} is no chance of error: give a number between 0 and 1, such as 0.05")
-    if method == "crc" and horizon is not None:
-        raise CertificateError("conformal risk control bounds the mean over any horizon: give a horizon with ltt alone")
     if method == "crc":
-        return math.ceil(1 / alpha - 1 - SLACK)
+        if isinstance(horizon, int):
+            raise CertificateError("conformal risk control bounds the mean over any horizon: give one with ltt alone")
+        return alpha * (n + 1) - 1 >= -SLACK
     if horizon is None:
-        return math.ceil(math.log(delta) / math.log1p(-alpha) - SLACK)
-    if horizon < 1:
-        raise CertificateError(f"horizon {horizon} is no number of queries: give 1 or more, or none")
-    enough = 1
-    while _too_many_to_come(0, enough, alpha, horizon) > delta:
-        enough *= 2
-    few = enough // 2
-    while enough - few > 1:
-        middle = (few + enough) // 2
-        few, enough = (few, middle) if _too_many_to_come(0, middle, alpha, horizon) <= delta else (middle, enough)
-    return enough
+        return n * math.log1p(-alpha) <= math.log(delta) + SLACK
+    ahead = n if horizon == "rows" else horizon
+    if ahead < 1 and n > 0:
+        raise CertificateError(f"horizon {ahead} is no number of queries: give 1 or more, or none")
+    return n > 0 and _too_many_to_come(0, n, alpha, ahead) <= delta * ROOM
 
 
 def _allowed(n: int, alpha: float, method: Method, delta: float, horizon: int | None, binary: bool) -> float:
@@ -257,7 +284,7 @@ def _allowed(n: int, alpha: float, method: Method, delta: float, horizon: int | 
         proven, not_proven = 0, n
         while not_proven - proven > 1:
             seen = (proven + not_proven) // 2
-            fine = _too_many_to_come(seen, n, alpha, horizon) <= delta
+            fine = _too_many_to_come(seen, n, alpha, horizon) <= delta * ROOM
             proven, not_proven = (seen, not_proven) if fine else (proven, seen)
         return proven
     if binary:

@@ -24,7 +24,7 @@ from probes.cli import (
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
-    from probes.certify import Method
+    from probes.certify import Horizon, Method
     from probes.compare import Compared
     from probes.manifest import Certificate
 
@@ -95,10 +95,10 @@ def certify(
                 f"{table}: {probe.version} was fitted on about {shared} of these prompts, whose scores prove nothing; "
                 "certify on other rows"
             )
-        promises: list[tuple[float, Method, int | None]] = []
+        promises: list[tuple[float, Method, Horizon]] = []
         for bound in alpha or ALPHAS:
             for how in METHODS if method == "both" else (method,):
-                over = (len(data.prompts) if horizon is None else horizon or None) if how == "ltt" else None
+                over: Horizon = "rows" if horizon is None or how == "crc" else horizon or None
                 try:
                     require_rows(len(data.prompts), bound, how, delta, over)
                 except CertificateError as error:

@@ -317,13 +317,11 @@ def _certificates(table: Table, probabilities: Array, manifest: Manifest) -> lis
     known = np.flatnonzero(~np.isnan(table.labels[:, columns]).any(1))
     found: list[Certificate] = []
     for alpha, method in ((alpha, method) for alpha in ALPHAS for method in METHODS):
-        horizon = len(known) if method == "ltt" else None
         with contextlib.suppress(CertificateError):
             found.append(
                 issue(
                     probabilities[known][:, columns], table.labels[known][:, columns], ("weak", "strong"),
-                    alpha=alpha, method=method, horizon=horizon,
-                    rows="out_of_fold", data_sha256=manifest.data_sha256, manifest=manifest,
+                    alpha=alpha, method=method, rows="out_of_fold", data_sha256=manifest.data_sha256, manifest=manifest,
                 )
             )  # fmt: skip
     return found

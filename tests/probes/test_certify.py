@@ -70,9 +70,11 @@ def test_learn_then_test_takes_the_last_threshold_before_the_binomial_test_fails
 ) -> None:
     scores, wrong = arrays(rows)
     n = len(scores)
-    assume(n >= rows_needed(alpha, "ltt", delta))
+    assume(n >= rows_needed(alpha, "ltt", delta, None))
     best = loosest(scores, wrong, lambda risk: binom.cdf(round(risk * n), n, alpha) <= delta)
-    assert accepted(scores, certify(accept_losses(scores, wrong), alpha, "ltt", delta).value) == accepted(scores, best)
+    assert accepted(scores, certify(accept_losses(scores, wrong), alpha, "ltt", delta, None).value) == accepted(
+        scores, best
+    )
 
 
 @given(ROWS, st.sampled_from([0.1, 0.3, 0.5]), st.integers(1, 60))
@@ -86,7 +88,7 @@ def test_a_horizon_bounds_what_is_realised_by_the_hypergeometric(
 
     def proven(risk: float) -> bool:
         seen = round(risk * n)
-        return bool(hypergeom.cdf(seen, n + horizon, min(seen + over, n + horizon), n) <= 0.05)
+        return bool(hypergeom.cdf(seen, n + horizon, min(seen + over, n + horizon), n) <= 0.025)
 
     threshold = certify(accept_losses(scores, wrong), alpha, horizon=horizon)
     assert accepted(scores, threshold.value) == accepted(scores, loosest(scores, wrong, proven))
@@ -96,8 +98,8 @@ def test_a_horizon_bounds_what_is_realised_by_the_hypergeometric(
 def test_the_rows_that_a_horizon_takes_are_the_fewest(alpha: float, horizon: int) -> None:
     needed = rows_needed(alpha, horizon=horizon)
     over = math.floor(alpha * horizon + 1e-9) + 1
-    assert hypergeom.cdf(0, needed + horizon, over, needed) <= 0.05 + 1e-9
-    assert needed == 1 or hypergeom.cdf(0, needed - 1 + horizon, over, needed - 1) > 0.05 - 1e-9
+    assert hypergeom.cdf(0, needed + horizon, over, needed) <= 0.025 + 1e-9
+    assert needed == 1 or hypergeom.cdf(0, needed - 1 + horizon, over, needed - 1) > 0.025 - 1e-9
 
 
 @given(PARTIAL, st.sampled_from([0.1, 0.3, 0.5]))
@@ -106,7 +108,7 @@ def test_losses_that_are_not_0_or_1_are_tested_by_hoeffding_and_bentkus(
 ) -> None:
     scores, wrong = arrays(rows)
     n = len(scores)
-    assume(n >= rows_needed(alpha) and not set(wrong) <= {0.0, 1.0})
+    assume(n >= rows_needed(alpha, horizon=None) and not set(wrong) <= {0.0, 1.0})
     best = loosest(scores, wrong, lambda risk: hoeffding_bentkus(risk, n, alpha) <= 0.05)
     assert accepted(scores, certify(accept_losses(scores, wrong), alpha).value) == accepted(scores, best)
 
@@ -163,13 +165,27 @@ def test_two_models_lose_where_the_weak_one_is_wrong_the_strong_one_right_and_th
     [(0.02, "crc", 49), (0.05, "crc", 19), (0.1, "crc", 9), (0.02, "ltt", 149), (0.05, "ltt", 59), (0.1, "ltt", 29)],
 )
 def test_too_few_rows_are_refused_with_the_number_that_it_takes(alpha: float, method: Method, needed: int) -> None:
+    """Of the expected loss, by the papers' formulas."""
     scores = np.arange(float(needed))
     # One row loses, and stands last: the rest is accepted if the rows are just enough.
-    enough = certify(accept_losses(scores, (scores == 0).astype(float)), alpha, method)
+    enough = certify(accept_losses(scores, (scores == 0).astype(float)), alpha, method, horizon=None)
     assert enough.value == 0.0
     assert enough.risk == 0.0
     with pytest.raises(CertificateError, match=rf"{needed - 1} rows are too few .* it takes {needed};"):
-        certify(accept_losses(scores[1:], (scores[1:] == 1).astype(float)), alpha, method)
+        certify(accept_losses(scores[1:], (scores[1:] == 1).astype(float)), alpha, method, horizon=None)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_a_realised_loss_takes_more_rows(alpha: float) -> None:
+    needed = rows_needed(alpha)
+    scores = np.arange(float(needed))
+    found = certify(accept_losses(scores, (scores == 0).astype(float)), alpha)
+    assert (found.value, found.horizon) == (0.0, needed)
+    assert needed > rows_needed(alpha, horizon=None)
+    proven = [n for n in range(1, needed + 1) if hypergeom.cdf(0, 2 * n, math.floor(alpha * n + 1e-9) + 1, n) <= 0.025]
+    assert proven == [needed]
+    with pytest.raises(CertificateError, match=rf"20 rows are too few .* over the next 20 queries: .* {needed};"):
+        certify(accept_losses(scores[:20], (scores[:20] == 0).astype(float)), alpha)
 
 
 @pytest.mark.parametrize(
@@ -226,8 +242,7 @@ def promises_hold(make: Make, n: int, needed: dict[Method, list[float]]) -> None
                 assert risks.mean() <= alpha + noise
                 assert abs(risks.mean() - alpha) < 0.01
             else:
-                # 190 of 200, less three standard deviations of 200 draws.
-                assert (risks <= alpha).mean() >= 0.95 - 0.046, alpha
+                assert (risks <= alpha).mean() >= 0.95, alpha
 
 
 def test_the_promises_hold_over_200_resplits_of_synthetic_rows() -> None:

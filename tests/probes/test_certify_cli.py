@@ -98,6 +98,7 @@ def test_one_head_is_certified_for_acceptance(folder: Path) -> None:
             "of 30 rows none can lose: labels of one",
         ),
         (200, {}, ["--alpha", "0"], "alpha 0.0 is no bound on a share"),
+        (190, {}, ["--alpha", "0.1", "--method", "ltt", "--horizon", "5"], "it takes 195;"),
         (40, {}, ["--alpha", "0.1", "--method", "crc", "--head", "other=cheap"], "has no head 'other'"),
     ],
 )
