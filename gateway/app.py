@@ -24,7 +24,7 @@ from gateway.engine_link import EngineConnection
 from gateway.engine_process import EngineProcess
 from gateway.learned import Learned
 from gateway.ledger import budget_rows, report
-from gateway.ledger.claim import DatabaseClaimed, claim
+from gateway.ledger.claim import DatabaseClaim, DatabaseClaimed
 from gateway.ledger.journal import Journal, JournalError, to_disk
 from gateway.ledger.store import LedgerStore, LedgerUnreachable, connect
 from gateway.lifecycle import Lifecycle
@@ -100,16 +100,23 @@ class App:
         metrics = Metrics()
         database = connect(settings.database_url, settings.durability)
         stack.callback(database.dispose)
-        claimed = claim(database, shared=settings.shared)
-        if claimed is not None:
-            stack.callback(claimed.close)
+        claim = DatabaseClaim(database, shared=settings.shared)
+        claim.take()
+        stack.callback(claim.close)
+        keeping = asyncio.create_task(claim.keep(), name="database-claim")
+        stack.callback(keeping.cancel)
         journal = Journal(settings.journal, sync=to_disk if settings.durability == "full" else None)
         shared = SharedBudgets(connect_budgets(settings.database_url)) if settings.shared else None
         if shared is None:  # alone on this database: what this process inserts is booked nowhere but in its memory
             with database.begin() as connection:
                 budget_rows.clear(connection)
         ledger = LedgerStore(
-            database, journal, journals=settings.journal.parent, durability=settings.durability, booking=shared
+            database,
+            journal,
+            journals=settings.journal.parent,
+            durability=settings.durability,
+            booking=shared,
+            claim=claim,
         )
         stack.push_async_callback(ledger.stop)
         replayed = ledger.replay()

@@ -157,7 +157,7 @@ class Lifecycle:
         budgets = self._limits.budgets(world.policy, principal, call.headers)
         account = await self.budgets.find(budgets, now_ms, request_id)
         if not self.ledger.accepts:
-            raise Unavailable("The ledger is too far behind to admit more; retry shortly.", retry_after_s=1)
+            raise Unavailable(self.ledger.refuses, retry_after_s=1)
         record = RequestRecord(
             id=request_id,
             created_at_ms=now_ms,

@@ -18,6 +18,7 @@ from sqlalchemy import Engine, create_engine, event, select
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from gateway.errors import Unavailable
+from gateway.ledger.claim import DatabaseClaim
 from gateway.ledger.journal import Journal
 from gateway.ledger.migrations import SchemaTooNew, upgrade
 from gateway.ledger.reconcile import INTERVAL_S, adopt_orphans
@@ -102,6 +103,7 @@ class LedgerStore:
 
     `journals`: the folder of all workers' journals, where orphans are looked for; None: there is none but `journal`.
     `booking`: books the rows in budgets that workers share; None: there are none.
+    `claim`: what this process holds of the database, and may lose.
     """
 
     def __init__(
@@ -112,8 +114,10 @@ class LedgerStore:
         journals: Path | None = None,
         durability: Durability = "process",
         booking: Booking | None = None,
+        claim: DatabaseClaim | None = None,
     ) -> None:
         self.engine = engine
+        self._claim = claim
         self.journal = journal
         self._booking = booking
         if booking is not None:
@@ -203,8 +207,15 @@ class LedgerStore:
 
     @property
     def accepts(self) -> bool:
-        """False while SQL is so far behind that admitting more would not be bounded."""
-        return len(self._pending) < MAX_PENDING
+        """Whether anything may be admitted; `refuses` says why not."""
+        return len(self._pending) < MAX_PENDING and (self._claim is None or not self._claim.lost)
+
+    @property
+    def refuses(self) -> str:
+        """Why nothing is admitted now: SQL is so far behind that more would not be bounded, or another's."""
+        if self._claim is not None and self._claim.lost:
+            return self._claim.lost
+        return "The ledger is too far behind to admit more; retry shortly."
 
     async def reachable(self, timeout_s: float = REACH_TIMEOUT_S) -> bool:
         """Whether the database answers now. One question at a time, however many ask."""
