@@ -6,6 +6,7 @@ As `kernel.ProbeClassifier`, but linear, and without scaling: text features come
 from typing import Any, Self
 
 import numpy as np
+from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
@@ -108,7 +109,7 @@ class SparseProbeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mis
         for strength in self.Cs:
             scores = np.empty(len(y))
             for train, test in splits:
-                scores[test] = _logistic(strength).fit(rows[train], y[train]).decision_function(rows[test])
+                scores[test] = _logistic(strength, rows).fit(rows[train], y[train]).decision_function(rows[test])
             calibrator: Calibrator = fit_platt(scores, y)
             p = np.clip(calibrator(scores), 1e-12, 1 - 1e-12)
             loss = -float(np.mean(np.where(y > 0.5, np.log(p), np.log1p(-p))))
@@ -118,10 +119,12 @@ class SparseProbeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mis
             raise ValueError("Cs is empty: give at least one inverse regularisation strength")
         _, strength, scores, calibrator = best
         oof[known] = calibrator(scores)
-        model = _logistic(strength).fit(rows, y)
+        model = _logistic(strength, rows).fit(rows, y)
         return model.coef_[0], float(model.intercept_[0]), calibrator, strength, oof
 
 
-def _logistic(strength: float) -> LogisticRegression:
-    """Coordinate descent: quick on sparse rows. The intercept is all but free of regularisation."""
-    return LogisticRegression(C=strength, solver="liblinear", intercept_scaling=10.0, random_state=0)
+def _logistic(strength: float, X: Any) -> LogisticRegression:
+    """Coordinate descent where rows are sparse, its intercept all but free of regularisation; else Newton's method."""
+    if issparse(X):
+        return LogisticRegression(C=strength, solver="liblinear", intercept_scaling=10.0, random_state=0)
+    return LogisticRegression(C=strength, solver="newton-cholesky", max_iter=200)

@@ -1,4 +1,4 @@
-"""Fit the shipped probe: `python scripts/fit_default_probe.py ../shared/data`.
+"""Fit the shipped probes, `default` and `static`: `python scripts/fit_default_probe.py ../shared/data`.
 
 Heads `weak` (Mixtral-8x7B) and `strong` (GPT-4-1106) learn from RouteLLM's outcomes on MMLU and GSM8K. Head `local`
 learns from what the bundled model really answers, greedily, to held-out arithmetic, to MMLU and GSM8K training
@@ -23,8 +23,9 @@ from local_engine.arithmetic import LEVELS, REFUSAL, other_prompt, problems
 from local_engine.chat import prompt_tokens
 from probes.artifact import write
 from probes.extract import Encoder, FloatArray
-from probes.manifest import default_artifact_path
+from probes.manifest import ARTIFACTS, default_artifact_path
 from probes.report import render_rows
+from probes.static_fit import fit_static, static_rows, write_static
 from probes.train import Recipe, Table, fit_probe, layer_features
 
 BUNDLED = Path(__file__).parents[1] / "local_engine" / "bundled" / "base"
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder with the tables of shared/data")
     parser.add_argument("--model", type=Path, default=BUNDLED, help="the model that head `local` is about")
     parser.add_argument("--out", type=Path, default=default_artifact_path())
+    parser.add_argument("--static-out", type=Path, default=ARTIFACTS / "static")
     parser.add_argument("--cache", type=Path, help="folder to keep answers and hidden states in between runs")
     parser.add_argument("--per-level", type=int, default=300, help="arithmetic problems a level")
     parser.add_argument("--others", type=int, default=400, help="MMLU and GSM8K questions each that the model is asked")
@@ -63,6 +65,11 @@ def main() -> None:
         tuple(heads.values()),
         frame["group"].to_numpy(dtype=object),
     )
+    words = fit_static(table, seed=args.seed, progress=True)
+    rows = static_rows(words, table, args.seed)
+    version = write_static(words, table, args.static_out, "static", rows)
+    Console().print(render_rows(f"{version}, out of fold", rows))
+    print(f"wrote {args.static_out}")
     encoder, recipe = Encoder.load(), Recipe(seed=args.seed)
     parts = [part["prompt"].tolist() for _, part in frame.groupby("source", sort=False)]
     features = np.concatenate([cached_features(encoder, prompts, recipe, args.cache) for prompts in parts])

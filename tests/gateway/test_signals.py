@@ -1,5 +1,6 @@
 """Probes in order, through a real gateway: words in the worker first, the engine only for what they leave open."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,25 @@ async def test_words_decide_in_the_worker_without_an_engine(
         False,
         True,
     ]  # it abstained, and nobody else is there
+
+
+@pytest.mark.engine
+async def test_the_engine_is_asked_for_what_words_leave_open(
+    upstream: FakeUpstream, words: Path, tmp_path: Path
+) -> None:
+    policy = POLICY.format(url=upstream.url, probe="[./words, default]").replace(
+        "dear: strong}", "dear: strong}, timeout: 20s"
+    )
+    async with running(policy, tmp_path / "home", policy_folder=words) as gateway:
+        assert gateway.app.engine is not None
+        async with asyncio.timeout(60):
+            await gateway.app.engine.ready.wait()
+        for text in (SUM, OTHER):
+            assert (await gateway.chat(ask(text)))[0] == 200
+        other, easy = await gateway.rows()
+    decisions = [json.loads(row["decision"]) for row in (easy, other)]
+    assert [d["probe_version"].partition("@")[0] for d in decisions] == ["words", "default"]
+    assert not any(d.get("degraded") for d in decisions)
 
 
 @pytest.mark.parametrize(
