@@ -1,7 +1,7 @@
-"""The ledger's history as decisions can be made of it again: each row as a query, with the signals of its decision.
+"""The ledger's history as decisions can be made of it again: each row as a query, with its signals and the state then.
 
-A row does not hold the request: its tags, tools, formats and limits of length are not known, and neither is what was
-unavailable. What is made of it is an approximation, and is told as one.
+A row keeps what its decision was made from (`gateway.facts`), but for requests that named a model: of those tags,
+tools, formats and limits of length are not known, and what is made of them is an approximation.
 """
 
 import json
@@ -14,6 +14,7 @@ from sqlalchemy import Engine, create_engine, select
 from sqlalchemy.exc import DBAPIError
 from sqlmodel import col
 
+from gateway import facts
 from gateway.ledger.report import request
 from gateway.ledger.tables import ApiKey, RequestRow
 from gateway.settings import Settings
@@ -21,9 +22,10 @@ from probes.types import Estimate
 from routers.diff import outcome
 from routers.explain import from_dict
 from routers.policy import Policy
-from routers.types import Decision, Query, Signals
+from routers.types import Decision, Query, Signals, State
 
-NOT_KEPT = "the ledger keeps no tags, tools, formats, hints or caps: they count as absent; all models count as up"
+AS_THEN = "by what the probe said and what was up and affordable then"
+APPROXIMATE = "the row does not keep what was decided from: tags, tools, formats, hints and caps count as absent"
 MAX_ROWS = 5_000
 
 
@@ -36,6 +38,9 @@ class Past:
     """None: answered from the cache, or refused before anything was decided."""
     query: Query
     signals: Signals
+    state: State
+    exact: bool
+    """Whether the row keeps what it was decided from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +83,7 @@ def over_history(settings: Settings, before: Policy, after: Policy, since_ms: in
         engine.dispose()
     changed: Counter[tuple[str, str]] = Counter()
     for past in pasts:
-        old, new = outcome(before, past.query, past.signals), outcome(after, past.query, past.signals)
+        old, new = (outcome(policy, past.query, past.signals, past.state) for policy in (before, after))
         if old != new:
             changed[old, new] += 1
     return Replayed(len(pasts), changed)
@@ -99,6 +104,10 @@ def _key_names(engine: Engine) -> dict[str, str]:
 
 def _past(row: Mapping[str, Any], key_names: Mapping[str, str]) -> Past:
     decision = from_dict(json.loads(row["decision"])) if row["decision"] else None
+    version = (decision.probe_version if decision is not None else None) or "ledger"
+    kept = facts.read(row, version)
+    if kept is not None:
+        return Past(row, decision, *kept, exact=True)
     tokens = row["input_tokens"] + row["cached_input_tokens"] + row["cache_write_tokens"]
     query = Query(
         model=row["model_requested"],
@@ -113,11 +122,7 @@ def _past(row: Mapping[str, Any], key_names: Mapping[str, str]) -> Past:
         id=row["id"],
         at_ms=row["created_at_ms"],
     )
-    known = decision.candidates if decision is not None else ()
-    version = (decision.probe_version if decision is not None else None) or "ledger"
-    p = {
-        c.model: Estimate(c.p_success, f"{version}/{c.model}", c.p_low, c.p_high)
-        for c in known
-        if c.p_success is not None
-    }
-    return Past(row, decision, query, Signals(p_success=p, probe="ok" if p else "not_asked"))
+    known = [] if decision is None else [one for one in decision.candidates if one.p_success is not None]
+    p = {c.model: Estimate(c.p_success or 0.0, f"{version}/{c.model}", c.p_low, c.p_high) for c in known}
+    signals = Signals(p_success=p, probe="ok" if p else "not_asked")
+    return Past(row, decision, query, signals, State(now_ms=query.at_ms), exact=False)

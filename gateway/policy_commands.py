@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gateway.upstream.types import CallHeaders
     from routers.diff import Moved
     from routers.policy import Policy
-    from routers.types import Query, Signals
+    from routers.types import Query, Signals, State
 
 PolicyPath = Annotated[Path, typer.Argument(help="Policy file.")]
 MAX_SAMPLES_SHOWN = 4
@@ -84,7 +84,7 @@ def explain(
         _explain_past(policy, request, as_json)
         return
     from routers.cost import PROMPT_MARGIN
-    from routers.types import Query
+    from routers.types import Query, State
 
     sent = _sent(header) if header else None
     body = json.dumps([{"role": "user", "content": prompt}], ensure_ascii=False).encode()
@@ -104,7 +104,8 @@ def explain(
         at_ms=_moment(at),
     )
     assert prompt is not None
-    _say(_told(policy, query, _probe_signals(policy, query, prompt, file.parent)), as_json)
+    signals = _probe_signals(policy, query, prompt, file.parent)
+    _say(_told(policy, query, signals, State(now_ms=query.at_ms)), as_json)
 
 
 def diff(
@@ -147,11 +148,11 @@ def diff(
         if replayed is None:
             typer.echo(f"history: {why}")
         else:
-            from gateway.history import NOT_KEPT
+            from gateway.history import AS_THEN
 
             typer.echo(
                 f"history: {replayed.changed.total()} of the newest {replayed.requests} requests, of the last "
-                f"{hours:g} hours, get another model ({NOT_KEPT})"
+                f"{hours:g} hours, get another model, {AS_THEN}"
             )
             for (a, b), count in replayed.changed.most_common():
                 typer.echo(f"  {count}: {a} -> {b}")
@@ -212,7 +213,7 @@ def _grouped(samples: "list[Moved]") -> list[str]:
 
 
 def _explain_past(policy: "Policy", request_id: str, as_json: bool) -> None:
-    from gateway.history import NOT_KEPT, past_request
+    from gateway.history import APPROXIMATE, AS_THEN, past_request
     from gateway.settings import Settings, SettingsError
     from routers.explain import to_dict, to_lines
 
@@ -222,10 +223,11 @@ def _explain_past(policy: "Policy", request_id: str, as_json: bool) -> None:
         stop(str(error))
     if past is None:
         stop(f"--request {request_id!r}: the ledger has no such request")
-    told = _told(policy, past.query, past.signals)
+    told = _told(policy, past.query, past.signals, past.state)
+    how = AS_THEN if past.exact else APPROXIMATE
     if as_json:
         then = to_dict(past.decision) if past.decision is not None else None
-        typer.echo(json.dumps({"then": then, "now": told.data, "not_kept": NOT_KEPT}, indent=2))
+        typer.echo(json.dumps({"then": then, "now": told.data, "how": how}, indent=2))
         return
     row = past.row
     cost = "unpriced" if row["cost_nanousd"] is None else format_money(row["cost_nanousd"])
@@ -233,7 +235,7 @@ def _explain_past(policy: "Policy", request_id: str, as_json: bool) -> None:
     typer.echo(f"  {row['outcome']} ({row['http_status']}), served by {row['model_served'] or 'none'}, cost {cost}")
     for line in to_lines(past.decision) if past.decision is not None else ["nothing was decided"]:
         typer.echo(f"  {line}")
-    typer.echo(f"now, by policy {policy.version_hash} ({NOT_KEPT}):")
+    typer.echo(f"now, by policy {policy.version_hash} ({how}):")
     for line in told.lines:
         typer.echo(f"  {line}")
 
@@ -244,19 +246,18 @@ class _Told(NamedTuple):
     decided: bool
 
 
-def _told(policy: "Policy", query: "Query", signals: "Signals") -> _Told:
+def _told(policy: "Policy", query: "Query", signals: "Signals", state: "State") -> _Told:
     """The decision with all that led to it, for people and for programs."""
     from routers.decide import decide
     from routers.errors import NoCandidate
     from routers.explain import to_dict, to_lines
     from routers.facts import route_facts
-    from routers.types import State
 
     facts = route_facts(policy, query)
     lines = [str(fact) for fact in facts]
     data: dict[str, Any] = {"routes": [fact._asdict() for fact in facts]}
     try:
-        decision = decide(query, signals, policy, State(now_ms=query.at_ms), seed=0)
+        decision = decide(query, signals, policy, state, seed=0)
     except NoCandidate as error:
         refusal = {"kind": error.kind, "reasons": dict(error.reasons)}
         return _Told([*lines, f"refused: {error}"], {**data, "refused": refusal}, False)

@@ -146,16 +146,17 @@ def sample_changes(before: Policy, after: Policy) -> tuple[list[Moved], int]:
     found, count = [], 0
     for words, query, signals in islice(_samples(before, after), MAX_SAMPLES):
         count += 1
-        old, new = outcome(before, query, signals), outcome(after, query, signals)
+        state = State(now_ms=query.at_ms)
+        old, new = (outcome(policy, query, signals, state) for policy in (before, after))
         if old != new:
             found.append(Moved(words, old, new))
     return found, count
 
 
-def outcome(policy: Policy, query: Query, signals: Signals) -> str:
-    """The plan that this policy chooses where everything is up, or why there is none."""
+def outcome(policy: Policy, query: Query, signals: Signals, state: State) -> str:
+    """The plan that this policy chooses, or why there is none."""
     try:
-        return decide(query, signals, policy, State(now_ms=query.at_ms), seed=0).plan.name
+        return decide(query, signals, policy, state, seed=0).plan.name
     except NoCandidate as error:
         return f"refused ({error.kind})"
 

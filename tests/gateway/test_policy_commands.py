@@ -126,7 +126,7 @@ def test_explain_tells_routes_hints_and_times(shell: Shell) -> None:
 @pytest.mark.anyio
 async def test_explain_tells_a_past_request_and_what_would_be_now(start_gateway: StartGateway, shell: Shell) -> None:
     async with start_gateway(home=shell.home) as gateway:
-        _, headers, _ = await gateway.chat(ask(model="auto"))
+        _, headers, _ = await gateway.chat(ask(model="auto"), **{"x-leadline-tags": "vip"})
         await gateway.rows()
     file = shell.policy(
         "p.yaml", TEXT.replace("routes:\n", "routes:\n" + BATCH.replace(', schedule: {hours: "22:00-06:00"}', ""))
@@ -141,6 +141,12 @@ async def test_explain_tells_a_past_request_and_what_would_be_now(start_gateway:
     status, told = shell.run("explain", file, "--request", headers["x-request-id"], "--json")
     data: dict[str, Any] = json.loads(told)
     assert (data["then"]["plan"]["model"], data["now"]["decision"]["plan"]["model"]) == ("cheap", "dear")
+    tagged = shell.policy(
+        "t.yaml", TEXT.replace("routes:\n", "routes:\n  - {name: vip, when: {tag: vip}, use: [dear]}\n")
+    )
+    _, out = shell.run("explain", tagged, "--request", headers["x-request-id"])
+    assert "by what the probe said and what was up and affordable then" in out
+    assert "route vip: taken: tag vip" in out, "the row keeps what it was decided from"
     status, out = shell.run("explain", file, "--request", "req_none")
     assert (status != 0, "the ledger has no such request" in out) == (True, True)
 
