@@ -51,6 +51,7 @@ from gateway.upstream.gather import as_stream, gather, replay, usage_of
 from gateway.upstream.sse import DONE, write_event
 from gateway.upstream.types import Answer, AnswerStream, ChatCall, Event, UpstreamError
 from gateway.world import World
+from routers.bandit import context_of
 from routers.decide import decide
 from routers.errors import NoCandidate
 from routers.plans import models_of
@@ -276,6 +277,8 @@ class Lifecycle:
     ) -> tuple[Decision, str | None]:
         """The decision, and what its row keeps of what it was made from; None where the caller named a model."""
         signals = await self._signals.read(query, messages, world, tools, effort)
+        if world.explores and signals.domain and not signals.clusters:
+            signals = msgspec.structs.replace(signals, clusters=context_of(signals.domain))
         budgets = ticket.account.budgets if ticket is not None else ()
         budget, degraded = tightest(budgets), degrade(budgets)
         state = State(

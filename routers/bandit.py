@@ -1,8 +1,8 @@
 """A contextual bandit over the candidates of a route: what it has learned, and what it tries.
 
-The context is the query's clusters; the table (`State.arms`) holds what each model has earned in each of them. Its
-means stand in for p_success where no probe speaks of a candidate, so every objective works with them. A capped share
-of requests is answered by another candidate than the best, drawn by `method`:
+The context is the query's clusters, or its likeliest domains; the table (`State.arms`) holds what each model has earned
+in each of them. Its means stand in for p_success where no probe speaks of a candidate, so every objective works with
+them. A capped share of requests is answered by another candidate than the best, drawn by `method`:
 
     thompson   by its chance of being the best one: Thompson sampling, with each model's mean taken as normal around
                its Beta posterior, and the chance integrated on a grid instead of sampled, so that it is known
@@ -15,6 +15,7 @@ results computable (inverse propensity scores, doubly robust estimates).
 
 import math
 from collections.abc import Mapping, Sequence
+from zlib import crc32
 
 from msgspec.structs import replace
 
@@ -30,6 +31,13 @@ _PRIOR = Arm(2.0, 1.0)
 """As if each model had been tried twice in each cluster, and been right once: Beta(1, 1)."""
 _GRID = 48
 _NO_ARM = Arm(0.0, 0.0)
+
+
+def context_of(domain: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+    """The likeliest domains as clusters, three at most, with weights of sum 1; empty where nothing is known."""
+    likeliest = sorted(((p, name) for name, p in domain.items() if p > 0), reverse=True)[:3]
+    total = sum(p for p, _ in likeliest)
+    return tuple([(crc32(name.encode()), p / total) for p, name in likeliest])
 
 
 def belief(arms: Mapping[tuple[int, str], Arm], clusters: Sequence[tuple[int, float]], model: str) -> Arm:

@@ -224,7 +224,7 @@ class RoutesReader:
         cascades = any(len(of) > 1 for of in stages.values())
         otherwise = part.otherwise or "best"
         asks = objective in ("best", "utility", "threshold") or constraints.ask_p_success
-        asks = asks or cascades or part.guarantee is not None
+        asks = asks or cascades or part.guarantee is not None or part.explore is not None
         heads = self._difficulty.heads if self._difficulty and asks else {}
         failures = part.on_failure or OnFailureFile()
         on_failure = tuple(failures.error or ())

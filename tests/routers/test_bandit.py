@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from routers.aims import Explore
-from routers.bandit import EVERYWHERE, belief, explore, learned, probabilities, updated
+from routers.bandit import EVERYWHERE, belief, context_of, explore, learned, probabilities, updated
 from routers.decide import decide
 from routers.load import parse
 from routers.policy import Policy
@@ -184,3 +184,17 @@ def test_a_reward_is_from_zero_to_one() -> None:
     for reward in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="not between 0 and 1"):
             updated({}, (), "weak", reward)
+
+
+@given(st.dictionaries(st.text(max_size=8), st.floats(0, 1), max_size=6))
+def test_domains_are_a_context_of_few_clusters(domain: dict[str, float]) -> None:
+    clusters = context_of(domain)
+    likely = sorted((p for p in domain.values() if p > 0), reverse=True)
+    assert len(clusters) == min(3, len(likely))
+    assert sum(weight for _, weight in clusters) == pytest.approx(1 if likely else 0)
+    assert [weight for _, weight in clusters] == sorted((weight for _, weight in clusters), reverse=True)
+    assert context_of(dict(reversed(domain.items()))) == clusters, "whatever their order"
+
+
+def test_a_domain_is_always_the_same_cluster() -> None:
+    assert context_of({"maths": 0.75, "law": 0.25}) == ((context_of({"maths": 1.0})[0][0], 0.75), (202069295, 0.25))
