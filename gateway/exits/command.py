@@ -124,14 +124,15 @@ def compare(
     from gateway.exits.compare import METHODS
     from gateway.exits.compare import compare as compared
     from gateway.exits.page import HEADS, aligned, cells, compare_page
+    from local_engine.types import Exit
 
     with _errors(), _loaded(model, together) as (engine, local, _):
         asked = questions_of(questions, seed, per_level, "test")
         fitted = ("probe", "budget")
         methods = {
-            name: plan
-            for name, plan in METHODS.items()
-            if plan is None or local.exits is not None or plan.rule not in fitted
+            name: method
+            for name, method in METHODS.items()
+            if local.exits is not None or not isinstance(method.plan, Exit) or method.plan.rule not in fitted
         }
         with _progress(len(asked) * len(methods)) as advance:
             sampling = _sampling(effort, temperature, seed, max_tokens)

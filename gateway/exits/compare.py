@@ -2,29 +2,47 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from local_engine.engine import Engine
 from local_engine.reason.trajectories import Question, ask, is_right
-from local_engine.types import Exit, SamplingParams
+from local_engine.types import Effort, Exit, Plan, SamplingParams
 
 CHUNK = 60
 """Questions that each method is asked before the next one has its turn, so that a slow minute hits all alike."""
-METHODS: Mapping[str, Exit | None] = {
-    "leave it off": None,
-    "probe, delta 0.01": Exit(delta=0.01),
-    "probe, delta 0.05": Exit(delta=0.05),
-    "probe, delta 0.1": Exit(delta=0.1),
-    "probe, delta 0.05, 95%": Exit(delta=0.05, form="high_probability"),
-    "probe, delta 0.05, per event": Exit(delta=0.05, form="per_event"),
-    "always at the cue": Exit(rule="cue"),
-    "momentum (MUR)": Exit(rule="momentum"),
-    "redundancy (TrimR)": Exit(rule="redundancy"),
-    "convergence": Exit(rule="convergence"),
-    "budget (Plan-and-Budget)": Exit(rule="budget"),
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One way to answer."""
+
+    plan: Plan | None = None
+    effort: Effort | None = None
+    """None: as the others."""
+    hint: str = ""
+    """What is added to the question."""
+    temperature: float | None = None
+    """None: as the others."""
+
+
+METHODS: Mapping[str, Method] = {
+    "leave it off": Method(),
+    "probe, delta 0.01": Method(Exit(delta=0.01)),
+    "probe, delta 0.05": Method(Exit(delta=0.05)),
+    "probe, delta 0.1": Method(Exit(delta=0.1)),
+    "probe, delta 0.05, 95%": Method(Exit(delta=0.05, form="high_probability")),
+    "probe, delta 0.05, per event": Method(Exit(delta=0.05, form="per_event")),
+    "always at the cue": Method(Exit(rule="cue")),
+    "momentum (MUR)": Method(Exit(rule="momentum")),
+    "redundancy (TrimR)": Method(Exit(rule="redundancy")),
+    "convergence": Method(Exit(rule="convergence")),
+    "budget (Plan-and-Budget)": Method(Exit(rule="budget")),
+    "hint: Be brief.": Method(hint=" Be brief."),
+    "low effort": Method(effort="low"),
 }
 
 
@@ -36,6 +54,7 @@ class Tally:
     left: dict[str, bool] = field(default_factory=dict)
     output_tokens: int = 0
     discarded_tokens: int = 0
+    samples: int = 0
     cpu_s: float = 0.0
     wall_s: float = 0.0
 
@@ -60,6 +79,8 @@ class Row:
     """Share of questions that were left early and answered wrongly."""
     harm: float
     """Of them, those that whole thoughts get right."""
+    samples: float
+    """Drawn per question by a vote."""
 
 
 def compare(
@@ -67,7 +88,7 @@ def compare(
     model: str,
     questions: Sequence[Question],
     sampling: SamplingParams,
-    methods: Mapping[str, Exit | None] = METHODS,
+    methods: Mapping[str, Method] = METHODS,
     *,
     together: int = 16,
     progress: Callable[[int], None] = lambda asked: None,
@@ -76,8 +97,8 @@ def compare(
     tallies = {name: Tally() for name in methods}
     for start in range(0, len(questions), CHUNK):
         chunk = questions[start : start + CHUNK]
-        for name, plan in methods.items():
-            _run(engine, model, chunk, sampling, plan, tallies[name], together, progress)
+        for name, method in methods.items():
+            _run(engine, model, chunk, sampling, method, tallies[name], together, progress)
     names = list(methods)
     keys = [question.key for question in questions]
     return [_row(name, tallies[name], tallies[names[0]], keys) for name in names]
@@ -88,16 +109,23 @@ def _run(
     model: str,
     questions: Sequence[Question],
     sampling: SamplingParams,
-    plan: Exit | None,
+    method: Method,
     tally: Tally,
     together: int,
     progress: Callable[[int], None],
 ) -> None:
+    asked = [replace(one, text=one.text + method.hint) for one in questions]
+    ours = msgspec.structs.replace(
+        sampling,
+        effort=method.effort or sampling.effort,
+        temperature=sampling.temperature if method.temperature is None else method.temperature,
+    )
     wall, cpu = time.perf_counter(), time.process_time()
-    for question, said, end in ask(engine, model, questions, sampling, plan, together=together):
+    for question, said, end in ask(engine, model, asked, ours, method.plan, together=together):
         tally.right[question.key] = end.finish_reason == "stop" and is_right(said, question.answer)
         tally.left[question.key] = end.plan is not None and bool(end.plan.closed_by)
         tally.output_tokens += end.output_tokens
+        tally.samples += len(end.plan.samples) if end.plan is not None else 0
         tally.discarded_tokens += end.plan.discarded_tokens if end.plan is not None else 0
         progress(1)
     tally.wall_s += time.perf_counter() - wall
@@ -122,6 +150,7 @@ def _row(name: str, tally: Tally, base: Tally, keys: Sequence[str]) -> Row:
         float(left.mean()),
         float((left * (1 - right)).mean()),
         float((left * (1 - right) * whole).mean()),
+        tally.samples / n,
     )
 
 
