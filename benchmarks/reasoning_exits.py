@@ -23,7 +23,7 @@ DELTAS = (0.01, 0.05, 0.1)
 THINK = SamplingParams(temperature=0, effort="high", max_tokens=600)
 COLUMNS = {
     "accuracy": "right", "points_over_off": "points over off", "tokens": "tokens", "tokens_saved": "tokens saved",
-    "cpu_saved": "CPU saved", "wall_saved": "wall saved", "left": "left early", "risk": "left and wrong", "harm": "harm",
+    "cpu_saved": "CPU saved", "wall_saved": "wall saved", "left": "left early", "risk": "and wrong", "harm": "harm",
 }  # fmt: skip
 PROOF_COLUMNS = {"mean_risk": "mean risk", "held": "held", "left": "left early", "trajectories": "trajectories"}
 

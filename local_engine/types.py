@@ -205,7 +205,7 @@ class Vote(msgspec.Struct, frozen=True, tag="vote", omit_defaults=True, forbid_u
     is at most 1 - `bound` nats; `agreement`, the first three say the same; or nobody can catch up any more. `never`:
     draw all."""
     bound: float = 0.9
-    weigh: VoteWeight = "count"
+    weigh: VoteWeight = "probability"
     """Of a sample: one; the inverse of its perplexity; its probability (the latter two: of different samples only)."""
     prune: float | None = None
     """Give up a sample at a token less probable than this (a natural logarithm) once a finished one had none such."""

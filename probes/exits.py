@@ -97,10 +97,11 @@ def exit_losses(cues: Cues, p: Array, loss: Loss) -> Losses:
     return Losses(cues.n, worst, np.ones(len(worst)))
 
 
-def threshold(
-    cues: Cues, p: Array, delta: float, form: Form, loss: Loss = "wrong", horizon: int | None = None
-) -> float:
-    """Leave where p is above this. Raises CertificateError where the trajectories are too few for delta."""
+def threshold(cues: Cues, p: Array, delta: float, form: Form, loss: Loss = "wrong") -> float:
+    """Leave where p is above this. Raises CertificateError where the trajectories are too few for delta.
+
+    `high_probability`: of as many further requests, at most a share delta is left and loses, with a chance of 95%.
+    """
     if form == "per_event":
         return _per_event(cues, p, delta, loss)
     losses = exit_losses(cues, p, loss)
@@ -108,7 +109,7 @@ def threshold(
         raise CertificateError(f"leaving goes wrong in none of {cues.n} trajectories: there is nothing to calibrate on")
     if form == "expected":
         return max(certify(losses, delta, "crc").value, BELOW_ALL)
-    return max(certify(losses, delta, "ltt", horizon=horizon).value, BELOW_ALL)
+    return max(certify(losses, delta, "ltt").value, BELOW_ALL)
 
 
 def _per_event(cues: Cues, p: Array, delta: float, loss: Loss) -> float:
@@ -182,8 +183,7 @@ def resplit(
             ours, theirs = with_p.take(rows[: cues.n // 2]), with_p.take(rows[cues.n // 2 :])
         else:
             ours, theirs = theirs, ours
-        horizon = theirs.n if form == "high_probability" else None
-        above = threshold(ours, ours.values[:, 0], delta, form, loss, horizon)
+        above = threshold(ours, ours.values[:, 0], delta, form, loss)
         left = leave(theirs, theirs.values[:, 0], above, loss)
         risks[split], shares[split] = left.risk, float((left.at >= 0).mean())
     return Resplits(form, delta, risks, shares)

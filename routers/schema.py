@@ -174,8 +174,8 @@ class VoteFile(Strict):
     """When: the leading answer stays ahead with probability `bound`; the answers' entropy is at most 1 - `bound` nats;
     the first three agree. Or nobody can catch up."""
     bound: Annotated[float, Field(gt=0, lt=1)] = 0.9
-    weigh: Literal["count", "perplexity", "probability"] = "count"
-    """Of a sample: one; or by the model's own probability of it."""
+    weigh: Literal["count", "perplexity", "probability"] = "probability"
+    """Of a sample: one; the inverse of its perplexity; its probability (of different samples only)."""
     prune: Annotated[float, Field(lt=0)] | None = None
     """Give up a sample at a token less probable than this natural logarithm once a finished one had none such."""
 

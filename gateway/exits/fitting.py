@@ -121,11 +121,17 @@ def effect(promise: Certified, trajectories: Sequence[Trajectory], cues: Cues, p
 
 
 def proofs(
-    artifact: ExitArtifact, trajectories: Sequence[Trajectory], *, deltas: Sequence[float], splits: int = 200
+    artifact: ExitArtifact,
+    trajectories: Sequence[Trajectory],
+    *,
+    deltas: Sequence[float],
+    splits: int = 200,
+    fresh: bool = False,
 ) -> list[dict[str, Any]]:
-    """For each promise: what risk is realised over random halves of trajectories that the probe has not seen."""
+    """For each promise: what risk is realised over random halves of trajectories that the probe has not seen; `fresh`:
+    it has seen none of these."""
     for_fit = halves([one.key for one in trajectories])
-    cues = cues_of([one for one, fitted in zip(trajectories, for_fit, strict=True) if not fitted])
+    cues = cues_of([one for one, fitted in zip(trajectories, for_fit, strict=True) if fresh or not fitted])
     p = scores(artifact.probe, cues)
     found = []
     for form in FORMS:

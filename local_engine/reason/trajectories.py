@@ -120,7 +120,7 @@ def ask(
     model: str,
     questions: Sequence[Question],
     sampling: SamplingParams,
-    exit: Plan | None = None,
+    plan: Plan | None = None,
     *,
     together: int = 16,
 ) -> Iterator[tuple[Question, str, Finished]]:
@@ -135,7 +135,7 @@ def ask(
                 id, question = waiting.pop()
                 running[id] = question, []
                 messages = msgspec.json.encode([{"role": "user", "content": question.text}])
-                link.submit(Generate(id, model, messages, sampling, plan=exit))
+                link.submit(Generate(id, model, messages, sampling, plan=plan))
             for event in arrived.get():
                 if isinstance(event, Failed):
                     raise AskingFailed(f"{running[event.id][0].text!r}: {event.message}")
