@@ -78,17 +78,24 @@ def _signals(
     return {model: found[:, probe.heads.index(head)] for model, head in heads.items()}, said
 
 
+MOST_SHARES = 3
+"""Models that a terminal names for each router; the JSON and the page have all."""
+
+
 def rendered(title: str, measured: Sequence[Measured]) -> Table:
     """For a terminal."""
     shown = Table(title=title, title_justify="left")
     shown.add_column("router")
-    for header in ("accuracy", "$ per 1,000", *measured[0].share, "policy gains", "policy saves"):
+    for header in ("accuracy", "$ per 1,000", "policy gains", "policy saves"):
         shown.add_column(header, justify="right")
+    shown.add_column("answered by")
     for found in measured:
         cells = [_told(found.accuracy, "{:.3f}"), _told(found.cost, "{:.4g}")]
-        cells += [f"{share:.0%}" for share in found.share.values()]
         cells += [_told(found.gain, "{:+.3f}"), _told(found.saving, "{:.0%}")]
-        shown.add_row(found.name, *cells)
+        by = sorted(found.share.items(), key=lambda item: -item[1])
+        most = [f"{model} {share:.0%}" for model, share in by[:MOST_SHARES] if share >= 0.005]
+        others = sum(share for _, share in by[MOST_SHARES:])
+        shown.add_row(found.name, *cells, ", ".join([*most, *([f"others {others:.0%}"] if others >= 0.005 else [])]))
     return shown
 
 
