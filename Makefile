@@ -11,7 +11,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: serve install test check fmt judges bench bench-client bench-gateway bench-engine bench-probe demo soak clean
+.PHONY: serve install test check fmt judges bench bench-client bench-gateway bench-engine bench-routing demo soak clean
 
 serve: install ## Run the gateway on 127.0.0.1:8080 with embedded defaults
 	$(BIN)/leadline serve --port $(PORT)
@@ -63,7 +63,7 @@ $(JUDGES)/.installed: tests/judges/requirements.txt
 demo: install ## Real GSM8K questions through a running gateway, with a proof of every nano-dollar
 	$(BIN)/python benchmarks/demo.py
 
-bench: bench-client bench-gateway bench-probe
+bench: bench-client bench-gateway bench-routing
 
 bench-client: install ## One call to an upstream: our HTTP client beside aiohttp's and pyreqwest's
 	sh scripts/ensure_services.sh nginx
@@ -77,8 +77,8 @@ bench-engine: install ## The local engine beside the machine's bound, transforme
 	$(PIP) install accelerate==1.15.0
 	$(BIN)/python benchmarks/bench_engine.py
 
-bench-probe: install
-	$(BIN)/python benchmarks/bench_probe.py
+bench-routing: install ## Routing beside every baseline on the tables of LEADLINE_DATA (or ../shared/data)
+	$(BIN)/python benchmarks/bench_routing.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

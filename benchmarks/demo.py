@@ -215,6 +215,8 @@ def _main_part(
     random.Random(seed).shuffle(mixed)
     routed = demo.drive(to, "Leadline, shipped probe", "auto", mixed)
     _tell_degraded(demo, [*routed, *fitted])
+    if gsm8k and demo.probe == "default":
+        demo.say("The shipped probe has learnt from these questions: its row flatters it; the other half's does not.")
     sections: list[Sequence[Arm]] = []
     if gsm8k:
         on_gsm8k = [call for call in routed if call.task.kind == "gsm8k"]

@@ -122,6 +122,8 @@ class Encoder:
         head = max_tokens - 1 if keep == "start" else max_tokens // 4
         reach = max_tokens * MAX_CHARS_PER_TOKEN
         clipped = [text if len(text) <= 2 * reach else f"{text[:reach]} {text[-reach:]}" for text in texts]
+        # Half a surrogate pair, which JSON can carry, is no text to the tokenizer.
+        clipped = [text.encode("utf-8", "replace").decode() for text in clipped]
         every: list[list[int]] = self._tokenizer(clipped, verbose=False)["input_ids"] if clipped else []
         return [ids if len(ids) <= max_tokens else ids[:head] + ids[head - max_tokens :] for ids in every]
 

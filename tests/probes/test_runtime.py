@@ -48,6 +48,26 @@ def test_a_batch_answers_as_its_members_do(default_probe: EncoderProbe) -> None:
     assert default_probe.probe([]) == []
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " \n\t",
+        "\x00\x07" * 300,
+        "\ud800 alone",
+        "Wie hoch ist der Turm? 塔有多高？ كم ارتفاع البرج؟",
+        "x" * 2_000_000,
+    ],
+    ids=["empty", "blank", "binary", "surrogate", "languages", "huge"],
+)
+def test_odd_prompts_get_a_sober_answer(default_probe: EncoderProbe, text: str) -> None:
+    (odd,) = default_probe.probe([_ask(text)])
+    assert set(odd) == set(default_probe.heads)
+    # What resembles nothing it has seen gets about the base rate, nothing surer.
+    for head in ("weak", "strong"):
+        assert 0.3 < odd[head] < 0.97
+
+
 def test_embeddings_travel_as_bytes(default_probe: EncoderProbe) -> None:
     data, dims, tokens = default_probe.embed(["one", "two"])
     assert np.frombuffer(data, "<f4").reshape(2, dims).shape == (2, 384)
