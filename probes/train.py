@@ -15,6 +15,7 @@ import pandas as pd
 
 from probes.artifact import Artifact, calibration_kind, sealed
 from probes.calibrate import Array
+from probes.cells import Unreadable, conversation, read_columns
 from probes.certify import ALPHAS, METHODS, issue
 from probes.errors import CertificateError, TableError
 from probes.evaluate import IntArray, Row, baselines, folds, head_rows, routing_rows
@@ -23,6 +24,7 @@ from probes.heads import Heads
 from probes.kernel import ProbeClassifier
 from probes.kinds import Fits, LinearHeads, fit_dense, kind_rows
 from probes.manifest import Certificate, HeadInfo, Manifest, SimilarityInfo, sketch
+from probes.text import render
 from probes.types import Kind, Tier
 
 LIBRARIES = ("numpy", "safetensors", "scikit-learn", "torch", "transformers")
@@ -80,6 +82,8 @@ def read_table(
 ) -> Table:
     """Read a parquet or csv table; `heads` maps head to column. Raises TableError naming field, value and fix.
 
+    A prompt is a text, or a conversation as a list of messages or as JSON, which is read whole as a gateway reads it.
+
     Beside P(correct): `tokens` maps heads to columns of answer lengths, `domain` is a column of names, `reasoning` a
     pair of 0/1 columns (right without thinking, right with it), of which thinking pays where only the second is 1.
     """
@@ -87,6 +91,7 @@ def read_table(
     if path.suffix not in (".parquet", ".csv"):
         raise TableError(f"{path}: unknown table type {path.suffix!r}; give a .parquet or .csv file")
     try:
+        # Labels from pandas. Prompts as they stand: a conversation stays one, "007" stays a text.
         frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
     except (OSError, ValueError) as error:
         raise TableError(f"{path}: cannot be read: {error}") from None
@@ -103,13 +108,12 @@ def read_table(
             raise TableError(f"{path}: no column {column!r} for {option}; it has {', '.join(map(str, frame.columns))}")
     if not heads:
         raise TableError("no heads: give --head NAME=COLUMN at least once")
+    frame[prompt] = pd.Series(read_columns(path, [prompt])[prompt], index=frame.index, dtype=object)
     if drop_if:
         frame = frame[~_binary(frame[drop_if], path, drop_if).astype(bool)]
     if len(frame) < MIN_ROWS:
         raise TableError(f"{path}: {len(frame)} usable rows; a probe needs at least {MIN_ROWS}")
-    blank = frame[prompt].isna()
-    if blank.any():
-        raise TableError(f"{path}: column {prompt!r} is empty in row {frame.index[blank][0]}; drop or fill such rows")
+    prompts = [_text(cell, path, prompt, row) for row, cell in frame[prompt].items()]
     labels = np.column_stack([_binary(frame[column], path, column) for column in heads.values()])
     for name, column, known in zip(heads, heads.values(), (~np.isnan(labels)).sum(0), strict=True):
         if known == 0:
@@ -130,7 +134,16 @@ def read_table(
         pays = np.where(np.isnan(without + with_it), np.nan, (with_it > without).astype(float))
         found.append(("needs_reasoning", " < ".join(reasoning), "needs_reasoning", pays))
     every, sources, kinds, columns = zip(*found, strict=True)
-    return Table(list(map(str, frame[prompt])), np.column_stack(columns), every, sources, groups, kinds)
+    return Table(prompts, np.column_stack(columns), every, sources, groups, kinds)
+
+
+def _text(cell: object, path: Path, column: str, row: object) -> str:
+    """What the probe reads of a text or a conversation."""
+    try:
+        return render(conversation(cell))
+    except Unreadable as error:
+        wrong = "is empty" if str(error) == "empty" else f"cannot be read ({error})"
+        raise TableError(f"{path}: column {column!r} {wrong} in row {row}; drop or fill such rows") from None
 
 
 def _lengths(column: Any, path: Path, name: str) -> Array:

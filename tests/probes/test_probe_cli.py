@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 from probes.cli import app
 from probes.manifest import read_manifest
 from probes.runtime import EncoderProbe
+from probes.text import render
+from probes.train import read_table
 
 ARGUMENTS = ["--prompt", "question", "--head", "weak=cheap", "--head", "strong=dear"]
 
@@ -66,6 +68,7 @@ def test_the_same_seed_gives_the_same_version(sums_and_essays: pd.DataFrame, tmp
         ({"cheap": "yes"}, [], "column 'cheap' holds 'yes' in row 0"),
         ({"cheap": np.nan}, [], "column 'cheap' holds no label for head 'weak'"),
         ({"question": None}, [], "column 'question' is empty in row 0"),
+        ({"question": " "}, [], "column 'question' is empty in row 0"),
         ({"bad": True}, ["--drop-if", "bad"], "0 usable rows"),
         ({}, ["--head", "weak"], "write --head NAME=COLUMN"),
         ({}, ["--head", "weak=dear"], "given twice"),
@@ -89,3 +92,17 @@ def test_an_unreadable_table_is_named(tmp_path: Path) -> None:
         done = CliRunner().invoke(app, ["fit", str(tmp_path / name), *ARGUMENTS, "--out", str(tmp_path / "out")])
         assert done.exit_code == 2
         assert complaint in done.output
+
+
+def test_a_conversation_is_read_whole_as_a_gateway_reads_it(tmp_path: Path) -> None:
+    talk = [
+        {"role": role, "content": [{"type": "text", "text": text}]}
+        for role, text in (("user", "Prove it."), ("assistant", "How?"))
+    ]
+    frame = pd.DataFrame({"talk": [talk] * 10 + [talk[1:]] * 10, "number": [7] * 20, "right": [0, 1] * 10})
+    frame.to_parquet(tmp_path / "nested.parquet")
+    frame.assign(talk=frame["talk"].map(json.dumps), number="007").to_csv(tmp_path / "t.csv", index=False)
+    for name in ("nested.parquet", "t.csv"):
+        table = read_table(tmp_path / name, "talk", {"weak": "right"})
+        assert table.prompts == [render(talk)] * 10 + ["How?"] * 10
+    assert read_table(tmp_path / "t.csv", "number", {"weak": "right"}).prompts == ["007"] * 20
