@@ -8,7 +8,7 @@ import msgspec
 from routers.cost import worst_case_nanousd
 from routers.plans import models_of
 from routers.policy import Policy
-from routers.types import Candidate, Decision, Plan, Query
+from routers.types import Candidate, Decision, Plan, Query, Single
 from routers.units import format_money
 
 Asked = tuple[Policy, Query]
@@ -21,6 +21,8 @@ def to_lines(decision: Decision, asked: Asked | None = None) -> list[str]:
     lines = [f"{decision.plan.name}, by route {decision.route}: {decision.rule}"]
     if decision.degraded:
         lines.append(f"degraded: {decision.degraded}")
+    if isinstance(decision.plan, Single) and decision.plan.max_thinking_tokens is not None:
+        lines.append(f"thinks at most {decision.plan.max_thinking_tokens} tokens (effort {decision.plan.effort})")
     lines += [
         f"  {candidate.model:<{width}}  {_p(candidate)}  {_cost(candidate)}  {verdict(candidate, decision)}"
         for candidate in decision.candidates

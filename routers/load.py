@@ -10,10 +10,9 @@ from pathlib import Path as FilePath
 from types import MappingProxyType
 from typing import Literal, get_args
 
-from msgspec import to_builtins
-
 from routers.aims import TOLD_BY_EFFORT
 from routers.aims_file import thinking_of
+from routers.canonical import canonical
 from routers.errors import PolicyError, Problem
 from routers.fields import NAME_PATTERN
 from routers.limits import read_limits
@@ -29,7 +28,6 @@ from routers.policy import (
     Policy,
     Price,
     Provider,
-    Route,
     Tier,
 )
 from routers.routes import RoutesReader
@@ -48,7 +46,6 @@ from routers.schema import (
 from routers.shape import NAME_FIX, did_you_mean, validated
 from routers.types import Effort
 from routers.units import UnitError, format_duration
-from routers.when import When
 from routers.yaml import Document, Path, concealed, read
 
 PriceLookup = Callable[[Provider, str], Listing | None]
@@ -109,7 +106,7 @@ class _Loader:
             "providers": {name: asdict(provider) for name, provider in self._providers.items()},
             "models": {name: asdict(model) for name, model in self._models.items()},
             "difficulty": self._difficulty and [*self._difficulty_key()],
-            "routes": [_canonical(route) for route in routes],
+            "routes": [canonical(route) for route in routes],
             "limits": [asdict(limit) for limit in limits],
         }
         digest = hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -428,42 +425,3 @@ def _classes(part: PriceFile | TierFile) -> Price:
         output=part.output or 0,
         reasoning=given(part.reasoning, part.output or 0),
     )
-
-
-def _canonical(route: Route) -> dict[str, object]:
-    return {
-        "name": route.name,
-        "when": _canonical_when(route.when),
-        "use": route.use,
-        "candidates": route.candidates,
-        "objective": route.objective,
-        "constraints": asdict(route.constraints),
-        "otherwise": route.otherwise,
-        "on_failure": route.on_failure,
-        "on_cause": dict(route.on_cause),
-        "cache_ttl_ms": route.cache_ttl_ms,
-        "deadline_ms": route.deadline_ms,
-        "hedge": route.hedge and asdict(route.hedge),
-        "on_stream_failure": route.on_stream_failure,
-        "worth": route.worth and asdict(route.worth),
-        "threshold": route.threshold,
-        "explore": route.explore and asdict(route.explore),
-        "affinity": route.affinity and asdict(route.affinity),
-        "effort": route.effort,
-        "plans": {name: to_builtins(plan) for name, plan in route.plans.items()},
-        "guarantee": route.guarantee and asdict(route.guarantee),
-        "shadow": route.shadow and asdict(route.shadow),
-    }
-
-
-def _canonical_when(when: When) -> dict[str, object]:
-    schedule = when.schedule
-    return {
-        "names": [sorted(names) for names in (when.tags, when.models, when.tenants, when.keys, when.teams)],
-        "endpoints": sorted(when.endpoints),
-        "needs": sorted(when.needs),
-        "tokens": [when.least_tokens, when.most_tokens],
-        "schedule": schedule and [sorted(schedule.days), schedule.hours, schedule.zone],
-        "share": when.share,
-        "none_of": _canonical_when(when.none_of) if when.none_of is not None else None,
-    }

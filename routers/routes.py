@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from types import MappingProxyType
 from typing import get_args
 
@@ -21,11 +20,12 @@ from routers.policy import (
     Route,
 )
 from routers.reach import takers_of
-from routers.schema import ConditionsFile, OnFailureFile, RouteFile, ScheduleFile, ShadowFile, WhenFile
+from routers.schema import OnFailureFile, RouteFile, ShadowFile
 from routers.shape import did_you_mean, validated
 from routers.types import Accept, Cascade, Plan, Single
 from routers.units import UnitError, format_duration, format_money
-from routers.when import MINUTES_PER_DAY, Schedule, When
+from routers.when import When
+from routers.when_file import when_of
 from routers.yaml import Document, Path, concealed
 
 _CAUSES: tuple[FailureCause, ...] = get_args(FailureCause)
@@ -67,7 +67,7 @@ class RoutesReader:
             if part.when is not None and part.when.not_ is not None and not part.when.not_.model_fields_set:
                 fix = "write at least one condition, such as `tag: urgent`, or remove it"
                 self._document.report((*path, "when", "not"), "empty", fix)
-            when = _when(part.when, part.name)
+            when = when_of(part.when, part.name)
             if not when and index < len(items) - 1:
                 fix = "move this route to the end, or give it a `when`"
                 message = "a route without conditions leaves nothing to the routes after it: they are unreachable"
@@ -277,31 +277,3 @@ def _plan(stages: tuple[Single, ...], part: RouteFile) -> Plan:
 
 def _shadow(part: ShadowFile | None) -> Shadow | None:
     return None if part is None else Shadow(tuple(part.models), part.share, part.judge, part.keep)
-
-
-def _when(part: WhenFile | None, route: str) -> When:
-    if part is None:
-        return When()
-    none_of = None if part.not_ is None else _conditions(part.not_)
-    return replace(_conditions(part), share=part.share or 1.0, salt=route, none_of=none_of)
-
-
-def _conditions(part: ConditionsFile) -> When:
-    least, most = part.input_tokens or (0, None)
-    return When(
-        tags=frozenset(part.tag or ()),
-        models=frozenset(part.model or ()),
-        tenants=frozenset(part.tenant or ()),
-        keys=frozenset(part.key or ()),
-        teams=frozenset(part.team or ()),
-        endpoints=frozenset(part.endpoint or ()),
-        needs=frozenset(part.needs or ()),
-        least_tokens=least,
-        most_tokens=most,
-        schedule=None if part.schedule is None else _schedule(part.schedule),
-    )
-
-
-def _schedule(part: ScheduleFile) -> Schedule:
-    days = frozenset[int]().union(*part.days) if part.days is not None else frozenset(range(7))
-    return Schedule(days, tuple(sorted(part.hours)) if part.hours else ((0, MINUTES_PER_DAY),), part.zone)

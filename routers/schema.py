@@ -11,30 +11,24 @@ from routers.fields import (
     BaseUrl,
     BudgetOrTotal,
     CostAtMost,
-    DaysOrMany,
     Duration,
     DurationAtMost,
-    EndpointOrMany,
-    HoursOrMany,
     Name,
-    NameOrNames,
     Names,
-    NeedOrMany,
     RateText,
     SecretName,
     Share,
     Speculation,
     Text,
     TokenPrice,
-    TokenRange,
     TokenRateText,
     Tokens,
     WholePercent,
-    Zone,
 )
 from routers.policy import Degrade, Objective, OnStreamFailure, Otherwise, Server
 from routers.shape import Strict
 from routers.units import UnitError
+from routers.when_file import WhenFile
 
 
 def _price_words(value: object) -> object:
@@ -264,44 +258,6 @@ class SignalsFile(Strict):
     """What is measured before routing."""
 
     difficulty: DifficultyFile | None = None
-
-
-class ScheduleFile(Strict):
-    """Hours of days, on the clocks of a time zone. Hours past midnight belong to the day they start on."""
-
-    days: DaysOrMany | None = None
-    """Default: every day."""
-    hours: HoursOrMany | None = None
-    """Default: all day."""
-    zone: Zone = "UTC"
-    """IANA name. Default: UTC."""
-
-
-class ConditionsFile(Strict):
-    """Conditions of a route. A list means any of its values."""
-
-    tag: NameOrNames | None = None
-    model: NameOrNames | None = None
-    """The name that the caller asks for."""
-    tenant: NameOrNames | None = None
-    key: NameOrNames | None = None
-    """The name of the caller's key, never the key."""
-    team: NameOrNames | None = None
-    endpoint: EndpointOrMany | None = None
-    needs: NeedOrMany | None = None
-    """What the request needs of a model beside words."""
-    input_tokens: TokenRange | None = None
-    """Of the prompt, as estimated."""
-    schedule: ScheduleFile | None = None
-
-
-class WhenFile(ConditionsFile):
-    """Conditions, all of which must hold. A list means any of its values."""
-
-    share: Share | None = None
-    """Of conversations: the same session, or else the same agent run, is always in or always out."""
-    not_: ConditionsFile | None = Field(default=None, alias="not")
-    """None of these may hold."""
 
 
 class ConstraintsFile(Strict):

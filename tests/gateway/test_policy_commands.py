@@ -227,3 +227,11 @@ def test_a_guarantee_needs_its_certificate_and_check_says_how_to_make_one(shell:
     surer = shell.policy("surer.yaml", GUARANTEED.format(artifact=artifact, confidence="99%"))
     with pytest.raises(CannotServe, match=r"--delta 0\.01"):
         checked_policy(Path(surer))
+
+
+def test_explain_tells_how_much_is_thought(shell: Shell) -> None:
+    text = TEXT.replace("price: free}", "price: free, thinking: {field: reasoning_effort, high_tokens: 4096}}")
+    text = text.replace("use: [cheap]\n    cache: off", "candidates: [free+high]\n    cache: off")
+    _, out = shell.run("explain", shell.policy("p.yaml", text), "hello", "--model", "uncached")
+    assert out.startswith("free+high, by route uncached")
+    assert "thinks at most 4096 tokens (effort high)" in out
