@@ -78,14 +78,14 @@ def kept_file(folder: Path, seed: int, per_level: int) -> Path:
 
 def test_fit_and_certify_write_an_artifact_and_a_page(tmp_path: Path) -> None:
     out, page = tmp_path / "artifact", tmp_path / "page.html"
-    options = ["--per-level", "60", "--delta", "0.1", "--delta", "0.05", "--report", str(page)]
+    options = ["--per-level", "60", "--delta", "0.2", "--delta", "0.1", "--report", str(page)]
     fit = ["exits", "fit", str(kept_file(tmp_path, 5, 60)), "--seed", "5", "--out", str(out), *options]
     done = CliRunner().invoke(app, fit)
     assert done.exit_code == 0, done.output
-    assert "delta 0.05, high_probability, wrong: leaves" in done.output
+    assert "delta 0.1, high_probability, wrong: leaves" in done.output
     first = read(out)
     assert first is not None
-    assert {one.delta for one in first.manifest.certified} == {0.05, 0.1}
+    assert {one.delta for one in first.manifest.certified} == {0.1, 0.2}
     assert "Do they hold?" in page.read_text()
     certify = ["exits", "certify", str(kept_file(tmp_path, 6, 60)), "--seed", "6", "--artifact", str(out), *options]
     done = CliRunner().invoke(app, certify)
