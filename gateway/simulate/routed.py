@@ -83,7 +83,11 @@ def run_policy(
     for row, prompt in enumerate(table.prompts):
         query = query_for(prompt, caller, f"row-{row}")
         signals = Signals(
-            p_success={m: Estimate(float(values[row]), source=f"{source}/{m}") for m, values in p_success.items()},
+            p_success={
+                model: Estimate(float(values[row]), source=f"{source}/{model}")
+                for model, values in p_success.items()
+                if not np.isnan(values[row])
+            },
             probe="ok" if p_success else "not_asked",
         )
         try:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from gateway.policies import encoder, probe_folder
 from gateway.simulate.baselines import baselines
 from gateway.simulate.compare import Measured, compare
 from gateway.simulate.routed import Caller, costs, run_policy, sweep
@@ -50,7 +49,7 @@ def simulated(
         facts.append(f"{run.refused} requests refused by the policy, counted as wrong and free")
     curve: list[tuple[float, float]] = []
     if spent is not None and set(signals) == set(table.models):
-        quality = np.column_stack([signals[model] for model in table.models])
+        quality = np.nan_to_num(np.column_stack([signals[model] for model in table.models]))
         curve = [(cost * 1e-6, accuracy) for cost, accuracy in sweep(quality, spent.mean(0), table, spent)]
     return Simulation(rows, sorted(run.rules.items(), key=lambda item: -item[1]), facts, curve)
 
@@ -63,12 +62,9 @@ def _signals(
         return table.p_success, f"P(success) of {', '.join(table.p_success)} from the table"
     if policy.difficulty is None:
         return {}, "the policy measures nothing: it decides by price and order"
-    from probes.runtime import EncoderProbe
+    from gateway.simulate.tiers import InOrder
 
-    artifact = probe_folder(policy, folder)
-    if artifact is None:
-        return {}, "the policy's probes are none that can be run here: only one of the encoder's tier can"
-    probe = EncoderProbe.load(artifact, encoder(policy, folder))
+    probe = InOrder.of(policy, folder)
     found = probe_scores(probe, table.prompts, scores, progress=progress)
     heads = {model: head for model, head in policy.difficulty.heads.items() if model in table.models}
     said = (
