@@ -54,6 +54,8 @@ routes:
 OBJECTIVES = {
     "plain": "objective: cheapest",
     "cheapest": 'objective: cheapest, subject_to: {p_success: ">= 0.80", cost: "<= $0.05"}',
+    "utility": "objective: utility, worth: {point: $0.0001}",
+    "explored": 'objective: cheapest, subject_to: {p_success: ">= 0.50"}, explore: {share: 5%}',
     "best": 'objective: best, subject_to: {p_success_gap: "<= 0.1", cost: "<= $0.05"}',
 }
 
@@ -73,14 +75,15 @@ def microseconds(call: Callable[[], object]) -> float:
     return best
 
 
-def main() -> None:
+def measured() -> dict[str, float]:
+    """Microseconds of a decision, by objective."""
     query = Query("auto", "someone", 900, 500, frozenset({"other"}), input_tokens_max=4000)
-    measured = {}
+    found = {}
     for name, objective in OBJECTIVES.items():
         made, said, state = policy(objective), signals(), State()
-        measured[name] = round(microseconds(lambda: decide(query, said, made, state, 7)), 1)  # noqa: B023
-    print(json.dumps(measured))
+        found[name] = round(microseconds(lambda: decide(query, said, made, state, 7)), 1)  # noqa: B023
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(measured()))

@@ -192,10 +192,11 @@ async def test_the_effort_is_told_in_the_words_of_the_provider(cascading: Gatewa
     await cascading.chat(ask(model="fixed"))
     await cascading.chat(ask(model="cheap"), **{"x-leadline-effort": "low"})
     await cascading.chat(ask(model="hard"), **{"x-leadline-effort": "high"})
+    await cascading.chat(ask(model="hard", enable_thinking=False))
     sent = [json.loads(body) for body in upstream.bodies]
-    assert [body.get("reasoning_effort") for body in sent] == ["minimal", None, "medium", None, "low", None]
-    assert [body.get("thinking_budget") for body in sent] == [None, 3000, None, None, None, 3000]
-    assert [body.get("enable_thinking") for body in sent] == [None, True, None, None, None, True]
+    assert [body.get("reasoning_effort") for body in sent] == ["minimal", None, "medium", None, "low", None, None]
+    assert [body.get("thinking_budget") for body in sent] == [None, 3000, None, None, None, 3000, None]
+    assert [body.get("enable_thinking") for body in sent] == [None, True, None, None, None, True, False]
     decisions = [msgspec.json.decode(row["decision"]) for row in reversed(await cascading.rows())]
     plans = [decision["plan"] for decision in decisions]
     assert plans[1] == {"kind": "single", "model": "dear", "effort": "high", "max_thinking_tokens": 3000}
