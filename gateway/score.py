@@ -56,8 +56,7 @@ def score(
 
     from gateway.policies import CannotServe
     from probes.cells import read_columns
-    from probes.runtime import EncoderProbe
-    from probes.score import file_sha256, score_cells, write_scores, write_whole
+    from probes.score import file_sha256, prober, score_cells, write_scores, write_whole
 
     try:
         if out.suffix != ".parquet":
@@ -74,7 +73,7 @@ def score(
         )
         columns = read_columns(table, [column, *(keep or [])])
         source = {"table": table.name, "table_sha256": file_sha256(table), "column": column}
-        sounding = EncoderProbe.load(decider.artifact, decider.encoder)
+        sounding = prober(decider.artifact, decider.encoder)
         taken = {"row", "decision", "rule", "reason", *(f"p_{name}" for name in sounding.heads)}
         for name in keep or []:
             if name in taken:

@@ -17,8 +17,10 @@ from typing import Any, Protocol
 
 from probes.cells import Unreadable, conversation
 from probes.errors import TableError
-from probes.text import Message
+from probes.manifest import read_manifest
+from probes.text import Message, render
 
+ABSTAINED = "the probe abstains: unlike what it was fitted on"
 CHUNK = 256
 """Rows that a killed run loses at most."""
 
@@ -33,6 +35,29 @@ class Prober(Protocol):
     def heads(self) -> tuple[str, ...]: ...
 
     def probe(self, conversations: Sequence[Sequence[Message]]) -> list[dict[str, float]]: ...
+
+
+class StaticProber:
+    """A static probe as a prober; of what it abstains from it says nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        from probes.static import StaticProbe
+
+        self._probe = StaticProbe.load(folder)
+        self.version = self._probe.version
+        self.heads = tuple(head.name for head in self._probe.manifest.heads if head.kind == "correct")
+
+    def probe(self, conversations: Sequence[Sequence[Message]]) -> list[dict[str, float]]:
+        return [dict(self._probe.read(render(messages)).p_success) for messages in conversations]
+
+
+def prober(folder: Path, encoder: str) -> Prober:
+    """What the artifact in `folder` is read with; ArtifactError or EncoderError."""
+    if read_manifest(folder).tier == "static":
+        return StaticProber(folder)
+    from probes.runtime import EncoderProbe
+
+    return EncoderProbe.load(folder, encoder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +110,8 @@ def _score(cells: Sequence[object], probe: Prober) -> Iterator[Scored]:
             read.append(str(error))
     found = iter(probe.probe([one for one in read if not isinstance(one, str)]))
     for one in read:
-        yield Scored(None, one) if isinstance(one, str) else Scored(next(found), None)
+        p = None if isinstance(one, str) else next(found)
+        yield Scored(p, None) if p else Scored(None, one if isinstance(one, str) else ABSTAINED)
 
 
 def write_scores(

@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 from gateway.score import score
 from probes.artifact import read
 from probes.certify import issue
+from probes.commands import app as probe_app
 from probes.errors import TableError
 from probes.manifest import Manifest, default_artifact_path, write_manifest
 from probes.runtime import EncoderProbe
@@ -161,6 +162,27 @@ def test_a_policy_decides(tmp_path: Path) -> None:
         assert row["rule"]
     assert rows[2]["reason"] == "empty"
     assert rows[2]["decision"] == "large"
+
+
+def test_a_static_probe_scores_too_and_says_where_it_abstains(tmp_path: Path) -> None:
+    easy = [f"What is {i} plus {i + 3}?" for i in range(30)]
+    frame = pd.DataFrame(
+        {"prompt": easy + [f"Write essay {i} on law." for i in range(30)], "weak": [1] * 30 + [0] * 30}
+    )
+    frame["strong"] = [0] + [1] * 59
+    frame.to_csv(tmp_path / "train.csv", index=False)
+    heads = ["--prompt", "prompt", "--head", "weak=weak", "--head", "strong=strong"]
+    fit = ["fit", str(tmp_path / "train.csv"), *heads, "--tier", "static", "--out", str(tmp_path / "words")]
+    assert CliRunner().invoke(probe_app, fit).exit_code == 0
+    pd.DataFrame({"prompt": ["What is 7 plus 9?", "Ж" * 900]}).to_parquet(tmp_path / "t.parquet")
+    out = tmp_path / "out.parquet"
+    done = run(tmp_path / "t.parquet", out, "--probe", str(tmp_path / "words"), "--threshold", "-0.2")
+    assert done.exit_code == 0, done.output
+    sum_, strange = rows_of(out)
+    assert sum_["p_weak"] > 0.5
+    assert sum_["decision"] == "weak"
+    assert strange["reason"] == "the probe abstains: unlike what it was fitted on"
+    assert (strange["p_weak"], strange["decision"]) == (None, "strong")
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
