@@ -1,0 +1,72 @@
+"""Ways to spend compute inside an answer, side by side: `make bench-reasoning`. Synthetic arithmetic.
+
+Sections: steps (a small model writes, the base judges), cascade (a small model answers first). Every section has the
+row "leave it off". The text of every answer is checked against the problem's own; accuracy has a 95 % Wilson interval.
+CPU time is the process's, so that another program on the machine does not count; wall time is given beside it.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from typing import Final
+
+import reasoning_cascade
+import reasoning_steps
+from measured import Measured, show
+from results_file import Row, write
+
+PACKAGES: Final = ("torch", "transformers", "scikit-learn", "numpy")
+SECTIONS: Final = {"steps": reasoning_steps.measure, "cascade": reasoning_cascade.measure}
+TABLES: Final = {
+    "accuracy and speed": {
+        "accuracy": "right", "points_over_off": "points over off", "cpu_speedup": "× CPU", "wall_speedup": "× wall",
+        "bound": "bound", "of_the_bound": "of the bound", "text_tokens": "tokens",
+    },
+    "tokens and cost": {
+        "base_written": "base wrote", "base_computed": "base computed", "draft_written": "draft wrote",
+        "draft_accepted": "accepted", "steps_accepted": "steps kept", "cost": "cost",
+        "cost_base_10x": "cost, base × 10",
+    },
+    "cascade": {
+        "accuracy": "right", "points_over_off": "points over off", "accepted": "accepted", "risk": "risk",
+        "cost": "cost", "cost_base_10x": "cost, base × 10", "auc": "AUC", "not_generated": "tokens not generated",
+    },
+}  # fmt: skip
+
+
+def with_intervals(rows: Sequence[Row], n: int) -> list[Row]:
+    """Shares of `n` problems get their 95 % Wilson interval."""
+    return [
+        Row(row.name, row.metric, row.value, *wilson(row.value, n), row.unit) if row.metric == "accuracy" else row
+        for row in rows
+    ]
+
+
+def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    scale = 1 + z * z / n
+    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return round((middle - half) / scale, 4), round((middle + half) / scale, 4)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--section", action="append", choices=list(SECTIONS), help="default: all")
+    parser.add_argument("--problems", type=int, default=500, help="of each level; fewer for a look")
+    parser.add_argument("--levels", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="answers at a time")
+    parser.add_argument("--seed", type=int, default=1, help="another one draws fresh problems")
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    options = parser.parse_args()
+    into = Measured()
+    for section in options.section or SECTIONS:
+        SECTIONS[section](options.seed, options.levels, options.problems, options.batch, into)
+    n = options.problems * len(options.levels)
+    rows = with_intervals(into.rows(), n)
+    for title, columns in TABLES.items():
+        show(rows, f"synthetic arithmetic: {title}", columns)
+    if not options.no_write:
+        print(write("reasoning", "make bench-reasoning", PACKAGES, rows, problems=n, seed=options.seed))
+
+
+if __name__ == "__main__":
+    main()
