@@ -53,12 +53,12 @@ class Answers:
 def measure(seed: int, levels: Sequence[int], n: int, batches: Sequence[int], into: Measured) -> None:
     torch.set_num_threads(1)
     models = load()
-    mixes = [[level] for level in levels if level <= 2] + [list(levels[:2]), list(levels)]
+    mixes = dict.fromkeys([*((level,) for level in levels if level <= 2), tuple(levels[:2]), tuple(levels)])
     for name in ("draft", "nano"):
         base, small = models["base"], models[name]
         for mix in mixes:
-            asked = draw(seed, mix, max(n, 500))
-            known = draw(FIT_SEED + seed, mix, max(n, 500))
+            asked = draw(seed, mix, n)
+            known = draw(FIT_SEED + seed, mix, max(n, 300))
             learn, test = (
                 Answers(attempts(small, group), np.array([each.right for each in attempts(base, group)], float))
                 for group in (known, asked)
@@ -138,7 +138,7 @@ def _run(label: str, models: dict, name: str, rule: AcceptRule, asked: list, int
         Kind(f"{name} alone", model=name),
         Kind("engine", plan=Cascade(draft=name, accept=patient)),
         Kind("engine, abandoning", plan=Cascade(draft=name, accept=rule)),
-        Kind("engine, abandoning, offered", plan=Cascade(draft=name, accept=rule, hint="offer", floor=-1.0)),
+        Kind("engine, abandoning, offered", plan=Cascade(draft=name, accept=rule, hint="offer")),
     ]
     outcomes = ask_all({each: models[each] for each in (name, "base")}, ways, asked, 8)
     off = outcomes["off"]

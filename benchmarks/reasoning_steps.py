@@ -21,7 +21,7 @@ from local_engine.types import SpeculateSteps
 
 DEARER: Final = 10.0
 DRAFTS: Final = ("draft", "nano")
-DEFAULTS: Final = {"unsure": -0.25, "threshold": -1.0, "lookahead": 4, "max_step_tokens": 48}
+DEFAULTS: Final = {"unsure": -0.25, "lookahead": 4, "max_step_tokens": 48}
 """What was best on problems of another seed: see docs/experiments.md."""
 
 

@@ -188,7 +188,7 @@ class Cascade(msgspec.Struct, frozen=True, tag="cascade", omit_defaults=True, fo
     hint: Literal["none", "offer"] = "none"
     """What the command's model is given of an answer that was not accepted. `offer`: it keeps it up to the first token
     that it finds too improbable; both models have the same tokens then."""
-    floor: float = -1.6
+    floor: float = -0.69
     """`offer`: a natural logarithm."""
 
 

@@ -4,7 +4,9 @@ SpecReason (Pan et al. 2025, arXiv 2504.07891) accepts a step by a rating that t
 model cannot rate, what it would have written itself still tells right from wrong: on the bundled models the lowest
 log-probability of a step's tokens does so with AUC 1.00, a rating with 0.60. A step is accepted if none of its tokens
 is less probable than the threshold; of a rejected step what comes before the first such token is kept, as those tokens
-passed the same test. With `unsure`, the draft stops by itself before a token that it finds improbable.
+passed the same test. The default keeps what is more probable than not: that is the base model's own first choice, so at
+temperature 0 the text is the one that it writes alone. A lower threshold accepts other words for it. With `unsure`, the
+draft stops by itself before a token that it finds improbable.
 """
 
 from collections.abc import Sequence
@@ -14,7 +16,7 @@ from typing import Final, Literal
 from local_engine.reason.method import JUDGE, WRITE, Do, Move, Opinion
 from local_engine.reason.steps import Boundary
 
-THRESHOLD: Final = -1.6
+THRESHOLD: Final = -0.69
 
 
 @dataclass(slots=True)
