@@ -2,7 +2,8 @@
 
 Attempts of one seed fit the rule (half of them) and certify its threshold (the other half): "accepted and wrong, where
 base is right" at most one answer in a hundred, by conformal risk control. Other problems test it. The threshold on the
-mean, and on the lowest, log-probability of the attempt is certified in the same way. Then the engine runs the plans.
+mean, and on the lowest, log-probability of the attempt is certified in the same way. Then the engine runs the plans;
+"offered" ones let base read what was not accepted and keep the beginning that it would have written itself.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from reasoning_run import Kind, ask_all, draw, load
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from local_engine.reason.accept import price_of_going_on
+from local_engine.reason.accept import FIRST_LOOK, price_of_going_on
 from local_engine.types import AcceptRule, AnswerFeature, Cascade
 from probes.certify import accept_losses, certify
 
@@ -28,6 +29,7 @@ FEATURES: Final[tuple[AnswerFeature, ...]] = (
 )  # fmt: skip
 DEARER: Final = 10.0
 FIT_SEED: Final = 7_000_000
+NEVER: Final = AcceptRule(weights={}, bias=-1e9, at_least=1.0)
 Array = npt.NDArray[np.float64]
 
 
@@ -112,7 +114,7 @@ def _prospect(learn: Answers, fitted: LogisticRegression, at_least: float) -> Ac
     accepted = fitted.predict_proba(learn.features())[:, 1] >= at_least
     rows, ends = [], []
     for attempt, end in zip(learn.tried, accepted, strict=True):
-        for so_far in attempt.so_far[2::3]:
+        for so_far in attempt.so_far[FIRST_LOOK - 1 :]:
             rows.append([so_far[name] for name in FEATURES])
             ends.append(end)
     bias, weights = float(fitted.intercept_[0]), dict(zip(FEATURES, map(float, fitted.coef_[0]), strict=True))
@@ -138,7 +140,8 @@ def _run(label: str, models: dict, name: str, rule: AcceptRule, asked: list, int
         Kind(f"{name} alone", model=name),
         Kind("engine", plan=Cascade(draft=name, accept=patient)),
         Kind("engine, abandoning", plan=Cascade(draft=name, accept=rule)),
-        Kind("engine, abandoning, offered", plan=Cascade(draft=name, accept=rule, hint="offer")),
+        Kind("engine, offered to base", plan=Cascade(draft=name, accept=patient, hint="offer")),
+        Kind("engine, always offered", plan=Cascade(draft=name, accept=NEVER, hint="offer")),
     ]
     outcomes = ask_all({each: models[each] for each in (name, "base")}, ways, asked, 8)
     off = outcomes["off"]

@@ -5,7 +5,8 @@ ends with a typed error (`engine_gone`), what comes meanwhile is a 503 with `Ret
 
 Beside chat, embeddings and models: `/score` (how probable are these continuations), `/probe` (how likely is a good
 answer), `/hidden` (hidden states of chosen layers at chosen tokens), `/embed`, `/health`, `/metrics`, and the load of
-the engine in the answer's `endpoint-load-metrics` header (ORCA) where a request asks for it.
+the engine in the answer's `endpoint-load-metrics` header (ORCA) where a request asks for it. Chat takes a `plan` beside
+OpenAI's fields (`local_engine.types.Plan`, told apart by `type`), and `usage.plan` says what each of its models did.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ import json
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -44,12 +46,13 @@ from gateway.errors import (
 )
 from gateway.upstream.engines import LOAD_HEADER
 from gateway.upstream.local import LocalUpstream
-from gateway.upstream.local_params import MAX_SEED
+from gateway.upstream.local_params import EFFORTS, MAX_SEED
+from gateway.upstream.local_plans import planned_for
 from gateway.upstream.sse import write_event
-from gateway.upstream.types import AnswerStream, CallHeaders, ChatCall, Target, UpstreamError
+from gateway.upstream.types import AnswerStream, CallHeaders, ChatCall, Planned, Target, UpstreamError
 from local_engine.client import EngineClient
 from local_engine.errors import EngineFailure, EngineGone
-from local_engine.types import Delta, EngineStats, Finished, SamplingParams, TapSpec
+from local_engine.types import Delta, EngineStats, Finished, Plan, SamplingParams, TapSpec
 
 ANSWER_TIMEOUT_S = 600.0
 MAX_HIDDEN_STATES = 8192
@@ -144,7 +147,7 @@ class EngineService:
 
     async def _chat(self, request: Request) -> Response:
         call = await self._read(request, read_chat)
-        target = self._target(call.model)
+        target = _planned(self._target(call.model), call)
         headers = await self._load_headers(request)
         if call.stream:
             stream = await _until_gone(request, _attempted(self._upstream.stream(target, call)))
@@ -324,6 +327,27 @@ class HiddenRequest(_Asked):
     max_tokens: Annotated[int, Field(ge=1, le=1 << 31)] = 1
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+
+
+def _planned(target: Target, call: ChatCall) -> Target:
+    """The target with the plan that the caller asks for, whatever the effort."""
+    given = call.fields.get("plan")
+    if given is None:
+        return target
+    try:
+        plan = msgspec.json.decode(given, type=Plan | None)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"plan: {error}.", param="plan") from error
+    if plan is None:
+        return target
+    with_plan = replace(target, plans=dict.fromkeys(EFFORTS.values(), Planned(plan)))
+    if planned_for(with_plan, call) is None:
+        raise InvalidRequest(
+            "plan: it is for one choice of plain text from its beginning; leave out n, tools, response_format, logprobs"
+            " and a prefix, or the plan.",
+            param="plan",
+        )
+    return with_plan
 
 
 def load_of(stats: EngineStats) -> dict[str, dict[str, float]]:

@@ -310,7 +310,9 @@ class Engine:
 
     def _shared(self, command: Generate, plan: SpeculateSteps | Cascade, lane: Lane, prompt: list[int]) -> Controller:
         """By two models."""
-        draft = self._lane(plan.draft)
+        draft = self._lanes.get(plan.draft)
+        if draft is None:
+            raise InvalidRequest(f"plan.draft: no local model {plan.draft!r}; there are {self._names()}", "plan")
         draft_prompt = self._prompt(draft, command, None, "none" if command.prefix else command.sampling.effort)
         models, rooms = (lane.model, draft.model), (lane.most_tokens, draft.most_tokens)
         return shared(command, plan, models, (prompt, draft_prompt), rooms)

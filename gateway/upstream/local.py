@@ -210,13 +210,15 @@ class LocalStream:
         self.state.usage = Usage(prompt - cached, cached, output=output - reasoning, reasoning=reasoning)
         if self._planned is not None:
             self.state.plan, self.state.usage = report_of(self._planned.plan, self._finished[0], self.state.usage)
-        usage = {
+        usage: dict[str, Any] = {
             "prompt_tokens": prompt,
             "completion_tokens": output,
             "total_tokens": prompt + output,
             "prompt_tokens_details": {"cached_tokens": cached},
             "completion_tokens_details": {"reasoning_tokens": reasoning},
         }
+        if (use := self._finished[0].plan) is not None:
+            usage["plan"] = msgspec.to_builtins(use)
         return Event(_encode({**self._frame(), "choices": [], "usage": usage}), usage_only=True)
 
     def _frame(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from gateway.ledger.settle import Usage
 from gateway.upstream.local_params import DEFAULT_EFFORT, EFFORTS
 from gateway.upstream.types import ChatCall, Planned, PlanReport, Target
-from local_engine.types import Exit, Finished, Plan, PlanUse, Vote
+from local_engine.types import Cascade, Exit, Finished, Plan, PlanUse, Vote
 
 _Count = int | float | str
 
@@ -43,9 +43,13 @@ def report_of(plan: Plan, end: Finished, usage: Usage) -> tuple[PlanReport, Usag
         "discarded_tokens": use.discarded_tokens,
         "closed_by": use.closed_by,
         "degraded": use.degraded,
+        "escalated": int(use.escalated),
+        "abandoned": int(use.abandoned),
+        "p_correct": use.p_correct,
     }
+    kind = "cascade" if isinstance(plan, Cascade) else "speculate"
     if not use.models:
-        return PlanReport("speculate", _stated(report)), usage
+        return PlanReport(kind, _stated(report)), usage
     own = use.models[0]
     reasoning = min(usage.reasoning, own.output_tokens)
     read = max(own.computed_tokens - own.output_tokens, 0)
@@ -56,7 +60,7 @@ def report_of(plan: Plan, end: Finished, usage: Usage) -> tuple[PlanReport, Usag
         sum(d.cached_tokens for d in drafts),
         reasoning=sum(d.output_tokens for d in drafts),
     )
-    return PlanReport("speculate", _stated(report), draft), billed
+    return PlanReport(kind, _stated(report), draft), billed
 
 
 def agreeing(use: PlanUse) -> int:

@@ -10,8 +10,12 @@ features so far, is below the price of going on: what its remaining tokens cost,
 
 import math
 from collections.abc import Mapping
+from typing import Final
 
 from local_engine.types import AcceptRule, AnswerFeature
+
+FIRST_LOOK: Final = 4
+"""Tokens before which no attempt is abandoned: the first ones are certain in every answer."""
 
 
 class AnswerWatch:
@@ -52,7 +56,9 @@ def accepts(rule: AcceptRule, watch: AnswerWatch) -> bool:
 
 def abandons(rule: AcceptRule, watch: AnswerWatch) -> bool:
     """Whether to stop here an answer that is being written."""
-    return rule.go_on_above > 0 and _probability(rule.prospect_weights, rule.prospect_bias, watch) < rule.go_on_above
+    if rule.go_on_above <= 0 or watch.tokens < FIRST_LOOK:
+        return False
+    return _probability(rule.prospect_weights, rule.prospect_bias, watch) < rule.go_on_above
 
 
 def price_of_going_on(tokens_left: float, token_cost: float, saved: float) -> float:

@@ -47,6 +47,7 @@ class CascadeAnswer:
         self._attempt: list[Choice] = []
         self._base: Sequence | None = None
         self._base_tokens = self._kept = 0
+        self._offered: list[int] = []
         self._accepted: bool | None = None
         self._abandoned = False
         self._p: float | None = None
@@ -100,6 +101,7 @@ class CascadeAnswer:
         self._base = self._engine.open(self._command.model, prompt, self._answer.sampler, limit=len(prompt) + room)
         offered = [choice.token for choice in self._attempt if not self._ends(choice)][: room - 1]
         if self._plan.hint == "offer" and offered:
+            self._offered = offered
             self._engine.offer(self._base, offered, self._plan.floor)
         self._engine.close(self._draft)
         return []
@@ -115,10 +117,24 @@ class CascadeAnswer:
             self._refused = True
             model = self._command.model
             return [Failed(self._command.id, "context_length_exceeded", f"no room for the prompt in the KV of {model}")]
-        if self._plan.hint == "offer" and not answer.output_tokens:
-            self._kept = _agreeing(turn.choices[:-1], self._attempt)
-        self._base_tokens += len(turn.choices) - (0 if answer.output_tokens else self._kept)
-        return answer.take_all(turn.choices, self._max_tokens[0])
+        kept = self._kept_of(turn.choices)
+        self._kept += kept
+        self._base_tokens += len(turn.choices) - kept
+        events = answer.take_all(turn.choices, self._max_tokens[0])
+        if self._offered and not answer.over:
+            self._engine.offer(self._base, self._offered, self._plan.floor)
+        return events
+
+    def _kept_of(self, choices: Tokens[Choice]) -> int:
+        """How much of the offer begins what it wrote; where its own next token is the offer's too, the rest stays."""
+        kept = 0
+        for choice, offered in zip(choices[:-1], self._offered, strict=False):
+            if choice.token != offered:
+                break
+            kept += 1
+        agrees = kept == len(choices) - 1 and self._offered[kept : kept + 1] == [choices[-1].token]
+        self._offered = self._offered[kept + 1 :] if agrees else []
+        return kept
 
     def _sampler(self, model: LocalModel, prompt: list[int], measure: bool) -> Sampler:
         return Sampler(
@@ -151,12 +167,3 @@ class CascadeAnswer:
             abandoned=self._abandoned,
             p_correct=self._p,
         )
-
-
-def _agreeing(kept: Tokens[Choice], attempt: Tokens[Choice]) -> int:
-    count = 0
-    for mine, theirs in zip(kept, attempt, strict=False):
-        if mine.token != theirs.token:
-            break
-        count += 1
-    return count

@@ -216,7 +216,8 @@ class StepSpeculation:
 
     def _judged(self, choices: Tokens[Choice]) -> list[Event]:
         """Kept is the beginning of the offer, and at least one token is the base's own: more where room was short."""
-        offered = [choice.token for choice in self._taken_pending()]
+        pending = self._taken_pending()
+        offered = [choice.token for choice in pending]
         count = 0
         while count < min(len(choices) - 1, len(offered)) and choices[count].token == offered[count]:
             count += 1
@@ -230,6 +231,10 @@ class StepSpeculation:
         if not self._goes_on:
             return events
         own = choices[-1]
+        rest = pending[count + 1 :]
+        if rest and count == len(choices) - 1 and own.token == offered[count]:
+            self._pending = rest  # it would have written this token too: what comes after it may still be right
+            return events + self._offer()
         if count == len(offered) or self._method.written(own, self._piece(own), self._boundary):
             return events + self._to_draft()
         return events + self._to_base()

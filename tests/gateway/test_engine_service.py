@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import json
 import os
 import signal
 import struct
@@ -49,6 +50,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     port = free_port()
     command = [
         sys.executable, "-m", "gateway", "engine", "--listen", f"127.0.0.1:{port}", "--model", "base=bundled/base",
+        "--model", "small=bundled/nano",
     ]  # fmt: skip
     log = (tmp_path_factory.mktemp("engine") / "log").open("wb")
     process = subprocess.Popen(command, env={**os.environ, "LEADLINE_ENGINE_TOKEN": TOKEN}, stdout=log, stderr=log)
@@ -81,7 +83,7 @@ def sdk(service: Service) -> openai.AsyncOpenAI:
 
 async def test_it_speaks_openais_api(service: Service) -> None:
     async with sdk(service) as client:
-        assert [model.id async for model in client.models.list()] == ["base"]
+        assert [model.id async for model in client.models.list()] == ["base", "small"]
         asked: Any = {"model": "base", "messages": SUM, "temperature": 0, "max_tokens": 100}
         whole = await client.chat.completions.create(**asked)
         stream = await client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
@@ -92,6 +94,27 @@ async def test_it_speaks_openais_api(service: Service) -> None:
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens > 0
     assert whole.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_plan_lets_a_small_model_think_and_tells_what_each_did(service: Service, stream: bool) -> None:
+    asked = {"model": "base", "messages": SUM, "temperature": 0, "stream": stream}
+    async with service.client() as client:
+        alone = (await client.post("/v1/chat/completions", json={**asked, "stream": False})).json()
+        more = {"plan": {"type": "speculate", "draft": "small"}, "stream_options": {"include_usage": True}}
+        answer = await client.post("/v1/chat/completions", json={**asked, **more})
+    if stream:
+        chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+        text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks if chunk["choices"])
+        usage = chunks[-1]["usage"]
+    else:
+        text, usage = answer.json()["choices"][0]["message"]["content"], answer.json()["usage"]
+    assert text == alone["choices"][0]["message"]["content"]
+    assert usage["completion_tokens"] == alone["usage"]["completion_tokens"]
+    base, small = usage["plan"]["models"]
+    assert (base["model"], small["model"]) == ("base", "small")
+    assert base["output_tokens"] + usage["plan"]["accepted_tokens"] == usage["completion_tokens"]
+    assert small["output_tokens"] > 0
 
 
 async def test_without_its_token_nothing_is_told(service: Service) -> None:
@@ -154,6 +177,14 @@ async def test_hidden_states_of_chosen_layers_at_chosen_tokens(service: Service)
         ("/v1/chat/completions", {"model": "base", "messages": []}, 400, "invalid_request", "messages"),
         ("/v1/chat/completions", {"model": "base", "messages": SUM, "cache_salt": 7}, 400, "invalid_request",
          "cache_salt"),
+        ("/v1/chat/completions", {"model": "base", "messages": SUM, "plan": {"type": "speculate", "draft": "nope"}},
+         400, "invalid_request", "plan.draft: no local model 'nope'"),
+        ("/v1/chat/completions", {"model": "base", "messages": SUM, "plan": {"type": "wish"}}, 400, "invalid_request",
+         "plan: "),
+        ("/v1/chat/completions", {"model": "base", "messages": SUM, "n": 2,
+         "plan": {"type": "speculate", "draft": "small"}}, 400, "invalid_request", "plan: it is for one choice"),
+        ("/v1/chat/completions", {"model": "base", "messages": SUM, "plan": {"type": "speculate", "draft": "base"}},
+         400, "invalid_request", "name a smaller model"),
         ("/score", {"model": "base", "messages": SUM, "candidates": []}, 400, "invalid_request", "candidates"),
         ("/score", {"model": "base", "messages": SUM, "candidates": [""]}, 400, "invalid_request", "candidates[0]"),
         ("/score", {"model": "base", "messages": SUM, "candidate": ["x"]}, 400, "invalid_request", "candidate"),

@@ -269,7 +269,7 @@ def test_contradictions_are_refused(
 def test_a_draft_that_is_not_there_is_named(start_engines: StartEngines, pair: dict[str, LocalModel]) -> None:
     caller = Caller(start_engines(pair))
     failed = caller.failed(caller.generate("1?", GREEDY, model="base", plan=SpeculateSteps(draft="gone")))
-    assert failed.code == "model_not_found"
+    assert (failed.code, failed.param) == ("invalid_request", "plan")
     assert "gone" in failed.message
 
 
