@@ -8,10 +8,10 @@ import time
 import numpy as np
 import pytest
 
-from probes.artifact import Artifact
+from probes.artifact import Artifact, read
 from probes.errors import ArtifactError
 from probes.extract import Encoder
-from probes.manifest import default_artifact_path
+from probes.manifest import ARTIFACTS, default_artifact_path
 from probes.runtime import EncoderProbe
 
 EASY = "What is the capital of France?\nA. Berlin\nB. Paris\nC. Rome\nD. Madrid\nAnswer:"
@@ -107,3 +107,10 @@ print(json.dumps([loaded, probe.probe([[{"role": "user", "content": "What is 2 p
     loaded_s, answers = json.loads(done.stdout)
     assert loaded_s < 10  # 0.5 s on an idle machine
     assert set(answers[0]) >= {"weak", "strong"}
+
+
+@pytest.mark.parametrize(("name", "model"), [("zeroeval", "gpt-4o-2024-08-06"), ("llmrouter", "gemma-2-9b-it")])
+def test_the_other_shipped_artifacts_are_read(encoder: Encoder, name: str, model: str) -> None:
+    probe = EncoderProbe(read(ARTIFACTS / name), encoder)
+    easy, hard = probe.probe([_ask("Tom has 3 apples and buys 2 more. How many apples has he?"), _ask(HARD)])
+    assert 1 >= easy[model] > hard[model] >= 0
