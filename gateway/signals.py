@@ -62,12 +62,17 @@ class _Found:
         """Whether a dearer tier has something to add."""
         return len(self.p_success) < len(self.heads) or bool(self.undecided)
 
-    def add(self, said: Sounding, version: str, cost_us: int) -> None:
+    def add(self, said: Sounding, version: str, cost_us: int, *, beside: bool = False) -> None:
+        """`beside`: where the tier before was undecided, its word counts as much as this one's."""
         self.answered = True
         for model, head in self.heads.items():
             p = said.p_success.get(head)
             if p is not None and (model not in self.p_success or model in self.undecided):
-                self.p_success[model] = Estimate(p, source=f"{version}/{head}", cost_us=cost_us)
+                source, cost = f"{version}/{head}", cost_us
+                if beside and (before := self.p_success.get(model)) is not None:
+                    p = (p + before.value) / 2
+                    source, cost = f"{before.source.rpartition('/')[0]}+{source}", cost + before.cost_us
+                self.p_success[model] = Estimate(p, source=source, cost_us=cost)
                 self.undecided.discard(model)
                 if head in said.undecided:
                     self.undecided.add(model)
@@ -144,7 +149,8 @@ class SignalReader:
     ) -> None:
         if world.probes.encoder:
             result = await self._asked(tenant, "", messages, lambda: client.probe(messages))
-            self._take(result, client.hello.probe_version or "probe", found, world)
+            # Words and hidden states err differently: their mean routes better than either (docs/experiments.md).
+            self._take(result, client.hello.probe_version or "probe", found, world, beside=True)
         for name in world.probes.heard:
             version = client.hello.readers.get(name)
             if version is None or not found.open or not found.heads.keys() & world.local_models.get(name, ()):
@@ -176,8 +182,8 @@ class SignalReader:
                 self._remembered.popitem(last=False)
         return result
 
-    def _take(self, result: ProbeResult, version: str, found: _Found, world: World) -> None:
-        found.add(result, version, result.cost_us)
+    def _take(self, result: ProbeResult, version: str, found: _Found, world: World, *, beside: bool = False) -> None:
+        found.add(result, version, result.cost_us, beside=beside)
         for name, tokens in result.input_tokens.items():
             for model in world.local_models.get(name, ()):
                 found.input_tokens[model] = tokens

@@ -23,7 +23,7 @@ from probes.artifact import read
 from probes.cli import app
 from probes.errors import ArtifactError, EncoderError
 from probes.listen import ListenedModel, locate_model
-from probes.manifest import MANIFEST
+from probes.manifest import ARTIFACTS, MANIFEST
 from probes.prefill import ANSWERS, QUESTION, PromptProbe, rating_features
 from tests.gateway.conftest import running
 from tests.gateway.fake_upstream import FakeUpstream
@@ -175,3 +175,12 @@ def test_a_tier_and_its_model_go_together(fitted: Path, options: list[str], comp
     )
     assert done.exit_code == 2
     assert complaint in done.output
+
+
+def test_the_shipped_probe_hears_the_bundled_model() -> None:
+    probe = PromptProbe.load(ARTIFACTS / "prefill-base", BASE)
+    easy, hard = problems(8, 1, 1)[0].question, problems(8, 6, 1)[0].question
+    states = ListenedModel.load("bundled/base").states([easy, hard], probe.layers)
+    said = [probe.read(row.reshape(len(probe.layers), -1), FakeRating()) for row in states]
+    assert said[0].p_success["local"] > 0.9 > said[1].p_success["local"]
+    assert said[0].out_tokens["local"][0] < said[1].out_tokens["local"][0]

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from probes.manifest import MANIFEST
+from probes.runtime import EncoderProbe
+from probes.static import StaticProbe
 from probes.static_fit import fit_static, write_static
 from probes.train import Table
 from tests.gateway.conftest import running
@@ -38,7 +40,7 @@ SUM, ESSAY, OTHER = "What is 15 plus 26?", "Write essay number 9 on empire 63.",
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A static probe of sums, which the weak model can do, and essays, which it cannot."""
+    """Static probes of sums, which the weak model can do, and essays, which it cannot; one is never sure."""
     rng = np.random.default_rng(0)
     sums = [f"What is {a} plus {b}?" for a, b in rng.integers(10, 99, (60, 2))]
     essays = [f"Write essay number {i} on empire {i * 7}." for i in range(60)]
@@ -52,7 +54,8 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
         kinds=("correct", "correct", "out_tokens"),
     )
     folder = tmp_path_factory.mktemp("policy")
-    write_static(fit_static(table, answers=1.0), table, folder / "words", "words")
+    for name, answers in (("words", 1.0), ("unsure", 0.0)):
+        write_static(fit_static(table, answers=answers), table, folder / name, name)
     return folder
 
 
@@ -85,7 +88,8 @@ async def test_words_decide_in_the_worker_without_an_engine(
 async def test_the_engine_is_asked_for_what_words_leave_open(
     upstream: FakeUpstream, words: Path, tmp_path: Path
 ) -> None:
-    policy = POLICY.format(url=upstream.url, probe="[./words, default]").replace(
+    """About what words are undecided on, both count; where they abstain, the encoder alone."""
+    policy = POLICY.format(url=upstream.url, probe="[./unsure, default]").replace(
         "dear: strong}", "dear: strong}, timeout: 20s"
     )
     async with running(policy, tmp_path / "home", policy_folder=words) as gateway:
@@ -95,9 +99,15 @@ async def test_the_engine_is_asked_for_what_words_leave_open(
         for text in (SUM, OTHER):
             assert (await gateway.chat(ask(text)))[0] == 200
         other, easy = await gateway.rows()
-    decisions = [json.loads(row["decision"]) for row in (easy, other)]
-    assert [d["probe_version"].partition("@")[0] for d in decisions] == ["words", "default"]
-    assert not any(d.get("degraded") for d in decisions)
+    both, alone = (json.loads(row["decision"]) for row in (easy, other))
+    assert [part.partition("@")[0] for part in both["probe_version"].split("+")] == ["unsure", "default"]
+    assert alone["probe_version"].partition("@")[0] == "default"
+    assert not both.get("degraded")
+    assert not alone.get("degraded")
+    said = StaticProbe.load(words / "unsure").read(SUM).p_success["weak"]
+    heard = EncoderProbe.load().probe([[{"role": "user", "content": SUM}]])[0]["weak"]
+    p = next(one["p_success"] for one in both["candidates"] if one["model"] == "cheap")
+    assert p == pytest.approx((said + heard) / 2, abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from probes.artifact import read
 from probes.calibrate import ece, sigmoid
 from probes.cli import app
 from probes.errors import ArtifactError
-from probes.manifest import MANIFEST
+from probes.manifest import ARTIFACTS, MANIFEST
 from probes.sparse import SparseProbeClassifier
 from probes.static import BUCKETS, MAX_CHARS, StaticProbe, words_of
 from probes.static_fit import TextFeatures, fit_static, write_static
@@ -259,3 +259,12 @@ print(StaticProbe.load(Path({str(folder)!r})).read({SUM!r}).p_success["weak"])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) > 0.5
+
+
+def test_the_shipped_probe_knows_sums_from_essays() -> None:
+    folder = ARTIFACTS / "static"
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 300_000
+    probe = StaticProbe.load(folder)
+    assert probe.heads == ("local", "weak", "strong")
+    easy, other = probe.read("What is 12 + 7 - 4?"), probe.read("Which enzyme unwinds DNA during replication?")
+    assert easy.p_success["local"] > 0.8 > 0.2 > other.p_success["local"]
