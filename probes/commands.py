@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
+SHARED = 0.05
+"""Of the rows, the share that an artifact may have been fitted on: real tables hold repetitions."""
+
 
 ArtifactPath = Annotated[Path, typer.Argument(help="Folder of a fitted artifact.")]
 CertifiedHeads = Annotated[
@@ -90,11 +93,12 @@ def certify(
                 "them, or give --known-only if whether a row is labelled does not depend on the answer"
             )
         whole = len(data.prompts) if data.sha256() == probe.manifest.data_sha256 else 0
-        if shared := max(whole, probe.manifest.seen(data.prompts)):
-            raise TableError(
-                f"{table}: {probe.version} was fitted on about {shared} of these prompts, whose scores prove nothing; "
-                "certify on other rows"
-            )
+        shared = max(whole, probe.manifest.seen(data.prompts))
+        known = f"{probe.version} was fitted on about {shared} of these {len(data.prompts)} prompts"
+        if shared > SHARED * len(data.prompts):
+            raise TableError(f"{table}: {known}, whose scores prove nothing; certify on other rows")
+        if shared:
+            typer.echo(f"warning: {known}: the promise is a little weaker", err=True)
         promises: list[tuple[float, Method, Horizon]] = []
         for bound in alpha or ALPHAS:
             for how in METHODS if method == "both" else (method,):

@@ -17,7 +17,7 @@ MANIFEST = "probe.json"
 TENSORS = "probe.safetensors"
 ARTIFACTS = Path(__file__).parent / "artifacts"
 """Those that ship with the package, each in a folder of its name."""
-SKETCH = 256
+SKETCH = 1024
 DIGEST_DIGITS = 12
 BELOW_ALL = -2.0
 """A threshold that every score exceeds: probabilities and their differences lie in [-1, 1]."""
@@ -158,15 +158,11 @@ class Manifest(BaseModel):
         return self.model_copy(update={"certificates": (*kept, *new.values())})
 
     def seen(self, prompts: Sequence[str]) -> int:
-        """About how many of these prompts it was fitted on: 0 for none, or where a few of many are not noticed."""
+        """About how many of these prompts it was fitted on; 0 where fewer than three show, as real tables repeat."""
         digests = set(self.prompts_sketch)
-        if not digests:
-            return 0
-        threshold = max(digests)
-        found = sum(digest in digests for digest in map(_digest, prompts) if digest <= threshold)
-        # The sketch holds a share of all digests: if it is not whole, that of values up to its largest.
-        share = 1.0 if len(digests) < SKETCH else (int(threshold, 16) + 1) / 16**DIGEST_DIGITS
-        return round(found / share)
+        found = sum(digest in digests for digest in map(_digest, prompts))
+        # The sketch holds the smallest digests: of prompts that were seen, the same share as of all that were.
+        return round(found * max(1.0, self.n / len(digests))) if found >= 3 else 0
 
     def certificate_for(
         self,

@@ -38,7 +38,7 @@ def outcomes(n: int, seed: int) -> pd.DataFrame:
 @pytest.fixture
 def folder(artifact: Artifact, tmp_path: Path) -> Path:
     """An artifact of random weights: a certificate is as true of a bad score as of a good one."""
-    trained = artifact.manifest.model_copy(update={"prompts_sketch": sketch(outcomes(120, 0)["question"])})
+    trained = artifact.manifest.model_copy(update={"prompts_sketch": sketch(outcomes(120, 0)["question"]), "n": 120})
     write(replace(artifact, manifest=trained), tmp_path / "probe")
     return tmp_path
 
@@ -117,12 +117,22 @@ def test_rows_that_the_artifact_was_fitted_on_prove_nothing(folder: Path) -> Non
     for table, about in [(trained, 120), (pd.concat([trained.head(60), outcomes(140, 4)]), 60)]:
         done = certify(folder, table)
         assert done.exit_code == 2
-        assert f"was fitted on about {about} of these prompts" in done.output
+        assert f"was fitted on about {about} of these {len(table)} prompts" in done.output
+
+
+def test_a_few_repetitions_are_a_warning(folder: Path) -> None:
+    done = certify(folder, pd.concat([outcomes(120, 0).head(4), outcomes(116, 5)]), "--alpha", "0.1", "--method", "crc")
+    assert done.exit_code == 0, done.output
+    assert "warning: toy@" in done.output
+    assert "was fitted on about 4 of these 120 prompts" in done.output
 
 
 def test_shared_prompts_are_noticed_in_a_sketch_of_many(artifact: Artifact) -> None:
-    trained = [f"question {i}" for i in range(20 * SKETCH)]
-    big = artifact.manifest.model_copy(update={"prompts_sketch": sketch(trained)})
+    trained = [f"question {i}" for i in range(10 * SKETCH)]
+    big = artifact.manifest.model_copy(update={"prompts_sketch": sketch(trained), "n": len(trained)})
     others = [f"another question {i}" for i in range(10_000)]
     assert big.seen(others) == 0
+    assert len(big.prompts_sketch) == SKETCH
     assert big.seen(others + trained[:2000]) == pytest.approx(2000, rel=0.35)
+    # Chance repetitions are not held against a table.
+    assert big.seen(others + list(trained[:20])) == 0
