@@ -11,7 +11,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: serve install test check fmt judges bench bench-client bench-gateway bench-engine bench-routing demo soak clean
+.PHONY: serve install test check fmt judges bench bench-client bench-gateway bench-engine bench-reasoning bench-routing demo soak clean
 
 serve: install ## Run the gateway on 127.0.0.1:8080 with embedded defaults
 	$(BIN)/leadline serve --port $(PORT)
@@ -76,6 +76,9 @@ bench-gateway: install ## Speed, streams, memory, start, scaling, beside nginx, 
 bench-engine: install ## The local engine beside the machine's bound, transformers, and vLLM where it is installed
 	$(PIP) install accelerate==1.15.0
 	$(BIN)/python benchmarks/bench_engine.py
+
+bench-reasoning: install ## Drafted steps, cascades, exits and votes beside leaving them off (synthetic arithmetic)
+	$(BIN)/python benchmarks/bench_reasoning.py
 
 bench-routing: install ## Routing beside every baseline on the tables of LEADLINE_DATA (or ../shared/data)
 	$(BIN)/python benchmarks/bench_routing.py

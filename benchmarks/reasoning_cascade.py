@@ -96,6 +96,7 @@ def _rule(label: str, learn: Answers, test: Answers, into: Measured) -> AcceptRu
 
 def _tell(name: str, test: Answers, taken: npt.NDArray[np.bool_], into: Measured) -> None:
     good = np.where(taken, test.right, test.base_right)
+    into.add(name, "problems", len(good), "problems")
     into.add(name, "accuracy", float(good.mean()), "share")
     into.add(name, "points_over_off", 100 * float((good - test.base_right).mean()), "points")
     into.add(name, "accepted", float(taken.mean()), "share")
@@ -149,6 +150,7 @@ def _run(label: str, models: dict, name: str, rule: AcceptRule, asked: list, int
     whole = outcomes["engine"].written(name)
     for kind in ways:
         did, row = outcomes[kind.name], f"{label}: {kind.name}"
+        into.add(row, "problems", len(did.right), "problems")
         into.add(row, "accuracy", float(np.mean(did.right)), "share")
         into.add(row, "points_over_off", 100 * float(np.mean(did.right) - np.mean(off.right)), "points")
         for metric, prices in (("cost", {name: 1.0, "base": ratio}), ("cost_base_10x", {name: 1.0, "base": DEARER})):

@@ -74,6 +74,7 @@ def _tell(
     for kind in ways:
         did, name = outcomes[kind.name], f"batch {batch}: {kind.name}"
         n = len(did.right)
+        into.add(name, "problems", n, "problems")
         into.add(name, "accuracy", sum(did.right) / n, "share")
         gains = [mine - theirs for mine, theirs in zip(did.right, off.right, strict=True)]
         into.add(name, "points_over_off", 100 * sum(gains) / n, "points")
