@@ -2,8 +2,8 @@
 
 Sections: steps (a small model writes, the base judges), cascade (a small model answers first), exits (a thought is left
 early), samples (answers vote). Every section has the row "leave it off". The text of every answer is checked against
-the problem's own; where a row counts its problems, accuracy has a 95 % Wilson interval. CPU time is the process's, so that
-another program on the machine does not count; wall time is given beside it.
+the problem's own; where a row counts its problems, accuracy has a 95 % Wilson interval. CPU time is the process's, so
+that another program on the machine does not count; wall time is given beside it.
 """
 
 import argparse
