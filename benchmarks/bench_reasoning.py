@@ -39,8 +39,9 @@ TABLES: Final = {
         "auc": "AUC", "curve": "mean over thresholds", "cost": "cost", "cost_base_10x": "cost, base × 10",
         "not_generated": "tokens not generated",
     },
-    "exits": {"accuracy": "right", "points_over_off": "points over off", "tokens": "tokens"},
-    "samples": {"accuracy": "right", "points_over_16": "points over 16", "samples": "samples", "tokens": "tokens"},
+    "exits": reasoning_exits.COLUMNS,
+    "exits, promises": reasoning_exits.PROOF_COLUMNS,
+    "samples": reasoning_samples.COLUMNS,
 }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ COLUMNS = {
     "accuracy": "right", "points_over_off": "points over off", "tokens": "tokens", "tokens_saved": "tokens saved",
     "cpu_saved": "CPU saved", "wall_saved": "wall saved", "left": "left early", "risk": "and wrong", "harm": "harm",
 }  # fmt: skip
-PROOF_COLUMNS = {"mean_risk": "mean risk", "held": "held", "left": "left early", "trajectories": "trajectories"}
+PROOF_COLUMNS = {"mean_risk": "mean risk", "held": "held", "share_left": "left early", "trajectories": "trajectories"}
 
 
 def questions(seed: int, levels: Sequence[int], n: int) -> list[Question]:
@@ -46,6 +46,7 @@ def measure(seed: int, levels: Sequence[int], n: int, batches: Sequence[int], in
             for row in compare(engine, "m", asked, THINK, together=batch):
                 name = f"exits, batch {batch}: {row.name}"
                 into.add(name, "accuracy", row.accuracy[0], "share")
+                into.add(name, "problems", row.n, "problems")
                 into.add(name, "points_over_off", 100 * row.gain[0], "points")
                 into.add(name, "tokens", row.tokens, "tokens")
                 for metric in ("tokens_saved", "cpu_saved", "wall_saved", "left", "risk", "harm"):
@@ -57,5 +58,7 @@ def measure(seed: int, levels: Sequence[int], n: int, batches: Sequence[int], in
     assert model.exits is not None, "one is shipped"
     for proof in proofs(model.exits, seen, deltas=DELTAS, fresh=True):
         name = f"exits, promise: {proof['form']}, delta {proof['delta']:g}"
-        for metric, unit in (("mean_risk", "share"), ("held", "share"), ("left", "share"), ("trajectories", "")):
-            into.add(name, metric, proof[metric], unit)
+        into.add(name, "mean_risk", proof["mean_risk"], "share")
+        into.add(name, "held", proof["held"], "share")
+        into.add(name, "share_left", proof["left"], "share")
+        into.add(name, "trajectories", proof["trajectories"], "trajectories")

@@ -49,6 +49,7 @@ def measure(seed: int, levels: Sequence[int], n: int, batches: Sequence[int], in
                 for row in compare(engine, "m", asked, sampling, methods, together=batch):
                     name = f"samples, {effort}, batch {batch}: {row.name}"
                     into.add(name, "accuracy", row.accuracy[0], "share")
+                    into.add(name, "problems", row.n, "problems")
                     into.add(name, "points_over_16", 100 * row.gain[0], "points")
                     into.add(name, "samples", row.samples, "samples")
                     into.add(name, "tokens", row.tokens, "tokens")

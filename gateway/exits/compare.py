@@ -123,7 +123,8 @@ def _run(
     wall, cpu = time.perf_counter(), time.process_time()
     for question, said, end in ask(engine, model, asked, ours, method.plan, together=together):
         tally.right[question.key] = end.finish_reason == "stop" and is_right(said, question.answer)
-        tally.left[question.key] = end.plan is not None and bool(end.plan.closed_by)
+        by_rule = isinstance(method.plan, Exit) and end.plan is not None and end.plan.closed_by == method.plan.rule
+        tally.left[question.key] = by_rule  # not by a limit or a loop, which no rule promises anything of
         tally.output_tokens += end.output_tokens
         tally.samples += len(end.plan.samples) if end.plan is not None else 0
         tally.discarded_tokens += end.plan.discarded_tokens if end.plan is not None else 0

@@ -129,14 +129,17 @@ def proofs(
     fresh: bool = False,
 ) -> list[dict[str, Any]]:
     """For each promise: what risk is realised over random halves of trajectories that the probe has not seen; `fresh`:
-    it has seen none of these."""
+    it has seen none of these. What half of them are too few for is left out."""
     for_fit = halves([one.key for one in trajectories])
     cues = cues_of([one for one, fitted in zip(trajectories, for_fit, strict=True) if fresh or not fitted])
     p = scores(artifact.probe, cues)
     found = []
     for form in FORMS:
         for delta in deltas:
-            result = resplit(cues, p, delta, form, splits=splits)
+            try:
+                result = resplit(cues, p, delta, form, splits=splits)
+            except CertificateError:  # half of these trajectories are too few for it
+                continue
             found.append(
                 {
                     "form": form,
