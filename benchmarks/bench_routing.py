@@ -8,6 +8,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,16 +53,16 @@ def main() -> None:
     encoder = Encoder.load()
     rows: list[Row] = []
     sections: tuple[tuple[str, Callable[[Path, Encoder], list[Row]]], ...] = (
-        ("RouteLLM: MMLU and GSM8K", routellm_rows),
-        ("ZeroEval pairs, mean of five", zeroeval_rows),
-        ("llmrouter, nine open models", llmrouter_rows),
-        ("ZeroEval pool: cost at the accuracy of always-strong", pool_rows),
-        ("Perturbed and hostile prompts", lambda data, model: attack_rows(routellm(data, "mmlu"), model)),
-        ("Time", latency_rows),
+        ("RouteLLM", routellm_rows),
+        ("ZeroEval", zeroeval_rows),
+        ("llmrouter, nine models", llmrouter_rows),
+        ("ZeroEval pool", pool_rows),
+        ("MMLU, perturbed and hostile", lambda data, model: attack_rows(routellm(data, "mmlu"), model)),
+        ("encoder probe", latency_rows),
     )
     for title, section in sections:
         start = time.perf_counter()
-        found = section(args.data, encoder)
+        found = [replace(row, name=f"{title} | {row.name}") for row in section(args.data, encoder)]
         show(f"{title} ({time.perf_counter() - start:.0f} s)", found)
         rows += found
     print(write("routing", "make bench-routing", LIBRARIES, rows, encoder=encoder.sha256[:12]))

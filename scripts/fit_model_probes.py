@@ -1,7 +1,8 @@
 """Fit the probes about many models: `python scripts/fit_model_probes.py ../shared/data`.
 
 `zeroeval`: a head for each model of ZeroEval that answered every development question of GSM8K and CRUXEval, and the
-heads `weak` and `strong` for RouteLLM's pair on the same GSM8K questions. `llmrouter`: the expected score of nine open
+heads `weak` and `strong` for RouteLLM's pair on the same GSM8K questions. `gsm8k`: that pair on those questions alone,
+which ranks word problems better than a probe that knows other tasks too. `llmrouter`: the expected score of nine open
 models on fourteen tasks.
 """
 
@@ -15,7 +16,7 @@ import torch
 from probes.artifact import write
 from probes.extract import Encoder
 from probes.manifest import ARTIFACTS
-from probes.train import Recipe, Table, fit_probe
+from probes.train import Recipe, Table, fit_probe, read_table
 
 ROUTELLM = {"weak": "mixtral_8x7b_correct", "strong": "gpt4_1106_correct"}
 
@@ -24,12 +25,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with the tables of shared/data")
     parser.add_argument("--out", type=Path, default=ARTIFACTS, help="folder of artifacts")
+    parser.add_argument("--only", nargs="*", help="names of those to fit")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     encoder = Encoder.load()
-    for name, table in {"zeroeval": zeroeval(args.data), "llmrouter": llmrouter(args.data)}.items():
-        fitted = fit_probe(table, encoder, Recipe(seed=args.seed), name=name, progress=True)
+    gsm8k = read_table(args.data / "routellm_gsm8k.parquet", "prompt", ROUTELLM, drop_if="contaminated")
+    tables = {"zeroeval": zeroeval(args.data), "gsm8k": gsm8k, "llmrouter": llmrouter(args.data)}
+    for name in args.only or tables:
+        table = tables[name]
+        recipe = Recipe(components=64, seed=args.seed) if name == "gsm8k" else Recipe(seed=args.seed)
+        fitted = fit_probe(table, encoder, recipe, name=name, progress=True)
         write(fitted.artifact, args.out / name)
         print(
             f"wrote {args.out / name}: {fitted.artifact.version}, {len(table.names)} heads, {len(table.prompts)} rows"

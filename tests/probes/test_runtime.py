@@ -109,7 +109,9 @@ print(json.dumps([loaded, probe.probe([[{"role": "user", "content": "What is 2 p
     assert set(answers[0]) >= {"weak", "strong"}
 
 
-@pytest.mark.parametrize(("name", "model"), [("zeroeval", "gpt-4o-2024-08-06"), ("llmrouter", "gemma-2-9b-it")])
+@pytest.mark.parametrize(
+    ("name", "model"), [("zeroeval", "gpt-4o-2024-08-06"), ("gsm8k", "weak"), ("llmrouter", "gemma-2-9b-it")]
+)
 def test_the_other_shipped_artifacts_are_read(encoder: Encoder, name: str, model: str) -> None:
     probe = EncoderProbe(read(ARTIFACTS / name), encoder)
     easy, hard = probe.probe([_ask("Tom has 3 apples and buys 2 more. How many apples has he?"), _ask(HARD)])
