@@ -101,7 +101,9 @@ def fit_temperature(scores: Array, labels: Array, max_iter: int = 100) -> Platt:
     Right for log-odds whose zero is meant, as a logistic regression's are. A falling relation is refused as by Platt's.
     """
     targets = _smoothed(labels)
-    scale = float(np.sqrt(np.mean(scores**2))) or 1.0
+    scale = float(np.abs(scores).mean())
+    if scale < 1e-100:
+        return _base_rate(labels)
     z, slope = scores / scale, 0.0
     for _ in range(max_iter):
         p = sigmoid(slope * z)
