@@ -27,6 +27,9 @@ MAX_CHARS_PER_TOKEN = 16
 """Text is clipped to this many characters per token of budget at either end before it is tokenised, so that the cost
 of a very long conversation is bounded. English runs at four to five."""
 
+SPARE_TOKENS = 64
+"""Padding that costs less than one more batch does."""
+
 Keep = Literal["ends", "start"]
 
 
@@ -57,13 +60,36 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def alike(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Rows in batches of at most `most` whose padding is at most a quarter of their tokens and SPARE_TOKENS."""
+    batches: list[list[int]] = []
+    tokens = 0
+    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
+        width = lengths[row]
+        tokens += width
+        if not batches or len(batches[-1]) == most or width * (len(batches[-1]) + 1) > 1.25 * tokens + SPARE_TOKENS:
+            batches.append([])
+            tokens = width
+        batches[-1].append(row)
+    return batches
+
+
+def best_dtype() -> torch.dtype:
+    """bfloat16 where the processor multiplies it itself: three times as fast there, and the shipped probe's P(success)
+    moves by 0.002 on average. Else float32."""
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
 class Encoder:
     """A frozen transformer encoder on the CPU, with its identity.
 
     Not for use by several threads at once: the tokenizer is shared state. The engine calls it from one thread.
     """
 
-    def __init__(self, folder: Path, name: str, expected_sha256: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, name: str, expected_sha256: str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         transformers_logging.disable_progress_bar()
         weights = folder / "model.safetensors"
         if not weights.is_file():
@@ -75,7 +101,7 @@ class Encoder:
                 f"encoder {name!r}: model.safetensors has sha256 {self.sha256}, not {expected_sha256}; reinstall it"
             )
         self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self._model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
+        self._model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=dtype or best_dtype()).eval()
         self.dims = int(self._model.config.hidden_size)
         self.layers = int(self._model.config.num_hidden_layers) + 1
         """The embedding layer counts as layer 0."""
@@ -136,14 +162,12 @@ class Encoder:
         progress: bool,
     ) -> None:
         """Forward in batches of similar length; `take` gets the rows, all hidden states and pooling weights [b, t]."""
-        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-        starts: Any = range(0, len(order), batch_size)
+        batches: Any = alike([len(tokens) for tokens in ids], batch_size)
         if progress:
             from tqdm import tqdm
 
-            starts = tqdm(starts, desc="hidden states", unit="batch")
-        for start in starts:
-            rows = order[start : start + batch_size]
+            batches = tqdm(batches, desc="hidden states", unit="batch")
+        for rows in batches:
             width = max(len(ids[row]) for row in rows)
             tokens = torch.zeros((len(rows), width), dtype=torch.long)
             mask = torch.zeros((len(rows), width))
@@ -151,4 +175,4 @@ class Encoder:
                 tokens[i, : len(ids[row])] = torch.tensor(ids[row])
                 mask[i, : len(ids[row])] = 1.0
             hidden = self._model(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states
-            take(rows, hidden, mask / mask.sum(1, keepdim=True))
+            take(rows, tuple(layer.float() for layer in hidden), mask / mask.sum(1, keepdim=True))

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from probes.errors import EncoderError
-from probes.extract import DEFAULT_SHA256, Encoder
+from probes.extract import DEFAULT_SHA256, SPARE_TOKENS, Encoder, alike
 from probes.text import render
 
 
@@ -103,3 +105,13 @@ def test_the_encoder_package_is_not_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@given(st.lists(st.integers(0, 256), max_size=70), st.integers(1, 32))
+def test_batches_hold_each_row_once_with_little_padding(lengths: list[int], most: int) -> None:
+    batches = alike(lengths, most)
+    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+    for batch in batches:
+        tokens = [lengths[row] for row in batch]
+        assert 1 <= len(batch) <= most
+        assert max(tokens) * len(batch) <= 1.25 * sum(tokens) + SPARE_TOKENS

@@ -44,7 +44,7 @@ def test_a_batch_answers_as_its_members_do(default_probe: EncoderProbe) -> None:
     asked = [_ask(EASY), _ask(HARD), _ask(""), [*_ask(EASY), {"role": "assistant", "content": "B"}, *_ask("Why?")]]
     together = default_probe.probe(asked)
     for conversation, answer in zip(asked, together, strict=True):
-        assert default_probe.probe([conversation])[0] == pytest.approx(answer, abs=1e-4)
+        assert default_probe.probe([conversation])[0] == pytest.approx(answer, abs=2e-3)
     assert default_probe.probe([]) == []
 
 
