@@ -32,6 +32,7 @@ from gateway.errors import (
 from gateway.ledger.records import AttemptKind, AttemptRecord
 from gateway.telemetry.metrics import Metrics
 from gateway.ticket import Ticket
+from gateway.told import told
 from gateway.upstream.breaker import Breaker
 from gateway.upstream.hedge import HedgeBudget
 from gateway.upstream.retry import RetryBudget, wait_before_retry
@@ -40,7 +41,9 @@ from routers.policy import FailureCause, Hedge
 from routers.units import format_money
 
 _T = TypeVar("_T", Answer, AnswerStream)
-Run = Callable[[Upstream, Target], Awaitable[_T]]
+Run = Callable[[Upstream, Target, ChatCall], Awaitable[_T]]
+Ask = Callable[[Ticket, str], ChatCall]
+"""What goes out to a model: money is held for this call, and for no other."""
 
 _FAILURE: dict[Cause, FailureCause] = {
     "rate_limit": "rate_limit",
@@ -92,11 +95,11 @@ class AttemptEngine:
         raise failed(errors, ticket, tried)
 
     async def on_target(
-        self, ticket: Ticket, model: str, run: Run[_T], errors: list[UpstreamError]
+        self, ticket: Ticket, model: str, run: Run[_T], errors: list[UpstreamError], ask: Ask = told
     ) -> tuple[_T, AttemptRecord] | None:
         """This target until it answers or is given up; what went wrong is appended to `errors`."""
         world = ticket.world
-        target = world.targets[model]
+        target, call = world.targets[model], ask(ticket, model)
         breaker = world.breakers[model]
         budget = self._retries.get(target.provider)
         if budget is None:
@@ -111,7 +114,7 @@ class AttemptEngine:
                     errors.append(_left_alone(target, breaker))
                 return None
             try:
-                attempt = await ticket.begin_attempt(target, kind)
+                attempt = await ticket.begin_attempt(target, kind, call)
             except BaseException as error:
                 breaker.abandoned(permit)
                 if isinstance(error, BudgetExceeded) and errors:
@@ -123,9 +126,9 @@ class AttemptEngine:
             began_ns = time.perf_counter_ns()
             try:
                 if hedge is not None:
-                    answer, attempt = await self._race(ticket, hedge, target, attempt, permit, run, errors)
+                    answer, attempt = await self._race(ticket, hedge, target, attempt, permit, run, errors, call, ask)
                 else:
-                    answer = await self._run(ticket, target, attempt, permit, run)
+                    answer = await self._run(ticket, target, attempt, permit, run, call)
             except UpstreamError as error:
                 ticket.waited(time.perf_counter_ns() - began_ns)
                 errors.append(error)
@@ -150,11 +153,13 @@ class AttemptEngine:
             self._metrics.retried(model, errors[-1].cause)
         return None
 
-    async def _run(self, ticket: Ticket, target: Target, attempt: AttemptRecord, permit: int, run: Run[_T]) -> _T:
+    async def _run(
+        self, ticket: Ticket, target: Target, attempt: AttemptRecord, permit: int, run: Run[_T], call: ChatCall
+    ) -> _T:
         """One attempt up to its first byte, booked with its breaker and, if it fails, in the ledger."""
         breaker = ticket.world.breakers[target.model]
         try:
-            answer = await run(ticket.world.upstreams[target.provider], target)
+            answer = await run(ticket.world.upstreams[target.provider], target, call)
         except UpstreamError as error:
             ticket.fail_attempt(attempt, error)
             self.failed(ticket, target.model, error, permit)
@@ -182,7 +187,7 @@ class AttemptEngine:
         except BaseException:
             breaker.abandoned(permit)
             raise
-        answer = await self._run(ticket, target, attempt, permit, lambda up, target: up.complete(target, call))
+        answer = await self._run(ticket, target, attempt, permit, complete, call)
         ticket.first_byte(attempt)
         ticket.end_attempt(attempt, "ok", answer.usage, delivered_bytes=answer.delivered_bytes, plan=answer.plan)
         return answer
@@ -214,6 +219,8 @@ class AttemptEngine:
         permit: int,
         run: Run[_T],
         errors: list[UpstreamError],
+        call: ChatCall,
+        ask: Ask,
     ) -> tuple[_T, AttemptRecord]:
         """The attempt, and a second one beside it when its first byte is late: the first of them to answer.
 
@@ -222,7 +229,7 @@ class AttemptEngine:
         """
         budget = self._hedge_budget(ticket)
         first: _Runner[_T] = _Runner(attempt)
-        first.task = asyncio.create_task(self._run(ticket, target, attempt, permit, run))
+        first.task = asyncio.create_task(self._run(ticket, target, attempt, permit, run, call))
         second: _Runner[_T] | None = None
         winner: _Runner[_T] | None = None
         problem: UpstreamError | None = None
@@ -232,10 +239,11 @@ class AttemptEngine:
             done, _ = await asyncio.wait((first.task,), timeout=hedge.after_ms / 1000)
             if not done:
                 other = self._hedge_target(ticket, target)
-                worst = self._worst_loss(ticket, target, other)
+                beside = ask(ticket, other.model)
+                worst = self._worst_loss(ticket, (target, call), (other, beside))
                 if worst is not None and budget.reserve(worst):
                     held, second = worst, _Runner()
-                    second.task = asyncio.create_task(self._second(ticket, other, run, second))
+                    second.task = asyncio.create_task(self._second(ticket, other, run, second, beside))
                     running.append(second)
             while running:
                 await asyncio.wait([runner.task for runner in running], return_when=asyncio.FIRST_COMPLETED)
@@ -280,25 +288,27 @@ class AttemptEngine:
                 return world.targets[name]
         return target
 
-    def _worst_loss(self, ticket: Ticket, target: Target, other: Target) -> int | None:
+    def _worst_loss(self, ticket: Ticket, *racing: tuple[Target, ChatCall]) -> int | None:
         """The most that the loser can cost, whichever it is. None: no bound is known, as one of them has no price."""
-        costs = ticket.worst_cost(target), ticket.worst_cost(other)
-        return None if costs[0] is None or costs[1] is None else max(costs[0], costs[1])
+        costs = [ticket.worst_cost(target, call) for target, call in racing]
+        return None if None in costs else max(cost or 0 for cost in costs)
 
-    async def _second(self, ticket: Ticket, target: Target, run: Run[_T], runner: "_Runner[_T]") -> _T | None:
+    async def _second(
+        self, ticket: Ticket, target: Target, run: Run[_T], runner: "_Runner[_T]", call: ChatCall
+    ) -> _T | None:
         """The hedge, in its own task: the first attempt does not wait for its money. None: it did not go out."""
         breaker = ticket.world.breakers[target.model]
         permit = breaker.acquire()
         if permit is None:
             return None
         try:
-            attempt = runner.attempt = await ticket.begin_attempt(target, "hedge")
+            attempt = runner.attempt = await ticket.begin_attempt(target, "hedge", call)
         except BaseException as error:
             breaker.abandoned(permit)
             if isinstance(error, LeadlineError):
                 return None
             raise
-        return await self._run(ticket, target, attempt, permit, run)
+        return await self._run(ticket, target, attempt, permit, run, call)
 
     async def _end(self, ticket: Ticket, losers: list["_Runner[_T]"], winner: "_Runner[_T] | None") -> None:
         """Cancel them, wait until they have let go of what they hold, and bill them: whatever comes meanwhile."""
@@ -366,11 +376,11 @@ class AttemptEngine:
                     continue
                 raise
             try:
-                stream = await self._run(ticket, target, attempt, permit, lambda up, target: up.stream(target, call))
+                answer = await self._run(ticket, target, attempt, permit, stream, call)
             except UpstreamError:
                 continue
             ticket.first_byte(attempt)
-            return stream, attempt
+            return answer, attempt
         return None
 
 
@@ -381,6 +391,16 @@ class _Runner(Generic[_T]):
     attempt: AttemptRecord | None = None
     """None: it has not gone out, or not yet."""
     task: "asyncio.Task[_T | None]" = field(init=False)
+
+
+async def complete(upstream: Upstream, target: Target, call: ChatCall) -> Answer:
+    """The run of a whole answer."""
+    return await upstream.complete(target, call)
+
+
+async def stream(upstream: Upstream, target: Target, call: ChatCall) -> AnswerStream:
+    """The run of a stream."""
+    return await upstream.stream(target, call)
 
 
 async def _let_go(answer: Answer | AnswerStream | None) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 
 import msgspec
 
-from gateway.attempts import AttemptEngine
+from gateway.attempts import AttemptEngine, complete
 from gateway.errors import BudgetExceeded
 from gateway.ledger.records import AttemptRecord
 from gateway.ticket import Ticket
 from gateway.told import to_be_judged, told
-from gateway.upstream.types import Answer, ChatCall, Target, Upstream, UpstreamError
+from gateway.upstream.types import Answer, ChatCall, UpstreamError
 from routers.cascade import p_correct
 from routers.types import Accept, Cascade
 
@@ -65,12 +65,7 @@ async def climb(engine: AttemptEngine, ticket: Ticket, plan: Cascade, errors: li
 async def _ask(
     engine: AttemptEngine, ticket: Ticket, model: str, errors: list[UpstreamError]
 ) -> tuple[Answer, AttemptRecord] | None:
-    call = to_be_judged(told(ticket, model))
-
-    async def complete(upstream: Upstream, target: Target) -> Answer:
-        return await upstream.complete(target, call)
-
-    return await engine.on_target(ticket, model, complete, errors)
+    return await engine.on_target(ticket, model, complete, errors, lambda *to: to_be_judged(told(*to)))
 
 
 def judged(accept: Accept, body: bytes) -> float | None:

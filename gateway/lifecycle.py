@@ -19,7 +19,7 @@ from gateway.admission.budgets import Budget, BudgetKeeper, degrade, refusal, ti
 from gateway.admission.keys import KeyStore, Principal
 from gateway.admission.limits import BudgetLimits
 from gateway.admission.rates import Rates, tokens_estimate
-from gateway.attempts import AttemptEngine, deadline_passed, stream_failed
+from gateway.attempts import AttemptEngine, complete, deadline_passed, stream, stream_failed
 from gateway.cache.exact import CachedAnswer, ExactCache, cache_key, cache_secret, cacheable
 from gateway.cascade import NOT_CLIMBED, Climbed, climb
 from gateway.errors import (
@@ -46,7 +46,6 @@ from gateway.signals import SignalReader
 from gateway.telemetry.logs import get_logger
 from gateway.telemetry.metrics import Metrics
 from gateway.ticket import Ticket
-from gateway.told import told
 from gateway.upstream.gather import as_stream, gather, replay, usage_of
 from gateway.upstream.sse import DONE, write_event
 from gateway.upstream.types import Answer, AnswerStream, ChatCall, Event, UpstreamError
@@ -308,7 +307,8 @@ class Lifecycle:
     async def _went_on(self, ticket: Ticket, key: bytes) -> None:
         """Remember who has answered, and what its provider holds now."""
         decision = ticket.decision
-        served = next((attempt for attempt in reversed(ticket.attempts) if attempt.outcome == "ok"), None)
+        answered = (a for a in reversed(ticket.attempts) if a.outcome == "ok" and a.kind != "draft")
+        served = next(answered, None)
         if decision is None or served is None:
             return
         tokens = served.input_tokens + served.cached_input_tokens + served.cache_write_tokens + served.output_tokens
@@ -361,9 +361,7 @@ class Lifecycle:
         if climbed.answer is not None and climbed.accepted:
             return climbed.answer
         try:
-            answer, attempt = await self._attempts.first_answer(
-                ticket, lambda up, target: up.complete(target, told(ticket, target.model)), errors
-            )
+            answer, attempt = await self._attempts.first_answer(ticket, complete, errors)
         except LeadlineError:
             if climbed.answer is None:
                 raise
@@ -386,9 +384,7 @@ class Lifecycle:
             await relay.replay(climbed.answer)
             return
         try:
-            stream, attempt = await self._attempts.first_answer(
-                ticket, lambda up, target: up.stream(target, told(ticket, target.model)), errors
-            )
+            answer, attempt = await self._attempts.first_answer(ticket, stream, errors)
         except LeadlineError:
             if climbed.answer is None:
                 raise
@@ -397,14 +393,14 @@ class Lifecycle:
             return
         while True:
             try:
-                await relay.run(stream, attempt)
+                await relay.run(answer, attempt)
             except UpstreamError as error:
                 self._attempts.failed(ticket, attempt.model, error)
                 continued = relay.continued()
                 found = await self._attempts.resume(ticket, continued) if continued is not None else None
                 if found is None:
                     raise stream_failed(error, attempt.model) from error
-                stream, attempt = found
+                answer, attempt = found
                 relay.resumes()
             else:
                 self._attempts.succeeded(ticket, attempt.model)

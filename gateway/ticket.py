@@ -32,6 +32,8 @@ class _Running(msgspec.Struct, frozen=True):
     call: ChatCall
     hold: Reservation
     worst: Usage
+    worst_cost: int | None
+    """Of all that `worst` stands for, a plan's smaller model included."""
     started_ns: int
 
 
@@ -115,7 +117,7 @@ class Ticket:
                 "The ledger cannot be written; nothing goes out until it can.", retry_after_s=1
             ) from error
         self.attempts.append(attempt)
-        self._running[attempt.id] = _Running(call, hold, worst, time.perf_counter_ns())
+        self._running[attempt.id] = _Running(call, hold, worst, worst_cost, time.perf_counter_ns())
         if self.world.loads is not None:
             self.world.loads.began(target.model)
         record.model_served, record.provider = target.model, target.provider
@@ -177,14 +179,14 @@ class Ticket:
         target = self.world.targets[attempt.model]
         if usage is None:
             usage = running.worst
-            if self.call.stream or delivered_bytes:
+            if running.call.stream or delivered_bytes:
                 usage = estimated_usage(
                     body_bytes=running.call.body_bytes,
-                    context=target.context * self.call.inputs,
+                    context=target.context * running.call.inputs,
                     delivered_bytes=delivered_bytes,
                     delivered_deltas=deltas,
                 )
-        cost = cost_nanousd(target.price, usage)
+        cost = running.worst_cost if usage is running.worst else cost_nanousd(target.price, usage)
         if cost is not None and usage.estimated:
             cost = min(cost, running.hold.amount_nanousd)  # an estimate never exceeds what was held for it
         attempt.bill(usage, cost)
@@ -198,7 +200,7 @@ class Ticket:
                 drafted = self._bill_draft(attempt, planned.draft, plan.draft)
         running.hold.settle((cost or 0) + drafted)
         if self.world.loads is not None:
-            self.world.loads.ended(attempt, stream=self.call.stream)
+            self.world.loads.ended(attempt, stream=running.call.stream)
         self._metrics.attempt(attempt)
 
     def _bill_draft(self, attempt: AttemptRecord, draft: Target, usage: Usage) -> int:

@@ -139,6 +139,20 @@ async def test_a_weak_stage_that_fails_or_cannot_be_judged_is_passed_over(
 
 
 @anyio
+async def test_a_stage_that_never_answered_is_billed_at_the_most_however_its_caller_reads(
+    cascading: Gateway, upstream: FakeUpstream
+) -> None:
+    billed = []
+    for stream in (False, True):
+        upstream.faults = [fake.reset]
+        await told(cascading, "two", stream=stream, max_tokens=500)
+        lost = (await cascading.rows())[0]["attempt_rows"][0]
+        assert (lost["model"], lost["cost_estimated"]) == ("cheap", 1)
+        billed.append(lost["cost_nanousd"])
+    assert min(billed) >= 500 * 600, "it may have been written whole, which is how a stage is asked"
+
+
+@anyio
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 async def test_the_weak_answer_is_better_than_none(cascading: Gateway, upstream: FakeUpstream, stream: bool) -> None:
     upstream.faults = [sure(0.3), fake.status(500)]

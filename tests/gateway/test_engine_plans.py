@@ -7,7 +7,9 @@ from typing import Any
 
 import msgspec
 import pytest
+from sqlmodel import Session, select
 
+from gateway.ledger.tables import RequestRow
 from gateway.upstream.http import HttpClient
 from gateway.world import build_world, engine_plan
 from local_engine.arithmetic import problems
@@ -48,6 +50,15 @@ models:
     context: 1024
     price: {input: $1/Mtok, output: $10/Mtok}
     plan: {vote: {most: 5}}
+  deep:
+    provider: home
+    model: bundled/base
+    context: 1024
+    price: {input: $1/Mtok, output: $10/Mtok}
+    plans: {high: {speculate: {draft: small}}}
+routes:
+  - {name: hard, when: {model: hard}, candidates: [deep, local], objective: cheapest, effort: high, cache: off,
+     affinity: {}}
 limits: [{key: "*", budget: $1/day}]
 """
 QUESTION = problems(20, 3, 1)[0].question
@@ -102,6 +113,27 @@ async def test_a_smaller_model_writes_and_each_model_is_billed_for_what_it_did(h
     assert written < usage["completion_tokens"], "most of the thought was accepted, not written again"
 
 
+async def test_the_plan_of_an_effort_that_the_policy_decides_is_held_for_and_billed(home: Gateway) -> None:
+    status, headers, _ = await home.chat(ask("hard", max_tokens=200))
+    assert (status, told(headers)[0]) == (200, "speculate")
+    row = (await home.rows())[0]
+    assert [(a["model"], a["kind"]) for a in row["attempt_rows"]] == [("deep", "first"), ("small", "draft")]
+    plain = (await home.chat(ask("local", max_tokens=200)))[1]
+    assert plain.get("x-leadline-plan") is None
+    alone = (await home.rows())[0]
+    assert row["reserved_nanousd"] > 2 * 200 * 10_000 > alone["reserved_nanousd"]
+
+
+async def test_a_conversation_goes_on_with_who_answered_and_not_with_its_draft(home: Gateway) -> None:
+    for _ in range(2):
+        await home.chat(ask("hard", max_tokens=200), **{"x-session-id": "one"})
+    again, first = (await home.rows())[:2]
+    assert [attempt["model"] for attempt in first["attempt_rows"]] == ["deep", "small"]
+    with Session(home.app.web.state.lifecycle.ledger.engine) as session:
+        facts = session.exec(select(RequestRow.facts).where(RequestRow.id == again["id"])).one()
+    assert json.loads(facts or "{}")["last"] == "deep"
+
+
 async def test_a_streamed_plan_costs_and_tells_what_a_whole_one_does(home: Gateway) -> None:
     _, headers, whole = await home.chat(ask("quick", seed=1))
     _, _, raw = await home.stream(ask("quick", seed=2, stream_options={"include_usage": True}))
@@ -154,7 +186,7 @@ async def test_what_no_plan_is_for_runs_without(home: Gateway) -> None:
 
 def test_every_name_of_a_model_is_away_with_its_engine() -> None:
     world = build_world(parse(POLICY), HttpClient(), NoEngine(), b"salt")
-    assert set(world.unavailable()) == {"local", "small", "quick", "brief", "sure"}
+    assert set(world.unavailable()) == {"local", "small", "quick", "brief", "sure", "deep"}
 
 
 @pytest.mark.parametrize(
