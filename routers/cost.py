@@ -95,6 +95,34 @@ def worst_nanousd(model: Model, query: Query, input_tokens: int | None = None) -
     return costs_nanousd(model, query, query.input_tokens_estimate if input_tokens is None else input_tokens)[1]
 
 
+def _worst_with_plans(policy: Policy, model: Model, query: Query) -> int | None:
+    """The worst of one attempt, by whichever plan of the local engine it runs: a plan may write each token as often as
+    it has samples, else twice, reads again what it throws away, and its smaller model may do as much as it does."""
+    alone = worst_nanousd(model, query)
+    if alone is None or not model.plans or query.choices > 1:
+        return alone
+    worst = alone
+    for plan in dict(model.plans).values():
+        times = max(2, int(dict(plan.options).get("most", 2))) if plan.kind == "vote" else 2
+        longest = ASSUMED_MAX_OUTPUT_TOKENS if model.max_output is None else model.max_output
+        if query.max_output_tokens is not None:
+            longest = min(longest, query.max_output_tokens)
+        if model.context is not None:
+            longest = min(longest, model.context)
+        whole = (model.context or ASSUMED_CONTEXT) * query.inputs
+        prompt = whole if query.input_tokens_max is None else min(query.input_tokens_max, whole)
+        found = 0
+        for name in (model.name, *([plan.draft] if plan.draft is not None else [])):
+            price = policy.models[name].price
+            if price is None:
+                return None
+            at = price.at(prompt + times * longest)
+            dearest_in = max(at.input, at.cached_input, at.cache_write)
+            found += (prompt + times * longest) * dearest_in + times * longest * max(at.output, at.reasoning)
+        worst = max(worst, -(-found // _PER_TOKENS))
+    return worst
+
+
 def worst_case_nanousd(policy: Policy, decision: Decision, query: Query) -> int | None:
     """The most that this request can cost in all, whatever fails: the bound that `explain` states before it is sent.
 
@@ -118,13 +146,13 @@ def worst_case_nanousd(policy: Policy, decision: Decision, query: Query) -> int 
         running.update(dict.fromkeys(names))
     total = 0
     for name in running:
-        worst = worst_nanousd(policy.models[name], query)
+        worst = _worst_with_plans(policy, policy.models[name], query)
         if worst is None:
             return None
         total += worst * (1 + policy.providers[policy.models[name].provider].retries)
     route = next((route for route in policy.routes if route.name == decision.route), None)
     if route is not None and route.hedge is not None:
-        total += max(worst_nanousd(policy.models[name], query) or 0 for name in hedged)
+        total += max(_worst_with_plans(policy, policy.models[name], query) or 0 for name in hedged)
     for name in decision.resume:
         model = policy.models[name]
         context = (ASSUMED_CONTEXT if model.context is None else model.context) * query.inputs

@@ -300,6 +300,12 @@ class _Loader:
             elif draft.provider != model.provider or draft.embeds:
                 fix = f"name a model that {model.provider} runs and that answers conversations"
                 self._document.report(path, "not a model of the same engine", fix, show=False)
+            elif draft.price is None and model.price is not None:
+                fix = f"write a price for {concealed(name)}, or `price: free`; budgets hold for both"
+                self._document.report(path, f"has no price, and {concealed(model.name)} has one", fix, show=False)
+            elif draft.price != FREE and model.price == FREE:
+                fix = f"write a price for {concealed(model.name)}; what is free stays open when a budget is spent"
+                self._document.report(path, f"costs money, and {concealed(model.name)} is free", fix, show=False)
 
         self._check_drafting()
 

@@ -124,6 +124,17 @@ async def test_the_plan_of_an_effort_that_the_policy_decides_is_held_for_and_bil
     assert row["reserved_nanousd"] > 2 * 200 * 10_000 > alone["reserved_nanousd"]
 
 
+@pytest.mark.parametrize("model", ["quick", "sure", "hard"])
+async def test_explain_counts_all_that_a_plan_may_be_billed(home: Gateway, model: str) -> None:
+    asked = ask(model, max_tokens=16) | {"temperature": 0.7}
+    async with home.session.post(f"{home.url}/leadline/v1/explain", json=asked, headers=home.headers()) as response:
+        bound = (await response.json())["decision"]["worst_case_nanousd"]
+    await home.chat(asked)
+    row = (await home.rows())[0]
+    attempts = 1 + home.app.web.state.lifecycle.world.targets[row["model_served"]].retries
+    assert bound >= attempts * row["reserved_nanousd"] > 0
+
+
 async def test_a_conversation_goes_on_with_who_answered_and_not_with_its_draft(home: Gateway) -> None:
     for _ in range(2):
         await home.chat(ask("hard", max_tokens=200), **{"x-session-id": "one"})
@@ -198,6 +209,7 @@ def test_every_name_of_a_model_is_away_with_its_engine() -> None:
         ("{speculate: {draft: quick}}", "the model itself"),
         ("{speculate: {draft: remote}}", "not a model of the same engine"),
         ("{speculate: {draft: small, method: guess}}", "specreason"),
+        ("{speculate: {draft: unpriced}}", "has no price, and quick has one"),
         ("{exit: {}, vote: {}}", "not one way to spend compute"),
         ("{vote: {most: 1}}", "most"),
         ("{vote: {prune: 0.5}}", "prune"),
@@ -207,6 +219,7 @@ def test_every_name_of_a_model_is_away_with_its_engine() -> None:
 )
 def test_a_plan_that_cannot_run_is_refused_with_its_place(plan: str, problem: str) -> None:
     remote = "  remote: {provider: far, model: m, price: free}\n"
+    remote += "  unpriced: {provider: home, model: bundled/draft, context: 1024, price: unpriced}\n"
     text = POLICY.replace("{speculate: {draft: small}}", plan).replace("  quick:", f"{remote}  quick:")
     with pytest.raises(PolicyError) as caught:
         parse(
@@ -214,6 +227,12 @@ def test_a_plan_that_cannot_run_is_refused_with_its_place(plan: str, problem: st
         )
     assert problem in str(caught.value)
     assert "models.quick.plan" in str(caught.value)
+
+
+def test_a_free_model_has_no_draft_that_costs_money() -> None:
+    brief = "price: free\n    plan: {exit: {rule: convergence, agree: 2}}"
+    with pytest.raises(PolicyError, match="costs money, and brief is free"):
+        parse(POLICY.replace(brief, "price: free\n    plan: {speculate: {draft: small}}"))
 
 
 def test_a_plan_is_for_the_local_engine() -> None:
