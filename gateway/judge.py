@@ -14,7 +14,7 @@ from gateway.upstream.types import CallHeaders, ChatCall, Sampling
 
 Better = Literal["A", "B", "tie"]
 MAX_JUDGED_BYTES = 64 << 10
-"""Of a conversation with both answers; a longer one is not judged."""
+"""Of the call that asks for a verdict, which holds the conversation and both answers; a longer one is not sent."""
 MAX_VERDICT_TOKENS = 2048
 """Most of them for judges that think first."""
 

@@ -169,7 +169,7 @@ class Shadows:
             if answer is None:
                 continue
             answers[model] = answer
-            if rule.judge is None or len(messages) + len(served) + len(answer) > MAX_JUDGED_BYTES:
+            if rule.judge is None:
                 continue
             verdict = await self._judge(ticket, rule.judge, messages, served, answer)
             if verdict is not None:
@@ -199,6 +199,8 @@ class Shadows:
         found: list[Better] = []
         for a, b in ((served, shadow), (shadow, served)):
             call = question(messages, a, b, tenant=ticket.call.tenant, headers=ticket.call.headers)
+            if call.body_bytes > MAX_JUDGED_BYTES:  # as it goes out: JSON in JSON can be several times as long
+                return None
             try:
                 answer = await self._attempts.alone(ticket, judge, "judge", call)
             except UpstreamError:

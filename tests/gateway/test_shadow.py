@@ -119,6 +119,14 @@ async def test_a_shadow_is_asked_judged_twice_and_billed(
     assert second.index(served) > second.index("dear says")
 
 
+async def test_what_is_judged_is_bounded_as_it_goes_out(shadowed: Any, upstream: Judging) -> None:
+    async with shadowed("{models: [dear], share: 100%, judge: dear}") as gateway:
+        await gateway.chat(ask('"' * 20_000, model="shadowed"))  # two bytes of JSON each, four in a judge's prompt
+        await idle(gateway)
+        assert counted(gateway, "unjudged") == 1
+    assert all(len(body) < 64 << 10 for body in upstream.bodies)
+
+
 @pytest.mark.parametrize(
     ("verdict", "labels"),
     [
