@@ -3,6 +3,7 @@
 import asyncio
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,7 @@ def test_slices_begin_and_end_while_recalls_are_listened_for(url: str, engine: E
             for holds in told:
                 with writer.lock:
                     writer.note({}, holds, slices)
+                time.sleep(0)  # or the other thread hardly ever gets the lock
 
     booking = threading.Thread(target=book)
     interval = sys.getswitchinterval()
