@@ -223,7 +223,8 @@ def _explain_past(policy: "Policy", request_id: str, as_json: bool) -> None:
         stop(str(error))
     if past is None:
         stop(f"--request {request_id!r}: the ledger has no such request")
-    told = _told(policy, past.query, past.signals, past.state)
+    seed = past.decision.seed if past.decision is not None else 0
+    told = _told(policy, past.query, past.signals, past.state, seed)
     how = AS_THEN if past.exact else APPROXIMATE
     if as_json:
         then = to_dict(past.decision) if past.decision is not None else None
@@ -246,7 +247,7 @@ class _Told(NamedTuple):
     decided: bool
 
 
-def _told(policy: "Policy", query: "Query", signals: "Signals", state: "State") -> _Told:
+def _told(policy: "Policy", query: "Query", signals: "Signals", state: "State", seed: int = 0) -> _Told:
     """The decision with all that led to it, for people and for programs."""
     from routers.decide import decide
     from routers.errors import NoCandidate
@@ -257,7 +258,7 @@ def _told(policy: "Policy", query: "Query", signals: "Signals", state: "State") 
     lines = [str(fact) for fact in facts]
     data: dict[str, Any] = {"routes": [fact._asdict() for fact in facts]}
     try:
-        decision = decide(query, signals, policy, state, seed=0)
+        decision = decide(query, signals, policy, state, seed)
     except NoCandidate as error:
         refusal = {"kind": error.kind, "reasons": dict(error.reasons)}
         return _Told([*lines, f"refused: {error}"], {**data, "refused": refusal}, False)

@@ -60,7 +60,8 @@ def read(folder: Path) -> Artifact:
     manifest = read_manifest(folder)
     if manifest.tier == "static":
         raise ArtifactError(
-            f"{folder} is a probe of tier `static`, which reads words; hidden states are for the others"
+            f"{folder} is a probe of tier `static`, which reads words; this is for those that read hidden states. "
+            "`leadline probe fit --tier static` prints what it is worth, `leadline simulate` that of a policy with it"
         )
     data = read_bytes(folder, manifest)
     try:

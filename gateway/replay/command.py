@@ -64,7 +64,7 @@ def replay(
 
 def lines(found: "Replay") -> list[str]:
     """For a person, one fact per line."""
-    out = [f"{found.rows} requests replayed; {found.same} would be decided the same"]
+    out = [f"{found.rows} requests replayed; {found.same} would be decided the same, whatever is explored"]
     out += [f"  left out: {count}, {why}" for why, count in found.skipped.items()]
     if found.refused:
         out.append(f"  refused: {found.refused}, which cost nothing and answer nothing")

@@ -152,6 +152,21 @@ async def test_explain_tells_a_past_request_and_what_would_be_now(start_gateway:
 
 
 @pytest.mark.anyio
+async def test_explain_explores_a_past_request_as_it_was(start_gateway: StartGateway, shell: Shell) -> None:
+    coin = "  - {name: coin, when: {model: coin}, candidates: [cheap, dear], explore: {share: 50%, method: uniform}}\n"
+    async with start_gateway(coin, shell.home) as gateway:
+        asked = [(await gateway.chat(ask(text=f"number {number}", model="coin")))[1] for number in range(8)]
+        await gateway.rows()
+    file = shell.policy("p.yaml", POLICY.format(url="http://127.0.0.1:9/v1", limits=coin))
+    for headers in asked:
+        status, told = shell.run("explain", file, "--request", headers["x-request-id"], "--json")
+        assert status == 0, told
+        data = json.loads(told)
+        assert data["now"]["decision"]["seed"] == data["then"]["seed"] != 0
+        assert data["now"]["decision"]["plan"]["model"] == headers["x-leadline-model"]
+
+
+@pytest.mark.anyio
 async def test_diff_decides_the_ledgers_history_anew(start_gateway: StartGateway, shell: Shell) -> None:
     async with start_gateway(home=shell.home) as gateway:
         for number in range(3):
