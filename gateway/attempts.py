@@ -343,6 +343,7 @@ class AttemptEngine:
         budget = self._hedges.get(ticket.route.name)
         if budget is None:
             budget = self._hedges[ticket.route.name] = HedgeBudget(ticket.route.hedge.max_extra)
+        budget.share = ticket.route.hedge.max_extra
         return budget
 
     def spent(self, ticket: Ticket) -> None:

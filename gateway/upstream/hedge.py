@@ -5,13 +5,14 @@ class HedgeBudget:
     """Exact in nano-dollars: what hedges hold or have cost never exceeds `share` of what the route has spent."""
 
     def __init__(self, share: float) -> None:
-        self._share = share
+        self.share = share
+        """As the policy in force has it."""
         self._spent = 0
         self._extra = 0
 
     def reserve(self, worst_nanousd: int) -> bool:
         """Whether a hedge that may cost this much may go out now. Hedges that cost nothing always may."""
-        if worst_nanousd and self._extra + worst_nanousd > self._spent * self._share:
+        if worst_nanousd and self._extra + worst_nanousd > self._spent * self.share:
             return False
         self._extra += worst_nanousd
         return True

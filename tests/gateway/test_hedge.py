@@ -2,6 +2,8 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,18 @@ async def hedging(upstream: FakeUpstream, tmp_path: Path) -> AsyncIterator[Gatew
 def budget_of(gateway: Gateway, route: str = "hedged") -> HedgeBudget:
     attempts: AttemptEngine = gateway.app.web.state.lifecycle._attempts
     return attempts._hedges[route]
+
+
+@anyio
+async def test_the_share_of_hedges_is_that_of_the_policy_in_force(hedging: Gateway, upstream: FakeUpstream) -> None:
+    lifecycle = hedging.app.web.state.lifecycle
+    world = copy(lifecycle.world)
+    routes = [replace(one, hedge=one.hedge and replace(one.hedge, max_extra=1e-6)) for one in world.policy.routes]
+    world.policy = replace(world.policy, routes=tuple(routes))
+    lifecycle.put_in_force(world)
+    upstream.faults = [Slow(0.3)]
+    assert (await hedging.chat(ask(model="hedged")))[0] == 200
+    assert [a["kind"] for a in (await hedging.rows())[0]["attempt_rows"]] == ["first"]
 
 
 @anyio
