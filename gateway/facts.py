@@ -56,6 +56,7 @@ class Facts(msgspec.Struct, frozen=True, omit_defaults=True):
     last_p: dict[str, float] = {}
     arms: tuple[tuple[int, str, float, float], ...] = ()
     """(cluster, model, pulls, reward)"""
+    bound: str | None = None
 
 
 def hash_secret(pepper: bytes) -> bytes:
@@ -104,6 +105,7 @@ def written(query: Query, signals: Signals, state: State) -> str:
             load=dict(state.load),
             last=state.session_model,
             last_p=dict(state.session_p),
+            bound=state.bound_to,
             arms=tuple([(at, model, arm.pulls, arm.reward) for (at, model), arm in state.arms.items()]),
         )
     ).decode()
@@ -160,6 +162,7 @@ def read(row: Any, source: str) -> tuple[Query, Signals, State] | None:
         load=facts.load,
         session_model=facts.last,
         session_p=facts.last_p,
+        bound_to=facts.bound,
         arms={(at, model): Arm(pulls, reward) for at, model, pulls, reward in facts.arms},
     )
     return query, signals, state

@@ -26,6 +26,7 @@ from routers.effort import at_most, budget, by_signals
 from routers.errors import NoCandidate, NoCandidateKind
 from routers.guarantee import hold
 from routers.options import CascadeOption, Option
+from routers.plans import models_of
 from routers.policy import FailureCause, Model, Policy, Route
 from routers.shadow import cast
 from routers.types import Cascade, Decision, Plan, Query, Signals, Single, State
@@ -138,7 +139,8 @@ def _options(
             option.switch = 0 if option.model.name == leaves else switch
     if state.bound_to is not None:
         for option in options:
-            if option.obstacle is None and option.model.provider != state.bound_to:
+            answering = models_of((option.name,)) if isinstance(option.plan, Cascade) else (option.model.name,)
+            if option.obstacle is None and any(models[name].provider != state.bound_to for name in answering):
                 option.obstacle = "capability"
                 option.reason = f"the conversation holds blocks that only {state.bound_to} can read"
     return options

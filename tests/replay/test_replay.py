@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import astuple
 from sqlalchemy import Engine
 from typer.testing import CliRunner
 
@@ -17,6 +18,7 @@ from gateway.replay.history import Span, replay
 from routers.decide import decide
 from routers.load import parse
 from routers.policy import Policy
+from routers.types import Arm, Load, Query, Signals, State
 from tests.gateway.conftest import POLICY, Gateway, ask, running
 from tests.gateway.fake_upstream import FakeUpstream
 
@@ -154,6 +156,19 @@ async def test_the_same_inputs_and_seed_make_the_same_decision(upstream: FakeUps
             again += 1
         assert again == len(rows) - 1
         assert len({decision_of(row["decision"]).seed for row in rows}) > 20  # type: ignore[union-attr]
+
+
+def test_all_that_a_decision_reads_of_the_state_is_kept() -> None:
+    state = State(
+        {"dear": "not available then"}, 5, "local", "it is spent", 7, {"cheap": Load(1, 2)}, "cheap", {"cheap": 0.5},
+        "far", {(3, "cheap"): Arm(2.0, 1.0)},
+    )  # fmt: skip
+    assert all(told != nothing for told, nothing in zip(astuple(state), astuple(State()), strict=True))
+    row = dict.fromkeys(("model_requested", "tenant", "endpoint", "session", "scope", "team", "id"), "")
+    written = facts.written(Query("auto", "t", 3, None), Signals(), state)
+    found = facts.read(row | {"facts": written, "created_at_ms": 7}, "probe")
+    assert found is not None
+    assert found[2] == state
 
 
 @pytest.mark.parametrize(

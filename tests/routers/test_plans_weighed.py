@@ -44,6 +44,17 @@ def run(of: Policy, signals: Signals = Signals(), state: State = State(), query:
 CASCADE = Cascade((Single("weak"), Single("strong")), ACCEPT)
 
 
+def test_a_conversation_that_is_bound_to_a_provider_is_offered_no_cascade_that_leaves_it() -> None:
+    of = with_plans(CASCADE, Single("weak"), objective="best")
+    signals = Signals({"weak": Estimate(0.6, "a@1/w"), "strong": Estimate(0.95, "a@1/s")})
+    elsewhere = dataclasses.replace(of.models["strong"], provider="elsewhere")
+    of = dataclasses.replace(of, models={**of.models, "strong": elsewhere})
+    assert run(of, signals).plan.kind == "cascade"
+    decision = run(of, signals, State(bound_to=of.models["weak"].provider))
+    assert (decision.plan.kind, decision.plan.model) == ("single", "weak")
+    assert "blocks that only" in decision.candidates[0].rejected
+
+
 def test_a_cascade_costs_the_weak_one_and_now_and_then_the_strong_one() -> None:
     of = with_plans(Single("weak"), CASCADE, Single("strong"))
     signals = Signals({"weak": Estimate(0.6, "a@1/w", 0.4, 0.7), "strong": Estimate(0.95, "a@1/s", 0.9, 1.0)})
