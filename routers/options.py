@@ -8,7 +8,7 @@ from routers.effort import rank
 from routers.errors import NoCandidateKind
 from routers.placement import latency_ms, ttft_ms_p95
 from routers.policy import FREE, Model
-from routers.types import Accept, Candidate, Cascade, Query, Signals, Single, State
+from routers.types import Accept, Candidate, Cascade, Hints, Query, Signals, Single, State
 from routers.units import format_money
 
 
@@ -98,14 +98,19 @@ class Option:
         assert hints is not None
         if hints.models is not None and self.model.name not in hints.models:
             self.obstacle, self.reason = "constraints", "not among the models that the caller allows"
-        elif (most := hints.max_cost_nanousd) is not None and (self.expected is None or self.expected > most):
-            words = (
-                "its price is not known" if self.expected is None else f"expected cost {format_money(self.expected)}"
-            )
-            self.obstacle, self.reason = "constraints", f"{words}, at most {format_money(most)} asked by the caller"
+        elif self._look_at_cost_hint(hints):
+            return
         elif hints.effort is not None and plan is not None and plan.effort and rank(plan.effort) > rank(hints.effort):
             self.obstacle = "constraints"
             self.reason = f"effort {plan.effort}, at most {hints.effort} asked by the caller"
+
+    def _look_at_cost_hint(self, hints: Hints) -> bool:
+        most = hints.max_cost_nanousd
+        if most is None or (self.expected is not None and self.expected <= most):
+            return False
+        words = "its price is not known" if self.expected is None else f"expected cost {format_money(self.expected)}"
+        self.obstacle, self.reason = "constraints", f"{words}, at most {format_money(most)} asked by the caller"
+        return True
 
     def _does_not_fit(self, context: int, query: Query, exact: int | None, tokens: int) -> str:
         """Of a prompt that by these tokens does not: in words, or empty where it may all the same."""
@@ -177,6 +182,8 @@ class CascadeOption(Option):
         for stage in stages:
             if stage.obstacle is not None and self.obstacle is None:
                 self.obstacle, self.reason = stage.obstacle, f"{stage.name}: {stage.reason}"
+        if query.hints is not None and self.obstacle is None:
+            self._look_at_cost_hint(query.hints)
 
 
 def _folded(p: Sequence[float | None], accept: Accept) -> float | None:

@@ -55,6 +55,15 @@ def test_a_conversation_that_is_bound_to_a_provider_is_offered_no_cascade_that_l
     assert "blocks that only" in decision.candidates[0].rejected
 
 
+def test_what_a_caller_would_spend_at_most_holds_for_all_stages_together() -> None:
+    of = with_plans(CASCADE, Single("weak"))
+    total = 900_000 + 9_000_000
+    for most, offered in ((total, True), (total - 1, False)):
+        asked = replace(ASKED, hints=Hints(max_cost_nanousd=most))
+        rejected = run(of, query=asked).candidates[0].rejected
+        assert ("asked by the caller" in rejected) is not offered
+
+
 def test_a_cascade_costs_the_weak_one_and_now_and_then_the_strong_one() -> None:
     of = with_plans(Single("weak"), CASCADE, Single("strong"))
     signals = Signals({"weak": Estimate(0.6, "a@1/w", 0.4, 0.7), "strong": Estimate(0.95, "a@1/s", 0.9, 1.0)})
