@@ -15,6 +15,7 @@ from gateway.errors import BudgetExceeded
 from gateway.ledger.records import AttemptRecord
 from gateway.ticket import Ticket
 from gateway.told import to_be_judged, told
+from gateway.upstream.gather import as_stream
 from gateway.upstream.types import Answer, ChatCall, UpstreamError
 from routers.cascade import p_correct
 from routers.types import Accept, Cascade
@@ -50,12 +51,13 @@ async def climb(engine: AttemptEngine, ticket: Ticket, plan: Cascade, errors: li
         if asked is None:
             continue
         answer, attempt = asked
-        p = judged(plan.accept, answer.body)
+        kept = _as_asked(answer, ticket.call)
+        p = judged(plan.accept, answer.body) if kept is not None else None
         accepted = p is not None and p >= plan.accept.at_least
         outcome = "ok" if accepted else NOT_ACCEPTED
         ticket.end_attempt(attempt, outcome, answer.usage, delivered_bytes=answer.delivered_bytes, plan=answer.plan)
-        if accepted or (p or 0.0) > best:
-            found, best = Climbed(_as_asked(answer, ticket.call), stage.model, accepted), p or 0.0
+        if kept is not None and (accepted or (p or 0.0) > best):
+            found, best = Climbed(kept, stage.model, accepted), p or 0.0
         if accepted:
             break
         ticket.record.first_byte_us = None  # nobody has seen it
@@ -79,11 +81,16 @@ def judged(accept: Accept, body: bytes) -> float | None:
         return None
 
 
-def _as_asked(answer: Answer, call: ChatCall) -> Answer:
-    """Without the log probabilities, where the caller asked for none."""
-    if call.sampling.logprobs:
-        return answer
-    whole: dict[str, Any] = msgspec.json.decode(answer.body)
-    for choice in whole["choices"]:
-        choice["logprobs"] = None
+def _as_asked(answer: Answer, call: ChatCall) -> Answer | None:
+    """Without the log probabilities, where the caller asked for none. None: it is no answer that could be sent."""
+    try:
+        if len(as_stream(answer.body)) == 1:  # no choice
+            return None
+        if call.sampling.logprobs:
+            return answer
+        whole: dict[str, Any] = msgspec.json.decode(answer.body)
+        for choice in whole["choices"]:
+            choice["logprobs"] = None
+    except (msgspec.DecodeError, LookupError, TypeError, AttributeError):
+        return None
     return msgspec.structs.replace(answer, body=msgspec.json.encode(whole))

@@ -139,6 +139,24 @@ async def test_a_weak_stage_that_fails_or_cannot_be_judged_is_passed_over(
 
 
 @anyio
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    "choices", [None, 3, [], ["w"], [{"index": 0, "logprobs": {"content": [{"token": "w", "logprob": 0}]}}]]
+)
+async def test_a_stage_that_answers_something_else_is_passed_over(
+    cascading: Gateway, upstream: FakeUpstream, choices: Any, stream: bool
+) -> None:
+    async def odd(upstream: FakeUpstream, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        usage = upstream.bill(body, 5)
+        return web.json_response({"usage": usage} if choices is None else {"choices": choices, "usage": usage})
+
+    upstream.faults = [odd]
+    _, model, _ = await told(cascading, "two", stream=stream)
+    assert model == "dear"
+    assert await bill(cascading, upstream) == [("cheap", "first", "not_accepted"), ("dear", "escalation", "ok")]
+
+
+@anyio
 async def test_a_stage_that_never_answered_is_billed_at_the_most_however_its_caller_reads(
     cascading: Gateway, upstream: FakeUpstream
 ) -> None:
