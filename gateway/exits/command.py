@@ -64,7 +64,7 @@ def fit(
     from gateway.exits.fitting import fit_artifact
     from local_engine.reason.artifact import weights_sha256
 
-    with _errors(), _loaded(model, together) as (engine, local, folder):
+    with _errors(delta), _loaded(model, together) as (engine, local, folder):
         asked = questions_of(questions, seed, per_level, "fit")
         sampling = _sampling(effort, temperature, seed, max_tokens)
         rows = _collect(engine, asked, trajectories, sampling, layers or [], together)
@@ -97,7 +97,7 @@ def certify(
     from gateway.exits.fitting import certify_artifact
     from local_engine.reason.artifact import read
 
-    with _errors(), _loaded(model, together) as (engine, _, folder):
+    with _errors(delta), _loaded(model, together) as (engine, _, folder):
         found = read(artifact or folder)
         if found is None:
             raise _Stop(f"no artifact in {artifact or folder}: run `leadline exits fit` first")
@@ -143,19 +143,22 @@ def compare(
         report.write_text(compare_page(f"Leaving thoughts of {model} early", rows), encoding="utf-8")
 
 
-class _Stop(Exception):
+class _Stop(ValueError):
     """What is wrong, for the person at the terminal."""
 
 
 @contextmanager
-def _errors() -> "Iterator[None]":
+def _errors(shares: list[float] | None = None) -> "Iterator[None]":
+    """What is wrong becomes one line and status 2; first, whether these are shares."""
     from local_engine.errors import ModelLoadError
     from local_engine.reason.trajectories import AskingFailed
     from probes.errors import ProbeError
 
     try:
+        if strange := [share for share in shares or () if not 0 < share < 1]:
+            raise _Stop(f"--delta {strange[0]:g}: a share of requests between 0 and 1, such as 0.05")
         yield
-    except (_Stop, ProbeError, ModelLoadError, AskingFailed, ValueError, OSError) as error:
+    except (ProbeError, ModelLoadError, AskingFailed, ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
 

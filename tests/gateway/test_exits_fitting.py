@@ -119,6 +119,8 @@ def test_compare_shows_every_method_beside_leaving_it_off(tmp_path: Path) -> Non
         (["--model", "some/hub-id"], "give a local folder"),
         (["--model", "./nowhere"], "there is no folder"),
         (["--effort", "none"], "without a thought"),
+        (["--delta", "0.05", "--delta", "0"], "--delta 0: a share of requests between 0 and 1, such as 0.05"),
+        (["--delta", "nan"], "--delta nan: a share"),
     ],
 )
 def test_what_cannot_be_is_said(tmp_path: Path, options: list[str], problem: str) -> None:

@@ -84,12 +84,14 @@ def test_tune_measures_here_and_writes_what_it_chose(tmp_path: Path) -> None:
         (["--model", "nobody"], "it has local, small"),
         (["--model", "local", "--effort", "none"], "without a thought there is nothing to plan"),
         (["--model", "local", "--questions", "/nowhere"], "No such file"),
+        (["--model", "local", "--questions", "policy.yaml"], "policy.yaml, line 1: "),
     ],
 )
 @pytest.mark.engine
 def test_bad_input_is_named(tmp_path: Path, asked: list[str], words: str) -> None:
     file = tmp_path / "policy.yaml"
     file.write_text(POLICY)
+    asked = [str(file) if one == "policy.yaml" else one for one in asked]
     run = subprocess.run(
         [sys.executable, "-m", "gateway", "tune", str(file), *asked], capture_output=True, text=True, timeout=300
     )
