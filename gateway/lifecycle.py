@@ -131,7 +131,8 @@ class Lifecycle:
                 if ticket.conversation_key is not None:
                     await self._went_on(ticket, ticket.conversation_key)
                 if ticket.served is not None:
-                    self.shadows.cast(ticket, ticket.served, new_ledger_id(time.time_ns() // 1_000_000))
+                    own_id, in_force = new_ledger_id(time.time_ns() // 1_000_000), ticket.world is self.world
+                    self.shadows.cast(ticket, ticket.served, own_id, in_force=in_force)
         except asyncio.CancelledError:
             ticket.settle("cancelled", 499, "client_closed_request")
             raise

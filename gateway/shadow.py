@@ -66,12 +66,13 @@ class Shadows:
         self._running: set[asyncio.Task[None]] = set()
         self._draining = False
 
-    def cast(self, ticket: Ticket, served: bytes, request_id: str) -> None:
+    def cast(self, ticket: Ticket, served: bytes, request_id: str, *, in_force: bool) -> None:
         """Ask the shadow models of a request that was answered with `served`, a whole completion; returns at once.
 
-        `request_id`: of the shadow's own row.
+        `request_id`: of the shadow's own row. `in_force`: the request's policy still is; the limits of another are not
+        to be written into budgets again.
         """
-        if self._draining or len(self._running) >= MAX_RUNNING:
+        if self._draining or len(self._running) >= MAX_RUNNING or not (in_force and self._ledger.accepts):
             self._metrics.shadow("dropped")
             return
         task = asyncio.create_task(self._run(ticket, served, request_id), name=f"shadow of {ticket.record.id}")

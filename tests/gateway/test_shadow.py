@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Callable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from aiohttp import web
 from sqlmodel import Session, select
 
 from gateway.judge import agreed, question, verdict_of
+from gateway.ledger.claim import DatabaseClaim
 from gateway.ledger.tables import OutcomeRow, SampleRow
 from gateway.shadow import MAX_RUNNING
 from gateway.upstream.types import CallHeaders
@@ -117,6 +119,26 @@ async def test_a_shadow_is_asked_judged_twice_and_billed(
     served = "w0 w1" if stream else "cheap says"
     assert first.index(served) < first.index("dear says")
     assert second.index(served) > second.index("dear says")
+
+
+@pytest.mark.parametrize("what", ["policy", "database"])
+async def test_what_came_to_an_end_meanwhile_casts_no_shadow(shadowed: Any, upstream: Judging, what: str) -> None:
+    async with shadowed("{models: [dear], share: 100%}") as gateway:
+        lifecycle = gateway.app.web.state.lifecycle
+
+        async def ends(upstream: FakeUpstream, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+            if what == "policy":  # another one is in force, maybe with lower limits
+                lifecycle.put_in_force(copy(lifecycle.world))
+            else:  # another gateway has it, and nothing more is admitted
+                lifecycle.ledger._claim = DatabaseClaim(lifecycle.ledger.engine, shared=False)
+                lifecycle.ledger._claim.lost = "another gateway has it"
+            return await upstream.plain(body)
+
+        upstream.faults = [ends]
+        assert (await gateway.chat(ask("hello", model="shadowed")))[0] == 200
+        await idle(gateway)
+        assert len(upstream.bodies) == 1
+        assert counted(gateway, "dropped") == 1
 
 
 async def test_what_is_judged_is_bounded_as_it_goes_out(shadowed: Any, upstream: Judging) -> None:
