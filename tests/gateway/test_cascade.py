@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 
 from tests.gateway import fake_upstream as fake
-from tests.gateway.conftest import Gateway, ask, running
+from tests.gateway.conftest import Gateway, ask, running, until
 from tests.gateway.fake_upstream import FakeUpstream
 
 anyio = pytest.mark.anyio
@@ -214,6 +214,45 @@ async def test_a_cascade_whose_money_went_elsewhere_meanwhile_sends_the_weak_ans
         assert (status, headers["x-leadline-model"], headers["x-leadline-degraded"]) == (200, "cheap", "not_accepted")
         assert (await second)[0] == 200
         assert sum(bill.nanousd for bill in upstream.truth) <= 12_000_000
+
+
+@anyio
+@pytest.mark.parametrize("ends", ["leaves", "deadline"])
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_whoever_leaves_a_cascade_pays_for_what_was_asked_and_holds_nothing(
+    upstream: FakeUpstream, tmp_path: Path, stream: bool, stage: int, ends: str
+) -> None:
+    asked = asyncio.Event()
+
+    async def slow(upstream: FakeUpstream, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        asked.set()
+        await asyncio.sleep(30)
+        return web.Response()
+
+    limits = 'limits: [{key: "*", budget: $1/month}]'
+    async with running(POLICY.format(url=upstream.url, limits=limits), tmp_path / "home") as gateway:
+        upstream.faults = [*[sure(0.3)] * stage, slow]
+        headers = {"x-leadline-timeout": "2"} if ends == "deadline" else {}
+        call = gateway.stream if stream else gateway.chat
+        task = asyncio.create_task(call(ask(model="two", max_tokens=100), **headers))
+        await asked.wait()
+        if ends == "leaves":
+            task.cancel()
+            await asyncio.wait((task,))
+        else:
+            assert (await task)[0] == 504
+        lifecycle = gateway.app.web.state.lifecycle
+        await until(lambda: lifecycle.metrics.in_flight.value == 0)
+        (row,) = await gateway.rows()
+        (budget,) = lifecycle.budgets.all()
+    attempts = row["attempt_rows"]
+    assert [a["outcome"] for a in attempts] == ["not_accepted"] * stage + ["cancelled" if ends == "leaves" else ends]
+    assert row["cost_nanousd"] == sum(a["cost_nanousd"] for a in attempts) == budget.spent_nanousd
+    assert budget.reserved_nanousd == 0
+    if not stream or stage == 0:  # asked whole
+        price = 10_000 if stage else 600
+        assert attempts[-1]["cost_nanousd"] >= 100 * price
 
 
 @anyio
