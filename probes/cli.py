@@ -51,7 +51,9 @@ Answers = Annotated[
         help="Share of queries on which a head is sure; about the others a policy asks the next tier.",
     ),
 ]
-EncoderName = Annotated[str, typer.Option(help="`default`, a folder, or a hub id.")]
+EncoderName = Annotated[
+    str, typer.Option(help="`default`, a folder, or a hub id; of a fitted prefill or self, its model's folder.")
+]
 Group = Annotated[
     str | None, typer.Option(help="Column of groups, such as the domain, for a prior and held-out groups.")
 ]
@@ -164,13 +166,12 @@ def evaluate(
     with _explained():
         heads = _parse_heads(head)
         from probes.artifact import read
-        from probes.extract import Encoder
-        from probes.train import read_table, score, table_rows
+        from probes.scored import scored
+        from probes.train import read_table, table_rows
 
         artifacts = [read(folder) for folder in artifact]
         data = read_table(table, prompt, heads, drop_if=drop_if, group_column=group_column)
-        loaded = Encoder.load(encoder)
-        scores = {probe.version: score(data, probe, loaded, progress=True) for probe in artifacts}
+        scores = {probe.version: scored(data, probe, encoder, progress=True) for probe in artifacts}
         trained_on = [probe.version for probe in artifacts if probe.manifest.data_sha256 == data.sha256()]
         rows = table_rows(data, scores, seed)
         if report is not None:

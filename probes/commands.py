@@ -77,9 +77,9 @@ def certify(
         from probes.artifact import read
         from probes.certify import ALPHAS, METHODS, issue, require_rows
         from probes.errors import CertificateError, TableError
-        from probes.extract import Encoder
         from probes.manifest import write_manifest
-        from probes.train import read_table, score
+        from probes.scored import scored
+        from probes.train import read_table
 
         heads = _parse_heads(head)
         probe = read(artifact)
@@ -113,7 +113,7 @@ def certify(
                     promises.append((bound, how, over))
         if not promises:
             raise CertificateError("nothing can be certified; see the reasons above")
-        p = score(data, probe, Encoder.load(encoder), progress=True)
+        p = scored(data, probe, encoder, progress=True)
         issued = [
             issue(
                 p, data.labels, data.names, alpha=bound, method=how, delta=delta, horizon=over,
@@ -173,16 +173,15 @@ def compare(
         from probes.artifact import read
         from probes.compare import compare as compared
         from probes.errors import TableError
-        from probes.extract import Encoder
-        from probes.train import read_table, score
+        from probes.scored import scored
+        from probes.train import read_table
 
         probes = [read(folder) for folder in artifact]
         versions = [probe.version for probe in probes]
         if len(probes) < 2 or len(set(versions)) < len(versions):
             raise TableError(f"{', '.join(versions)}: give two artifacts or more, each of them once")
         data = read_table(table, prompt, _parse_heads(head), drop_if=drop_if)
-        loaded = Encoder.load(encoder)
-        scores = {probe.version: score(data, probe, loaded, progress=True) for probe in probes}
+        scores = {probe.version: scored(data, probe, encoder, progress=True) for probe in probes}
         certificates = [probe.manifest.certificate_for(at_most, heads=("weak", "strong")) for probe in probes]
         rows = compared(data, scores, certificates, seed=seed)
         seen = [probe.version for probe in probes if probe.manifest.seen(data.prompts)]

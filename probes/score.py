@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from probes.cells import Unreadable, conversation
 from probes.errors import TableError
-from probes.manifest import read_manifest
+from probes.manifest import read_manifest, reading_of
 from probes.text import Message, render
 
 ABSTAINED = "the probe abstains: unlike what it was fitted on"
@@ -51,10 +51,35 @@ class StaticProber:
         return [dict(self._probe.read(render(messages)).p_success) for messages in conversations]
 
 
+class ListenedProber:
+    """A probe of tier prefill or self as a prober: the local model reads each conversation."""
+
+    def __init__(self, folder: Path, source: str) -> None:
+        from probes.artifact import read
+        from probes.scored import heard_by
+
+        self._artifact = read(folder)
+        self._heard = heard_by(self._artifact, source)
+        self.version = self._artifact.version
+        self.heads = tuple(head.name for head in self._artifact.manifest.heads if head.kind == "correct")
+
+    def probe(self, conversations: Sequence[Sequence[Message]]) -> list[dict[str, float]]:
+        from probes.scored import listened
+
+        if not conversations:
+            return []
+        features = listened(self._artifact, self._heard, [render(messages) for messages in conversations])
+        values = self._artifact.heads.predict_proba(features)
+        return [dict(reading_of(self._artifact.manifest.heads, row).p_success) for row in values.tolist()]
+
+
 def prober(folder: Path, encoder: str) -> Prober:
     """What the artifact in `folder` is read with; ArtifactError or EncoderError."""
-    if read_manifest(folder).tier == "static":
+    tier = read_manifest(folder).tier
+    if tier == "static":
         return StaticProber(folder)
+    if tier in ("prefill", "self"):
+        return ListenedProber(folder, encoder)
     from probes.runtime import EncoderProbe
 
     return EncoderProbe.load(folder, encoder)

@@ -420,10 +420,20 @@ def routing_scores(
 def score(table: Table, artifact: Artifact, encoder: Encoder, progress: bool = False) -> Array:
     """Probabilities [n, heads of the table] of a fitted artifact; a head that it lacks is an error."""
     artifact.require_encoder(encoder.name, encoder.sha256)
+    manifest = artifact.manifest
+    require_heads(table, artifact)
+    features = layer_features(encoder, table.prompts, manifest.layers, manifest.max_tokens, progress)
+    return score_features(table, artifact, features)
+
+
+def require_heads(table: Table, artifact: Artifact) -> None:
     lacking = [name for name in table.names if name not in artifact.heads.names]
     if lacking:
         raise TableError(f"artifact {artifact.version} has no head {lacking[0]!r}; it has {artifact.heads.names}")
-    manifest = artifact.manifest
-    features = layer_features(encoder, table.prompts, manifest.layers, manifest.max_tokens, progress)
+
+
+def score_features(table: Table, artifact: Artifact, features: FloatArray) -> Array:
+    """The same of features [n, …] that were read before, as the artifact's tier reads them."""
+    require_heads(table, artifact)
     columns = [artifact.heads.names.index(name) for name in table.names]
     return np.asarray(artifact.heads.predict_proba(features)[:, columns])
