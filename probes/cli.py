@@ -172,14 +172,19 @@ def evaluate(
         artifacts = [read(folder) for folder in artifact]
         data = read_table(table, prompt, heads, drop_if=drop_if, group_column=group_column)
         scores = {probe.version: scored(data, probe, encoder, progress=True) for probe in artifacts}
-        trained_on = [probe.version for probe in artifacts if probe.manifest.data_sha256 == data.sha256()]
+        digest = data.sha256()
+        trained_on = [
+            probe.version
+            for probe in artifacts
+            if probe.manifest.data_sha256 == digest or probe.manifest.seen(data.prompts)
+        ]
         rows = table_rows(data, scores, seed)
         if report is not None:
             from probes.html import probe_report
 
             lead = f"Measured on {len(data.prompts):,} prompts of {table.name}."
             if trained_on:
-                lead += f" {', '.join(trained_on)} was fitted on this very table: these numbers flatter it."
+                lead += f" {', '.join(trained_on)} was fitted on some of these prompts: these numbers flatter it."
             title = f"Probe {artifacts[0].version} on {table.name}"
             _write_report(
                 report,
@@ -190,7 +195,7 @@ def evaluate(
             )  # fmt: skip
     if trained_on:
         typer.echo(
-            f"warning: {', '.join(trained_on)} was fitted on this very table: these numbers flatter it", err=True
+            f"warning: {', '.join(trained_on)} was fitted on some of these prompts: these numbers flatter it", err=True
         )
     _show(f"{len(data.prompts)} prompts of {table.name}", rows, json_out)
 

@@ -45,7 +45,11 @@ def test_fit_then_eval(sums_and_essays: pd.DataFrame, tmp_path: Path, kind: str)
 
     done = CliRunner().invoke(app, ["eval", str(table), str(out), *ARGUMENTS, "--drop-if", "bad"])
     assert done.exit_code == 0, done.output
-    assert "fitted on this very table" in done.output
+    assert "was fitted on some of these prompts" in done.output
+    part = table.with_name("part.parquet")
+    sums_and_essays.head(50).to_parquet(part)
+    done = CliRunner().invoke(app, ["eval", str(part), str(out), *ARGUMENTS])
+    assert "was fitted on some of these prompts" in done.output, "another table, the same prompts"
 
 
 def test_the_same_seed_gives_the_same_version(sums_and_essays: pd.DataFrame, tmp_path: Path) -> None:
