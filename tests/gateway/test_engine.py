@@ -112,7 +112,7 @@ async def test_choices_stop_logprobs_and_seed_on_the_local_model(home: Gateway) 
 
 
 async def test_auto_sounds_the_query_and_says_why(home: Gateway) -> None:
-    await home.chat(ask("What is 12 + 30?", model="auto"))
+    await home.chat(ask("What is 23 + 48 - 7?", model="auto"))
     await home.chat(ask("Which enzyme unwinds DNA during replication in eukaryotes?", model="auto"))
     hard, easy = await home.rows()
     decisions = [to_dict(from_dict(json.loads(row["decision"]))) for row in (easy, hard)]
