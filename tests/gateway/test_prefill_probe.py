@@ -30,6 +30,7 @@ from tests.gateway.fake_upstream import FakeUpstream
 from tests.local_engine.engine_harness import Caller, user
 from tests.local_engine.fake_prober import FakeReader
 
+pytestmark = pytest.mark.timeout(600)  # fitting takes half a minute of an idle core
 BASE = Path(locate("bundled/base")[0])
 POLICY = """
 version: 1

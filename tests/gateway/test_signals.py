@@ -70,9 +70,10 @@ async def test_words_decide_in_the_worker_without_an_engine(
     async with running(policy, tmp_path / "home", policy_folder=words) as gateway:
         assert gateway.app.engine is not None
         assert not gateway.app.engine.started
-        for text in (SUM, ESSAY, OTHER):
-            assert (await gateway.chat(ask(text)))[0] == 200
-        other, essay, easy = await gateway.rows()
+        for name, text in (("easy", SUM), ("essay", ESSAY), ("other", OTHER)):
+            assert (await gateway.chat(ask(text), **{"X-Session-Id": name}))[0] == 200
+        rows = {row["session"]: row for row in await gateway.rows()}
+        easy, essay, other = rows["easy"], rows["essay"], rows["other"]
     assert (easy["model_served"], essay["model_served"]) == ("cheap", "dear")
     decisions = [json.loads(row["decision"]) for row in (easy, essay, other)]
     assert [bool(d["probe_version"]) for d in decisions] == [True, True, False]
@@ -96,9 +97,10 @@ async def test_the_engine_is_asked_for_what_words_leave_open(
         assert gateway.app.engine is not None
         async with asyncio.timeout(60):
             await gateway.app.engine.ready.wait()
-        for text in (SUM, OTHER):
-            assert (await gateway.chat(ask(text)))[0] == 200
-        other, easy = await gateway.rows()
+        for name, text in (("easy", SUM), ("other", OTHER)):
+            assert (await gateway.chat(ask(text), **{"X-Session-Id": name}))[0] == 200
+        rows = {row["session"]: row for row in await gateway.rows()}
+        easy, other = rows["easy"], rows["other"]
     both, alone = (json.loads(row["decision"]) for row in (easy, other))
     assert [part.partition("@")[0] for part in both["probe_version"].split("+")] == ["unsure", "default"]
     assert alone["probe_version"].partition("@")[0] == "default"
