@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 import numpy as np
-from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.decomposition import PCA
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from probes.calibrate import Array, Calibrator, fit_calibrator, fit_isotonic, fit_platt
 from probes.heads import Heads, Similarity, rbf
+from probes.multi_head import MultiHeadClassifier
 
 MIN_OF_CLASS = 2
 """Fewest labels of the rarer class for which a regression means anything; below it a head is its base rate."""
@@ -67,7 +67,7 @@ def ridge(inputs: Array, labels: Array, strengths: tuple[float, ...]) -> Ridge:
     return best
 
 
-class ProbeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn ships no types
+class ProbeClassifier(MultiHeadClassifier):
     """Calibrated multi-head kernel probe.
 
     Parameters: `components` of the PCA after scaling; `landmarks`, at most as many as rows; `gammas`, widths of the
@@ -132,27 +132,6 @@ class ProbeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # 
             replace(space, landmarks=landmarks, gamma=self.gamma_),
         )
         return self
-
-    def predict_proba(self, X: Any) -> Array:
-        """Calibrated probabilities: [n, 2] in the order of `classes_`, or [n, heads] of P(correct)."""
-        p = self._probabilities(X)
-        return p if self.multi_head_ else np.column_stack([1 - p[:, 0], p[:, 0]])
-
-    def decision_function(self, X: Any) -> Array:
-        """Calibrated log-odds, [n] or [n, heads]."""
-        p = np.clip(self._probabilities(X), 1e-15, 1 - 1e-15)
-        scores = np.asarray(np.log(p) - np.log1p(-p))
-        return scores if self.multi_head_ else scores[:, 0]
-
-    def predict(self, X: Any) -> Any:
-        """The likelier class, [n] or [n, heads]."""
-        likelier = (self._probabilities(X) > 0.5).astype(int)
-        return self.classes_[likelier if self.multi_head_ else likelier[:, 0]]
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.classifier_tags.multi_class = False
-        return tags
 
     def _probabilities(self, X: Any) -> Array:
         check_is_fitted(self)

@@ -7,19 +7,19 @@ from typing import Any, Self
 
 import numpy as np
 from scipy.sparse import issparse
-from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from probes.calibrate import Array, Calibrator, fit_platt
+from probes.multi_head import MultiHeadClassifier
 
 MIN_OF_CLASS = 2
 """Fewest labels of the rarer class for which cross-validation means anything; below it a head is its base rate."""
 
 
-class SparseProbeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn ships no types
+class SparseProbeClassifier(MultiHeadClassifier):
     """Calibrated multi-head linear probe over sparse or dense features.
 
     Parameters: `Cs`, inverse regularisation strengths of which each head picks the one with the least calibrated
@@ -45,25 +45,8 @@ class SparseProbeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mis
         self.oof_ = np.column_stack([oof for *_, oof in fitted])
         return self
 
-    def predict_proba(self, X: Any) -> Array:
-        """Calibrated probabilities: [n, 2] in the order of `classes_`, or [n, heads] of P(1)."""
-        p = self._probabilities(X)
-        return p if self.multi_head_ else np.column_stack([1 - p[:, 0], p[:, 0]])
-
-    def decision_function(self, X: Any) -> Array:
-        """Calibrated log-odds, [n] or [n, heads]."""
-        p = np.clip(self._probabilities(X), 1e-15, 1 - 1e-15)
-        scores = np.asarray(np.log(p) - np.log1p(-p))
-        return scores if self.multi_head_ else scores[:, 0]
-
-    def predict(self, X: Any) -> Any:
-        """The likelier class, [n] or [n, heads]."""
-        likelier = (self._probabilities(X) > 0.5).astype(int)
-        return self.classes_[likelier if self.multi_head_ else likelier[:, 0]]
-
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
-        tags.classifier_tags.multi_class = False
         tags.input_tags.sparse = True
         return tags
 
