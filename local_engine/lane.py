@@ -250,7 +250,7 @@ class Lane:
         if sequence.awaited is None:
             return False
         reader, shared = sequence.awaited
-        if reader in running and reader.computed < shared:
+        if reader in running and reader.computed < shared and not reader.at_rest:
             return True
         sequence.awaited = None
         self.publish(reader)
@@ -263,7 +263,9 @@ class Lane:
         best: tuple[Sequence, int] | None = None
         least = self.store.peek(sequence.salt, text) + WORTH_WAITING
         for other in running:
-            if other.rank < sequence.rank and other.salt == sequence.salt and other.scored_from is None:
+            if other.at_rest or other.scored_from is not None:  # it comes forward for nobody, or is not stored
+                continue
+            if other.rank < sequence.rank and other.salt == sequence.salt:
                 shared = min(common_prefix(other.ids, text), len(text) - 1)
                 shared -= shared % self.store.block_tokens
                 if shared > max(least, other.computed + WORTH_WAITING):
