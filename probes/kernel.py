@@ -12,7 +12,6 @@ from typing import Any, Literal, Self
 
 import numpy as np
 from sklearn.decomposition import PCA
-from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from probes.calibrate import Array, Calibrator, fit_calibrator, fit_isotonic, fit_platt
@@ -151,13 +150,7 @@ class ProbeClassifier(MultiHeadClassifier):
             self.classes_ = np.array([0, 1])
             return X, labels
         X, y = validate_data(self, X, y, dtype=np.float64)
-        check_classification_targets(y)
-        self.classes_, encoded = np.unique(y, return_inverse=True)
-        if len(self.classes_) > 2:
-            raise ValueError(f"Only binary classification is supported. y has {len(self.classes_)} classes.")
-        if len(self.classes_) < 2:
-            raise ValueError("y has only one class; a classifier needs two.")
-        return X, encoded.reshape(-1, 1).astype(np.float64)
+        return X, self._binary(y)
 
     def _project(self, X: Array) -> Similarity:
         """Without landmarks yet. z is scaled, projected, and of mean square norm 1: a width means the same anywhere."""

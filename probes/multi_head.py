@@ -1,14 +1,16 @@
 """What classifiers of several heads answer, whatever they read: scikit-learn's shapes over calibrated probabilities."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.multiclass import check_classification_targets
 
 from probes.calibrate import Array
 
 
-class MultiHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn ships no types
+class MultiHeadClassifier(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ships no types
     """Needs `multi_head_`, `classes_` and `_probabilities`: with one head an ordinary binary classifier."""
 
     multi_head_: bool
@@ -35,6 +37,16 @@ class MultiHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         tags.classifier_tags.multi_class = False
         return tags
 
+    @abstractmethod
     def _probabilities(self, X: Any) -> Array:
         """[n, heads] of P(1)."""
-        raise NotImplementedError
+
+    def _binary(self, y: Any) -> Array:
+        """Labels [n, 1] in {0, 1} of any two classes, which become `classes_`. Raises ValueError for others."""
+        check_classification_targets(y)
+        self.classes_, encoded = np.unique(y, return_inverse=True)
+        if len(self.classes_) > 2:
+            raise ValueError(f"Only binary classification is supported. y has {len(self.classes_)} classes.")
+        if len(self.classes_) < 2:
+            raise ValueError("y has only one class; a classifier needs two.")
+        return np.asarray(encoded.reshape(-1, 1), np.float64)

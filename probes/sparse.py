@@ -9,7 +9,6 @@ import numpy as np
 from scipy.sparse import issparse
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
-from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from probes.calibrate import Array, Calibrator, fit_platt
@@ -69,13 +68,7 @@ class SparseProbeClassifier(MultiHeadClassifier):
             self.classes_ = np.array([0, 1])
             return X, labels
         X, y = validate_data(self, X, y, accept_sparse="csr", dtype=np.float64)
-        check_classification_targets(y)
-        self.classes_, encoded = np.unique(y, return_inverse=True)
-        if len(self.classes_) > 2:
-            raise ValueError(f"Only binary classification is supported. y has {len(self.classes_)} classes.")
-        if len(self.classes_) < 2:
-            raise ValueError("y has only one class; a classifier needs two.")
-        return X, encoded.reshape(-1, 1).astype(np.float64)
+        return X, self._binary(y)
 
     def _fit_head(self, X: Any, column: Array) -> tuple[Array, float, Calibrator, float, Array]:
         """(coef, intercept, calibrator, C, out-of-fold probabilities) of one head."""
