@@ -58,13 +58,15 @@ async def test_what_came_of_a_lost_commit_is_found_out_once(
         writer._next_beat_s = 1e18
         _break_one_commit(worker.budgets._engine, before=lost_before)
         _meanwhile(writer, lambda: worker.insert(call_of("booked", booked), 10))
-        monkeypatch.setattr(writer, "put", writer.queue.append)
+        together: list[Any] = []
+        monkeypatch.setattr(writer, "put", together.append)
         hold.settle(0)
         asking = asyncio.create_task(given.reserve(30))
         looking = asyncio.create_task(worker.budgets.find([limit], NOON, "looking"))
-        await until(lambda: len(writer.queue) == 3)
+        await until(lambda: len(together) == 3)
         monkeypatch.undo()
-        writer._wake.set()  # all three together
+        writer.queue.extend(together)
+        writer._wake.set()
         for asked in (asking, looking):
             with pytest.raises(Unavailable):
                 await asked
