@@ -38,7 +38,7 @@ from gateway.learned import Learned
 from gateway.ledger.records import AttemptRecord, RequestRecord
 from gateway.ledger.settle import NO_USAGE, cost_nanousd
 from gateway.ledger.store import LedgerStore
-from gateway.query import query_of
+from gateway.query import must_know, query_of
 from gateway.resume import Transcript, resumable
 from gateway.sessions import Conversation, Store, after, conversation_key, is_bound
 from gateway.shadow import Shadows
@@ -153,6 +153,7 @@ class Lifecycle:
         principal = self.keys.still(caller)
         principal.must_run()
         world = self.world
+        must_know(world.policy, call.headers.hints)
         now_ms = time.time_ns() // 1_000_000
         request_id = call.request_id or new_ledger_id(now_ms)
         budgets = self._limits.budgets(world.policy, principal, call.headers)
@@ -319,6 +320,7 @@ class Lifecycle:
 
     async def explain(self, query: Query, messages: bytes) -> Decision:
         """The decision that this query would get now (seed 0). Nothing runs or is written. Raises LeadlineError."""
+        must_know(self.world.policy, query.hints)
         return (await self._decide(query, self.world, messages, 0, None))[0]
 
     # run ------------------------------------------------------------------------------------------------------------

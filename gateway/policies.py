@@ -9,14 +9,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from msgspec import convert
+
 from gateway import tiers
 from gateway.engine_needs import EngineNeeds
 from gateway.guarantees import with_certificates
 from gateway.ledger import prices
 from local_engine.config import locate, read_speculation
 from local_engine.errors import ModelLoadError
+from local_engine.types import Exit
 from routers.errors import PolicyError
 from routers.load import load, parse, preset
+from routers.plans import EFFORTS
 from routers.policy import Policy
 from routers.yaml import read, written
 
@@ -154,7 +158,7 @@ def unloadable(policy: Policy, folder: Path) -> list[str]:
     found = tiers.problems(policy, folder, models)
     fields = {model.upstream: f"models.{model.name}" for model in policy.models.values()}
     missing = [f"{fields[name]}.model: {why}" for name, why in unloadable_models(models).items()]
-    return found + missing + _undraftable(_speculation(policy, folder), models, fields)
+    return found + missing + _undraftable(_speculation(policy, folder), models, fields) + _unfitted(policy, models)
 
 
 def unloadable_models(sources: Mapping[str, str]) -> dict[str, str]:
@@ -186,6 +190,44 @@ def _undraftable(speculation: Mapping[str, str], models: Mapping[str, str], fiel
                 f"{field}: exit:{wanted.exit_layer} must name a layer from 1 to {layers - 1}: the model has {layers}"
             )
     return found
+
+
+def _unfitted(policy: Policy, models: Mapping[str, str]) -> list[str]:
+    """A sentence for each exit rule that the files of its model hold no fit for, which would refuse each request."""
+    found: dict[str, None] = {}
+    for model in policy.models.values():
+        everywhere = len({plan for _, plan in model.plans}) == 1 and len(model.plans) == len(EFFORTS)
+        for effort, plan in model.plans:
+            if plan.kind == "exit" and (why := _no_exits(dict(plan.options), models[model.upstream])):
+                field = "plan" if everywhere else f"plans.{effort}"
+                found[f"models.{model.name}.{field}.exit.{why}"] = None
+    return list(found)
+
+
+def _no_exits(stated: Mapping[str, str | int | float], source: str) -> str | None:
+    """Why a rule as stated cannot run for the model in `source`; None: it can, or its files are not here to tell."""
+    from local_engine.reason.artifact import read_manifest
+
+    rule = stated["rule"]
+    if rule != "probe" and (rule != "budget" or "budget" in stated):
+        return None
+    try:
+        place, here = locate(source)
+        if not here:
+            return None
+        manifest = read_manifest(Path(place))
+    except ModelLoadError as error:
+        return f"rule: {error}"
+    if manifest is None:
+        other = "write the `budget`" if rule == "budget" else "take a rule that is not fitted, such as convergence"
+        return f"rule: `{rule}` is fitted on a model, and {source} has no fit: run `leadline exits fit`, or {other}"
+    if rule == "probe":
+        asked = convert(stated, Exit)
+        try:
+            manifest.threshold(asked.delta, asked.form, asked.loss)
+        except ValueError as error:
+            return f"delta: {str(error).removeprefix('plan.')}"
+    return None
 
 
 def _layers_of(source: str) -> int | None:

@@ -86,7 +86,7 @@ def explain(
     from routers.cost import PROMPT_MARGIN
     from routers.types import Query, State
 
-    sent = _sent(header) if header else None
+    sent = _sent(header, policy) if header else None
     body = json.dumps([{"role": "user", "content": prompt}], ensure_ascii=False).encode()
     query = Query(
         model=model,
@@ -277,12 +277,15 @@ def _say(told: _Told, as_json: bool) -> None:
         raise typer.Exit(os.EX_DATAERR)
 
 
-def _sent(headers: list[str]) -> "CallHeaders":
+def _sent(headers: list[str], policy: "Policy") -> "CallHeaders":
     from gateway.edge.headers import read_headers
     from gateway.errors import InvalidRequest
+    from gateway.query import must_know
 
     try:
-        return read_headers([_header(text) for text in headers])
+        sent = read_headers([_header(text) for text in headers])
+        must_know(policy, sent.hints)
+        return sent
     except InvalidRequest as error:
         stop(f"--header: {error}")
 

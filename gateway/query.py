@@ -1,9 +1,11 @@
 """A request as the routers see it: what was asked and what bounds its prompt, without any wire format."""
 
 from gateway.admission.keys import Principal
+from gateway.errors import InvalidRequest
 from gateway.upstream.types import ChatCall
 from routers.cost import ESTIMATED_BYTES_PER_TOKEN, PROMPT_MARGIN
-from routers.types import Query
+from routers.policy import Policy
+from routers.types import Hints, Query
 
 _PROMPTS = {"chat.completions": "messages", "completions": "prompt", "embeddings": "input"}
 
@@ -34,3 +36,11 @@ def query_of(call: ChatCall, caller: Principal, *, at_ms: int, request_id: str =
         id=request_id,
         at_ms=at_ms,
     )
+
+
+def must_know(policy: Policy, hints: Hints | None) -> None:
+    """Raises InvalidRequest where the caller's own choice of models names one that the policy does not have."""
+    unknown = sorted((hints.models or frozenset()) - policy.models.keys()) if hints is not None else []
+    if unknown:
+        known = ", ".join(policy.models)
+        raise InvalidRequest(f"x-leadline-models: {unknown[0][:80]!r} is no model of the policy; send some of {known}.")

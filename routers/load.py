@@ -16,6 +16,7 @@ from routers.canonical import canonical
 from routers.errors import PolicyError, Problem
 from routers.fields import NAME_PATTERN
 from routers.limits import read_limits
+from routers.plan_fields import unread
 from routers.plans import EFFORTS, parse_plan
 from routers.policy import (
     DEFAULT_CONNECT_TIMEOUT_MS,
@@ -279,6 +280,8 @@ class _Loader:
         plan = _to_plan(part)
         if plan is None:
             self._document.report(path, "not one way to spend compute", "write one of exit, speculate, vote")
+        for field, message, fix in unread(part):
+            self._document.report((*path, *field), message, fix)
         return plan
 
     def _check_plans(self) -> None:

@@ -1,5 +1,6 @@
 """A fitted exit rule on disk, beside the model it was fitted on: `exits.safetensors` (numbers), `exits.json` (what they
-mean). Never pickle. Fitted and certified by `leadline exits`; the engine only reads it. No torch here."""
+mean). Never pickle. Fitted and certified by `leadline exits`; the engine only reads it. No torch here, and numpy only
+where tensors are read: a policy is checked by the manifest alone."""
 
 import hashlib
 import math
@@ -9,8 +10,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
 
 from local_engine.errors import ModelLoadError
 from local_engine.reason.budget import BudgetLine
@@ -75,20 +74,11 @@ class ExitManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tensors_sha256: str = ""
     format: int = FORMAT
 
-
-class ExitArtifact(msgspec.Struct, frozen=True):
-    manifest: ExitManifest
-    probe: ExitProbe
-
-    @property
-    def budget(self) -> BudgetLine:
-        return BudgetLine(self.manifest.budget_base, self.manifest.budget_per_prompt_token)
-
     def threshold(self, delta: float, form: ExitForm, loss: ExitLoss) -> float:
         """For the largest certified delta that is not above the one asked for. Raises ValueError if there is none."""
         if not 0 < delta < 1:
             raise ValueError(f"plan.delta must be between 0 and 1, not {delta}")
-        fit = [one for one in self.manifest.certified if (one.form, one.loss) == (form, loss)]
+        fit = [one for one in self.certified if (one.form, one.loss) == (form, loss)]
         allowed = [one for one in fit if one.delta <= delta * (1 + 1e-9)]
         if not allowed:
             deltas = ", ".join(f"{one.delta:g}" for one in sorted(fit, key=lambda one: one.delta)) or "no delta"
@@ -99,9 +89,19 @@ class ExitArtifact(msgspec.Struct, frozen=True):
         return max(allowed, key=lambda one: one.delta).threshold
 
 
+class ExitArtifact(msgspec.Struct, frozen=True):
+    manifest: ExitManifest
+    probe: ExitProbe
+
+    @property
+    def budget(self) -> BudgetLine:
+        return BudgetLine(self.manifest.budget_base, self.manifest.budget_per_prompt_token)
+
+
 def write(artifact: ExitArtifact, folder: Path) -> None:
     """Write both files; the manifest goes last, so that it never stands for tensors of another fit."""
     import numpy as np
+    from safetensors.numpy import save
 
     probe = artifact.probe
     data: bytes = save({name: np.atleast_1d(np.asarray(getattr(probe, name), np.float64)) for name in _NAMES})
@@ -111,8 +111,8 @@ def write(artifact: ExitArtifact, folder: Path) -> None:
     (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
 
 
-def read(folder: Path) -> ExitArtifact | None:
-    """The artifact in `folder`; None where there is none. Raises ModelLoadError with what is wrong and what to do."""
+def read_manifest(folder: Path) -> ExitManifest | None:
+    """What the artifact in `folder` says of itself; None where there is none. Raises ModelLoadError, with the fix."""
     try:
         found = (folder / MANIFEST).read_bytes()
     except FileNotFoundError:
@@ -126,6 +126,17 @@ def read(folder: Path) -> ExitArtifact | None:
             f"{folder / MANIFEST} is of another release (format {manifest.format}, {len(manifest.features)} features);"
             " run `leadline exits fit` again"
         )
+    return manifest
+
+
+def read(folder: Path) -> ExitArtifact | None:
+    """The artifact in `folder`; None where there is none. Raises ModelLoadError with what is wrong and what to do."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return None
     try:
         data = (folder / TENSORS).read_bytes()
         tensors = load(data)

@@ -111,4 +111,4 @@ def make_rule(asked: Exit, artifact: ExitArtifact | None, prompt_tokens: int) ->
         )
     if asked.rule == "budget":
         return artifact.budget.of(prompt_tokens)
-    return ProbeExit(artifact.probe, artifact.threshold(asked.delta, asked.form, asked.loss))
+    return ProbeExit(artifact.probe, artifact.manifest.threshold(asked.delta, asked.form, asked.loss))

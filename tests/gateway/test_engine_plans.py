@@ -215,6 +215,14 @@ def test_every_name_of_a_model_is_away_with_its_engine() -> None:
         ("{vote: {prune: 0.5}}", "prune"),
         ("{exit: {delta: 0.5}}", "5%"),
         ("{exit: {rule: convergence, agree: 1}}", "agree"),
+        (
+            "{exit: {rule: momentum, delta: 5%}}",
+            "plan.exit.delta: `rule: momentum` does not read it (got `5%`)",
+        ),
+        ("{exit: {rule: budget, agree: 3}}", "or write `rule: convergence` or `redundancy`"),
+        ("{exit: {budget: 50}}", "plan.exit.budget: `rule: probe` does not read it (got `50`)"),
+        ("{speculate: {draft: small, method: speculative_thinking, threshold: 1}}", "does not read it"),
+        ("{vote: {stop: agreement, bound: 0.5}}", "plan.vote.bound: `stop: agreement` does not read it"),
     ],
 )
 def test_a_plan_that_cannot_run_is_refused_with_its_place(plan: str, problem: str) -> None:

@@ -45,7 +45,7 @@ def test_the_artifact_promises_what_the_other_half_proves(trajectories: list[Tra
         assert one.n == manifest.n_calibration
         if one.form != "per_event":
             assert at["risk"] <= one.delta
-    loose, strict = (fitted.artifact.threshold(delta, "expected", "wrong") for delta in (0.1, 0.02))
+    loose, strict = (fitted.artifact.manifest.threshold(delta, "expected", "wrong") for delta in (0.1, 0.02))
     assert loose < strict
     held = {(one["form"], one["delta"]): one for one in proofs(fitted.artifact, trajectories, deltas=[0.05, 0.1])}
     assert held["high_probability", 0.1]["held"] >= 0.9

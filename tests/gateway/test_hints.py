@@ -26,7 +26,6 @@ async def test_a_hint_narrows_the_choice(gateway: Gateway, hints: dict[str, str]
     ("hints", "words"),
     [
         ({"x-leadline-models": "free"}, "cheap: "),
-        ({"x-leadline-models": "nobody"}, "dear: "),
         ({"x-leadline-max-cost": "0.000000001"}, "at most $0.000000001"),
         ({"x-leadline-min-quality": "0.9", "x-leadline-models": "gone"}, "cheap: "),
     ],
@@ -55,6 +54,21 @@ async def test_a_hint_that_cannot_be_read_is_a_400_and_no_row(gateway: Gateway) 
     assert status == 400
     assert body["error"]["message"] == "x-leadline-min-quality: '90%' is not a probability such as 0.9; send 0 to 1."
     assert await gateway.rows() == []
+
+
+@pytest.mark.parametrize("names", ["nobody", "dear, nobody"])
+async def test_a_hint_that_names_no_model_of_the_policy_is_a_400_that_tells_those_there_are(
+    gateway: Gateway, names: str
+) -> None:
+    said = "x-leadline-models: 'nobody' is no model of the policy; send some of cheap, dear, gone, free."
+    status, _, body = await gateway.chat(ask(model="auto"), **{"x-leadline-models": names})
+    assert (status, body["error"]["message"]) == (400, said)
+    assert await gateway.rows() == []
+    asked = {"model": "auto", "messages": [{"role": "user", "content": "hello"}]}
+    headers = gateway.headers(**{"x-leadline-models": names})
+    async with gateway.session.post(f"{gateway.url}/leadline/v1/explain", json=asked, headers=headers) as response:
+        explained = await response.json()
+    assert (response.status, explained["error"]["message"]) == (400, said)
 
 
 async def test_explain_hears_hints_and_tells_the_routes(start_gateway: StartGateway) -> None:

@@ -53,6 +53,40 @@ def test_check_tells_what_may_not_be_meant_with_its_line(shell: Shell) -> None:
     assert "routes[0].when.key" not in out, "there is no ledger to ask"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "policies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_policy_that_ships_can_be_served_as_it_is(shell: Shell, path: Path) -> None:
+    status, out = shell.run("check", str(path))
+    assert status == 0, out
+
+
+EXITS = """
+version: 1
+providers: {home: {engine: embedded}}
+models:
+  local: {provider: home, model: bundled/MODEL, plan: {exit: {RULE}}}
+routes:
+  - {name: auto, when: {model: auto}, candidates: [local]}
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "rule", "says"),
+    [
+        ("base", "rule: probe", ""),
+        ("draft", "rule: convergence", ""),
+        ("draft", "rule: budget, budget: 50", ""),
+        ("draft", "rule: probe", "models.local.plan.exit.rule: `probe` is fitted on a model, and bundled/draft has no"),
+        ("draft", "rule: budget", "run `leadline exits fit`, or write the `budget`"),
+        ("base", "delta: 0.1%", "models.local.plan.exit.delta: delta 0.001 is not certified (expected, loss wrong)"),
+    ],
+)
+def test_check_refuses_an_exit_that_would_refuse_every_request(shell: Shell, model: str, rule: str, says: str) -> None:
+    file = shell.policy("p.yaml", EXITS.replace("MODEL", model).replace("RULE", rule))
+    status, out = shell.run("check", file)
+    assert (status != 0) == bool(says), out
+    assert (f"{file}:5: " in out and says in out) if says else ": ok" in out
+
+
 @pytest.mark.anyio
 async def test_check_knows_the_keys_of_the_ledger(start_gateway: StartGateway, shell: Shell) -> None:
     async with start_gateway(home=shell.home):
@@ -109,6 +143,9 @@ def test_explain_tells_routes_hints_and_times(shell: Shell) -> None:
     _, night = shell.run("explain", file, "hello", "--key", "batch", "--at", "2026-11-23T21:30-01:00")
     assert night.startswith("dear, by route night")
     _, hinted = shell.run("explain", file, "hello", "--header", "x-leadline-models: dear")
+    status, unknown = shell.run("explain", file, "hello", "--header", "x-leadline-models: deer")
+    assert status != 0
+    assert "x-leadline-models: 'deer' is no model of the policy; send some of cheap, dear, gone, free." in unknown
     assert hinted.startswith("dear, by route auto")
     status, refused = shell.run("explain", file, "hello", "--header", "x-leadline-effort: huge")
     assert (status != 0, "x-leadline-effort: 'huge' is no effort" in refused) == (True, True)

@@ -216,4 +216,4 @@ def test_the_shipped_artifact_is_the_bundled_models(bundled: LocalModel, start_e
     assert (use(end).closed_by, end.finish_reason) == ("probe", "stop")
     p = use(end).exit_p
     assert p is not None
-    assert p > bundled.exits.threshold(0.01, "expected", "wrong")
+    assert p > bundled.exits.manifest.threshold(0.01, "expected", "wrong")

@@ -156,11 +156,11 @@ def test_the_threshold_is_that_of_the_largest_delta_within_the_one_asked_for() -
         Certified(0.05, "expected", "wrong", 0.7, 100),
         Certified(0.05, "high_probability", "wrong", 0.8, 100),
     )
-    assert fitted.threshold(0.07, "expected", "wrong") == 0.7
-    assert fitted.threshold(0.05, "high_probability", "wrong") == 0.8
+    assert fitted.manifest.threshold(0.07, "expected", "wrong") == 0.7
+    assert fitted.manifest.threshold(0.05, "high_probability", "wrong") == 0.8
     with pytest.raises(ValueError, match=r"plan.delta 0.01 is not certified .* certified: 0.05, 0.1"):
-        fitted.threshold(0.01, "expected", "wrong")
+        fitted.manifest.threshold(0.01, "expected", "wrong")
     with pytest.raises(ValueError, match="certified: no delta"):
-        fitted.threshold(0.05, "expected", "harm")
+        fitted.manifest.threshold(0.05, "expected", "harm")
     with pytest.raises(ValueError, match="between 0 and 1"):
-        fitted.threshold(1.5, "expected", "wrong")
+        fitted.manifest.threshold(1.5, "expected", "wrong")
