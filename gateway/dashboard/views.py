@@ -15,10 +15,10 @@ from gateway.admission.keys import Principal
 from gateway.dashboard import pages, queries, session
 from gateway.dashboard.export import csv_lines
 from gateway.dashboard.filters import Filters
+from gateway.edge.caller import state_of
 from gateway.errors import Unauthenticated
 from gateway.ledger.browse import Slice
 from gateway.lifecycle import Lifecycle
-from gateway.reload import PolicyReloader
 
 HOME = "/dashboard"
 LOGIN = "/dashboard/login"
@@ -44,8 +44,8 @@ def viewer(request: Request) -> Principal:
     """Whose eyes these are. Raises SignInNeeded."""
     found = session.read(
         request.cookies.get(session.COOKIE),
-        request.app.state.lifecycle.keys,
-        request.app.state.pepper,
+        state_of(request).lifecycle.keys,
+        state_of(request).pepper,
         now_s=int(time.time()),
     )
     if found is None:
@@ -55,7 +55,7 @@ def viewer(request: Request) -> Principal:
 
 async def settled(request: Request) -> Lifecycle:
     """The lifecycle, once all that it has closed can be read from SQL."""
-    lifecycle: Lifecycle = request.app.state.lifecycle
+    lifecycle = state_of(request).lifecycle
     await lifecycle.ledger.flush()
     return lifecycle
 
@@ -76,15 +76,15 @@ async def overview(request: Request, viewer: Viewer, lifecycle: Settled, filters
     data = await asyncio.to_thread(
         queries.overview, lifecycle.ledger.engine, chosen.slice(viewer, now_s=now), now_ms=int(now * 1000)
     )
-    reloader: PolicyReloader | None = getattr(request.app.state, "reloader", None)
+    state = state_of(request)
     return pages.html(
         "overview.html",
         viewer=viewer,
         filters=chosen,
         data=data,
         policy=lifecycle.world.policy,
-        refused=reloader.refused if reloader is not None else None,
-        drifted=[one for one in request.app.state.learned.calibrations() if one.alarm],
+        refused=state.reloader.refused if state.reloader is not None else None,
+        drifted=[one for one in state.learned.calibrations() if one.alarm],
     )
 
 
@@ -131,14 +131,14 @@ async def login(request: Request) -> Response:
     if _from_elsewhere(request):
         return pages.html("login.html", 403, next=target, problem="That form came from another site. Sign in here.")
     try:
-        principal = request.app.state.lifecycle.keys.authenticate(form.get("key", "").strip())
+        principal = state_of(request).lifecycle.keys.authenticate(form.get("key", "").strip())
     except Unauthenticated:
         problem = "That is not one of this gateway's keys, or it was revoked."
         return pages.html("login.html", 401, next=target, problem=problem)
     answer = RedirectResponse(target, 303, headers=pages.PRIVATE)
     answer.set_cookie(
         session.COOKIE,
-        session.sign(principal, request.app.state.pepper, now_s=int(time.time())),
+        session.sign(principal, state_of(request).pepper, now_s=int(time.time())),
         max_age=session.LIFETIME_S,
         path=HOME,
         httponly=True,

@@ -15,12 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from gateway.admission.keys import NAME_PATTERN, KeyNameError, KeyNameTaken, Principal, Role
 from gateway.edge import answers
 from gateway.edge.budgets import budgets_of, shown
-from gateway.edge.caller import Caller, TheLifecycle
+from gateway.edge.caller import Caller, TheLifecycle, TheState
 from gateway.edge.openapi import refusals
 from gateway.errors import Conflict, Forbidden, InvalidRequest, NotFound, RateLimited, Unavailable
 from gateway.ledger import prices
 from gateway.ledger.spend import By, spend_by
-from gateway.reload import PolicyReloader
 from gateway.telemetry.logs import get_logger
 from routers.errors import PolicyError
 from routers.units import Budget, UnitError, format_money, parse_budget
@@ -224,10 +223,9 @@ async def list_prices(admin: Admin, lifecycle: TheLifecycle) -> dict[str, Any]:
 
 
 @router.get("/policy", response_model=answers.PolicyInForce)
-async def policy(request: Request, admin: Admin, lifecycle: TheLifecycle) -> dict[str, Any]:
+async def policy(admin: Admin, state: TheState) -> dict[str, Any]:
     """The version in force, and what is in it."""
-    loaded = lifecycle.world.policy
-    reloader: PolicyReloader | None = getattr(request.app.state, "reloader", None)
+    loaded, reloader = state.lifecycle.world.policy, state.reloader
     return {
         "version": loaded.version_hash,
         "since_ms": reloader.since_ms if reloader is not None else None,

@@ -3,11 +3,11 @@
 import asyncio
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from fastapi import APIRouter, FastAPI, Query, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
+from fastapi.responses import RedirectResponse
 from msgspec.structs import replace
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,23 +18,18 @@ from gateway.edge import answers
 from gateway.edge.admin import ChangeRate
 from gateway.edge.admin import router as admin_router
 from gateway.edge.budgets import budgets_of, shown
-from gateway.edge.caller import Caller, TheLifecycle
+from gateway.edge.caller import Caller, TheLifecycle, TheState
 from gateway.edge.headers import read_headers
 from gateway.edge.openapi import completed, refusals
 from gateway.edge.refused import tell_refusals
+from gateway.edge.state import State
 from gateway.edge.wire import read_chat
 from gateway.errors import Conflict, InvalidRequest, NotFound
 from gateway.ledger import outcomes, report
 from gateway.ledger.store import BATCH_WAIT_S
-from gateway.lifecycle import Lifecycle
 from gateway.query import query_of
-from gateway.reload import PolicyReloader
-from gateway.telemetry.peers import Peers
 from routers.explain import from_dict, to_dict, to_lines
 from routers.facts import route_facts
-
-if TYPE_CHECKING:
-    from gateway.redis_link import RedisLink
 
 MAX_HOURS = 1e6
 """Older than any ledger."""
@@ -50,53 +45,6 @@ _Found = TypeVar("_Found")
 @router.get("/", include_in_schema=False)
 async def root() -> Response:
     return RedirectResponse("/dashboard")
-
-
-@router.get("/health/liveness", tags=["health"], response_model=answers.Liveness)
-async def liveness() -> dict[str, str]:
-    """The process runs its event loop. Asks nobody else."""
-    return {"status": "alive", "version": __version__}
-
-
-@router.get(
-    "/health/readiness",
-    tags=["health"],
-    response_model=answers.Readiness,
-    responses={503: {"model": answers.Readiness, "description": "No model can serve, or nothing can be recorded."}},
-)
-async def readiness(request: Request, lifecycle: TheLifecycle) -> Response:
-    """200 while at least one model of the policy can serve; what is not available, and what is done without, is named.
-
-    A database or a Redis that is away leaves the gateway ready: see docs/operations.md for what waits meanwhile.
-    """
-    world = lifecycle.world
-    degraded = {}
-    if not await lifecycle.ledger.reachable():
-        waiting = lifecycle.ledger.statistics()["pending"]
-        degraded["database"] = f"does not answer; the journal keeps the rows for it ({waiting} now)"
-    redis: RedisLink | None = getattr(request.app.state, "redis", None)
-    if redis is not None and not redis.up:
-        degraded["redis"] = "does not answer; each worker holds the rates by itself, and answers are not cached"
-    reloader: PolicyReloader | None = getattr(request.app.state, "reloader", None)
-    if reloader is not None and reloader.refused is not None:
-        degraded["policy"] = "the policy file is not in force, as something is wrong with it; the log says what"
-    unavailable = world.unavailable()
-    ready = len(unavailable) < len(world.targets) and lifecycle.ledger.accepts
-    body = {
-        "status": "ready" if ready else "not_ready",
-        "unavailable": unavailable,
-        "degraded": degraded,
-        "policy": world.policy.version_hash,
-    }
-    return JSONResponse(body, status_code=200 if ready else 503)
-
-
-@router.get("/metrics", tags=["health"], response_class=PlainTextResponse)
-async def metrics(request: Request, lifecycle: TheLifecycle) -> Response:
-    """This worker's, or with several those of all, each sample labelled with its worker."""
-    peers: Peers | None = getattr(request.app.state, "peers", None)
-    text = await peers.exposition() if peers is not None else lifecycle.metrics.exposition()
-    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 @router.get(
@@ -137,27 +85,23 @@ async def model(name: str, principal: Caller, lifecycle: TheLifecycle) -> dict[s
     response_model=answers.Receipt,
     responses=refusals(404),
 )
-async def receipt(request: Request, request_id: str, principal: Caller, lifecycle: TheLifecycle) -> dict[str, Any]:
+async def receipt(request_id: str, principal: Caller, state: TheState) -> dict[str, Any]:
     """One request's receipt: its row, its attempts, its decision. Only the caller's own tenant's (admins: any)."""
-    engine, tenant = lifecycle.ledger.engine, _scope(principal)
-    row, attempts = await _in_ledger(
-        request, request_id, lifecycle, lambda: report.request(engine, request_id, tenant=tenant)
-    )
+    engine, tenant = state.lifecycle.ledger.engine, _scope(principal)
+    row, attempts = await _in_ledger(request_id, state, lambda: report.request(engine, request_id, tenant=tenant))
     decision = row.pop("decision")
     said = await asyncio.to_thread(outcomes.of_request, engine, request_id)
     whole = _whole(decision) if decision else None
     return {**row, "decision": whole, "attempt_rows": attempts, "feedback": [_outcome(found) for found in said]}
 
 
-async def _in_ledger(
-    request: Request, request_id: str, lifecycle: Lifecycle, look: Callable[[], _Found | None]
-) -> _Found:
+async def _in_ledger(request_id: str, state: State, look: Callable[[], _Found | None]) -> _Found:
     """What `look` (blocking) finds of a request that this worker, or another one, has served. Raises NotFound."""
     if not request_id.isprintable():
         raise NotFound("request: its id has characters that no id has.")
-    await lifecycle.ledger.flush()
+    await state.lifecycle.ledger.flush()
     found = await asyncio.to_thread(look)
-    patience = OTHER_WORKERS_TRIES if getattr(request.app.state, "shared", False) else 0
+    patience = OTHER_WORKERS_TRIES if state.shared else 0
     while found is None and patience:  # another worker may have served it, and be about to write it
         patience -= 1
         await asyncio.sleep(BATCH_WAIT_S)
@@ -208,12 +152,10 @@ def _storable(text: str) -> bool:
     response_model=answers.Outcome,
     responses=refusals(403, 404, 409, 413, 415),
 )
-async def feedback(
-    body: Feedback, request: Request, request_id: str, principal: Caller, lifecycle: TheLifecycle
-) -> dict[str, Any]:
+async def feedback(body: Feedback, request_id: str, principal: Caller, state: TheState) -> dict[str, Any]:
     """Say what an answer was worth. Said again by the same `source`, the last word counts."""
     principal.must_run()
-    score, engine, tenant = body.value(), lifecycle.ledger.engine, _scope(principal)
+    score, engine, tenant = body.value(), state.lifecycle.ledger.engine, _scope(principal)
 
     def say() -> outcomes.Row | None:
         return outcomes.caller_says(
@@ -227,7 +169,7 @@ async def feedback(
         )
 
     try:
-        return _outcome(await _in_ledger(request, request_id, lifecycle, say))
+        return _outcome(await _in_ledger(request_id, state, say))
     except outcomes.NothingServed as error:
         raise Conflict(f"request: no model answered {request_id[:60]}; there is nothing to judge.") from error
     except outcomes.TooManySources as error:

@@ -7,12 +7,17 @@ from fastapi.security import HTTPBearer
 
 from gateway.admission.keys import Principal
 from gateway.edge.headers import read_headers
+from gateway.edge.state import State
 from gateway.lifecycle import Lifecycle
 
 
+def state_of(request: Request) -> State:
+    state: State = request.app.state.parts
+    return state
+
+
 def lifecycle_of(request: Request) -> Lifecycle:
-    lifecycle: Lifecycle = request.app.state.lifecycle
-    return lifecycle
+    return state_of(request).lifecycle
 
 
 BEARER = HTTPBearer(auto_error=False, description="A key of this gateway: `sk-ll-…`.")
@@ -26,3 +31,4 @@ async def caller(request: Request, _: Annotated[object, Security(BEARER)]) -> Pr
 
 Caller = Annotated[Principal, Depends(caller)]
 TheLifecycle = Annotated[Lifecycle, Depends(lifecycle_of)]
+TheState = Annotated[State, Depends(state_of)]

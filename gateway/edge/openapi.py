@@ -1,9 +1,10 @@
 """/openapi.json: what FastAPI says of its own paths, the data plane beside them, and what is really answered."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from gateway.edge import answers
+from gateway.edge import answers, monitoring
 from gateway.edge.schemas import COMPONENTS, DATA_PLANE, HEADERS
 
 Document = dict[str, Any]
@@ -26,6 +27,11 @@ _HEADERS: Mapping[int, Document] = {
     401: {"WWW-Authenticate": {"required": True, "schema": {"type": "string", "const": "Bearer"}}},
 }
 _RECEIPT = {"operationId": "receipt", "parameters": {"request_id": "$response.header.x-request-id"}}
+_WATCHED: Mapping[str, tuple[str, Document]] = {
+    "/health/liveness": ("application/json", {"$ref": "#/components/schemas/Liveness"}),
+    "/health/readiness": ("application/json", {"$ref": "#/components/schemas/Readiness"}),
+    "/metrics": ("text/plain", {"type": "string"}),
+}
 _EVENT = {
     "description": "One event; its data is a chunk in JSON, at the end `[DONE]`, or an error.",
     "type": "object",
@@ -57,6 +63,7 @@ def completed(document: Document) -> Document:
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
     schemas |= COMPONENTS
+    schemas |= {answer.__name__: answer.model_json_schema() for answer in (answers.Liveness, answers.Readiness)}
     chat, explain = COMPONENTS["ChatRequest"], schemas["ExplainRequest"]
     schemas["ExplainRequest"] = {  # it is read as a chat, which may leave out its model
         **chat,
@@ -64,8 +71,28 @@ def completed(document: Document) -> Document:
         "required": ["messages"],
         "properties": {**chat["properties"], "tags": explain["properties"]["tags"]},
     }
-    document["paths"] = {path: {"post": _operation(path)} for path in DATA_PLANE} | document["paths"]
+    data_plane = {path: {"post": _operation(path)} for path in DATA_PLANE}
+    watched = {path: {"get": _watched(path)} for path in monitoring.PATHS}
+    document["paths"] = {**data_plane, **watched, **document["paths"]}
     return document
+
+
+def _watched(path: str) -> Document:
+    """What the docstring of its answerer says."""
+    answerer = monitoring.PATHS[path]
+    summary, _, rest = (inspect.getdoc(answerer) or "").partition("\n\n")
+    media, schema = _WATCHED[path]
+    content = {"content": {media: {"schema": schema}}}
+    responses = {"200": {"description": "As it is now.", **content}}
+    if path == "/health/readiness":
+        responses["503"] = {"description": "No model can serve, or nothing can be recorded.", **content}
+    return {
+        "tags": ["health"],
+        "summary": answerer.__name__.capitalize(),
+        "description": " ".join(f"{summary}\n{rest}".split()),
+        "operationId": answerer.__name__,
+        "responses": responses,
+    }
 
 
 def _operation(path: str) -> Document:

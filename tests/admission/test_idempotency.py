@@ -206,7 +206,7 @@ async def test_a_providers_error_is_repeated_and_a_refusal_is_not(
         assert b"[DONE]" not in streamed[1][2]
         limited = await gateway.chat(ask("too fast"), **{"Idempotency-Key": "fast"})
         assert limited[0] == 429
-        with gateway.app.web.state.lifecycle.ledger.engine.connect() as connection:
+        with gateway.app.state.lifecycle.ledger.engine.connect() as connection:
             kept = connection.execute(text("SELECT idempotency_key, status FROM idempotency ORDER BY 1")).all()
         assert kept == [("broken", 502), ("cut", 200), ("typo", 200)]
 

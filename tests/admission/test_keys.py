@@ -110,7 +110,7 @@ def test_a_reader_is_told_what_it_may_do(stores: tuple[KeyStore, KeyStore]) -> N
 async def test_a_reader_sees_and_runs_nothing(start_gateway: StartGateway) -> None:
     async with start_gateway() as gateway:
         served = await gateway.chat(ask())
-        token = gateway.app.web.state.lifecycle.keys.create("eve", role="reader")
+        token = gateway.app.state.lifecycle.keys.create("eve", role="reader")
         reader = {"Authorization": f"Bearer {token}"}
         for stream in (False, True):
             status, _, body = await gateway.chat(ask(stream=stream), **reader)
@@ -136,13 +136,13 @@ async def test_a_key_revoked_at_one_gateway_is_refused_by_the_other(
         start_gateway(home=tmp_path / "a", database_url=postgres_url, redis_url=redis_url) as one,
         start_gateway(home=tmp_path / "b", database_url=postgres_url, redis_url=redis_url) as two,
     ):
-        keys = one.app.web.state.lifecycle.keys
+        keys = one.app.state.lifecycle.keys
         token = keys.create("mallory")
         headers = {"Authorization": f"Bearer {token}"}
         assert (await two.chat(ask(), **headers))[0] == 200
         keys.revoke(keys.authenticate(token).key_id)
         revoked_at = time.monotonic()
-        others = two.app.web.state.lifecycle.keys
+        others = two.app.state.lifecycle.keys
         await until(lambda: all(principal.key_name != "mallory" for principal in others.all()))
         seen_after_s = time.monotonic() - revoked_at
         assert (await two.chat(ask(), **headers))[0] == 401

@@ -225,7 +225,8 @@ async def test_a_refusal_names_the_limit_that_was_met(start_gateway: StartGatewa
 @anyio
 async def test_every_end_of_a_request_gives_its_place_back(start_gateway: StartGateway, upstream: FakeUpstream) -> None:
     async with start_gateway('limits: [{key: "*", concurrency: 2}]') as gateway:
-        lifecycle = gateway.app.web.state.lifecycle
+        rates = gateway.app.state.lifecycle._rates
+        assert isinstance(rates, LocalRates)
         statuses = [
             (await gateway.chat(ask()))[0],
             (await gateway.chat(ask(model="unknown")))[0],
@@ -237,10 +238,10 @@ async def test_every_end_of_a_request_gives_its_place_back(start_gateway: StartG
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.3):
                 await gateway.chat(ask("never mind"))
-        await until(lambda: lifecycle._rates.statistics()["running"] == 0)
+        await until(lambda: rates.statistics()["running"] == 0)
         upstream.pace_s = 0.02
         answers = await asyncio.gather(*(gateway.stream(ask(f"{i}")) for i in range(12)))
         assert {answer[0] for answer in answers} == {200, 429}
         assert all(b"Concurrency limit of key first" in answer[2] for answer in answers if answer[0] == 429)
-        assert lifecycle._rates.statistics()["running"] == 0
+        assert rates.statistics()["running"] == 0
         assert (await gateway.chat(ask("after")))[0] == 200

@@ -95,7 +95,7 @@ async def bad_redis(tmp_path: Path) -> AsyncIterator[BadRedis]:
 
 
 def rates_of(app: App) -> SharedRates:
-    rates = app.web.state.lifecycle._rates
+    rates = app.state.lifecycle._rates
     assert isinstance(rates, SharedRates)
     return rates
 
@@ -178,7 +178,7 @@ async def test_a_redis_that_fails_fails_no_request(
 
 async def healed(gateway: Gateway) -> None:
     """Calls of a fresh key until one of them has Redis's own word again."""
-    keys = gateway.app.web.state.lifecycle.keys
+    keys = gateway.app.state.lifecycle.keys
     async with asyncio.timeout(60):
         for i in range(1000):
             token = keys.create(f"fresh{i}")
@@ -258,7 +258,7 @@ async def test_two_gateways_on_one_redis_do_not_double_a_limit(
             # It is Redis's arithmetic that is looked at, on a machine that may be busy: no call may time out.
             rates_of(gateway.app)._link.timeout_s = 20
             await healed(gateway)
-        token = one.app.web.state.lifecycle.keys.create("shared")
+        token = one.app.state.lifecycle.keys.create("shared")
         answers = await asyncio.gather(burst(one, 50, token), burst(two, 50, token))
         assert sum(status == 200 for answer in answers for status, _ in answer) == LIMIT
         assert {status for answer in answers for status, _ in answer} == {200, 429}

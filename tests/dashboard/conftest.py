@@ -53,7 +53,7 @@ class Running:
 
         def close() -> None:
             for request, attempts in rows:
-                self.app.web.state.lifecycle.ledger.close_request(request, attempts)
+                self.app.state.lifecycle.ledger.close_request(request, attempts)
 
         self.loop.call_soon_threadsafe(close)
 
@@ -188,7 +188,7 @@ class serve:
         self._thread.start()
         _wait_until(lambda: self._server.started or not self._thread.is_alive())
         assert self._server.started
-        store = app.web.state.lifecycle.keys
+        store = app.state.lifecycle.keys
         keys = {
             "admin": (home / "key").read_text(),
             "user": store.create("user"),

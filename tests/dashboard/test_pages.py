@@ -28,7 +28,7 @@ def exported(client: httpx2.Client, query: str) -> list[dict[str, str]]:
 
 
 def sql(running: Running, query: str, **values: object) -> int:
-    with running.app.web.state.lifecycle.ledger.engine.connect() as connection:
+    with running.app.state.lifecycle.ledger.engine.connect() as connection:
         return int(connection.execute(text(query), values).scalar() or 0)
 
 
@@ -82,7 +82,7 @@ def test_a_cookie_that_was_tampered_with_is_refused(running: Running) -> None:
 
 
 def test_a_session_ends_by_time_and_with_its_key(running: Running) -> None:
-    keys, pepper = running.app.web.state.lifecycle.keys, running.app.web.state.pepper
+    keys, pepper = running.app.state.lifecycle.keys, running.app.state.pepper
     principal = keys.authenticate(keys.create("short-lived"))
     now_s = int(time.time())
     cookie = session.sign(principal, pepper, now_s=now_s)
@@ -273,7 +273,7 @@ def test_hours_that_are_no_span_of_time_are_refused(running: Running, hours: str
 
 
 def test_an_empty_ledger_has_a_page(running: Running) -> None:
-    token = running.app.web.state.lifecycle.keys.create("empty2", tenant="nobody")
+    token = running.app.state.lifecycle.keys.create("empty2", tenant="nobody")
     with running.client() as client:
         client.post("/dashboard/login", data={"key": token})
         for range_ in RANGES:

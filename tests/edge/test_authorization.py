@@ -9,6 +9,7 @@ import pytest
 from sqlmodel import Session, select
 from structlog.testing import capture_logs
 
+from gateway.edge import monitoring
 from gateway.edge.dataplane import Endpoint
 from gateway.ledger.tables import ApiKey
 from tests.edge.conftest import StartEdge, post
@@ -121,7 +122,7 @@ class Cast:
 
 
 def cast_of(edge: Gateway) -> Cast:
-    keys = edge.app.web.state.lifecycle.keys
+    keys = edge.app.state.lifecycle.keys
     made = {
         "stranger": "sk-ll-000000000000-nothing",
         "user": keys.create("user", tenant="a", team="red", budget_nanousd=5 * 10**9, budget_window="day"),
@@ -135,13 +136,14 @@ def cast_of(edge: Gateway) -> Cast:
 async def test_every_route_has_its_rule(edge: Gateway) -> None:
     data_plane = edge.app._data_plane
     assert all(isinstance(endpoint, Endpoint) for endpoint in data_plane.values())
-    found = {("POST", path) for path in data_plane} | set(served(edge.app.web.routes))
+    found = {("POST", path) for path in data_plane} | {("GET", path) for path in monitoring.PATHS}
+    found |= set(served((await edge.app.web()).routes))
     assert found == MATRIX.keys(), "a route without a rule, or a rule without a route"
 
 
 async def test_each_caller_meets_what_the_matrix_says(edge: Gateway) -> None:
     cast = cast_of(edge)
-    keys = edge.app.web.state.lifecycle.keys
+    keys = edge.app.state.lifecycle.keys
     async with edge.session.post(
         f"{edge.url}/v1/chat/completions", json={"model": "chat", "messages": MESSAGES}, headers=cast.headers("user")
     ) as response:
@@ -194,7 +196,7 @@ async def test_no_answer_shows_a_secret_twice_or_a_hash_ever(edge: Gateway) -> N
             await cast.ask("admin", "GET", path) for method, path in MATRIX if method == "GET" and "{" not in path
         ]
         assert (await cast.ask("admin", "DELETE", f"/leadline/v1/admin/keys/{key_id}"))[0] == 204
-    with Session(edge.app.web.state.lifecycle.ledger.engine) as session:
+    with Session(edge.app.state.lifecycle.ledger.engine) as session:
         hashes = list(session.exec(select(ApiKey.hash)))
     said = json.dumps(answers) + repr(lines)
     assert hashes
@@ -226,7 +228,7 @@ async def test_no_answer_shows_a_secret_twice_or_a_hash_ever(edge: Gateway) -> N
 async def test_a_key_is_made_of_known_fields_alone(edge: Gateway, body: dict[str, Any], param: str | None) -> None:
     status, _, answer = await post(edge, "/leadline/v1/admin/keys", body)
     assert (status, answer["error"]["param"]) == (400, param)
-    assert len(edge.app.web.state.lifecycle.keys) == 1
+    assert len(edge.app.state.lifecycle.keys) == 1
 
 
 async def test_a_body_that_is_not_sent_as_json_is_told_so(edge: Gateway) -> None:

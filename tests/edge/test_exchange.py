@@ -63,7 +63,7 @@ def asked(gateway: Gateway, text: str, *lines: str) -> bytes:
     return "\r\n".join([*head, f"content-length: {len(body)}", "", body]).encode()
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/health", "/nowhere"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/health/liveness", "/nowhere"])
 async def test_a_head_has_no_body_and_the_next_request_its_own_answer(start_edge: StartEdge, path: str) -> None:
     async with start_edge() as edge:
         head = f"HEAD {path} HTTP/1.1\r\nhost: g\r\n\r\n".encode()

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from gateway.edge import prompts, schemas, wire
+from gateway.edge import monitoring, prompts, schemas, wire
 from gateway.edge.api import build_web
 from gateway.edge.headers import read_headers
 from gateway.edge.prompts import read_completion, read_embedding
@@ -37,7 +37,8 @@ UNDESCRIBED = {("GET", "/"), ("GET", "/openapi.json")}
 async def test_every_served_route_is_described(edge: Gateway) -> None:
     document = build_web().openapi()
     described = {(method.upper(), path) for path, item in document["paths"].items() for method in item}
-    routes = {("POST", path) for path in edge.app._data_plane} | set(served(edge.app.web.routes))
+    routes = {("POST", path) for path in edge.app._data_plane}
+    routes |= {("GET", path) for path in monitoring.PATHS} | set(served((await edge.app.web()).routes))
     routes = {(method, path.replace(":path}", "}")) for method, path in routes if not path.startswith("/dashboard")}
     assert described == routes - UNDESCRIBED
 

@@ -120,7 +120,7 @@ async def test_a_receiver_that_is_away_costs_no_request(start_edge: StartEdge, m
     async with start_edge() as edge:
         for number in range(5):
             assert (await post(edge, "/v1/chat/completions", body(str(number))))[0] == 200
-        dropped = edge.app.web.state.lifecycle.metrics.telemetry_dropped
+        dropped = edge.app.state.lifecycle.metrics.telemetry_dropped
     assert dropped._value.get() == 5
 
 

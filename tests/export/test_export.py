@@ -175,7 +175,7 @@ async def test_a_drifted_probe_stands_on_the_dashboard(upstream: FakeUpstream, t
     engine.dispose()
     async with running(POLICY.format(url=upstream.url, limits=""), tmp_path / "home") as gateway:
         await gateway.chat(ask())
-        state = gateway.app.web.state
+        state = gateway.app.state
         await until(lambda: any(one.alarm for one in state.learned.calibrations()))
         principal = state.lifecycle.keys.authenticate(gateway.key)
         cookie = f"{session.COOKIE}={session.sign(principal, state.pepper, now_s=int(time.time()))}"
@@ -209,7 +209,7 @@ async def test_a_bandit_turns_to_what_is_accepted(upstream: FakeUpstream, tmp_pa
     route = "routes:\n  - {{name: try, when: {{model: try}}, candidates: [cheap, dear], objective: best, cache: off,"
     policy = POLICY.replace("routes:\n", route + " explore: {{share: 30%}}}}\n", 1).format(url=upstream.url, limits="")
     async with running(policy, tmp_path / "home") as gateway:
-        state = gateway.app.web.state
+        state = gateway.app.state
         for i in range(60):
             _, headers, _ = await gateway.chat(ask(f"question {i}", model="try"))
             url = f"{gateway.url}/leadline/v1/requests/{headers['x-request-id']}/feedback"

@@ -112,7 +112,7 @@ async def test_a_caller_who_leaves_ends_its_upstream_call_and_pays_what_it_got(
             return got
 
         got = await asyncio.gather(*[one(number) for number in range(LEAVERS)])
-        lifecycle = gateway.app.web.state.lifecycle
+        lifecycle = gateway.app.state.lifecycle
         await until(lambda: lifecycle.metrics.in_flight.value == 0)
         await lifecycle.ledger.flush(timeout_s=30)
         calls = join(read_truth(tmp_path / "truth"), lifecycle.ledger.engine)
@@ -149,6 +149,6 @@ async def test_a_caller_who_leaves_before_its_body_came_leaves_no_row(upstream: 
             writer.close()
         status, _, _ = await gateway.chat({**ASKED, "metadata": {"call": "stays"}}, **{"X-Session-Id": "stays"})
         assert status == 200
-        await gateway.app.web.state.lifecycle.ledger.flush(timeout_s=30)
-        calls = join(read_truth(tmp_path / "truth"), gateway.app.web.state.lifecycle.ledger.engine)
+        await gateway.app.state.lifecycle.ledger.flush(timeout_s=30)
+        calls = join(read_truth(tmp_path / "truth"), gateway.app.state.lifecycle.ledger.engine)
     assert set(calls) == {"stays"}

@@ -59,7 +59,7 @@ async def test_a_caller_who_leaves_frees_the_engine(phase: str, engine: Engine, 
         link = gateway.app.engine
         assert link is not None
         await until(lambda: link.client is not None)
-        lifecycle = gateway.app.web.state.lifecycle
+        lifecycle = gateway.app.state.lifecycle
         in_flight = lifecycle.metrics.in_flight
 
         def arrived() -> bool:

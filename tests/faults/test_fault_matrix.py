@@ -276,7 +276,7 @@ async def run_matrix(folder: Path) -> None:
 
             told = await asyncio.gather(*[one(case) for case in all_cases])
             await until(lambda: len(asyncio.all_tasks()) <= tasks_idle, 10)
-            lifecycle = gateway.app.web.state.lifecycle
+            lifecycle = gateway.app.state.lifecycle
             assert [budget.reserved_nanousd for budget in lifecycle.budgets.all()] == [0]
             assert lifecycle.metrics.in_flight.value == 0
             await lifecycle.ledger.flush(timeout_s=30)

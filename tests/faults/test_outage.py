@@ -52,8 +52,8 @@ async def test_retries_add_little_to_a_total_outage(tmp_path: Path, stream: bool
                     return await ask(gateway, f"call-{number}", model="cheap", stream=stream, metadata=metadata)
 
             statuses = await asyncio.gather(*[one(number) for number in range(REQUESTS)])
-            await gateway.app.web.state.lifecycle.ledger.flush(timeout_s=30)
-            calls = join(upstream.rows(), gateway.app.web.state.lifecycle.ledger.engine)
+            await gateway.app.state.lifecycle.ledger.flush(timeout_s=30)
+            calls = join(upstream.rows(), gateway.app.state.lifecycle.ledger.engine)
     assert set(statuses) <= {502, 503}
     tried = sum(len(call.truth) for call in calls.values())
     assert tried == sum(len(call.attempts) for call in calls.values())
@@ -68,8 +68,8 @@ async def test_the_loser_of_a_hedge_is_cancelled_and_billed(tmp_path: Path) -> N
             assert await ask(gateway, "paid", model="hedged", n=64, metadata={"words": "100"}) == 200
             metadata = {"fault": "F05", "on": "first"}
             assert await ask(gateway, "hedged", model="hedged", metadata=metadata) == 200
-            await gateway.app.web.state.lifecycle.ledger.flush(timeout_s=30)
-            calls = join(upstream.rows(), gateway.app.web.state.lifecycle.ledger.engine)
+            await gateway.app.state.lifecycle.ledger.flush(timeout_s=30)
+            calls = join(upstream.rows(), gateway.app.state.lifecycle.ledger.engine)
     loser, winner = calls["hedged"].attempts
     assert (loser["outcome"], winner["outcome"]) == ("hedge_lost", "ok")
     assert loser["cost_estimated"]

@@ -121,7 +121,7 @@ async def test_no_call_costs_more_than_explain_says_before(tmp_path: Path) -> No
                     return await bound_then_call(gateway, call, body)
 
             bounds = await asyncio.gather(*[one(call, body) for call, body in bodies])
-            lifecycle = gateway.app.web.state.lifecycle
+            lifecycle = gateway.app.state.lifecycle
             await lifecycle.ledger.flush(timeout_s=30)
             calls = join(upstream.rows(), lifecycle.ledger.engine)
             assert [budget.reserved_nanousd for budget in lifecycle.budgets.all()] == [0]

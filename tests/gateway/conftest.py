@@ -78,7 +78,7 @@ class Gateway:
 
     async def rows(self) -> list[dict[str, Any]]:
         """Every request in the ledger, newest first, with its attempts."""
-        lifecycle = self.app.web.state.lifecycle
+        lifecycle = self.app.state.lifecycle
         await lifecycle.ledger.flush()
         engine = lifecycle.ledger.engine
         rows = await asyncio.to_thread(browse.page, engine, browse.Slice(), limit=10_000)

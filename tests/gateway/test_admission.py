@@ -127,7 +127,7 @@ async def test_racing_calls_never_overspend_a_budget(start_gateway: StartGateway
         calls = [gateway.chat(ask(f"{i}", max_tokens=100)) for i in range(64)]
         answers = await asyncio.gather(*calls)
         rows = await gateway.rows()
-        (budget,) = gateway.app.web.state.lifecycle.budgets.all()
+        (budget,) = gateway.app.state.lifecycle.budgets.all()
     served = [a for a in answers if a[0] == 200]
     refused = [a for a in answers if a[0] == 429]
     assert served
@@ -151,7 +151,7 @@ async def test_spend_survives_a_restart(start_gateway: StartGateway, tmp_path: P
     async with start_gateway(limits) as gateway:
         status, _, _ = await gateway.chat(ask("third", max_tokens=1000))
         assert status == 429
-        (budget,) = gateway.app.web.state.lifecycle.budgets.all()
+        (budget,) = gateway.app.state.lifecycle.budgets.all()
         assert budget.remaining_nanousd == remaining < 300_000
 
 
@@ -206,7 +206,7 @@ async def test_keys_made_or_revoked_by_another_process_are_known_at_once(gateway
     token = other.create("late")
     assert (await gateway.chat(ask(), Authorization=f"Bearer {token}"))[0] == 200
     other.revoke(other.authenticate(token).key_id)
-    served = gateway.app.web.state.lifecycle.keys
+    served = gateway.app.state.lifecycle.keys
     await until(lambda: all(principal.key_name != "late" for principal in served.all()), timeout_s=5)
     assert (await gateway.chat(ask(), Authorization=f"Bearer {token}"))[0] == 401
     other._engine.dispose()

@@ -54,7 +54,9 @@ async def test_the_fastest_is_known_from_the_answers_that_came(
             told = json.loads((await gateway.rows())[0]["decision"])
             times = {candidate["model"]: candidate["expected_ms"] for candidate in told["candidates"]}
             assert times["first"] > times["second"]
-            loads = gateway.app.web.state.lifecycle.world.loads.of(["first", "second"])
+            known = gateway.app.state.lifecycle.world.loads
+            assert known is not None
+            loads = known.of(["first", "second"])
             assert [load.running for load in loads.values()] == [0, 0], "what began has ended"
     finally:
         await other.stop()

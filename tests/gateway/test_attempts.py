@@ -78,7 +78,7 @@ async def test_whatever_happens_nothing_is_left_of_a_request(upstream: FakeUpstr
     rng = random.Random(seed)
     upstream.pace_s = 0.005
     async with running(POLICY.format(url=upstream.url), tmp_path / "home") as gateway:
-        lifecycle = gateway.app.web.state.lifecycle
+        lifecycle = gateway.app.state.lifecycle
         assert (await gateway.chat(ask(model="all", n=100)))[0] == 200  # what hedges may cost a share of
         upstream.faults = [weather(rng) for _ in range(REQUESTS * 10)]
         statuses = await asyncio.gather(*[one(gateway, random.Random(rng.random())) for _ in range(REQUESTS)])

@@ -63,7 +63,7 @@ async def test_an_answer_is_replayed_streamed_or_whole(
 @anyio
 async def test_a_tenant_never_sees_anothers_answer(gateway: Gateway, upstream: FakeUpstream) -> None:
     await gateway.chat(ask())
-    other = gateway.app.web.state.lifecycle.keys.create("other", tenant="elsewhere")
+    other = gateway.app.state.lifecycle.keys.create("other", tenant="elsewhere")
     _, headers, _ = await gateway.chat(ask(), Authorization=f"Bearer {other}")
     assert headers["x-leadline-cache"] == "miss"
     assert len(upstream.bodies) == 2

@@ -114,6 +114,12 @@ async def test_health_metrics_and_models(gateway: Gateway) -> None:
         text = await response.text()
         assert 'leadline_requests_total{cache="miss",model="cheap",outcome="ok",route="named"} 1.0' in text
         assert gateway.key not in text
+    async with gateway.session.head(f"{gateway.url}/health/readiness") as response:
+        assert (response.status, await response.read()) == (200, b"")
+    async with gateway.session.delete(f"{gateway.url}/metrics") as response:
+        assert (response.status, response.headers["allow"]) == (405, "GET, HEAD")
+        assert (await response.json())["error"]["code"] == "method_not_allowed"
+    assert gateway.app._web is None, "what machines ask all the time needs no web framework"
     async with gateway.session.get(f"{gateway.url}/v1/models") as response:
         assert response.status == 401
         assert (await response.json())["error"]["code"] == "invalid_api_key"
@@ -150,7 +156,7 @@ async def test_explain_states_a_worst_case_that_holds(gateway: Gateway) -> None:
 
 async def test_a_receipt_is_for_its_own_tenant(gateway: Gateway) -> None:
     _, headers, _ = await gateway.chat(ask())
-    keys = gateway.app.web.state.lifecycle.keys
+    keys = gateway.app.state.lifecycle.keys
     url = f"{gateway.url}/leadline/v1/requests/{headers['x-request-id']}"
     async with gateway.session.get(url, headers=gateway.headers()) as response:
         receipt = await response.json()

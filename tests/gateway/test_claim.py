@@ -67,7 +67,8 @@ async def test_a_gateway_that_finds_its_database_claimed_admits_nothing_more(
     _, others = engines
     async with running(POLICY.format(url=upstream.url), tmp_path / "home", database_url=postgres_url) as gateway:
         assert (await gateway.chat(ASKED))[0] == 200
-        claim = gateway.app.web.state.lifecycle.ledger._claim
+        claim = gateway.app.state.lifecycle.ledger._claim
+        assert claim is not None
         forget(others)
         usurper = DatabaseClaim(others, shared=False)
         usurper.take()

@@ -67,7 +67,7 @@ async def test_a_routes_deadline_ends_the_request_and_its_attempt(
     assert attempt["cost_estimated"]
     assert headers["x-leadline-cost-nanousd"] == str(row["cost_nanousd"])
     assert row["overhead_us"] < row["duration_us"] / 2, "the upstream was waited for, not us"
-    world = gateway.app.web.state.lifecycle.world
+    world = gateway.app.state.lifecycle.world
     assert world.breakers["cheap"].state == "closed", "a request's own haste says nothing of its target"
 
 

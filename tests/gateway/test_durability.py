@@ -31,7 +31,7 @@ class Disk:
         self._free = False
         self.waiting = 0
         self.safe: list[Opened | Dispatched | Closed] = []
-        self.journal = gateway.app.web.state.lifecycle.ledger.journal
+        self.journal = gateway.app.state.lifecycle.ledger.journal
         self.journal._sync = self._sync
 
     def _sync(self, fd: int) -> None:
@@ -160,7 +160,7 @@ async def test_a_disk_that_fails_lets_nothing_out(gateway: Gateway, upstream: Fa
     def broken(fd: int) -> None:
         raise OSError(5, "the disk is gone")
 
-    gateway.app.web.state.lifecycle.ledger.journal._sync = broken
+    gateway.app.state.lifecycle.ledger.journal._sync = broken
     for _ in range(2):
         status, headers, body = await gateway.chat(ask())
         assert (status, body["error"]["code"], headers["x-should-retry"]) == (503, "unavailable", "true")

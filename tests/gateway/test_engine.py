@@ -198,7 +198,7 @@ async def test_an_engine_that_is_back_serves_at_once_however_many_calls_it_lost(
     os.kill(engine.pid, signal.SIGKILL)
     ends = await asyncio.gather(*calls)
     assert all(b'"error"' in raw for raw in ends), "more than a breaker takes"
-    assert home.app.web.state.lifecycle.world.breakers["local"].state == "closed"
+    assert home.app.state.lifecycle.world.breakers["local"].state == "closed"
     async with asyncio.timeout(60):
         await engine.ready.wait()
     assert (await home.chat(ask("What is 2 + 3?")))[0] == 200

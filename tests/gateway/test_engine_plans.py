@@ -131,7 +131,7 @@ async def test_explain_counts_all_that_a_plan_may_be_billed(home: Gateway, model
         bound = (await response.json())["decision"]["worst_case_nanousd"]
     await home.chat(asked)
     row = (await home.rows())[0]
-    attempts = 1 + home.app.web.state.lifecycle.world.targets[row["model_served"]].retries
+    attempts = 1 + home.app.state.lifecycle.world.targets[row["model_served"]].retries
     assert bound >= attempts * row["reserved_nanousd"] > 0
 
 
@@ -140,7 +140,7 @@ async def test_a_conversation_goes_on_with_who_answered_and_not_with_its_draft(h
         await home.chat(ask("hard", max_tokens=200), **{"x-session-id": "one"})
     again, first = (await home.rows())[:2]
     assert [attempt["model"] for attempt in first["attempt_rows"]] == ["deep", "small"]
-    with Session(home.app.web.state.lifecycle.ledger.engine) as session:
+    with Session(home.app.state.lifecycle.ledger.engine) as session:
         facts = session.exec(select(RequestRow.facts).where(RequestRow.id == again["id"])).one()
     assert json.loads(facts or "{}")["last"] == "deep"
 

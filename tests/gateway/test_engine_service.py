@@ -347,7 +347,7 @@ models:
         cold, warm = sorted(await gateway.rows(), key=lambda row: row["created_at_ms"])
         assert cold["cached_input_tokens"] == 0
         assert warm["cached_input_tokens"] >= 32
-        other = gateway.app.web.state.lifecycle.keys.create("other", tenant="elsewhere")
+        other = gateway.app.state.lifecycle.keys.create("other", tenant="elsewhere")
         await gateway.chat(asked, Authorization=f"Bearer {other}")
         assert sum(row["cached_input_tokens"] for row in await gateway.rows()) == warm["cached_input_tokens"]
 

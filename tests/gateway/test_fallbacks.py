@@ -53,7 +53,7 @@ async def gateway(upstream: FakeUpstream, tmp_path: Path) -> AsyncIterator[Gatew
 
 
 def breakers(gateway: Gateway) -> dict[str, Breaker]:
-    found: dict[str, Breaker] = gateway.app.web.state.lifecycle.world.breakers
+    found: dict[str, Breaker] = gateway.app.state.lifecycle.world.breakers
     return found
 
 
@@ -220,5 +220,5 @@ async def test_a_probe_that_no_budget_holds_gives_its_place_back(upstream: FakeU
         status, headers, _ = await gateway.chat(ask(model="costly-fallback", max_tokens=1000))
         assert (status, headers["x-leadline-attempts"], len(upstream.bodies)) == (502, "1", 1)
         assert (breaker.state, breaker.reason()) == ("half_open", None)
-        (budget,) = gateway.app.web.state.lifecycle.budgets.all()
+        (budget,) = gateway.app.state.lifecycle.budgets.all()
         assert budget.reserved_nanousd == 0

@@ -71,7 +71,7 @@ async def test_a_judge_counts_only_where_nobody_else_spoke(start_gateway: StartG
     async with start_gateway() as gateway:
         request_id = await served(gateway)
         await gateway.rows()
-        engine = gateway.app.web.state.lifecycle.ledger.engine
+        engine = gateway.app.state.lifecycle.ledger.engine
         found = report.request(engine, request_id)
         assert found is not None
         with engine.begin() as connection:
@@ -83,7 +83,7 @@ async def test_a_judge_counts_only_where_nobody_else_spoke(start_gateway: StartG
 
 async def test_another_tenants_request_is_not_there(start_gateway: StartGateway) -> None:
     async with start_gateway() as gateway:
-        keys = gateway.app.web.state.lifecycle.keys
+        keys = gateway.app.state.lifecycle.keys
         other, reader = keys.create("other", tenant="other"), keys.create("eyes", role="reader")
         request_id = await served(gateway)
         status, body = await say(gateway, request_id, {"accept": True}, other)

@@ -44,7 +44,7 @@ class Engines:
 
     @property
     def fleet(self) -> Fleet:
-        found = self.gateway.app.web.state.lifecycle.world.upstreams["gpus"]
+        found = self.gateway.app.state.lifecycle.world.upstreams["gpus"]
         assert isinstance(found, Fleet)
         return found
 
@@ -155,7 +155,7 @@ async def test_a_replica_without_its_engine_costs_no_request(engines: Engines, s
 
 @anyio
 async def test_tenants_share_no_prefix_where_the_engine_has_salts(engines: Engines) -> None:
-    other = engines.gateway.app.web.state.lifecycle.keys.create("other", tenant="elsewhere")
+    other = engines.gateway.app.state.lifecycle.keys.create("other", tenant="elsewhere")
     body = {**conversation("a"), "cache_salt": "mine"}
     await engines.served_by(body)
     await engines.served_by(body, Authorization=f"Bearer {other}")

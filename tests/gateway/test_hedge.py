@@ -75,13 +75,13 @@ async def hedging(upstream: FakeUpstream, tmp_path: Path) -> AsyncIterator[Gatew
 
 
 def budget_of(gateway: Gateway, route: str = "hedged") -> HedgeBudget:
-    attempts: AttemptEngine = gateway.app.web.state.lifecycle._attempts
+    attempts: AttemptEngine = gateway.app.state.lifecycle._attempts
     return attempts._hedges[route]
 
 
 @anyio
 async def test_the_share_of_hedges_is_that_of_the_policy_in_force(hedging: Gateway, upstream: FakeUpstream) -> None:
-    lifecycle = hedging.app.web.state.lifecycle
+    lifecycle = hedging.app.state.lifecycle
     world = copy(lifecycle.world)
     routes = [replace(one, hedge=one.hedge and replace(one.hedge, max_extra=1e-6)) for one in world.policy.routes]
     world.policy = replace(world.policy, routes=tuple(routes))
@@ -216,7 +216,7 @@ async def test_a_hedge_that_the_callers_budget_does_not_hold_does_not_go_out(
     money = format_money(spent + alone["reserved_nanousd"] + 10)  # one attempt at `dear`, and none beside it
     async with start(upstream, tmp_path / "poor", limits=f"limits: [{{key: '*', budget: {money}/day}}]") as gateway:
         row = await prime_and_ask(gateway)
-        (budget,) = gateway.app.web.state.lifecycle.budgets.all()
+        (budget,) = gateway.app.state.lifecycle.budgets.all()
         assert [a["outcome"] for a in row["attempt_rows"]] == ["ok"]
         assert budget_of(gateway)._extra == budget.reserved_nanousd == 0
 

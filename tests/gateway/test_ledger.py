@@ -112,7 +112,7 @@ async def test_a_caller_who_leaves_frees_the_upstream_and_is_billed_what_it_got(
             while upstream.closed_early == 0:
                 await asyncio.sleep(0.01)
         (row,) = await gateway.rows()
-        assert gateway.app.web.state.lifecycle.metrics.in_flight.value == 0
+        assert gateway.app.state.lifecycle.metrics.in_flight.value == 0
     assert upstream.open_streams == 0
     assert (row["outcome"], row["http_status"], row["cost_estimated"]) == ("cancelled", 499, True)
     (attempt,) = row["attempt_rows"]

@@ -151,7 +151,7 @@ async def test_what_the_journal_refuses_does_not_go_out(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(gateway.app.web.state.lifecycle.ledger.journal, "dispatched", full)
+        patch.setattr(gateway.app.state.lifecycle.ledger.journal, "dispatched", full)
         status, _, body = await gateway.chat(ask())
     assert (status, body["error"]["code"]) == (503, "unavailable")
     assert upstream.bodies == []
@@ -179,7 +179,7 @@ async def test_leaving_while_the_stream_is_closed_changes_no_bill(
     ) as response:
         await closing.wait()
         response.close()
-    await until(lambda: gateway.app.web.state.lifecycle.metrics.in_flight.value == 0)
+    await until(lambda: gateway.app.state.lifecycle.metrics.in_flight.value == 0)
     (row,) = await gateway.rows()
     assert (row["cost_nanousd"], row["cost_estimated"]) == (upstream.truth[0].nanousd, False)
 

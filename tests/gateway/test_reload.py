@@ -55,11 +55,11 @@ class Watched:
 
     @property
     def reloader(self) -> Any:
-        return self.gateway.app.web.state.reloader
+        return self.gateway.app.state.reloader
 
     @property
     def version(self) -> str:
-        found: str = self.gateway.app.web.state.lifecycle.world.policy.version_hash
+        found: str = self.gateway.app.state.lifecycle.world.policy.version_hash
         return found
 
     def write(self, text: str, wait: str = "30s") -> None:
@@ -190,15 +190,15 @@ async def test_a_file_that_goes_is_said_and_one_that_comes_back_is_read(watched:
 
 async def test_what_is_known_of_providers_that_stay_is_kept(watched: Watched) -> None:
     def breakers() -> dict[str, Breaker]:
-        found: dict[str, Breaker] = watched.gateway.app.web.state.lifecycle.world.breakers
+        found: dict[str, Breaker] = watched.gateway.app.state.lifecycle.world.breakers
         return found
 
     breakers()["one"].limited(3600)
     breakers()["aside"].limited(3600)
-    upstreams = dict(watched.gateway.app.web.state.lifecycle.world.upstreams)
+    upstreams = dict(watched.gateway.app.state.lifecycle.world.upstreams)
     await watched.change(TWO, wait="31s")
     assert (breakers()["one"].closed, breakers()["two"].closed, breakers()["aside"].closed) == (False, True, True)
-    now = watched.gateway.app.web.state.lifecycle.world.upstreams
+    now = watched.gateway.app.state.lifecycle.world.upstreams
     assert (now["fake"] is upstreams["fake"], now["other"] is upstreams["other"]) == (True, False)
     assert 'leadline_breaker_state{model="one"} 2.0' in await watched.get("/metrics")
 

@@ -164,7 +164,7 @@ async def test_a_resumption_that_no_budget_holds_leaves_nothing_behind(upstream:
         "price: free", "price: {output: $10/Mtok, input: $2.50/Mtok}"
     )
     async with running(policy, tmp_path / "home") as gateway:
-        lifecycle = gateway.app.web.state.lifecycle
+        lifecycle = gateway.app.state.lifecycle
         now = [1000.0]
         breaker = lifecycle.world.breakers["last"] = Breaker(BreakerRule(1, 1000, 1000), lambda: now[0])
         breaker.failed()
@@ -187,7 +187,7 @@ async def test_a_resumption_that_no_budget_holds_leaves_nothing_behind(upstream:
 async def test_who_is_left_alone_is_not_asked_to_go_on(gateway: Gateway, upstream: FakeUpstream) -> None:
     async def cut(upstream: FakeUpstream, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         for model in ("next", "last"):
-            gateway.app.web.state.lifecycle.world.breakers[model].limited(30)
+            gateway.app.state.lifecycle.world.breakers[model].limited(30)
         return await fake.cut_stream(upstream, request, body)
 
     upstream.faults = [cut]

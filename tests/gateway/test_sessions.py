@@ -159,7 +159,7 @@ async def test_two_workers_go_on_with_one_conversation(upstream: FakeUpstream, r
         shutil.copy2(tmp_path / "one" / "pepper", tmp_path / "two" / "pepper")
         async with start(upstream, tmp_path / "two", redis_url=redis_url) as second:
             for gateway in (first, second):
-                gateway.app.web.state.redis.timeout_s = 30
+                gateway.app.state.redis.timeout_s = 30
             words = "shared " + LONG
             assert await served(first, turn(first=words), **ONLY_WARM) == "warm"
             assert await served(second, turn(*SAID, first=words)) == "warm"

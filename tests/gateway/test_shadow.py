@@ -69,7 +69,7 @@ def shadowed(start_gateway: StartGateway, upstream: FakeUpstream, tmp_path: Path
 
 
 def shadows(gateway: Gateway) -> Any:
-    return gateway.app.web.state.lifecycle.shadows
+    return gateway.app.state.lifecycle.shadows
 
 
 async def idle(gateway: Gateway) -> None:
@@ -77,13 +77,13 @@ async def idle(gateway: Gateway) -> None:
 
 
 def counted(gateway: Gateway, fate: str) -> float:
-    text = gateway.app.web.state.lifecycle.metrics.exposition().decode()
+    text = gateway.app.state.lifecycle.metrics.exposition().decode()
     found = re.search(rf'leadline_shadows_total{{fate="{fate}"}} ([0-9.]+)', text)
     return float(found[1]) if found else 0.0
 
 
 def kept(gateway: Gateway, table: Any) -> list[Any]:
-    with Session(gateway.app.web.state.lifecycle.ledger.engine) as session:
+    with Session(gateway.app.state.lifecycle.ledger.engine) as session:
         return list(session.exec(select(table)))
 
 
@@ -124,7 +124,7 @@ async def test_a_shadow_is_asked_judged_twice_and_billed(
 @pytest.mark.parametrize("what", ["policy", "database"])
 async def test_what_came_to_an_end_meanwhile_casts_no_shadow(shadowed: Any, upstream: Judging, what: str) -> None:
     async with shadowed("{models: [dear], share: 100%}") as gateway:
-        lifecycle = gateway.app.web.state.lifecycle
+        lifecycle = gateway.app.state.lifecycle
 
         async def ends(upstream: FakeUpstream, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
             if what == "policy":  # another one is in force, maybe with lower limits
@@ -241,7 +241,7 @@ async def test_a_shadow_takes_a_small_part_of_a_budget_or_none(shadowed: Any, up
         await idle(gateway)
         assert len(upstream.bodies) == 3
         rows = await gateway.rows()
-        (budget,) = gateway.app.web.state.lifecycle.budgets.all()
+        (budget,) = gateway.app.state.lifecycle.budgets.all()
         assert budget.reserved_nanousd == 0
         assert (
             budget.spent_nanousd == sum(row["cost_nanousd"] for row in rows) == sum(b.nanousd for b in upstream.truth)

@@ -74,7 +74,7 @@ async def test_a_policy_is_estimated_where_the_old_one_explored(
     async with running(policy(upstream.url, ROUTES), tmp_path / "home", database_url=database_url) as gateway:
         await traffic(gateway, 300)
         await gateway.rows()
-        engine = gateway.app.web.state.lifecycle.ledger.engine
+        engine = gateway.app.state.lifecycle.ledger.engine
         rows = rated(engine)
         found = replay(engine, always(upstream.url, "dear"), EVER)
         again = replay(engine, gateway.app.policy, EVER)
@@ -104,7 +104,7 @@ async def test_what_was_never_tried_is_repriced_and_says_so(upstream: FakeUpstre
     async with running(policy(upstream.url, ROUTES), home) as gateway:
         await traffic(gateway, 40, **{"X-Leadline-Tags": "plain"})
         rows = await gateway.rows()
-        engine = gateway.app.web.state.lifecycle.ledger.engine
+        engine = gateway.app.state.lifecycle.ledger.engine
         same = replay(engine, always(upstream.url, "cheap"), EVER)
         found = replay(engine, always(upstream.url, "dear"), EVER)
         other = replay(engine, always(upstream.url, "dear"), Span(0, 1 << 60, "nobody"))
@@ -140,7 +140,7 @@ async def test_the_same_inputs_and_seed_make_the_same_decision(upstream: FakeUps
         await gateway.chat(ask(model="explored"), **{"X-Leadline-Max-Cost": "0.01"})
         await gateway.chat(ask(model="cheap"))
         rows = await gateway.rows()
-        engine = gateway.app.web.state.lifecycle.ledger.engine
+        engine = gateway.app.state.lifecycle.ledger.engine
         again = 0
         for listed in rows:
             found = report.request(engine, listed["id"])
