@@ -241,7 +241,7 @@ class Lifecycle:
 
     async def _remember(self, ticket: Ticket, body: bytes | None) -> None:
         record = ticket.record
-        if ticket.cache_key is None or ticket.not_accepted or not record.model_served or not record.provider:
+        if ticket.cache_key is None or record.degraded is not None or not record.model_served or not record.provider:
             return
         if body is not None:
             answer = CachedAnswer(body, record.model_served, record.provider)

@@ -21,6 +21,11 @@ models:
   ghost: {{provider: fake, model: cheap, context: 16000, max_output: 1000, price: unpriced}}
 {limits}
 """
+ROUTE_AND_LIMIT = """
+  dear: {{provider: fake, model: dear, context: 16000, max_output: 1000, price: {{input: $5/Mtok, output: $5/Mtok}}}}
+routes: [{{name: auto, when: {{model: auto}}, use: [dear, cheap]}}]
+limits: [{{key: first, budget: $0.0076/month, at: {{1%: cheaper}}}}]
+"""
 LIMITED = 'limits: [{key: "*", budget: $1000/month}]'
 
 
@@ -96,3 +101,18 @@ async def test_readiness_says_what_the_gateway_does_without(
                 await asyncio.sleep(0.2)
         assert len(await gateway.rows()) == 1
     admin.dispose()
+
+
+async def test_what_a_tight_budget_had_answered_is_not_kept_for_those_who_have_money(
+    upstream: FakeUpstream, tmp_path: Path
+) -> None:
+    policy = POLICY.replace("\n{limits}\n", ROUTE_AND_LIMIT).format(url=upstream.url)
+    async with running(policy, tmp_path / "home") as gateway:
+        rich = gateway.app.state.lifecycle.keys.create("rich")
+        assert (await gateway.chat(ask("first", model="auto", max_tokens=20)))[1]["x-leadline-model"] == "dear"
+        for _ in range(2):
+            _, headers, _ = await gateway.chat(ask(model="auto", max_tokens=20))
+            assert (headers["x-leadline-model"], headers["x-leadline-cache"]) == ("cheap", "miss")
+        for kept in ("miss", "hit"):
+            _, headers, _ = await gateway.chat(ask(model="auto", max_tokens=20), authorization=f"Bearer {rich}")
+            assert (headers["x-leadline-model"], headers["x-leadline-cache"]) == ("dear", kept)
