@@ -16,6 +16,7 @@ import torch
 from results_file import Row, write
 from rich.console import Console
 from rich.table import Table
+from routing_agreement import ALWAYS, NEVER, Answered, agreement_rows, recorded, wrong_agree
 from routing_attacks import attack_rows
 from routing_data import PAIRS, Outcomes, hidden, llmrouter, routellm, zeroeval
 from routing_pool import best_of_many, cheapest_at_equal_accuracy
@@ -40,6 +41,7 @@ DATA = Path(os.environ.get("LEADLINE_DATA") or Path(__file__).parents[2] / "shar
 TIMES, SEED = 500, 0
 LIBRARIES = ("numpy", "scikit-learn", "torch", "transformers")
 PROBE = "probe"
+TOLD = "probe and task prior, mean"
 
 
 def main() -> None:
@@ -185,9 +187,31 @@ def pool_rows(data: Path, encoder: Encoder) -> list[Row]:
             continue
         splits = folds(len(table.prompts), SEED)
         expected = neighbours(unit(hidden(encoder, table.prompts)), table.cost, splits)
-        found = cheapest_at_equal_accuracy(table, predictions(table, encoder), expected, TIMES, SEED)
+        predicted = predictions(table, encoder)
+        found = cheapest_at_equal_accuracy(table, predicted, expected, TIMES, SEED)
+        if title == "verified prices":
+            found += cascade_rows(data, table, predicted[TOLD])
         rows += [Row(f"{title} | {row.name}", row.metric, row.value, row.low, row.high, row.unit) for row in found]
     return rows
+
+
+def cascade_rows(data: Path, table: Outcomes, predicted: Array) -> list[Row]:
+    """Agreement of two cheap models: all models by what is known of their answers, six on GSM8K by what they said."""
+    if table.cost is None:
+        return []
+    known = recorded(data, table)
+    said = wrong_agree(known, table.models[int(table.scores.mean(0).argmax())])
+    rows = [
+        Row("two wrong answers of six models on GSM8K agree, strong right", "chance", said[0]),
+        Row("two wrong answers of six models on GSM8K agree, strong wrong", "chance", said[1]),
+    ]
+    cases = {"wrong ones agree as recorded": said, "never": NEVER, "always": ALWAYS}
+    chosen_for = ("wrong ones agree as recorded", "always")
+    rows += agreement_rows(Answered(table, table.cost), predicted, cases, chosen_for, TIMES, SEED)
+    columns = [table.models.index(model) for model in known.table.models]
+    six = predicted[np.flatnonzero(table.groups == "gsm")][:, columns]
+    found = agreement_rows(known, six, {"recorded answers": NEVER}, ["recorded answers"], TIMES, SEED)
+    return rows + [replace(row, name=f"GSM8K, six models | {row.name}") for row in found]
 
 
 def predictions(table: Outcomes, encoder: Encoder) -> dict[str, Array]:
@@ -200,7 +224,7 @@ def predictions(table: Outcomes, encoder: Encoder) -> dict[str, Array]:
         "best single model": best_single(table, splits),
         "prompt length": prompt_length(table, splits),
         "task prior": (told := group_prior(table, splits)),
-        "probe and task prior, mean": (ours + told) / 2,
+        TOLD: (ours + told) / 2,
         "TF-IDF + ridge": words(table.prompts, table.scores, splits),
         "k-means cluster table": cluster_table(embedded, table.scores, splits),
         "kNN": neighbours(embedded, table.scores, splits),

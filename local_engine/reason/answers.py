@@ -13,10 +13,16 @@ def answer_class(text: str) -> str:
     Answers of one class agree. For tasks with short answers this is the clustering by meaning that semantic entropy
     (Kuhn et al. 2023, arXiv 2302.09664) needs a model of entailment for.
     """
-    boxed = _BOXED.findall(text)
-    said = boxed[-1] if boxed else text
+    boxes = boxed(text)
+    said = boxes[-1] if boxes else text
     number = last_number(said)
     return number if number is not None else " ".join(said.casefold().split()).strip(" .!")
+
+
+def boxed(text: str) -> list[str]:
+    r"""What stands in each `\boxed{…}`, one pair of braces deep."""
+    found: list[str] = _BOXED.findall(text)
+    return found
 
 
 def last_number(text: str) -> str | None:
