@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from probes.calibrate import Calibrator, Exp, Isotonic, Platt
+from probes.cluster_table import ClusterTable
 from probes.errors import ArtifactError
 from probes.heads import Heads, Similarity
 from probes.manifest import TENSORS, Manifest, read_manifest, version_of, write_manifest
@@ -19,13 +20,16 @@ from probes.tensors import read_bytes
 
 SIMILARITY = ("similarity.mean", "similarity.scale", "similarity.basis", "similarity.landmarks")
 
+Expected = dict[str, tuple[type[np.floating], tuple[int, ...]]]
+"""name: (dtype, shape); -1 stands for any length"""
+
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
     """A manifest and the heads it describes."""
 
     manifest: Manifest
-    heads: Heads
+    heads: Heads | ClusterTable
 
     @property
     def version(self) -> str:
@@ -59,22 +63,31 @@ def read(folder: Path) -> Artifact:
     """Load and check an artifact; raises ArtifactError with what is wrong and what to do."""
     manifest = read_manifest(folder)
     if manifest.tier == "static":
-        raise ArtifactError(
-            f"{folder} is a probe of tier `static`, which reads words; this is for those that read hidden states. "
-            "`leadline probe fit --tier static` prints what it is worth, `leadline simulate` that of a policy with it"
-        )
+        raise ArtifactError(f"{folder} is a probe of tier `static`, which reads words; one that reads states is wanted")
     data = read_bytes(folder, manifest)
     try:
         tensors = load(data)
     except SafetensorError as error:
         raise ArtifactError(f"{folder / TENSORS} is not a safetensors file: {error}") from None
-    return Artifact(manifest, _heads(manifest, tensors, folder))
+    made = _heads if manifest.clusters is None else _table
+    return Artifact(manifest, made(manifest, tensors, folder))
+
+
+def _table(manifest: Manifest, tensors: Mapping[str, npt.NDArray[Any]], folder: Path) -> ClusterTable:
+    assert manifest.clusters is not None, "who calls has looked"
+    about, features = manifest.clusters, len(manifest.layers) * manifest.dims
+    _require(
+        tensors,
+        {"centres": (np.float32, (about.count, features)), "rates": (np.float32, (about.count, len(manifest.heads)))},
+        folder,
+    )
+    names = tuple(head.name for head in manifest.heads)
+    return ClusterTable(names, tensors["centres"], tensors["rates"], min(about.nearest, about.count), about.beta)
 
 
 def _heads(manifest: Manifest, tensors: Mapping[str, npt.NDArray[Any]], folder: Path) -> Heads:
     heads, features = len(manifest.heads), len(manifest.layers) * manifest.dims
-    # name: (dtype, shape); -1 stands for any length
-    expected: dict[str, tuple[type[np.floating], tuple[int, ...]]] = {
+    expected: Expected = {
         "weight": (np.float32, (heads, features)),
         "bias": (np.float32, (heads,)),
     }
@@ -87,19 +100,7 @@ def _heads(manifest: Manifest, tensors: Mapping[str, npt.NDArray[Any]], folder: 
     for head in manifest.heads:
         if head.calibration in shapes:
             expected[f"calibration.{head.name}"] = (np.float64, shapes[head.calibration])
-    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    if missing or extra:
-        raise ArtifactError(f"{folder / TENSORS}: missing tensors {missing}, unexpected tensors {extra}; refit")
-    for name, (dtype, shape) in expected.items():
-        got = tensors[name]
-        wanted = tuple(have if want == -1 else want for want, have in zip(shape, got.shape, strict=False))
-        if got.dtype != dtype or got.shape != wanted or got.ndim != len(shape):
-            raise ArtifactError(
-                f"{folder / TENSORS}: {name} is {got.dtype}{list(got.shape)}, "
-                f"the manifest asks for {np.dtype(dtype)}{list(shape)}; refit"
-            )
-        if not np.isfinite(got).all():
-            raise ArtifactError(f"{folder / TENSORS}: {name} holds NaN or infinity; refit")
+    _require(tensors, expected, folder)
     calibrators: list[Calibrator] = []
     for head in manifest.heads:
         numbers = tensors.get(f"calibration.{head.name}")
@@ -117,7 +118,27 @@ def _heads(manifest: Manifest, tensors: Mapping[str, npt.NDArray[Any]], folder: 
     return Heads(names, tensors["weight"], tensors["bias"], tuple(calibrators), similarity)
 
 
-def _tensor_bytes(heads: Heads) -> bytes:
+def _require(tensors: Mapping[str, npt.NDArray[Any]], expected: Expected, folder: Path) -> None:
+    """Raises ArtifactError for another set of tensors, another type or shape, NaN or infinity."""
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or extra:
+        raise ArtifactError(f"{folder / TENSORS}: missing tensors {missing}, unexpected tensors {extra}; refit")
+    for name, (dtype, shape) in expected.items():
+        got = tensors[name]
+        wanted = tuple(have if want == -1 else want for want, have in zip(shape, got.shape, strict=False))
+        if got.dtype != dtype or got.shape != wanted or got.ndim != len(shape):
+            raise ArtifactError(
+                f"{folder / TENSORS}: {name} is {got.dtype}{list(got.shape)}, "
+                f"the manifest asks for {np.dtype(dtype)}{list(shape)}; refit"
+            )
+        if not np.isfinite(got).all():
+            raise ArtifactError(f"{folder / TENSORS}: {name} holds NaN or infinity; refit")
+
+
+def _tensor_bytes(heads: Heads | ClusterTable) -> bytes:
+    if isinstance(heads, ClusterTable):
+        found: bytes = save({"centres": heads.centres, "rates": heads.rates})
+        return found
     tensors: dict[str, npt.NDArray[Any]] = {"weight": heads.weight, "bias": heads.bias}
     if (kernel := heads.similarity) is not None:
         kept: list[npt.NDArray[Any]] = [one.astype(np.float32) for one in (kernel.mean, kernel.scale)]

@@ -122,6 +122,16 @@ def choose(probabilities: Array, threshold: float) -> npt.NDArray[np.intp]:
     return np.asarray(np.where(cheap.any(1), cheap.argmax(1), probabilities.shape[1] - 1), np.intp)
 
 
+def to_last(probabilities: Array) -> Array:
+    """[n, models], where a row of which nothing is said (NaN) stays with the last, as a gateway keeps it there; of one
+    model, with nobody."""
+    silent = np.asarray(np.isnan(probabilities).any(axis=1))
+    kept = np.where(silent[:, None], 0.0, probabilities)
+    if kept.shape[1] > 1:
+        kept[silent, -1] = 1.0
+    return np.asarray(kept)
+
+
 def certify(
     losses: Losses, alpha: float, method: Method = "ltt", delta: float = DELTA, horizon: Horizon = "rows"
 ) -> Threshold:

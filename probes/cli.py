@@ -51,6 +51,14 @@ Answers = Annotated[
         help="Share of queries on which a head is sure; about the others a policy asks the next tier.",
     ),
 ]
+Clusters = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Of tier encoder: a table of at most so many clusters of queries, such as 64, in place of a regression; "
+        "for many models and few labels.",
+    ),
+]
 EncoderName = Annotated[
     str, typer.Option(help="`default`, a folder, or a hub id; of a fitted prefill or self, its model's folder.")
 ]
@@ -78,6 +86,7 @@ def fit(
     domain: Domain = None,
     reasoning: Reasoning = None,
     answers: Answers = 0.5,
+    clusters: Clusters = 0,
     seed: Seed = 0,
     json_out: JsonOut = None,
     report: Report = None,
@@ -88,10 +97,10 @@ def fit(
         from probes.errors import TableError
         from probes.train import read_table
 
-        if report is not None and tier == "static":
-            raise TableError(f"--report {report}: a static probe has no page yet; leave it out, or fit an encoder's")
         if (model is None) == (tier in ("prefill", "self")):
             raise TableError(f"--tier {tier}: " + ("say whose, by --model" if model is None else "leave out --model"))
+        if clusters and tier != "encoder":
+            raise TableError(f"--clusters {clusters}: belongs to --tier encoder; leave it out for {tier}")
         data = read_table(
             table, prompt, heads, drop_if=drop_if, group_column=group_column,
             tokens=_parse_heads(tokens or (), "--tokens"), domain=domain, reasoning=_pair(reasoning),
@@ -101,30 +110,34 @@ def fit(
 
             words = fit_static(data, seed=seed, answers=answers, progress=True)
             rows = static_rows(words, data, seed)
-            version = write_static(words, data, out, name or out.name, rows)
+            write_static(words, data, out, name or out.name, rows)
+            probabilities = words.out_of_fold
         else:
             from probes.artifact import write
 
-            fitted = _fit_network(data, tier, encoder, model, name or out.name, answers, seed)
+            fitted = _fit_network(data, tier, encoder, model, name or out.name, answers, clusters, seed)
             write(fitted.artifact, out)
-            version, rows = fitted.artifact.version, fitted.rows
-            if report is not None:
-                from probes.html import probe_report
+            rows, probabilities = fitted.rows, fitted.probabilities
+        from probes.scored import opened
 
-                lead = f"Fitted on {len(data.prompts):,} prompts of {table.name}; every number here is out of fold."
-                _write_report(
-                    report,
-                    probe_report(
-                        f"Probe {version}", lead, fitted.artifact, table.name, data, {"probe": fitted.probabilities},
-                        rows, certificates=fitted.artifact.manifest.certificates, seed=seed,
-                    ),
-                )  # fmt: skip
-    _show(f"{version}, out of fold on {len(data.prompts)} prompts", rows, json_out)
+        probe = opened(out)
+        if report is not None:
+            from probes.html import probe_report
+
+            lead = f"Fitted on {len(data.prompts):,} prompts of {table.name}; every number here is out of fold."
+            _write_report(
+                report,
+                probe_report(
+                    f"Probe {probe.version}", lead, probe, table.name, data, {"probe": probabilities}, rows,
+                    certificates=probe.manifest.certificates, seed=seed,
+                ),
+            )  # fmt: skip
+    _show(f"{probe.version}, out of fold on {len(data.prompts)} prompts", rows, json_out)
     typer.echo(f"wrote {out}")
 
 
 def _fit_network(
-    data: "Table", tier: "Tier", encoder: str, model: str | None, name: str, answers: float, seed: int
+    data: "Table", tier: "Tier", encoder: str, model: str | None, name: str, answers: float, clusters: int, seed: int
 ) -> "Fitted":
     """By the hidden states of the encoder, or by what a local model is heard to read."""
     from probes.train import Recipe, fit_probe
@@ -132,7 +145,8 @@ def _fit_network(
     if model is None:
         from probes.extract import Encoder
 
-        return fit_probe(data, Encoder.load(encoder), Recipe(seed=seed), name=name, answers=answers, progress=True)
+        recipe = Recipe(clusters=clusters, seed=seed)
+        return fit_probe(data, Encoder.load(encoder), recipe, name=name, answers=answers, progress=True)
     from probes.listen import ListenedModel, Ratings
     from probes.prefill import QUESTION
 
@@ -165,11 +179,10 @@ def evaluate(
     """Measure fitted artifacts on a table they were not fitted on."""
     with _explained():
         heads = _parse_heads(head)
-        from probes.artifact import read
-        from probes.scored import scored
+        from probes.scored import opened, scored
         from probes.train import read_table, table_rows
 
-        artifacts = [read(folder) for folder in artifact]
+        artifacts = [opened(folder) for folder in artifact]
         data = read_table(table, prompt, heads, drop_if=drop_if, group_column=group_column)
         scores = {probe.version: scored(data, probe, encoder, progress=True) for probe in artifacts}
         digest = data.sha256()

@@ -9,7 +9,7 @@ of min-max normalised within the cluster, so that they are probabilities that a 
 Fitting needs scikit-learn; what comes out (`ClusterTable`) only numpy.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -19,36 +19,12 @@ from sklearn.cluster import KMeans
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from probes.calibrate import Array
+from probes.cluster_table import ClusterTable, unit
+from probes.kinds import SPREAD
+from probes.types import Kind
 
 MIN_PER_CLUSTER = 10
 """Fewer queries than this on average to a cluster, and there are fewer clusters."""
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterTable:
-    """What is known of each cluster."""
-
-    names: tuple[str, ...]
-    """The heads, one per model."""
-    centres: npt.NDArray[np.float32]
-    """[clusters, features], of length one each."""
-    rates: npt.NDArray[np.float32]
-    """[clusters, heads]"""
-    nearest: int
-    beta: float
-
-    def weights(self, features: npt.NDArray[np.floating]) -> tuple[npt.NDArray[np.int64], Array]:
-        """The nearest clusters of each query and their weights, both [n, nearest]; nearest first, of sum 1."""
-        distance = 1 - _unit(np.asarray(features, np.float64)) @ self.centres.T.astype(np.float64)
-        order = np.argsort(distance, axis=1, kind="stable")[:, : self.nearest]
-        near = np.take_along_axis(distance, order, axis=1)
-        weight = np.exp(-self.beta * (near - near[:, :1]))
-        return order, weight / weight.sum(axis=1, keepdims=True)
-
-    def predict_proba(self, features: npt.NDArray[np.floating]) -> Array:
-        """P(correct) [n, heads]."""
-        order, weight = self.weights(features)
-        return np.asarray(np.einsum("nk,nkh->nh", weight, self.rates.astype(np.float64)[order]))
 
 
 class ClusterTableClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn ships no types
@@ -74,12 +50,12 @@ class ClusterTableClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mi
     def fit(self, X: Any, y: Any, names: tuple[str, ...] | None = None) -> Self:
         """Fit the clusters on all rows and the rates on the labelled ones; `names` label the heads."""
         X, scores = self._validate(X, y)
-        points = _unit(X)
+        points = unit(X)
         count = min(self.clusters, max(1, len(points) // MIN_PER_CLUSTER), len(np.unique(points, axis=0)))
         means = KMeans(count, random_state=self.seed, n_init=4).fit(points)
         self.table_ = ClusterTable(
             names or tuple(f"head{i}" for i in range(scores.shape[1])),
-            _unit(means.cluster_centers_).astype(np.float32),
+            unit(means.cluster_centers_).astype(np.float32),
             cluster_rates(means.labels_, count, scores, self.prior).astype(np.float32),
             min(self.nearest, count),
             self.beta,
@@ -124,6 +100,39 @@ class ClusterTableClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mi
         return X, scores
 
 
+def fit_cluster_table(
+    X: npt.NDArray[np.floating],
+    labels: Array,
+    kinds: Sequence[Kind],
+    names: Sequence[str],
+    clusters: int,
+    seed: int = 0,
+) -> tuple[ClusterTable, dict[int, tuple[float, float] | None]]:
+    """Heads of every kind as rates of clusters, and the spreads of those for tokens, by column of `labels` [n, heads].
+
+    A head without any label says even odds. Spreads are of the rows themselves.
+    """
+    known = ~np.isnan(labels)
+    shares = [at for at, kind in enumerate(kinds) if kind != "out_tokens"]
+    told = np.where(known.any(0), labels, 0.5)[:, shares]
+    model = ClusterTableClassifier(clusters=clusters, seed=seed).fit(X, told)
+    table = model.table_
+    rates = np.ones((len(table.centres), len(kinds)))
+    rates[:, shares] = table.rates
+    home = table.weights(X)[0][:, 0]
+    for at in sorted(set(range(len(kinds))) - set(shares)):
+        if known[:, at].any():
+            rates[:, at] = cluster_rates(home, len(rates), labels[:, [at]], model.prior)[:, 0]
+    whole = ClusterTable(tuple(names), table.centres, rates.astype(np.float32), table.nearest, table.beta)
+    values = whole.predict_proba(X)
+    spreads: dict[int, tuple[float, float] | None] = {}
+    for at in set(range(len(kinds))) - set(shares):
+        ratio = labels[known[:, at], at] / values[known[:, at], at]
+        low, high = np.quantile(ratio, SPREAD) if len(ratio) else (1.0, 1.0)
+        spreads[at] = float(low), float(high)
+    return whole, spreads
+
+
 def cluster_rates(labels: npt.NDArray[np.integer], clusters: int, scores: Array, prior: float) -> Array:
     """[clusters, heads]: the mean score in each cluster, shrunk towards the mean of all by `prior` pseudo-queries.
 
@@ -149,9 +158,3 @@ def _two_classes(y: Any) -> tuple[Any, Array]:
     if len(classes) < 2:
         raise ValueError("y has only one class; a classifier needs two.")
     return classes, encoded.astype(np.float64)
-
-
-def _unit(points: Array) -> Array:
-    """Each row divided by its length; one of length zero stays."""
-    length = np.linalg.norm(points, axis=1, keepdims=True)
-    return np.asarray(points / np.where(length > 0, length, 1))

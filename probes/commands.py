@@ -74,15 +74,14 @@ def certify(
     with _explained():
         from rich.console import Console
 
-        from probes.artifact import read
-        from probes.certify import ALPHAS, METHODS, issue, require_rows
+        from probes.certify import ALPHAS, METHODS, issue, require_rows, to_last
         from probes.errors import CertificateError, TableError
         from probes.manifest import write_manifest
-        from probes.scored import scored
+        from probes.scored import opened, scored
         from probes.train import read_table
 
         heads = _parse_heads(head)
-        probe = read(artifact)
+        probe = opened(artifact)
         data = read_table(table, prompt, heads, drop_if=drop_if)
         if known_only:
             data = data.labelled()
@@ -113,7 +112,10 @@ def certify(
                     promises.append((bound, how, over))
         if not promises:
             raise CertificateError("nothing can be certified; see the reasons above")
-        p = scored(data, probe, encoder, progress=True)
+        said = scored(data, probe, encoder, progress=True)
+        if silent := int((said != said).any(1).sum()):
+            typer.echo(f"note: {probe.version} abstains from {silent} rows, which stay with the last head", err=True)
+        p = to_last(said)
         issued = [
             issue(
                 p, data.labels, data.names, alpha=bound, method=how, delta=delta, horizon=over,
@@ -129,7 +131,7 @@ def certify(
             _write_report(
                 report,
                 probe_report(
-                    f"Certificates of {probe.version}", lead, probe, table.name, data, {probe.version: p}, (),
+                    f"Certificates of {probe.version}", lead, probe, table.name, data, {probe.version: said}, (),
                     certificates=issued,
                 ),
             )  # fmt: skip
@@ -170,13 +172,12 @@ def compare(
     with _explained():
         from rich.console import Console
 
-        from probes.artifact import read
         from probes.compare import compare as compared
         from probes.errors import TableError
-        from probes.scored import scored
+        from probes.scored import opened, scored
         from probes.train import read_table
 
-        probes = [read(folder) for folder in artifact]
+        probes = [opened(folder) for folder in artifact]
         versions = [probe.version for probe in probes]
         if len(probes) < 2 or len(set(versions)) < len(versions):
             raise TableError(f"{', '.join(versions)}: give two artifacts or more, each of them once")

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from probes.calibrate import Array, brier, ece
-from probes.certify import choose
+from probes.certify import choose, to_last
 from probes.evaluate import Statistic, apgr, auc, cpt50, cpt80, interval, resamples
 from probes.manifest import Certificate
 from probes.train import Table
@@ -39,12 +39,17 @@ def compare(
     seed: int = 0,
 ) -> list[Compared]:
     """Probabilities [n, heads] of each artifact on this table. `certificates`, one an artifact, if all have one for
-    routing between `weak` and `strong`: what each loses and keeps by its own threshold."""
+    routing between `weak` and `strong`: what each loses and keeps by its own threshold.
+
+    Of a head, the rows of which all of them say something; of routing, all rows: who says nothing keeps them at strong.
+    """
     ps = list(probes.values())
     found = []
     for i, name in enumerate(table.names):
-        known = np.flatnonzero(~np.isnan(table.labels[:, i]))
+        known = np.flatnonzero(~np.isnan(np.column_stack([table.labels[:, i], *(p[:, i] for p in ps)])).any(1))
         y = table.labels[known, i]
+        if not len(y):
+            continue
         for measure, of, better in (("Brier", brier, "lower"), ("ECE", ece, "lower"), ("AUC", auc, "higher")):
             mine = [_on(of, p[known, i], y) for p in ps]
             found.append(_compared(f"{name}: {measure}", mine, len(known), better, times, seed))
@@ -53,7 +58,7 @@ def compare(
     columns = [table.names.index("weak"), table.names.index("strong")]
     both = np.flatnonzero(~np.isnan(table.labels[:, columns]).any(1))
     weak, strong = table.labels[both][:, columns].T
-    pairs = [p[both][:, columns] for p in ps]
+    pairs = [to_last(p[both][:, columns]) for p in ps]
     for measure, curve, better in (("APGR", apgr, "higher"), ("CPT50", cpt50, "lower"), ("CPT80", cpt80, "lower")):
         mine = [_between(curve, pair[:, 1] - pair[:, 0], weak, strong) for pair in pairs]
         found.append(_compared(measure, mine, len(both), better, times, seed))

@@ -136,10 +136,16 @@ def routing_rows(
 
 
 def head_rows(name: str, probabilities: Array, labels: Array, *, times: int = 1000, seed: int = 0) -> list[Row]:
-    """Brier, ECE and AUC of one head, rows with a missing label left out; the constant's Brier for comparison."""
-    known = ~np.isnan(labels)
+    """Brier, ECE and AUC of one head; the constant's Brier for comparison. Rows are left out that have no label, or of
+    which the probe says nothing: their share is told."""
+    labelled = ~np.isnan(labels)
+    known = labelled & ~np.isnan(probabilities)
     p, y = probabilities[known], labels[known]
-    rows = [Row(name, "n", float(len(y)), unit="labels"), Row(name, "base rate", float(y.mean()), unit="share")]
+    silent = 1.0 - len(y) / max(1, int(labelled.sum()))
+    if not len(y):
+        return [Row(name, "abstains", silent, unit="share")]
+    rows = [Row(name, "abstains", silent, unit="share")] if silent else []
+    rows += [Row(name, "n", float(len(y)), unit="labels"), Row(name, "base rate", float(y.mean()), unit="share")]
     measures: dict[str, Callable[[Array, Array], float]] = {"Brier": brier, "ECE": ece, "AUC": auc}
     for metric, measure in measures.items():
         values = [measure(p[i], y[i]) for i in resamples(len(y), times, seed)]

@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import date
+from typing import Protocol
 
 import numpy as np
 
-from probes.artifact import Artifact
 from probes.calibrate import Array
-from probes.certify import accept_losses, route_losses
+from probes.certify import accept_losses, route_losses, to_last
 from probes.evaluate import Row
-from probes.manifest import Certificate
+from probes.manifest import Certificate, Manifest
 from probes.page import (
     calibration_section,
     identity_section,
@@ -24,10 +24,20 @@ from probes.train import Table, routing_scores
 FIRST = ("APGR", "CPT50", "ECE")
 
 
+class Named(Protocol):
+    """An artifact of any tier."""
+
+    @property
+    def manifest(self) -> Manifest: ...
+
+    @property
+    def version(self) -> str: ...
+
+
 def probe_report(
     title: str,
     lead: str,
-    artifact: Artifact,
+    artifact: "Named",
     source: str,
     table: Table,
     probes: Mapping[str, Array],
@@ -36,7 +46,8 @@ def probe_report(
     certificates: Sequence[Certificate] = (),
     seed: int = 0,
 ) -> str:
-    """Probabilities [n, heads] of one probe or several on a table; the first is `artifact`, which the page is about.
+    """Probabilities [n, heads] of one probe or several on a table, NaN where it abstains; the first is `artifact`,
+    which the page is about.
 
     `rows` are the measured numbers; `certificates` those whose loss the table shows. `lead` says where the
     probabilities come from: in one sentence, what a reader must know before the numbers.
@@ -49,8 +60,8 @@ def probe_report(
     sections += risk_sections(table, probes[first], certificates)
     heads = {}
     for i, name in enumerate(table.names):
-        known = ~np.isnan(table.labels[:, i])
-        if table.kinds[i] in ("correct", "needs_reasoning"):
+        known = ~np.isnan(table.labels[:, i] + probes[first][:, i])
+        if known.any() and table.kinds[i] in ("correct", "needs_reasoning"):
             heads[name] = probes[first][known, i], table.labels[known, i]
     sections.append(calibration_section(heads))
     if rows:
@@ -70,7 +81,7 @@ def risk_sections(table: Table, probabilities: Array, certificates: Sequence[Cer
             continue
         columns = [table.names.index(head) for head in heads]
         known = ~np.isnan(table.labels[:, columns]).any(1)
-        p, y = probabilities[known][:, columns], table.labels[known][:, columns]
+        p, y = to_last(probabilities[known][:, columns]), table.labels[known][:, columns]
         if len(heads) == 1:
             scores, losses = p[:, 0], accept_losses(p[:, 0], 1 - y[:, 0])
         else:

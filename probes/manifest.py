@@ -40,8 +40,9 @@ class HeadInfo(BaseModel):
     n: int
     base_rate: float
     """Mean of the labels."""
-    calibration: Literal["platt", "isotonic", "exp", "softmax"]
-    """From score to value: `exp` of heads for tokens, `softmax` over all heads for domains."""
+    calibration: Literal["platt", "isotonic", "exp", "softmax", "rate"]
+    """From score to value: `exp` of heads for tokens, `softmax` over all heads for domains; the `rate` of a cluster is
+    one already."""
     kind: Kind = "correct"
     undecided: tuple[float, float] | None = None
     """Between these two it knows hardly more than the base rate."""
@@ -57,6 +58,16 @@ class SimilarityInfo(BaseModel):
     components: int = Field(ge=1)
     landmarks: int = Field(ge=1)
     gamma: float = Field(gt=0)
+
+
+class ClustersInfo(BaseModel):
+    """How a table of clusters is read: the nearest centres by cosine, weighed by exp(beta x cosine)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    count: int = Field(ge=1)
+    nearest: int = Field(ge=1)
+    beta: float = Field(gt=0)
 
 
 class Certificate(BaseModel):
@@ -129,6 +140,8 @@ class Manifest(BaseModel):
     max_tokens: int
     similarity: SimilarityInfo | None = None
     """None: the heads are linear in the hidden states."""
+    clusters: ClustersInfo | None = None
+    """Where there are some, the heads are rates of clusters, and of no other kind."""
     heads: tuple[HeadInfo, ...] = Field(min_length=1)
     data_sha256: str
     prompts_sketch: tuple[str, ...] = ()
@@ -241,9 +254,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 def version_of(manifest: Manifest, tensors: bytes) -> str:
     """Name and content hash; equal versions answer alike. What is only said of an artifact does not enter."""
-    meaning = manifest.model_dump_json(
-        exclude={"created", "versions", "metrics", "tensors_sha256", "certificates", "prompts_sketch"}
-    )
+    unsaid = {"created", "versions", "metrics", "tensors_sha256", "certificates", "prompts_sketch"}
+    if manifest.clusters is None:
+        unsaid.add("clusters")
+    meaning = manifest.model_dump_json(exclude=unsaid)
     return f"{manifest.name}@{hashlib.sha256(meaning.encode() + tensors).hexdigest()[:8]}"
 
 

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 def render_rows(title: str, rows: Sequence["Row"]) -> Table:
     """A rich table of rows with their 95% intervals."""
     table = Table(title=title, title_justify="left")
-    for header in ("name", "metric"):
-        table.add_column(header, no_wrap=True)
+    table.add_column("name", overflow="fold")
+    table.add_column("metric")
     for header in ("value", "95% interval"):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("unit")

@@ -22,7 +22,7 @@ from probes.kinds import fit_others, kind_rows, values_of
 from probes.manifest import TENSORS, HeadInfo, Manifest, sketch, version_of, write_manifest
 from probes.sparse import SparseProbeClassifier
 from probes.static import BUCKETS, CLIP, FEATURES, FEATURES_SHA256, MAX_CHARS, STATS, words_of
-from probes.train import Table, head_info, library_versions, table_rows, undecided
+from probes.train import Table, certificates_of, head_info, library_versions, table_rows, undecided
 
 STATS_WEIGHT = 0.1
 """Of one standard deviation of a statistic, beside words of length one in all: keeps a few numbers from ruling."""
@@ -155,7 +155,7 @@ def static_rows(fit: StaticFit, table: Table, seed: int = 0) -> list[Row]:
 
 
 def write_static(fit: StaticFit, table: Table, folder: Path, name: str, rows: Sequence[Row] = ()) -> str:
-    """Write the artifact, the manifest last; its version. The same fit gives the same bytes."""
+    """Write the artifact, certified out of fold, the manifest last; its version. The same fit gives the same bytes."""
     data: bytes = save({name: np.ascontiguousarray(tensor) for name, tensor in sorted(fit.tensors.items())})
     manifest = Manifest(
         tier="static",
@@ -175,6 +175,7 @@ def write_static(fit: StaticFit, table: Table, folder: Path, name: str, rows: Se
         prompts_sketch=sketch(table.prompts),
         tensors_sha256=hashlib.sha256(data).hexdigest(),
     )
+    manifest = manifest.certified(certificates_of(table, fit.out_of_fold, manifest))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / TENSORS).write_bytes(data)
     write_manifest(manifest, folder)

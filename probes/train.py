@@ -16,14 +16,15 @@ import pandas as pd
 from probes.artifact import Artifact, calibration_kind, sealed
 from probes.calibrate import Array
 from probes.cells import Unreadable, conversation, read_columns
-from probes.certify import ALPHAS, METHODS, issue
+from probes.certify import ALPHAS, METHODS, issue, to_last
+from probes.cluster_table import ClusterTable
 from probes.errors import CertificateError, TableError
 from probes.evaluate import IntArray, Row, baselines, folds, head_rows, routing_rows
 from probes.extract import Encoder, FloatArray
 from probes.heads import Heads
 from probes.kernel import ProbeClassifier
 from probes.kinds import Fits, LinearHeads, fit_dense, kind_rows
-from probes.manifest import Certificate, HeadInfo, Manifest, SimilarityInfo, sketch
+from probes.manifest import Certificate, ClustersInfo, HeadInfo, Manifest, SimilarityInfo, sketch
 from probes.text import render
 from probes.types import Kind, Tier
 
@@ -182,6 +183,8 @@ class Recipe:
     landmarks: int = 1000
     linear: bool = False
     """Heads linear in the features, without landmarks: few numbers, for features that are few or already linear."""
+    clusters: int = 0
+    """At most so many clusters, whose rates are the heads: for many models and few labels. 0: none, a regression."""
     seed: int = 0
 
     def layers_of(self, encoder: "Reader") -> tuple[int, ...]:
@@ -197,7 +200,7 @@ def head_info(
     table: Table,
     at: int,
     *,
-    calibration: Literal["platt", "isotonic"] = "platt",
+    calibration: Literal["platt", "isotonic", "rate"] = "platt",
     undecided: tuple[float, float] | None = None,
     spread: tuple[float, float] | None = None,
 ) -> HeadInfo:
@@ -210,7 +213,7 @@ def head_info(
         label=table.sources[at],
         n=len(known),
         base_rate=float(known.mean()),
-        calibration=others.get(kind, calibration),
+        calibration=calibration if calibration == "rate" else others.get(kind, calibration),
         kind=kind,
         undecided=undecided if kind == "correct" else None,
         spread=spread,
@@ -227,11 +230,17 @@ def undecided(probabilities: Array, answers: float) -> tuple[float, float] | Non
     return max(0.0, middle - reach), min(1.0, middle + reach)
 
 
-def similarity_info(heads: Heads) -> SimilarityInfo | None:
-    if (kernel := heads.similarity) is None:
+def similarity_info(heads: Heads | ClusterTable) -> SimilarityInfo | None:
+    if isinstance(heads, ClusterTable) or (kernel := heads.similarity) is None:
         return None
     landmarks, components = kernel.landmarks.shape
     return SimilarityInfo(components=components, landmarks=landmarks, gamma=kernel.gamma)
+
+
+def clusters_info(heads: Heads | ClusterTable) -> ClustersInfo | None:
+    if isinstance(heads, Heads):
+        return None
+    return ClustersInfo(count=len(heads.centres), nearest=heads.nearest, beta=heads.beta)
 
 
 def library_versions(*names: str) -> dict[str, str]:
@@ -288,16 +297,16 @@ def fit_probe(
         features = layer_features(encoder, table.prompts, layers, recipe.max_tokens, progress)
     probabilities = _out_of_fold(table, features, recipe, folds(len(table.prompts), recipe.seed), progress)
     rows = measure(table, features, recipe, probabilities, progress)
-    heads, spreads = fit_dense(features, table.labels, table.kinds, table.names, recipe.estimator(), recipe.seed)
+    heads, spreads = _fit_heads(table, features, table.labels, recipe)
     infos = [
         head_info(
             table,
             at,
-            calibration=calibration_kind(calibrator),
+            calibration="rate" if isinstance(heads, ClusterTable) else calibration_kind(heads.calibrators[at]),
             undecided=undecided(probabilities[:, at], answers),
             spread=spreads.get(at),
         )
-        for at, calibrator in enumerate(heads.calibrators)
+        for at in range(len(table.names))
     ]
     manifest = Manifest(
         tier=tier,
@@ -309,6 +318,7 @@ def fit_probe(
         dims=encoder.dims,
         max_tokens=recipe.max_tokens,
         similarity=similarity_info(heads),
+        clusters=clusters_info(heads),
         heads=tuple(infos),
         data_sha256=table.sha256(),
         prompts_sketch=sketch(table.prompts),
@@ -318,12 +328,24 @@ def fit_probe(
         metrics={"out_of_fold": [row.to_json() for row in rows]},
     )
     artifact = sealed(Artifact(manifest, heads))
-    certified = artifact.manifest.certified(_certificates(table, probabilities, artifact.manifest))
+    certified = artifact.manifest.certified(certificates_of(table, probabilities, artifact.manifest))
     return Fitted(replace(artifact, manifest=certified), rows, probabilities)
 
 
-def _certificates(table: Table, probabilities: Array, manifest: Manifest) -> list[Certificate]:
-    """Certificates for routing between `weak` and `strong` at the usual alphas, as far as the rows prove them."""
+def _fit_heads(
+    table: Table, features: FloatArray, labels: Array, recipe: Recipe
+) -> tuple[Heads | ClusterTable, dict[int, tuple[float, float] | None]]:
+    """The heads, and the spreads of those for tokens; `features` and `labels` may be some rows of the table's."""
+    if recipe.clusters:
+        from probes.clusters import fit_cluster_table
+
+        return fit_cluster_table(features, labels, table.kinds, table.names, recipe.clusters, recipe.seed)
+    return fit_dense(features, labels, table.kinds, table.names, recipe.estimator(), recipe.seed)
+
+
+def certificates_of(table: Table, probabilities: Array, manifest: Manifest) -> list[Certificate]:
+    """Certificates by out-of-fold probabilities for routing between `weak` and `strong` at the usual alphas, as far as
+    the rows prove them."""
     if not {"weak", "strong"} <= set(table.names):
         return []
     columns = [table.names.index("weak"), table.names.index("strong")]
@@ -374,9 +396,7 @@ def _out_of_fold(
 
     out = np.full(table.labels.shape, np.nan)
     for train, test in tqdm(splits, desc="folds", disable=not progress):
-        heads, _ = fit_dense(
-            features[train], table.labels[train], table.kinds, table.names, recipe.estimator(), recipe.seed
-        )
+        heads, _ = _fit_heads(table, features[train], table.labels[train], recipe)
         out[test] = heads.predict_proba(features[test])
     return out
 
@@ -401,7 +421,7 @@ def routing_scores(
     table: Table, probes: Mapping[str, Array], seed: int = 0, *, baseline: bool = True
 ) -> tuple[dict[str, Array], IntArray] | None:
     """Scores for the strong model of each probe, then of the baselines, on the rows that have both labels, and these
-    rows; None where there are none."""
+    rows; None where there are none. What a probe abstains from goes to the strong model first."""
     if not {"weak", "strong"} <= set(table.names):
         return None
     weak, strong = table.column("weak"), table.column("strong")
@@ -409,7 +429,8 @@ def routing_scores(
     if not len(both):
         return None
     w, s = table.names.index("weak"), table.names.index("strong")
-    routers = {name: p[both, s] - p[both, w] for name, p in probes.items()}
+    pairs = {name: to_last(p[both][:, [w, s]]) for name, p in probes.items()}
+    routers = {name: pair[:, 1] - pair[:, 0] for name, pair in pairs.items()}
     if baseline:
         prompts = [table.prompts[i] for i in both]
         groups = None if table.groups is None else table.groups[both]
@@ -421,19 +442,20 @@ def score(table: Table, artifact: Artifact, encoder: Encoder, progress: bool = F
     """Probabilities [n, heads of the table] of a fitted artifact; a head that it lacks is an error."""
     artifact.require_encoder(encoder.name, encoder.sha256)
     manifest = artifact.manifest
-    require_heads(table, artifact)
+    require_heads(table, artifact.version, artifact.heads.names)
     features = layer_features(encoder, table.prompts, manifest.layers, manifest.max_tokens, progress)
     return score_features(table, artifact, features)
 
 
-def require_heads(table: Table, artifact: Artifact) -> None:
-    lacking = [name for name in table.names if name not in artifact.heads.names]
+def require_heads(table: Table, version: str, heads: Sequence[str]) -> None:
+    """TableError where an artifact of these heads lacks one that the table asks for."""
+    lacking = [name for name in table.names if name not in heads]
     if lacking:
-        raise TableError(f"artifact {artifact.version} has no head {lacking[0]!r}; it has {artifact.heads.names}")
+        raise TableError(f"--head {lacking[0]}: artifact {version} has no such head; it has {', '.join(heads)}")
 
 
 def score_features(table: Table, artifact: Artifact, features: FloatArray) -> Array:
     """The same of features [n, …] that were read before, as the artifact's tier reads them."""
-    require_heads(table, artifact)
+    require_heads(table, artifact.version, artifact.heads.names)
     columns = [artifact.heads.names.index(name) for name in table.names]
     return np.asarray(artifact.heads.predict_proba(features)[:, columns])

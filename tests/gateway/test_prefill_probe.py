@@ -22,6 +22,7 @@ from local_engine.model import load_model
 from probes.artifact import read
 from probes.cli import app
 from probes.errors import ArtifactError, EncoderError
+from probes.heads import Heads
 from probes.listen import ListenedModel, locate_model
 from probes.manifest import ARTIFACTS, MANIFEST
 from probes.prefill import ANSWERS, QUESTION, PromptProbe, rating_features
@@ -97,7 +98,8 @@ def test_an_artifact_holds_what_it_was_fitted_on(fitted: Path) -> None:
     assert (hears.tier, hears.encoder, hears.layers) == ("prefill", "bundled/base", (2, 3, 4, 6))
     assert (rates.tier, rates.question, rates.dims) == ("self", QUESTION, 3)
     assert hears.encoder_sha256 == rates.encoder_sha256
-    assert read(fitted / "rates").heads.weight.size == 2 * 3
+    assert isinstance(heads := read(fitted / "rates").heads, Heads)
+    assert heads.weight.size == 2 * 3
     easy, hard = problems(7, 1, 1)[0].question, problems(7, 5, 1)[0].question
     probe = PromptProbe.load(fitted / "hears", BASE)
     states = ListenedModel.load("bundled/base").states([easy, hard], probe.layers)

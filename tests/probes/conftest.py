@@ -1,6 +1,7 @@
 """Shared pieces: one loaded encoder, a synthetic table, and where the real data may lie."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,13 @@ def artifact() -> Artifact:
         metrics={},
     )
     return Artifact(manifest, heads)
+
+
+@pytest.fixture
+def shifted(artifact: Artifact) -> Artifact:
+    """The same, but for the bias of its heads."""
+    assert isinstance(artifact.heads, Heads)
+    return replace(artifact, heads=replace(artifact.heads, bias=artifact.heads.bias + 1))
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from probes.clusters import ClusterTable, ClusterTableClassifier, cluster_rates
+from probes.cluster_table import ClusterTable
+from probes.clusters import ClusterTableClassifier, cluster_rates
 
 
 @parametrize_with_checks([ClusterTableClassifier()])  # type: ignore[untyped-decorator]

@@ -1,7 +1,6 @@
 """Artifacts side by side: paired, against the first, on the same rows."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,9 +57,9 @@ def test_certificates_are_compared_by_what_they_lose_and_keep(table: tuple[Table
     assert "kept by it at weak" not in {row.measure for row in compare(data, {"a": p, "b": p}, [None, None], times=9)}
 
 
-def test_the_command(artifact: Artifact, tmp_path: Path) -> None:
+def test_the_command(artifact: Artifact, shifted: Artifact, tmp_path: Path) -> None:
     write(artifact, tmp_path / "one")
-    write(replace(artifact, heads=replace(artifact.heads, bias=artifact.heads.bias + 1)), tmp_path / "two")
+    write(shifted, tmp_path / "two")
     rng = np.random.default_rng(0)
     questions = [f"What is {a} plus {b}?" for a, b in rng.integers(2, 99, (30, 2))]
     frame = pd.DataFrame({"q": questions, "weak": [0, 1] * 15, "strong": [1, 1, 0] * 10})

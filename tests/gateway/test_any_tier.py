@@ -1,0 +1,163 @@
+"""Every kind of artifact goes through `leadline probe fit, score, eval, certify, compare`: words and tables, too."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as parquet
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from gateway.score import score
+from gateway.tiers import problems
+from probes.artifact import read
+from probes.certify import to_last
+from probes.cluster_table import ClusterTable
+from probes.commands import app as probe_app
+from probes.errors import ArtifactError
+from probes.manifest import read_manifest
+from probes.runtime import EncoderProbe
+from probes.scored import opened, scored
+from probes.static import StaticProbe
+from probes.train import read_table
+from routers.load import parse
+
+HEADS = ["--prompt", "q", "--head", "weak=cheap", "--head", "strong=dear"]
+UNREAD = ["请问有多少种不同的放法", "この本は何ページありますか", "오늘 날씨가 어떻습니까", "Какой сегодня день недели"]
+
+
+app = typer.Typer()
+app.add_typer(probe_app)
+app.command()(score)
+
+
+def run(*arguments: str) -> str:
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def questions(seed: int) -> pd.DataFrame:
+    """Sums, which both models get right mostly, and essays, which the strong one does."""
+    rng = np.random.default_rng(seed)
+    sums = [f"What is {a} plus {b}?" for a, b in rng.integers(10, 999, (70, 2))]
+    essays = [f"Write essay number {a} on the fall of empire {b}." for a, b in rng.integers(10, 999, (70, 2))]
+    dear = (rng.random(140) < 0.9).astype(float)
+    cheap = np.where(np.arange(140) < 70, rng.random(140) < 0.9, rng.random(140) < 0.1).astype(float)
+    tokens = np.where(np.arange(140) < 70, 10, 300) + rng.integers(0, 5, 140)
+    return pd.DataFrame({"q": sums + essays, "cheap": cheap, "dear": dear, "length": tokens})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds `seen` and `fresh` tables, and what was fitted on the first: `words`, and `table`, of clusters."""
+    made = tmp_path_factory.mktemp("tiers")
+    questions(1).to_parquet(made / "seen.parquet")
+    fresh = questions(2)
+    strange = pd.DataFrame({"q": UNREAD, "cheap": [0.0] * 4, "dear": [1.0] * 4, "length": [9] * 4})
+    pd.concat([fresh, strange], ignore_index=True).to_parquet(made / "fresh.parquet")
+    seen, report = str(made / "seen.parquet"), str(made / "words.html")
+    run("fit", seen, *HEADS, "--tier", "static", "--out", str(made / "words"), "--report", report)
+    run("fit", seen, *HEADS, "--clusters", "8", "--tokens", "weak=length", "--out", str(made / "table"))
+    return made
+
+
+def test_words_are_measured_and_what_they_do_not_read_is_told(folder: Path) -> None:
+    told, page = folder / "told.json", folder / "eval.html"
+    artifacts = [str(folder / "words"), str(folder / "table")]
+    run("eval", str(folder / "fresh.parquet"), *artifacts, *HEADS, "--json", str(told), "--report", str(page))
+    rows = {(row["name"].partition("@")[0], row["metric"]): row["value"] for row in json.loads(told.read_text())}
+    version = opened(folder / "words").version
+    of_weak = {row["metric"]: row["value"] for row in json.loads(told.read_text()) if row["name"] == f"{version}: weak"}
+    assert of_weak["abstains"] == pytest.approx(4 / 144)
+    assert of_weak["n"] == 140
+    assert of_weak["AUC"] > 0.8
+    assert rows["table", "APGR"] > 0.6
+    assert "Whether its numbers are true" in page.read_text()
+    assert "Whether its numbers are true" in (folder / "words.html").read_text()
+
+
+def test_who_says_nothing_of_a_row_leaves_it_to_the_last(folder: Path) -> None:
+    probe = opened(folder / "words")
+    assert isinstance(probe, StaticProbe)
+    data = read_table(folder / "fresh.parquet", "q", {"weak": "cheap", "strong": "dear"})
+    said = scored(data, probe)
+    assert np.isnan(said[140:]).all()
+    assert not np.isnan(said[:140]).any()
+    np.testing.assert_array_equal(to_last(said)[140:], [[0.0, 1.0]] * 4)
+    np.testing.assert_array_equal(to_last(said[:, :1])[140:], [[0.0]] * 4)
+    assert probe.manifest.certificates, "fitted on rows with both labels, so certified out of fold"
+    out = run("certify", str(folder / "words"), str(folder / "fresh.parquet"), *HEADS, "--alpha", "0.2")
+    assert "abstains from 4 rows, which stay with the last head" in out
+    found = read_manifest(folder / "words").certificate_for(0.2, method="ltt")
+    assert found is not None
+    assert found.n == 144
+    lost = to_last(said)
+    kept = lost[:, 0] - lost[:, 1] > found.threshold
+    assert found.risk == pytest.approx(float((kept & (data.labels[:, 1] > data.labels[:, 0])).mean()))
+    assert not kept[140:].any()
+
+
+def test_kinds_of_artifacts_are_compared_on_the_rows_that_both_read(folder: Path) -> None:
+    told = folder / "compared.json"
+    both = [str(folder / "words"), str(folder / "table")]
+    run("compare", str(folder / "fresh.parquet"), *both, *HEADS, "--json", str(told))
+    measures = {one["measure"]: one["values"] for one in json.loads(told.read_text())["measures"]}
+    assert all(np.isfinite(values).all() for values in measures.values())
+    data = read_table(folder / "fresh.parquet", "q", {"weak": "cheap", "strong": "dear"})
+    p = scored(data, opened(folder / "table"))[:140, 0]
+    assert measures["weak: Brier"][1] == pytest.approx(float(((p - data.labels[:140, 0]) ** 2).mean()))
+
+
+def test_a_table_of_clusters_is_an_artifact_that_an_engine_reads(folder: Path) -> None:
+    artifact = read(folder / "table")
+    assert isinstance(artifact.heads, ClusterTable)
+    assert artifact.manifest.clusters is not None
+    assert artifact.manifest.clusters.count == len(artifact.heads.centres) <= 8
+    (sums, essays) = EncoderProbe.load(folder / "table").sound(
+        [[{"role": "user", "content": text}] for text in ("What is 15 plus 26?", "Write an essay on the fall of Rome.")]
+    )
+    assert sums.p_success["weak"] > 0.6 > 0.4 > essays.p_success["weak"]
+    assert sums.out_tokens["weak"][0] < 100 < 200 < essays.out_tokens["weak"][0]
+    low, high = (essays.out_tokens["weak"][i] for i in (1, 2))
+    assert low <= essays.out_tokens["weak"][0] <= high
+
+
+def test_a_policy_names_a_table_of_clusters_like_any_probe(folder: Path) -> None:
+    text = """
+version: 1
+providers: {p: {base_url: "http://127.0.0.1:9/v1"}}
+models:
+  cheap: {provider: p, model: m, price: {input: $1/Mtok, output: $1/Mtok}}
+  dear: {provider: p, model: n, price: {input: $10/Mtok, output: $10/Mtok}}
+signals:
+  difficulty: {probe: ./table, heads: {cheap: weak, dear: strong}}
+routes:
+  - {name: auto, when: {model: auto}, candidates: [cheap, dear], subject_to: {p_success: ">= 0.6"}}
+"""
+    (folder / "policy.yaml").write_text(text)
+    assert problems(parse(text), folder, {}) == []
+    out = folder / "out.parquet"
+    fresh, policy = str(folder / "fresh.parquet"), str(folder / "policy.yaml")
+    run("score", fresh, "--column", "q", "--out", str(out), "--policy", policy)
+    decisions = parquet.read_table(out).column("decision").to_pylist()
+    assert decisions[:70].count("cheap") > 60
+    assert decisions[70:140].count("dear") > 60
+
+
+def test_a_damaged_table_is_refused(folder: Path, tmp_path: Path) -> None:
+    manifest = json.loads((folder / "table" / "probe.json").read_text())
+    manifest["clusters"]["count"] += 1
+    (tmp_path / "probe.json").write_text(json.dumps(manifest))
+    (tmp_path / "probe.safetensors").write_bytes((folder / "table" / "probe.safetensors").read_bytes())
+    with pytest.raises(ArtifactError, match="centres is float32"):
+        read(tmp_path)
+
+
+def test_clusters_belong_to_the_encoder(folder: Path) -> None:
+    arguments = ["fit", str(folder / "seen.parquet"), *HEADS, "--tier", "static", "--clusters", "8", "--out", "x"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2
+    assert "--clusters 8: belongs to --tier encoder; leave it out for static" in done.output
