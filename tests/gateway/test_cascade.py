@@ -257,18 +257,21 @@ async def test_whoever_leaves_a_cascade_pays_for_what_was_asked_and_holds_nothin
 
 @anyio
 async def test_the_effort_is_told_in_the_words_of_the_provider(cascading: Gateway, upstream: FakeUpstream) -> None:
-    await cascading.chat(ask(model="off"))
-    await cascading.chat(ask(model="hard"))
-    await cascading.chat(ask(model="hard", reasoning_effort="medium"))
-    await cascading.chat(ask(model="fixed"))
-    await cascading.chat(ask(model="cheap"), **{"x-leadline-effort": "low"})
-    await cascading.chat(ask(model="hard"), **{"x-leadline-effort": "high"})
-    await cascading.chat(ask(model="hard", enable_thinking=False))
+    answers = [
+        await cascading.chat(ask(model="off")),
+        await cascading.chat(ask(model="hard")),
+        await cascading.chat(ask(model="hard", reasoning_effort="medium")),
+        await cascading.chat(ask(model="fixed")),
+        await cascading.chat(ask(model="cheap"), **{"x-leadline-effort": "low"}),
+        await cascading.chat(ask(model="hard"), **{"x-leadline-effort": "high"}),
+        await cascading.chat(ask(model="hard", enable_thinking=False)),
+    ]
     sent = [json.loads(body) for body in upstream.bodies]
     assert [body.get("reasoning_effort") for body in sent] == ["minimal", None, "medium", None, "low", None, None]
     assert [body.get("thinking_budget") for body in sent] == [None, 3000, None, None, None, 3000, None]
     assert [body.get("enable_thinking") for body in sent] == [None, True, None, None, None, True, False]
-    decisions = [msgspec.json.decode(row["decision"]) for row in reversed(await cascading.rows())]
+    rows = {row["id"]: row for row in await cascading.rows()}
+    decisions = [msgspec.json.decode(rows[headers["x-request-id"]]["decision"]) for _, headers, _ in answers]
     plans = [decision["plan"] for decision in decisions]
     assert plans[1] == {"kind": "single", "model": "dear", "effort": "high", "max_thinking_tokens": 3000}
     assert plans[2].get("effort") is None, "the caller's own word stands"

@@ -24,6 +24,7 @@ from gateway.ledger.records import AttemptRecord, RequestRecord
 from gateway.ledger.settle import Usage, WireUsage, cost_nanousd, worst_case_usage
 from gateway.ledger.store import LedgerStore, connect
 from gateway.ledger.tables import AttemptRow, RequestRow
+from gateway.lifecycle import new_ledger_id
 from routers.policy import Price
 from tests.conftest import free_port, wait_for_port
 from tests.gateway import fake_upstream as fake
@@ -196,6 +197,12 @@ def an_attempt(number: int, cost: int) -> AttemptRecord:
     attempt = AttemptRecord(f"req_{number}-0", f"req_{number}", 0, "cheap", "fake", 1000)
     attempt.bill(Usage(input=5, estimated=True), cost)
     return attempt
+
+
+def test_ids_sort_in_the_order_in_which_they_were_made() -> None:
+    ids = [new_ledger_id(now_ms) for now_ms in (1_795_000_000_000, 1_795_000_000_000 + 1) for _ in range(5_000)]
+    assert ids == sorted(set(ids))
+    assert {len(one) for one in ids} == {31}
 
 
 def test_the_journal_gives_back_what_a_crash_left(tmp_path: Path) -> None:
