@@ -44,6 +44,7 @@ from gateway.errors import (
     UnknownModel,
     UpstreamTimeout,
 )
+from gateway.upstream.begun import read_begun
 from gateway.upstream.engines import LOAD_HEADER
 from gateway.upstream.local import LocalUpstream
 from gateway.upstream.local_params import EFFORTS, MAX_SEED
@@ -146,7 +147,7 @@ class EngineService:
     # OpenAI's API --------------------------------------------------------------------------------------------------
 
     async def _chat(self, request: Request) -> Response:
-        call = await self._read(request, read_chat)
+        call = read_begun(await self._read(request, read_chat))
         target = _planned(self._target(call.model), call)
         headers = await self._load_headers(request)
         if call.stream:

@@ -76,21 +76,16 @@ class Transcript:
         """The call that asks for the rest; None when there is nothing that could be continued."""
         if not self._texts or self._bytes > MAX_KEPT_BYTES:
             return None
-        given = call.fields["messages"]
-        messages: list[Any] = msgspec.json.decode(given, type=list[msgspec.Raw])
         text = "".join(self._texts)
-        messages.append(msgspec.Raw(_encode({"role": "assistant", "content": text, "prefix": True})))
-        encoded = msgspec.Raw(_encode(messages))
-        fields = {**call.fields, "messages": encoded}
-        sampling = call.sampling
+        fields, sampling = dict(call.fields), call.sampling
         if sampling.max_tokens is not None:
             # What has been said counts; a delta is at least one token.
             left = max(1, sampling.max_tokens - self._deltas)
             sampling = msgspec.structs.replace(sampling, max_tokens=left)
             fields.update({name: msgspec.Raw(b"%d" % left) for name in _CAPS if name in fields})
-        more = len(bytes(encoded)) - len(bytes(given))
+        more = len(_encode(text))
         return msgspec.structs.replace(
-            call, fields=fields, body_bytes=call.body_bytes + max(0, more), prefix=text, sampling=sampling
+            call, fields=fields, body_bytes=call.body_bytes + more, prefix=text, sampling=sampling
         )
 
     def renamed(self, event: Event) -> Event:

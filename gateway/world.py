@@ -120,6 +120,7 @@ def build_world(
             connect_timeout_s=provider.connect_timeout_ms / 1000,
             first_byte_timeout_s=(provider.first_byte_timeout_ms or provider.timeout_ms) / 1000,
             idle_timeout_s=(provider.idle_timeout_ms or provider.timeout_ms) / 1000,
+            prefix=model.prefix,
         )
     for model in policy.models.values():
         if model.plans:

@@ -44,15 +44,22 @@ class Answer:
     """Tells at the end what a plan did."""
     tapped: list[Tapped] = field(default_factory=list)
     _text: TextStream = field(init=False)
+    _shows_thought: bool = field(init=False)
+    """Stop strings and log-probabilities count within the thought, too."""
     output_tokens: int = 0
     reasoning_tokens: int = 0
     _untold_tokens: int = 0
     _untold_logprobs: list[TokenLogprob] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        thinking = self.model.think_token in self.prompt[-2:]
+        begun = self.command.thought
+        self._shows_thought = begun is not None and not begun.over
+        thinking = self._shows_thought or self.model.think_token in self.prompt[-2:]
         calls = ToolCallParser(self.model.tools) if self.has_tools and self.model.tools else None
-        self._text = TextStream(self.model, self._params.stop, thinking=thinking, tools=calls)
+        self._text = TextStream(
+            self.model, self._params.stop, thinking=thinking, tools=calls,
+            stops_thought=self._shows_thought, begins=begun is None or not begun.text,
+        )  # fmt: skip
 
     @property
     def thinking(self) -> bool:
@@ -95,7 +102,8 @@ class Answer:
         self._untold_tokens += 1
         if was_thinking or self._text.thinking:  # both markers count as thinking
             self.reasoning_tokens += 1
-        elif self._params.logprobs and not ended and choice.token not in self.model.special_tokens:
+        wanted = self._shows_thought or not (was_thinking or self._text.thinking)
+        if wanted and self._params.logprobs and not ended and choice.token not in self.model.special_tokens:
             self._untold_logprobs.append(self._logprob(choice))
         return self.told(piece)
 
@@ -120,6 +128,7 @@ class Answer:
                 drafted_tokens=self.drafted_tokens,
                 accepted_tokens=self.accepted_tokens,
                 plan=self.plan() if self.plan is not None else None,
+                stopped_by=self._text.stopped_by,
             ),
         ]
 

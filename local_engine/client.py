@@ -32,6 +32,7 @@ from local_engine.types import (
     Stats,
     StatsResult,
     TapSpec,
+    ThoughtSoFar,
 )
 from local_engine.wire import FrameError, decode_event, encode_frame, read_frame
 
@@ -118,6 +119,7 @@ class EngineClient:
         tool_choice: Literal["none", "auto", "required"] = "auto",
         tool: str = "",
         plan: Plan | None = None,
+        thought: ThoughtSoFar | None = None,
     ) -> AsyncGenerator[Delta | Finished, None]:
         """Stream `n` answers, each of which ends with Finished. Leaving early (`aclose`, a cancelled task) cancels all.
 
@@ -143,6 +145,7 @@ class EngineClient:
                         tool_choice,
                         tool,
                         plan,
+                        thought,
                     )
                 )
                 while running:

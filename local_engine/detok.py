@@ -36,15 +36,15 @@ class StopStrings:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
         self._held = ""
-        self.hit = False
+        self.hit = ""
+        """The one that ended the text; empty while none has."""
 
     def push(self, text: str) -> str:
         """The text that is safe to show."""
         self._held += text
-        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            self.hit = True
-            _, start = min(found)
+            _, start, self.hit = min(found)
             shown, self._held = self._held[:start], ""
             return shown
         keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
@@ -73,22 +73,35 @@ class Piece:
 class TextStream:
     """The answer of one sequence: what is said in the thinking block, what after it, and the tools it calls.
 
-    Stop strings act on what comes after the thinking block. The markers and the line breaks after them belong to
-    neither part. `tools` says how the model writes calls; None where the request has no tools.
+    Stop strings act on what comes after the thinking block, and in it where `stops_thought`. The markers and the line
+    breaks after them belong to neither part. `tools` says how the model writes calls; None where the request has none.
     """
 
     def __init__(
-        self, model: LocalModel, stops: Sequence[str], *, thinking: bool, tools: ToolCallParser | None = None
+        self,
+        model: LocalModel,
+        stops: Sequence[str],
+        *,
+        thinking: bool,
+        tools: ToolCallParser | None = None,
+        stops_thought: bool = False,
+        begins: bool = True,
     ) -> None:
+        """`thinking`: it is in the thinking block; `begins`: at its beginning."""
         self._model = model
         self._detokenizer = Detokenizer(model.pieces)
         self._stops = StopStrings(stops)
         self._tools = tools
-        self._after_marker = thinking
+        self._stops_thought = stops_thought
+        self._after_marker = thinking and begins
         self.thinking = thinking
 
     @property
     def stopped(self) -> bool:
+        return bool(self._stops.hit)
+
+    @property
+    def stopped_by(self) -> str:
         return self._stops.hit
 
     @property
@@ -100,9 +113,10 @@ class TextStream:
         """The text this token sets free."""
         if token == self._model.think_token or token == self._model.end_think_token:
             self._detokenizer.finish()
+            held = self._stops.finish() if self._stops_thought and self.thinking else ""
             self.thinking = token == self._model.think_token
             self._after_marker = True
-            return Piece()
+            return Piece(reasoning=held)
         if token in self._model.special_tokens and not (self._tools and token in self._model.tool_tokens):
             return Piece()
         return self._piece(self._detokenizer.push(token))
@@ -111,6 +125,8 @@ class TextStream:
         """What was held back; call when no more tokens will come."""
         self._detokenizer.finish()
         held = "" if self.stopped else self._stops.finish()
+        if self.thinking:
+            return Piece(reasoning=held)
         if self._tools is None:
             return Piece(held)
         first, last = self._tools.push(held), self._tools.finish()
@@ -123,7 +139,7 @@ class TextStream:
             text = text.lstrip("\n")
             self._after_marker = not text
         if self.thinking:
-            return Piece(reasoning=text)
+            return Piece(reasoning=self._stops.push(text) if self._stops_thought else text)
         shown = self._stops.push(text)
         if self._tools is None:
             return Piece(shown)

@@ -61,6 +61,7 @@ from local_engine.types import (
     Stats,
     StatsResult,
     TapSpec,
+    ThoughtSoFar,
     Vote,
 )
 
@@ -298,7 +299,9 @@ class Engine:
         if not 1 <= command.n <= MAX_CHOICES:
             raise InvalidRequest(f"n must be from 1 to {MAX_CHOICES}, not {command.n}", "n")
         tools = parse_tools(command.tools_json) if command.tool_choice != "none" else None
-        prompt = self._prompt(lane, command, tools, "none" if command.prefix else command.sampling.effort)
+        if command.plan is not None and command.thought is not None:
+            raise InvalidRequest("plan: the thought has begun already; leave out the plan, or the thought", "plan")
+        prompt = self._prompt(lane, command, tools, _effort(command))
         self._check_room(lane, command.model, len(prompt) + 1)
         if isinstance(command.plan, SpeculateSteps | Cascade):
             controller = self._shared(command, command.plan, lane, prompt)
@@ -313,7 +316,7 @@ class Engine:
         draft = self._lanes.get(plan.draft)
         if draft is None:
             raise InvalidRequest(f"plan.draft: no local model {plan.draft!r}; there are {self._names()}", "plan")
-        draft_prompt = self._prompt(draft, command, None, "none" if command.prefix else command.sampling.effort)
+        draft_prompt = self._prompt(draft, command, None, _effort(command))
         models, rooms = (lane.model, draft.model), (lane.most_tokens, draft.most_tokens)
         return shared(command, plan, models, (prompt, draft_prompt), rooms)
 
@@ -346,6 +349,8 @@ class Engine:
             reason = f"{len(command.messages_json)} bytes of messages cannot fit the {window} tokens of {command.model}"
             raise _Refused("context_length_exceeded", reason)
         prompt = prompt_tokens(lane.model.tokenizer, messages, tools, effort)
+        if isinstance(command, Generate) and command.thought is not None:
+            prompt = _with_thought(lane.model, prompt, command.thought)
         prefix = "" if isinstance(command, Probe) else command.prefix
         return prompt + _plain_tokens(lane.model, prefix) if prefix else prompt
 
@@ -527,6 +532,26 @@ class _Refused(Exception):
 def _prefix_store(name: str, model: LocalModel, kv: KVCache, prefix_bytes: int, tiers: SlowTiers | None) -> PrefixStore:
     weights = weights_fingerprint(model.network) if tiers is not None else "of this process"
     return PrefixStore(KVIdentity(name, weights, KVLayout.of(kv.shape)), bytes_limit=prefix_bytes, slow=tiers)
+
+
+def _effort(command: Generate) -> Effort:
+    """What the prompt says of thinking: nothing is thought before words of the answer, unless the thought is given."""
+    if command.thought is None:
+        return "none" if command.prefix else command.sampling.effort
+    return "low" if command.sampling.effort == "none" else command.sampling.effort
+
+
+def _with_thought(model: LocalModel, prompt: list[int], thought: ThoughtSoFar) -> list[int]:
+    """The prompt, and the thought after it in the model's own markers."""
+    if model.think_token is None or model.end_think_token is None:
+        raise InvalidRequest(f"thought: {model.card.name} has no thinking tags; leave it out", "thought")
+    opened = prompt if model.think_token in prompt[-2:] else [*prompt, model.think_token]
+    begin = "\n" if opened[-1] == model.think_token else ""
+    if not thought.over:
+        return opened + _plain_tokens(model, begin + thought.text)
+    text = thought.text.rstrip("\n")
+    closing = [model.end_think_token, *_plain_tokens(model, "\n\n")]
+    return opened + _plain_tokens(model, f"{begin}{text}\n" if text else begin) + closing
 
 
 def _plain_tokens(model: LocalModel, text: str) -> list[int]:

@@ -148,7 +148,7 @@ class Generation:
         calls, form = command.tool_choice == "required", command.sampling.response_format
         if not calls and form is None:
             return None
-        if command.prefix:
+        if command.prefix or command.thought is not None:
             field = "tool_choice" if calls else "response_format"
             raise InvalidRequest(f"{field}: cannot be held where the answer has begun; leave out one of them", field)
         if calls and self._tools:

@@ -84,6 +84,14 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """How long to think, for models trained with effort modes; others ignore it."""
 
 
+class ThoughtSoFar(msgspec.Struct, frozen=True):
+    """A thought that has begun elsewhere: the model thinks on from its last word or, where it is over, answers."""
+
+    text: str
+    """Without the markers around it."""
+    over: bool = False
+
+
 class TapSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     """Which hidden states come back: of these layers, at these tokens."""
 
@@ -241,6 +249,9 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     """With `required`: the tool to call; any one where empty."""
     plan: Plan | None = None
     """None: this model alone, and as long as it thinks."""
+    thought: ThoughtSoFar | None = None
+    """What it has thought already, before `prefix`. Of one that is not over, stop strings and log-probabilities count
+    within the thought, too."""
 
 
 class Score(msgspec.Struct, frozen=True, tag="score"):
@@ -437,6 +448,8 @@ class Finished(msgspec.Struct, frozen=True, tag="finished"):
     """Of them, those that were right."""
     plan: PlanUse | None = None
     """Of a command with a plan."""
+    stopped_by: str = ""
+    """The stop string that ended it, if one did."""
 
 
 class ProbeResult(msgspec.Struct, frozen=True, tag="probe_result"):

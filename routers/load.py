@@ -21,6 +21,7 @@ from routers.plans import EFFORTS, parse_plan
 from routers.policy import (
     DEFAULT_CONNECT_TIMEOUT_MS,
     FREE,
+    PREFIX_STYLES,
     Breaker,
     Difficulty,
     EnginePlan,
@@ -251,7 +252,9 @@ class _Loader:
                 fix = f"remove it, or let the model run on the local engine; {part.provider} drafts as it is set up to"
                 self._document.report((*path, "speculation"), "only the local engine is told how to draft", fix)
             tools = part.tools if part.tools is not None else not local
-            prefix = part.prefix if part.prefix is not None else local
+            prefix = PREFIX_STYLES[provider.server] if part.prefix is True else part.prefix or None
+            if part.prefix is None and local:
+                prefix = PREFIX_STYLES["leadline"]
             completes = part.completes if part.completes is not None else not local
             self._models[name] = Model(
                 name, part.provider, part.model, context, max_output, price, tools, part.structured, part.logprobs,

@@ -86,6 +86,15 @@ Server = Literal["openai", "leadline", "vllm", "sglang", "llamacpp"]
 """What a server speaks beside OpenAI's API."""
 
 
+PrefixStyle = Literal["deepseek", "vllm", "llamacpp", "anthropic"]
+"""How a server is told that the last message is the start of its answer: by `prefix: true` in it, and a thought beside
+it (DeepSeek, Mistral); by `continue_final_message` (vLLM, SGLang); by its place, with the template's thinking off
+(llama.cpp), or alone (Anthropic and others)."""
+PREFIX_STYLES: Mapping[Server, PrefixStyle] = {
+    "openai": "deepseek", "leadline": "vllm", "vllm": "vllm", "sglang": "vllm", "llamacpp": "llamacpp",
+}  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Provider:
     """Where models run: the local engine (`engine`), or a server at `base_url`."""
@@ -143,8 +152,8 @@ class Model:
     structured: bool
     """Can hold its answer to a JSON schema."""
     logprobs: bool
-    prefix: bool = False
-    """Goes on from the start of an answer, given as the last message."""
+    prefix: PrefixStyle | None = None
+    """How it is given the start of an answer to go on from; None: it does not."""
     embeds: bool = False
     """Turns texts into vectors, and does nothing else."""
     completes: bool = True

@@ -25,7 +25,7 @@ from routers.fields import (
     Tokens,
     WholePercent,
 )
-from routers.policy import Degrade, Objective, OnStreamFailure, Otherwise, Server
+from routers.policy import Degrade, Objective, OnStreamFailure, Otherwise, PrefixStyle, Server
 from routers.shape import Strict
 from routers.units import UnitError
 from routers.when_file import WhenFile
@@ -213,9 +213,11 @@ class ModelFile(Strict):
     """Whether it can hold an answer to a JSON schema."""
     logprobs: bool = True
     """Whether it can return log probabilities."""
-    prefix: bool | None = None
-    """Whether it goes on from the start of an answer, given as the last message. Default: no, and yes on the local
-    engine."""
+    prefix: bool | PrefixStyle | None = None
+    """Whether it goes on from the start of an answer, given as the last message; `true`, in the way of its `server`
+    (`openai`: as `deepseek`), or in this one: `deepseek` (`prefix: true`, and `reasoning_content`; Mistral, too),
+    `vllm` (`continue_final_message`; SGLang, too), `llamacpp`, or `anthropic` (nothing more). Default: no, and yes on
+    the local engine."""
     embeds: bool = False
     """Whether it turns texts into vectors; such a model answers no conversation."""
     completes: bool | None = None

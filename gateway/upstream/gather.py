@@ -14,6 +14,8 @@ class _ChunkChoice(msgspec.Struct):
     delta: dict[str, Any] = {}
     logprobs: dict[str, Any] | None = None
     finish_reason: str | None = None
+    stop_reason: str | int | msgspec.UnsetType | None = msgspec.UNSET
+    """Of vLLM and the local engine: the stop string that ended it."""
 
 
 class _Chunk(msgspec.Struct):
@@ -81,6 +83,8 @@ class Gathered:
             choice["logprobs"] = choice["logprobs"] or {"content": []}
             choice["logprobs"]["content"].extend(piece.logprobs["content"])
         choice["finish_reason"] = piece.finish_reason or choice["finish_reason"]
+        if piece.stop_reason is not msgspec.UNSET:
+            choice["stop_reason"] = piece.stop_reason
 
 
 def _merge_tool_calls(calls: list[dict[str, Any]], pieces: list[dict[str, Any]]) -> None:

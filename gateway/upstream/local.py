@@ -82,8 +82,6 @@ class LocalUpstream:
 
     def _generation(self, client: EngineClient, target: Target, call: ChatCall) -> AsyncIterator[Delta | Finished]:
         messages = bytes(call.fields["messages"])
-        if call.prefix:  # the engine takes it beside the conversation, not as its last message
-            messages = _encode(msgspec.json.decode(messages, type=list[msgspec.Raw])[:-1])
         tools = call.fields.get("tools")
         choice = tool_choice(call)
         return client.generate(
@@ -98,6 +96,7 @@ class LocalUpstream:
             tool_choice=choice.mode,
             tool=choice.tool,
             plan=planned.plan if (planned := planned_for(target, call)) is not None else None,
+            thought=call.thought,
         )
 
 
@@ -171,7 +170,7 @@ class LocalStream:
             else:
                 self._running -= 1
                 self._finished.append(item)
-                events.append(self._chunk(item.choice, {}, finish_reason=item.finish_reason))
+                events.append(self._end(item))
         if not self._running:
             events.append(self._usage())
         return events
@@ -190,15 +189,14 @@ class LocalStream:
         logprobs = {"content": [_logprob(token) for token in delta.logprobs]} if self._wants_logprobs else None
         return self._chunk(delta.choice, fields, logprobs=logprobs)
 
-    def _chunk(
-        self,
-        choice: int,
-        delta: dict[str, Any],
-        *,
-        finish_reason: str | None = None,
-        logprobs: dict[str, Any] | None = None,
-    ) -> Event:
-        piece = {"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+    def _chunk(self, choice: int, delta: dict[str, Any], *, logprobs: dict[str, Any] | None = None) -> Event:
+        piece = {"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+        return Event(_encode({**self._frame(), "choices": [piece]}))
+
+    def _end(self, item: Finished) -> Event:
+        """Says which stop string ended it, as vLLM does."""
+        piece: dict[str, Any] = {"index": item.choice, "delta": {}, "logprobs": None}
+        piece |= {"finish_reason": item.finish_reason, "stop_reason": item.stopped_by or None}
         return Event(_encode({**self._frame(), "choices": [piece]}))
 
     def _usage(self) -> Event:

@@ -15,7 +15,8 @@ def planned_for(target: Target, call: ChatCall) -> Planned | None:
     if not target.plans or call.choices > 1 or call.has_tools or call.has_format or call.sampling.logprobs:
         return None
     effort = EFFORTS.get(call.sampling.reasoning_effort or DEFAULT_EFFORT)
-    planned = target.plans.get(effort) if effort is not None and not call.prefix else None
+    begun = call.prefix or call.thought is not None
+    planned = target.plans.get(effort) if effort is not None and not begun else None
     alike = call.sampling.temperature == 0
     return None if planned is not None and alike and isinstance(planned.plan, Vote) else planned
 

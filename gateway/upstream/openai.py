@@ -7,6 +7,7 @@ from functools import lru_cache
 import msgspec
 
 from gateway.ledger.settle import Usage, WireUsage
+from gateway.upstream.begun import begun
 from gateway.upstream.connection import Timeouts
 from gateway.upstream.engines import CAPABILITIES, LOAD_HEADER, load_of_header, tenant_salt
 from gateway.upstream.http import HttpClient, HttpResponse, RequestHead
@@ -14,7 +15,7 @@ from gateway.upstream.http_errors import BadResponse, ConnectError, ExchangeTime
 from gateway.upstream.refusals import error_object, refusal
 from gateway.upstream.sse import ABSENT, SseReader, Timings, error_message, read_chunk, read_usage
 from gateway.upstream.types import Answer, ChatCall, Event, StreamState, Target, UpstreamError
-from routers.policy import Server
+from routers.policy import PREFIX_STYLES, Server
 from routers.types import Endpoint
 
 MAX_ANSWER_BYTES = 64 << 20
@@ -140,6 +141,8 @@ class OpenAIUpstream:
         fields = dict(call.fields)
         fields["model"] = _as_json(target.wire_model)
         fields.pop("leadline", None)
+        if call.prefix or call.thought is not None:
+            fields |= begun(call, target.prefix or PREFIX_STYLES["openai"])
         if call.stream:
             fields["stream_options"] = _INCLUDE_USAGE
         if self._salt is not None:

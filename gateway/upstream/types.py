@@ -8,8 +8,8 @@ import msgspec
 
 from gateway.ledger.settle import Usage
 from gateway.upstream.tool_calls import ToolCallOrder
-from local_engine.types import Plan
-from routers.policy import Price
+from local_engine.types import Plan, ThoughtSoFar
+from routers.policy import PrefixStyle, Price
 from routers.types import Effort, Endpoint, Hints
 
 Cause = Literal[
@@ -49,6 +49,8 @@ class Target:
     idle_timeout_s: float = 60.0
     plans: Mapping[Effort, Planned] = field(default_factory=dict)
     """How the local engine answers, by the effort that is asked for."""
+    prefix: PrefixStyle | None = None
+    """How it is given the start of an answer; None: it cannot go on from one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +143,9 @@ class ChatCall(msgspec.Struct):
     headers: "CallHeaders"
     endpoint: Endpoint = "chat.completions"
     prefix: str = ""
-    """Words of the answer that are there already: the last message holds them, and the target writes on from them."""
+    """Words of the answer that are there already: the target writes on from them."""
+    thought: ThoughtSoFar | None = None
+    """What has been thought before them: the target thinks on or, where it is over, answers."""
     inputs: int = 1
     """Texts to complete or to embed, each with a context window of its own; a conversation is one."""
     tenant: str = ""

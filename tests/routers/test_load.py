@@ -561,9 +561,9 @@ def test_a_broken_stream_needs_somebody_to_go_on() -> None:
     assert problems(resume.replace("resume", "resume\n    on_failure: {rate_limit: [local]}"))
     policy = parse(resume.replace("model: gpt-5, ", "model: gpt-5, prefix: true, "))
     assert [(model.name, model.prefix) for model in policy.models.values()] == [
-        ("local", True),
-        ("weak", False),
-        ("strong", True),
+        ("local", "vllm"),
+        ("weak", None),
+        ("strong", "deepseek"),
     ]
     assert problems(
         resume.replace("1024}", "1024, prefix: false}").replace("resume", "resume\n    on_failure: [local]")

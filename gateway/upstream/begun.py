@@ -1,0 +1,68 @@
+"""An answer, or a thought, that has begun: how each server is told to write on from it, and how ours reads that.
+
+The last message holds it. DeepSeek and Mistral take `prefix: true` in that message, DeepSeek a thought as its
+`reasoning_content`; vLLM and SGLang take `continue_final_message`; llama.cpp and Anthropic go on from any last message
+of an assistant, llama.cpp where the template's thinking is off. Where a thought has no field it stands in the content,
+between the tags that most models think in.
+"""
+
+from typing import Any
+
+import msgspec
+
+from gateway.errors import InvalidRequest
+from gateway.upstream.types import ChatCall
+from local_engine.types import ThoughtSoFar
+from routers.policy import PrefixStyle
+
+OPEN, CLOSE = "<think>", "</think>"
+_CONTINUE, _TEMPLATE = "continue_final_message", "chat_template_kwargs"
+_encode = msgspec.json.Encoder().encode
+_YES, _NO = msgspec.Raw(b"true"), msgspec.Raw(b"false")
+
+
+def begun(call: ChatCall, style: PrefixStyle) -> dict[str, msgspec.Raw]:
+    """The fields that say so, in place of the call's own."""
+    last: dict[str, Any] = {"role": "assistant", "content": call.prefix}
+    if style == "deepseek":
+        last["prefix"] = True
+        if call.thought is not None:
+            last["reasoning_content"] = call.thought.text
+            if call.thought.over and not call.prefix:
+                last["content"] = "\n"  # content has begun: so the thought is over
+    elif call.thought is not None:
+        last["content"] = in_tags(call.thought) + call.prefix
+    messages = msgspec.json.decode(call.fields["messages"], type=list[msgspec.Raw])
+    fields = {"messages": msgspec.Raw(_encode([*messages, last]))}
+    if style == "vllm":
+        fields |= {_CONTINUE: _YES, "add_generation_prompt": _NO}
+    elif style == "llamacpp":
+        given = call.fields.get(_TEMPLATE)
+        kwargs = {} if given is None else msgspec.json.decode(given, type=dict[str, msgspec.Raw])
+        fields[_TEMPLATE] = msgspec.Raw(_encode({**kwargs, "enable_thinking": False}))
+    return fields
+
+
+def in_tags(thought: ThoughtSoFar) -> str:
+    text = f"{OPEN}\n{thought.text}"
+    return f"{text.rstrip()}\n{CLOSE}\n\n" if thought.over else text
+
+
+def read_begun(call: ChatCall) -> ChatCall:
+    """A call in vLLM's style, as the local engine takes it. Raises InvalidRequest."""
+    if bytes(call.fields.get(_CONTINUE, _NO)) != b"true":
+        return call
+    messages = msgspec.json.decode(call.fields["messages"], type=list[dict[str, Any]])
+    last = messages[-1]
+    text = last.get("content")
+    if last.get("role") != "assistant" or not isinstance(text, str):
+        raise InvalidRequest(
+            f"{_CONTINUE}: the last message is not an assistant's text; send one to go on from.", param="messages"
+        )
+    fields = {**call.fields, "messages": msgspec.Raw(_encode(messages[:-1]))}
+    thought = None
+    if text.startswith(OPEN):
+        inside, over, text = text.removeprefix(OPEN).removeprefix("\n").partition(CLOSE)
+        thought = ThoughtSoFar(inside, bool(over))
+        text = text.lstrip("\n")
+    return msgspec.structs.replace(call, fields=fields, prefix=text, thought=thought)
