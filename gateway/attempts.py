@@ -7,6 +7,7 @@
     hedge     where the route says so: a second attempt beside a slow first, the loser cancelled and billed
     resume    where the route says so: a target that continues a stream which broke after its first byte
     escalate  the next stage of a cascade, where the answers before it were not accepted (`gateway.cascade`)
+    think     a thought that two models share, or that is left early, call by call (`gateway.stepping`)
 
 Nothing is tried again after the first byte except by `resume`, which the caller can see.
 """
@@ -38,6 +39,7 @@ from gateway.upstream.hedge import HedgeBudget
 from gateway.upstream.retry import RetryBudget, wait_before_retry
 from gateway.upstream.types import Answer, AnswerStream, Cause, ChatCall, Target, Upstream, UpstreamError
 from routers.policy import FailureCause, Hedge
+from routers.types import Decision
 from routers.units import format_money
 
 _T = TypeVar("_T", Answer, AnswerStream)
@@ -63,11 +65,17 @@ class AttemptEngine:
         self._hedges: dict[str, HedgeBudget] = {}
 
     async def first_answer(
-        self, ticket: Ticket, run: Run[_T], errors: list[UpstreamError] | None = None
+        self,
+        ticket: Ticket,
+        run: Run[_T],
+        errors: list[UpstreamError] | None = None,
+        *,
+        given_up: bool = False,
     ) -> tuple[_T, AttemptRecord]:
         """The first target that answers, with its attempt still open. Raises LeadlineError when none does.
 
-        Of a cascade, from its last stage on: `errors` are those of the stages before it.
+        Of a cascade, from its last stage on: `errors` are those of the stages before it. `given_up`: they are those of
+        the plan's model, so that its fallbacks are asked.
         """
         decision = ticket.decision
         assert decision is not None
@@ -76,6 +84,9 @@ class AttemptEngine:
         earlier = plan.stages[:-1] if plan.kind == "cascade" else ()
         tried: list[str] = [stage.model for stage in earlier] if errors else []
         model: str | None = plan.stages[-1].model if plan.kind == "cascade" else plan.model
+        if given_up:
+            tried.append(plan.model)
+            model = _next(ticket, decision, errors[-1], tried)
         while model is not None:
             if errors and tried:
                 self._metrics.fell_back(tried[-1], errors[-1].cause)
@@ -83,21 +94,23 @@ class AttemptEngine:
             found = await self.on_target(ticket, model, run, errors)
             if found is not None:
                 return found
-            cause = errors[-1].cause
-            if cause == "refused":
-                break
-            failure = _FAILURE.get(cause, "error")
-            reserve = decision.on_cause.get(failure)
-            if reserve is None:
-                reserve = decision.fallbacks if failure in ("error", "rate_limit") else ()
-            hedged = [attempt.model for attempt in ticket.attempts if attempt.kind == "hedge"]
-            model = next((name for name in reserve if name not in tried and name not in hedged), None)
+            model = _next(ticket, decision, errors[-1], tried)
         raise failed(errors, ticket, tried)
 
     async def on_target(
-        self, ticket: Ticket, model: str, run: Run[_T], errors: list[UpstreamError], ask: Ask = told
+        self,
+        ticket: Ticket,
+        model: str,
+        run: Run[_T],
+        errors: list[UpstreamError],
+        ask: Ask = told,
+        *,
+        kind: AttemptKind | None = None,
     ) -> tuple[_T, AttemptRecord] | None:
-        """This target until it answers or is given up; what went wrong is appended to `errors`."""
+        """This target until it answers or is given up; what went wrong is appended to `errors`.
+
+        `kind`: of its first attempt; None: as it follows from those before it.
+        """
         world = ticket.world
         target, call = world.targets[model], ask(ticket, model)
         breaker = world.breakers[model]
@@ -106,7 +119,8 @@ class AttemptEngine:
             budget = self._retries[target.provider] = RetryBudget()
         # A client that tries again by itself multiplies our own retries: one of the two is enough.
         retries = target.retries if ticket.call.headers.retry_count == 0 else 0
-        kind: AttemptKind = "fallback" if errors else "escalation" if ticket.attempts else "first"
+        if kind is None:
+            kind = "fallback" if errors else "escalation" if ticket.attempts else "first"
         for retry in range(retries + 1):
             permit = breaker.acquire()
             if permit is None:
@@ -392,6 +406,18 @@ class _Runner(Generic[_T]):
     attempt: AttemptRecord | None = None
     """None: it has not gone out, or not yet."""
     task: "asyncio.Task[_T | None]" = field(init=False)
+
+
+def _next(ticket: Ticket, decision: Decision, error: UpstreamError, tried: list[str]) -> str | None:
+    """Who is asked after this failure; None: nobody is left that could answer."""
+    if error.cause == "refused":
+        return None
+    failure = _FAILURE.get(error.cause, "error")
+    reserve = decision.on_cause.get(failure)
+    if reserve is None:
+        reserve = decision.fallbacks if failure in ("error", "rate_limit") else ()
+    hedged = [attempt.model for attempt in ticket.attempts if attempt.kind == "hedge"]
+    return next((name for name in reserve if name not in tried and name not in hedged), None)
 
 
 async def complete(upstream: Upstream, target: Target, call: ChatCall) -> Answer:

@@ -10,7 +10,8 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Mapping
+from contextlib import aclosing
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -43,6 +44,8 @@ from gateway.resume import Transcript, resumable
 from gateway.sessions import Conversation, Store, after, conversation_key, is_bound
 from gateway.shadow import Shadows
 from gateway.signals import SignalReader
+from gateway.stepping.calls import Gone
+from gateway.stepping.thinking import thinking_of
 from gateway.telemetry.logs import get_logger
 from gateway.telemetry.metrics import Metrics
 from gateway.ticket import Ticket
@@ -361,10 +364,18 @@ class Lifecycle:
 
     async def _complete(self, ticket: Ticket) -> Answer:
         climbed, errors = await self._climb(ticket)
+        thinking = thinking_of(self._attempts, ticket, errors)
+        if thinking is not None:
+            try:
+                return await thinking.whole()
+            except Gone:
+                pass  # nothing has been told: its fallbacks are asked
+            except UpstreamError as error:
+                errors.append(error)
         if climbed.answer is not None and climbed.accepted:
             return climbed.answer
         try:
-            answer, attempt = await self._attempts.first_answer(ticket, complete, errors)
+            answer, attempt = await self._attempts.first_answer(ticket, complete, errors, given_up=thinking is not None)
         except LeadlineError:
             if climbed.answer is None:
                 raise
@@ -386,8 +397,20 @@ class Lifecycle:
         if climbed.answer is not None and climbed.accepted:
             await relay.replay(climbed.answer)
             return
+        thinking = thinking_of(self._attempts, ticket, errors)
+        if thinking is not None:
+            try:
+                await relay.tell(thinking.events())
+            except (Gone, UpstreamError) as error:
+                failure = error if isinstance(error, UpstreamError) else errors[-1]
+                if relay.started:
+                    raise stream_failed(failure, thinking.model) from error
+                if failure not in errors:
+                    errors.append(failure)
+            else:
+                return
         try:
-            answer, attempt = await self._attempts.first_answer(ticket, stream, errors)
+            answer, attempt = await self._attempts.first_answer(ticket, stream, errors, given_up=thinking is not None)
         except LeadlineError:
             if climbed.answer is None:
                 raise
@@ -421,7 +444,7 @@ class _Relay:
         self._transcript = Transcript() if resumes else None
         self._keeping = ticket.cache_key is not None or casts_shadows(ticket)
         self._kept_bytes = 0
-        self._started = False
+        self.started = False
         self._metered = False
         self.kept: list[bytes] = []
         self.usage_event: Event | None = None
@@ -445,9 +468,7 @@ class _Relay:
         ticket, reply, state, transcript = self._ticket, self._reply, stream.state, self._transcript
         outcome = ""
         try:
-            if not self._started:
-                self._started = True
-                await reply.start_stream(ticket.headers(final=False))
+            await self._start()
             async for events in stream:
                 out = b""
                 for event in events:
@@ -487,6 +508,27 @@ class _Relay:
                 )
             finally:
                 await stream.close()
+
+    async def tell(self, groups: AsyncGenerator[list[Event]]) -> None:
+        """What a plan of several calls says, which bills them itself."""
+        async with aclosing(groups):
+            async for events in groups:
+                await self._start()
+                out = b""
+                for event in events:
+                    if self._keeping:
+                        self._keep(event)
+                    if event.usage_only:
+                        self.usage_event = event
+                    else:
+                        out += write_event(event.data)
+                await self._reply.send(out)
+        self._metered = True
+
+    async def _start(self) -> None:
+        if not self.started:
+            self.started = True
+            await self._reply.start_stream(self._ticket.headers(final=False))
 
     async def replay(self, answer: Answer) -> None:
         """A whole answer, whose attempt has been billed, as the stream that its caller asked for."""

@@ -71,7 +71,9 @@ class Ticket:
         """A cascade's answer that was not good enough was sent, as the stages after it could not answer."""
         self.attempts: list[AttemptRecord] = []
         self.plan: PlanReport | None = None
-        """What a plan of the engine did for the answer."""
+        """What a plan did for the answer."""
+        self.told_usage: Usage | None = None
+        """Of the text that the caller got, where several calls wrote it."""
         self._ledger = ledger
         self._metrics = metrics
         self.route: Route | None = None
@@ -256,7 +258,7 @@ class Ticket:
             served = self.attempts[-1]
             if served.outcome != "ok" or served.kind == "draft":
                 served = next((attempt for attempt in self.attempts if attempt.outcome == "ok"), served)
-            record.baseline_nanousd = cost_nanousd(self.baseline_price, _usage(served))
+            record.baseline_nanousd = cost_nanousd(self.baseline_price, self.told_usage or _usage(served))
         record.duration_us = (time.perf_counter_ns() - self._started_ns) // 1000
         if record.first_byte_us is None:
             record.overhead_us = record.duration_us - self._upstream_ns // 1000

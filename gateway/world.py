@@ -17,7 +17,7 @@ from gateway.upstream.local import EngineLink, LocalUpstream
 from gateway.upstream.openai import OpenAIUpstream
 from gateway.upstream.types import Planned, Target, Upstream
 from local_engine.types import Plan
-from routers.cost import ASSUMED_CONTEXT, ASSUMED_MAX_OUTPUT_TOKENS
+from routers.cost import ASSUMED_CONTEXT, ASSUMED_MAX_OUTPUT_TOKENS, over_calls
 from routers.plans import models_of
 from routers.policy import EnginePlan, Policy, Price
 
@@ -124,8 +124,11 @@ def build_world(
         )
     for model in policy.models.values():
         if model.plans:
-            plans = {effort: _planned(plan, targets) for effort, plan in model.plans}
-            targets[model.name] = replace(targets[model.name], plans=plans)
+            planned = {effort: _planned(plan, targets) for effort, plan in model.plans}
+            apart = {effort for effort, plan in model.plans if over_calls(policy, model, plan)}
+            plans = {effort: plan for effort, plan in planned.items() if effort not in apart}
+            steps = {effort: plan for effort, plan in planned.items() if effort in apart}
+            targets[model.name] = replace(targets[model.name], plans=plans, steps=steps)
     place = folder or Path.cwd()
     world = World(policy, targets, upstreams, tiers.load(policy, place, local_models(policy, place)))
     if before is not None:
@@ -144,6 +147,7 @@ def _planned(plan: EnginePlan, targets: Mapping[str, Target]) -> Planned:
 def engine_plan(plan: EnginePlan, draft: str | None) -> Plan:
     """As the engine is told it; `draft` by its name there."""
     named = {} if draft is None else {"draft": draft}
-    stated = {"type": plan.kind, **named, **dict(plan.options)}
+    nested = {"exit": {"type": "exit", **exit_plan}} if isinstance(exit_plan := plan.stated.get("exit"), dict) else {}
+    stated = {"type": plan.kind, **named, **plan.stated, **nested}
     found: Plan = msgspec.convert(stated, Plan)
     return found

@@ -3,7 +3,7 @@
 A model without a price has no cost that could be computed: None, which is not zero.
 """
 
-from routers.policy import Model, Policy
+from routers.policy import EnginePlan, Model, Policy
 from routers.types import Decision, Query
 
 EXPECTED_OUTPUT_TOKENS = 400
@@ -16,6 +16,13 @@ PROMPT_MARGIN = 1024
 """Prompt tokens that a provider may add by itself: chat templates, tool preambles."""
 ESTIMATED_BYTES_PER_TOKEN = 4
 """What `Query.input_tokens_estimate` counts with."""
+
+MOST_STEPS = 128
+"""Turns that two models take in one thought that they share over calls; then it is closed."""
+MOST_STEP_TOKENS = 512
+"""Of one turn."""
+MOST_LOOKS = 64
+"""Answers that are forced to see whether a thought over calls may end."""
 
 _PER_TOKENS = 1_000_000
 
@@ -96,14 +103,15 @@ def worst_nanousd(model: Model, query: Query, input_tokens: int | None = None) -
 
 
 def _worst_with_plans(policy: Policy, model: Model, query: Query) -> int | None:
-    """The worst of one attempt, by whichever plan of the local engine it runs: a plan may write each token as often as
-    it has samples, else twice, reads again what it throws away, and its smaller model may do as much as it does."""
+    """The worst of one attempt, by whichever plan it runs. Of the local engine: it may write each token as often as it
+    has samples, else twice, reads again what it throws away, and its smaller model may do as much as it does. Over
+    calls: each of them may read all that there is to read."""
     alone = worst_nanousd(model, query)
     if alone is None or not model.plans or query.choices > 1:
         return alone
     worst = alone
     for plan in dict(model.plans).values():
-        times = max(2, int(dict(plan.options).get("most", 2))) if plan.kind == "vote" else 2
+        times = max(2, int(str(plan.stated.get("most", 2)))) if plan.kind == "vote" else 2
         longest = ASSUMED_MAX_OUTPUT_TOKENS if model.max_output is None else model.max_output
         if query.max_output_tokens is not None:
             longest = min(longest, query.max_output_tokens)
@@ -111,6 +119,12 @@ def _worst_with_plans(policy: Policy, model: Model, query: Query) -> int | None:
             longest = min(longest, model.context)
         whole = (model.context or ASSUMED_CONTEXT) * query.inputs
         prompt = whole if query.input_tokens_max is None else min(query.input_tokens_max, whole)
+        if over_calls(policy, model, plan):
+            over = _worst_over_calls(policy, model, plan, prompt, longest)
+            if over is None:
+                return None
+            worst = max(worst, -(-over // _PER_TOKENS))
+            continue
         found = 0
         for name in (model.name, *([plan.draft] if plan.draft is not None else [])):
             price = policy.models[name].price
@@ -121,6 +135,31 @@ def _worst_with_plans(policy: Policy, model: Model, query: Query) -> int | None:
             found += (prompt + times * longest) * dearest_in + times * longest * max(at.output, at.reasoning)
         worst = max(worst, -(-found // _PER_TOKENS))
     return worst
+
+
+def over_calls(policy: Policy, model: Model, plan: EnginePlan) -> bool:
+    """Whether the gateway runs this plan of the model over calls, as no one engine has all of it."""
+    at_home = policy.providers[model.provider].engine is not None
+    return not at_home or (plan.draft is not None and policy.models[plan.draft].provider != model.provider)
+
+
+def _worst_over_calls(policy: Policy, model: Model, plan: EnginePlan, prompt: int, longest: int) -> int | None:
+    """In nano-dollars times `_PER_TOKENS`; None: one of the models has no price. Of a draft a turn is a look and a
+    step, of the model a rating and a step; a thought that is left is written once, and answers are tried beside it."""
+    turn = min(MOST_STEP_TOKENS, longest)
+    calls, written = 2 * MOST_STEPS + 2, 2 * longest + MOST_STEPS * (turn + 1)
+    if plan.draft is None:
+        calls, written = MOST_LOOKS + 2, 2 * longest + MOST_LOOKS * turn
+    total = 0
+    for name in (model.name, *([plan.draft] if plan.draft is not None else [])):
+        one = policy.models[name]
+        if one.price is None:
+            return None
+        at = one.price.at(prompt + longest)
+        dearest_in = max(at.input, at.cached_input, at.cache_write)
+        once = calls * (prompt + longest) * dearest_in + written * max(at.output, at.reasoning)
+        total += once * (1 if name == model.name else 1 + policy.providers[one.provider].retries)
+    return total
 
 
 def worst_case_nanousd(policy: Policy, decision: Decision, query: Query) -> int | None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path as FilePath
@@ -16,15 +16,14 @@ from routers.canonical import canonical
 from routers.errors import PolicyError, Problem
 from routers.fields import NAME_PATTERN
 from routers.limits import read_limits
-from routers.plan_fields import unread
-from routers.plans import EFFORTS, parse_plan
+from routers.plan_files import check_drafts, read_plans
+from routers.plans import parse_plan
 from routers.policy import (
     DEFAULT_CONNECT_TIMEOUT_MS,
     FREE,
     PREFIX_STYLES,
     Breaker,
     Difficulty,
-    EnginePlan,
     Listing,
     Model,
     Policy,
@@ -34,19 +33,14 @@ from routers.policy import (
 )
 from routers.routes import RoutesReader
 from routers.schema import (
-    ExitFile,
     ModelFile,
-    PlanFile,
     PolicyFile,
     PriceFile,
     ProviderFile,
     SignalsFile,
-    SpeculateFile,
     TierFile,
-    VoteFile,
 )
 from routers.shape import NAME_FIX, did_you_mean, validated
-from routers.types import Effort
 from routers.units import UnitError, format_duration
 from routers.yaml import Document, Path, concealed, read
 
@@ -260,59 +254,10 @@ class _Loader:
                 name, part.provider, part.model, context, max_output, price, tools, part.structured, part.logprobs,
                 prefix, embeds=part.embeds, completes=completes,
                 speculation=part.speculation or ("auto" if local else None),
-                slots=part.slots, plans=self._plans(part, path, local),
+                slots=part.slots, plans=read_plans(self._document, part, path, local, bool(prefix)),
                 thinking=thinking_of(part.thinking) or (TOLD_BY_EFFORT if local and not part.embeds else None),
             )  # fmt: skip
-        self._check_plans()
-
-    def _plans(self, part: ModelFile, path: Path, local: bool) -> tuple[tuple[Effort, EnginePlan], ...]:
-        given: dict[Path, PlanFile] = {} if part.plan is None else {("plan",): part.plan}
-        for effort in EFFORTS:
-            if part.plans is not None and (plan := getattr(part.plans, effort)) is not None:
-                given["plans", effort] = plan
-        for field in given:
-            if not local:
-                fix = "remove it, or let the model run on the local engine"
-                self._document.report((*path, *field), "only the local engine runs plans", fix)
-        read = {field: plan for field, file in given.items() if (plan := self._plan(file, (*path, *field)))}
-        default = read.get(("plan",))
-        by_effort = [(effort, read.get(("plans", effort), default)) for effort in EFFORTS]
-        return tuple((effort, plan) for effort, plan in by_effort if plan is not None)
-
-    def _plan(self, part: PlanFile, path: Path) -> EnginePlan | None:
-        plan = _to_plan(part)
-        if plan is None:
-            self._document.report(path, "not one way to spend compute", "write one of exit, speculate, vote")
-        for field, message, fix in unread(part):
-            self._document.report((*path, *field), message, fix)
-        return plan
-
-    def _check_plans(self) -> None:
-        """A draft is another model, there, on the same engine, and has no plan of its own."""
-        drafted = [
-            (model, (field, effort) if field == "plans" else (field,), name)
-            for model in self._models.values()
-            for effort, field, name in self._drafts(model)
-        ]
-        for model, field, name in dict.fromkeys(drafted):
-            path = ("models", model.name, *field, "speculate", "draft")
-            draft = self._models.get(name)
-            if draft is None:
-                if name not in self._names("models"):
-                    fix = did_you_mean(name, self._names("models"))
-                    self._document.report(path, "no model of this name", fix, show=False)
-            elif draft.upstream == model.upstream:
-                self._document.report(path, "the model itself", "name a smaller one", show=False)
-            elif draft.provider != model.provider or draft.embeds:
-                fix = f"name a model that {model.provider} runs and that answers conversations"
-                self._document.report(path, "not a model of the same engine", fix, show=False)
-            elif draft.price is None and model.price is not None:
-                fix = f"write a price for {concealed(name)}, or `price: free`; budgets hold for both"
-                self._document.report(path, f"has no price, and {concealed(model.name)} has one", fix, show=False)
-            elif draft.price != FREE and model.price == FREE:
-                fix = f"write a price for {concealed(model.name)}; what is free stays open when a budget is spent"
-                self._document.report(path, f"costs money, and {concealed(model.name)} is free", fix, show=False)
-
+        check_drafts(self._document, self._models, self._providers, self._names("models"))
         self._check_drafting()
 
     def _check_drafting(self) -> None:
@@ -353,16 +298,6 @@ class _Loader:
         probes = (named,) if isinstance(named, str) else tuple(named)
         self._difficulty = Difficulty(probes, MappingProxyType(heads), part.difficulty.timeout, part.difficulty.encoder)
 
-    def _drafts(self, model: Model) -> list[tuple[Effort, str, str]]:
-        """(effort, the field that says so, the draft) of its plans."""
-        stated = self._document.at(("models", model.name, "plans"))
-        own = stated if isinstance(stated, dict) else {}
-        return [
-            (effort, "plans" if effort in own else "plan", plan.draft)
-            for effort, plan in model.plans
-            if plan.draft is not None
-        ]
-
     def _own_heads(self) -> dict[str, str]:
         """A head for each model that answers, by its own name."""
         models = self._models
@@ -400,30 +335,6 @@ def to_price(part: PriceFile, document: Document, path: Path) -> Price:
             document.report(here, f"cheaper than the tier before it in {', '.join(cheaper)}", fix)
         tiers.append(found)
     return replace(base, tiers=tuple(tiers))
-
-
-def read_plan(stated: Mapping[str, object]) -> EnginePlan:
-    """A plan as a policy states it. Raises ValueError."""
-    plan = _to_plan(PlanFile.model_validate(stated))
-    if plan is None:
-        raise ValueError(f"a plan is one of exit, speculate, vote; not {', '.join(stated) or 'none'}")
-    return plan
-
-
-def _to_plan(part: PlanFile) -> EnginePlan | None:
-    """None: it states none, or several."""
-    if sum(way is not None for way in (part.exit, part.speculate, part.vote)) != 1:
-        return None
-    if part.speculate is not None:
-        return EnginePlan("speculate", _stated(part.speculate), part.speculate.draft)
-    if part.vote is not None:
-        return EnginePlan("vote", _stated(part.vote))
-    assert part.exit is not None
-    return EnginePlan("exit", _stated(part.exit))
-
-
-def _stated(part: ExitFile | SpeculateFile | VoteFile) -> tuple[tuple[str, str | int | float], ...]:
-    return tuple(part.model_dump(exclude_none=True, exclude={"draft"}).items())
 
 
 def _classes(part: PriceFile | TierFile) -> Price:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from routers.aims import Affinity, Explore, Guarantee, Shadow, Thinking, Worth
 from routers.types import Effort, Plan, Query
@@ -119,19 +119,38 @@ class Provider:
     """Base URLs of further servers with the same models."""
 
 
+PlanOption: TypeAlias = "str | int | float | tuple[tuple[str, PlanOption], ...]"
+
+
 @dataclass(frozen=True, slots=True)
 class EnginePlan:
-    """How the local engine spends compute on a model's answers."""
+    """How compute is spent on a model's answers."""
 
-    kind: Literal["exit", "speculate", "vote"]
-    options: tuple[tuple[str, str | int | float], ...]
-    """As the policy states them, by name."""
+    kind: Literal["exit", "speculate", "cascade", "vote"]
+    options: tuple[tuple[str, PlanOption], ...]
+    """As the policy states them, by name; a part of several options is one of them."""
     draft: str | None = None
-    """`speculate`: the model of the policy that writes the steps."""
+    """`speculate`, `cascade`: the model of the policy that writes the steps, or answers first."""
 
     def __str__(self) -> str:
         draft = () if self.draft is None else (f"draft {self.draft}",)
-        return f"{self.kind}: {', '.join((*draft, *(f'{name} {value}' for name, value in self.options)))}"
+        return f"{self.kind}: {', '.join((*draft, *_in_words(self.options)))}"
+
+    @property
+    def stated(self) -> dict[str, object]:
+        """The options, nested as in the policy."""
+        return _nested(self.options)
+
+
+def _in_words(options: tuple[tuple[str, PlanOption], ...]) -> list[str]:
+    return [
+        f"{name} ({', '.join(_in_words(value))})" if isinstance(value, tuple) else f"{name} {value}"
+        for name, value in options
+    ]
+
+
+def _nested(options: tuple[tuple[str, PlanOption], ...]) -> dict[str, object]:
+    return {name: _nested(value) if isinstance(value, tuple) else value for name, value in options}
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from routers.fields import (
 )
 from routers.policy import Degrade, Objective, OnStreamFailure, Otherwise, PrefixStyle, Server
 from routers.shape import Strict
+from routers.types import EngineFeature
 from routers.units import UnitError
 from routers.when_file import WhenFile
 
@@ -147,14 +148,45 @@ class SpeculateFile(Strict):
     """A smaller model writes the steps of a thought, and this one judges them and writes those that do not pass."""
 
     draft: Text
-    """Another model of this policy, on the same engine and with the same tokenizer."""
+    """Another model of this policy. On the same engine, with the same tokenizer, the two share a thought token by
+    token; elsewhere, step by step, where both have a `prefix`."""
     method: Literal["score", "specreason", "glimprouter", "speculative_thinking", "entropy"] = "score"
     """How steps are judged: by how probable this model finds them; by a digit it rates them with; by the entropy of
-    their first token; by words of doubt; by the entropy of their last tokens."""
+    their first token; by words of doubt; by the entropy of their last tokens. `score` needs one engine for both."""
     threshold: float | None = None
     """Of the method. Default: its own."""
     max_thinking_tokens: Tokens | None = None
     """A thought that is longer is closed, and answered."""
+
+
+_ANSWER_FEATURES = Annotated[dict[EngineFeature, float], Field(min_length=1)]
+
+
+class AcceptRuleFile(Strict):
+    """When the smaller model's answer is sent: P(correct) is a logistic regression over what it has written."""
+
+    weights: _ANSWER_FEATURES
+    """By feature: mean_logprob, min_logprob, mean_entropy, max_entropy (nats), log_tokens."""
+    bias: float
+    at_least: Annotated[float, Field(ge=0, le=1)]
+    """Accepted from this P(correct) on."""
+    prospect_weights: _ANSWER_FEATURES | None = None
+    """The same of P(it will be accepted), while it is written."""
+    prospect_bias: float = 0.0
+    go_on_above: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """It is abandoned once P(it will be accepted) is below this. Default: 0, never."""
+
+
+class CascadePlanFile(Strict):
+    """A smaller model answers first, and this one where that answer is not accepted; nothing of it is shown then."""
+
+    draft: Text
+    """Another model of this policy, on the same engine."""
+    accept: AcceptRuleFile
+    hint: Literal["none", "offer"] = "none"
+    """`offer`: this model keeps the beginning of a rejected answer, up to the first token it finds too improbable."""
+    floor: Annotated[float, Field(lt=0)] = -0.69
+    """`offer`: that improbable, a natural logarithm."""
 
 
 class VoteFile(Strict):
@@ -172,13 +204,16 @@ class VoteFile(Strict):
     """Of a sample: one; the inverse of its perplexity; its probability (of different samples only)."""
     prune: Annotated[float, Field(lt=0)] | None = None
     """Give up a sample at a token less probable than this natural logarithm once a finished one had none such."""
+    exit: ExitFile | None = None
+    """How each sample's thought may be left. Default: it is not."""
 
 
 class PlanFile(Strict):
-    """How the local engine spends compute on an answer: one of these."""
+    """How compute is spent on an answer: one of these."""
 
     exit: ExitFile | None = None
     speculate: SpeculateFile | None = None
+    cascade: CascadePlanFile | None = None
     vote: VoteFile | None = None
 
 
@@ -227,8 +262,9 @@ class ModelFile(Strict):
     `auto` (both) and one of `draft:MODEL` (a smaller one with the same tokenizer) and `exit:LAYER` (its own first
     layers), joined by `+`. Default: `auto`."""
     plan: PlanFile | None = None
-    """On the local engine: who writes its thoughts, and when they end. Default: the model alone, as long as it thinks.
-    Several names may stand for one model with different plans."""
+    """Who writes its thoughts, and when they end. Of a model that is reached by an API: `exit` and `speculate`, where
+    it has a `prefix`. Default: the model alone, as long as it thinks. Several names may stand for one model with
+    different plans."""
     plans: EffortPlansFile | None = None
     """The same by effort, in place of `plan`. `leadline tune` measures and writes them."""
     thinking: ThinkingFile | None = None

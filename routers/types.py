@@ -162,6 +162,10 @@ AnswerFeature = Literal["mean_logprob", "min_logprob", "log_tokens"]
 """Measured on an answer: over its tokens' log probabilities (nats), or the natural logarithm of their number."""
 
 
+EngineFeature = Literal["mean_logprob", "min_logprob", "mean_entropy", "max_entropy", "log_tokens"]
+"""Those that the local engine measures on its own answers; entropies in nats."""
+
+
 class Accept(Struct, frozen=True):
     """When an answer is good enough to be sent: P(correct) = 1 / (1 + exp(-(bias + sum of weight x feature)))."""
 

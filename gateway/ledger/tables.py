@@ -150,7 +150,7 @@ class AttemptRow(SQLModel, table=True):
     cost_nanousd: int | None = _big(nullable=True)
     cost_estimated: bool = False
     kind: str = Field(default="first", max_length=16, sa_column_kwargs={"server_default": "first"})
-    """Why it was made: first, retry, fallback, hedge, resume, shadow or judge."""
+    """Why it was made: see `gateway.ledger.records.AttemptKind`."""
 
 
 class OutcomeRow(SQLModel, table=True):

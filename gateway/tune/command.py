@@ -147,7 +147,7 @@ def candidates(model: "LocalModel", drafts: Sequence[str]) -> dict[str, dict[str
 
 def _as_told(plan: dict[str, Any], policy: "Policy") -> "Plan":
     from gateway.world import engine_plan
-    from routers.load import read_plan
+    from routers.plan_files import read_plan
 
     read = read_plan(plan)
     return engine_plan(read, policy.models[read.draft].upstream if read.draft is not None else None)

@@ -6,19 +6,24 @@ from gateway.ledger.settle import Usage
 from gateway.upstream.local_params import DEFAULT_EFFORT, EFFORTS
 from gateway.upstream.types import ChatCall, Planned, PlanReport, Target
 from local_engine.types import Cascade, Exit, Finished, Plan, PlanUse, Vote
+from routers.types import Effort
 
 _Count = int | float | str
 
 
 def planned_for(target: Target, call: ChatCall) -> Planned | None:
     """The plan that runs for this call: of its effort, and for one choice of plain text from its beginning alone."""
-    if not target.plans or call.choices > 1 or call.has_tools or call.has_format or call.sampling.logprobs:
-        return None
-    effort = EFFORTS.get(call.sampling.reasoning_effort or DEFAULT_EFFORT)
-    begun = call.prefix or call.thought is not None
-    planned = target.plans.get(effort) if effort is not None and not begun else None
+    planned = planned_among(target.plans, call)
     alike = call.sampling.temperature == 0
     return None if planned is not None and alike and isinstance(planned.plan, Vote) else planned
+
+
+def planned_among(plans: Mapping[Effort, Planned], call: ChatCall) -> Planned | None:
+    """Of the call's effort, where it is for one choice of plain text from its beginning."""
+    if not plans or call.choices > 1 or call.has_tools or call.has_format or call.sampling.logprobs:
+        return None
+    effort = EFFORTS.get(call.sampling.reasoning_effort or DEFAULT_EFFORT)
+    return plans.get(effort) if effort is not None and not call.prefix and call.thought is None else None
 
 
 def most_written(plan: Plan) -> int:

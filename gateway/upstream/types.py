@@ -21,10 +21,10 @@ Cause = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A plan of the local engine, and the smaller model that it may have, billed beside."""
+    """A plan, and the smaller model that it may have, billed beside."""
 
     plan: Plan
-    """The smaller model by its name in the engine."""
+    """The smaller model by its name where it runs."""
     draft: "Target | None" = None
 
 
@@ -49,6 +49,8 @@ class Target:
     idle_timeout_s: float = 60.0
     plans: Mapping[Effort, Planned] = field(default_factory=dict)
     """How the local engine answers, by the effort that is asked for."""
+    steps: Mapping[Effort, Planned] = field(default_factory=dict)
+    """How a thought is shared or left over calls to it (`gateway.stepping`), likewise."""
     prefix: PrefixStyle | None = None
     """How it is given the start of an answer; None: it cannot go on from one."""
 

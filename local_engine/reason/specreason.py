@@ -14,6 +14,8 @@ from local_engine.reason.method import NO_FLOOR, WRITE, Do, Move, Opinion
 from local_engine.reason.steps import Boundary
 
 THRESHOLD: Final = 7.0
+RATINGS: Final = 20
+"""Tokens among which a rating's digits are looked for, as in SpecReason's code."""
 
 
 @dataclass(slots=True)

@@ -26,6 +26,7 @@ from local_engine.primitives import Primitives
 from local_engine.reason.glimprouter import GLIMPSE
 from local_engine.reason.guards import LoopGuard
 from local_engine.reason.method import JUDGE, Do, Method
+from local_engine.reason.specreason import RATINGS
 from local_engine.reason.steps import Boundary, StepSplitter
 from local_engine.sampler import Choice, Sampler
 from local_engine.sequence import Sequence, common_prefix
@@ -43,8 +44,6 @@ from local_engine.types import (
 BASE: Final = 0
 DRAFT: Final = 1
 AFTER_THOUGHT: Final = "\n\n"
-RATINGS: Final = 20
-"""Tokens among which a rating's digits are looked for, as in SpecReason's code."""
 
 State = Literal["base writes", "draft writes", "base judges", "base rates"]
 

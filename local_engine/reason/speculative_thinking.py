@@ -50,7 +50,7 @@ class SpeculativeThinking:
             return WRITE
         count, words = len(self._looked), b"".join(self._looked).decode(errors="replace")
         self._looked = [] if boundary is Boundary.STEP else None
-        self._left = self._handed_over(words)
+        self._left = self.handed_over(words)
         return Move(Do.HAND_OVER, take_back=count) if self._left else KEEP
 
     def accepts(self, thought: Sequence[Opinion], offered: int) -> bool:
@@ -66,7 +66,7 @@ class SpeculativeThinking:
         self._looked = [] if boundary is Boundary.STEP else None
         return True
 
-    def _handed_over(self, words: str) -> int:
+    def handed_over(self, words: str) -> int:
         """How many tokens the large model writes in place of these words."""
         doubts = len(_DOUBT.findall(words))
         verifying = bool(_VERIFY.search(words))

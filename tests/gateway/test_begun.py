@@ -119,7 +119,7 @@ def test_each_server_is_told_in_its_own_way(style: PrefixStyle, over: bool) -> N
         assert last == {"role": "assistant", **said}
     else:
         assert last == {"role": "assistant", "content": tagged}
-    told = {"continue_final_message": True, "add_generation_prompt": False} if style == "vllm" else {}
+    told: dict[str, Any] = {"continue_final_message": True, "add_generation_prompt": False} if style == "vllm" else {}
     if style == "llamacpp":
         told = {"chat_template_kwargs": {"a": 1, "enable_thinking": False}}
     assert {name: value for name, value in fields.items() if name != "messages"} == told

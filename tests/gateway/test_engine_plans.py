@@ -14,12 +14,12 @@ from gateway.upstream.http import HttpClient
 from gateway.world import build_world, engine_plan
 from local_engine.arithmetic import problems
 from local_engine.client import EngineClient
-from local_engine.types import Exit, SpeculateSteps, Vote
+from local_engine.types import AcceptRule, Cascade, Exit, SpeculateSteps, Vote
 from routers.decide import decide
 from routers.errors import PolicyError
 from routers.explain import to_lines
 from routers.load import parse
-from routers.schema import ExitFile, SpeculateFile, VoteFile
+from routers.schema import AcceptRuleFile, CascadePlanFile, ExitFile, SpeculateFile, VoteFile
 from routers.types import Query, Signals, State
 from tests.gateway.conftest import Gateway, running
 
@@ -207,7 +207,8 @@ def test_every_name_of_a_model_is_away_with_its_engine() -> None:
         ("{}", "not one way to spend compute"),
         ("{speculate: {draft: smal}}", "did you mean"),
         ("{speculate: {draft: quick}}", "the model itself"),
-        ("{speculate: {draft: remote}}", "not a model of the same engine"),
+        ("{speculate: {draft: remote}}", "`score` reads both models' tokens within one engine"),
+        ("{cascade: {draft: remote, accept: {weights: {log_tokens: 1}, bias: 0, at_least: 0.5}}}", "same engine"),
         ("{speculate: {draft: small, method: guess}}", "specreason"),
         ("{speculate: {draft: unpriced}}", "has no price, and quick has one"),
         ("{exit: {}, vote: {}}", "not one way to spend compute"),
@@ -245,12 +246,18 @@ def test_a_free_model_has_no_draft_that_costs_money() -> None:
 
 def test_a_plan_is_for_the_local_engine() -> None:
     text = POLICY.replace("  home: {engine: embedded}", '  home: {base_url: "http://h/v1"}')
-    with pytest.raises(PolicyError, match="only the local engine runs plans"):
+    with pytest.raises(PolicyError, match="only the local engine runs vote"):
         parse(text)
 
 
 def test_every_field_of_a_plan_is_one_of_the_engines() -> None:
-    for file, struct in ((ExitFile, Exit), (SpeculateFile, SpeculateSteps), (VoteFile, Vote)):
+    for file, struct in (
+        (ExitFile, Exit),
+        (SpeculateFile, SpeculateSteps),
+        (CascadePlanFile, Cascade),
+        (AcceptRuleFile, AcceptRule),
+        (VoteFile, Vote),
+    ):
         assert set(file.model_fields) <= {field.name for field in msgspec.structs.fields(struct)}
     policy = parse(POLICY)
     assert dict(policy.models["local"].plans) == {}

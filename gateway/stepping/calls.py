@@ -1,0 +1,118 @@
+"""The calls of one plan: each an attempt, with its hold, its breaker, its retries and its bill."""
+
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable
+
+from gateway.attempts import AttemptEngine, complete, stream
+from gateway.ledger.records import AttemptKind, AttemptRecord
+from gateway.ledger.settle import Usage
+from gateway.stepping.following import Following, Heard
+from gateway.stepping.said import Said, read_said
+from gateway.stepping.teller import Teller
+from gateway.ticket import Ticket
+from gateway.told import told
+from gateway.upstream.types import AnswerStream, ChatCall, Target, UpstreamError
+
+LEFT = "left"
+"""The outcome of an attempt that was ended from here, as its thought had come far enough."""
+Make = Callable[[ChatCall], ChatCall]
+
+
+class Gone(Exception):
+    """A model cannot be had: it has been tried as often as its policy allows. The errors are where they were noted."""
+
+
+class Calls:
+    def __init__(self, engine: AttemptEngine, ticket: Ticket, base: Target, errors: list[UpstreamError]) -> None:
+        self._engine = engine
+        self._ticket = ticket
+        self.base = base.model
+        self.call = told(ticket, base.model)
+        self.errors = errors
+        """Of the base."""
+        self.draft_errors: list[UpstreamError] = []
+        self.teller = Teller(base.model)
+        self.read: Counter[str] = Counter()
+        """Tokens of prompts, by model."""
+        self.cached: Counter[str] = Counter()
+        """Of them, those that the server had."""
+        self.separates = False
+        """The base has been heard to tell a thought apart from an answer: what is content then is answer."""
+
+    async def said(self, model: str, kind: AttemptKind, make: Make) -> tuple[Said, AttemptRecord]:
+        """What a model says to one call that comes whole. Raises Gone."""
+        errors = self.errors if model == self.base else self.draft_errors
+        self._unseen()
+        found = await self._engine.on_target(
+            self._ticket, model, complete, errors, lambda *to: make(told(*to)), kind=kind
+        )
+        if found is None:
+            raise Gone(model)
+        answer, attempt = found
+        try:
+            said = read_said(answer)
+        except UpstreamError as error:
+            errors.append(error)
+            self._ticket.end_attempt(attempt, error.cause, answer.usage, delivered_bytes=answer.delivered_bytes)
+            raise Gone(model) from error
+        self._ticket.end_attempt(attempt, "ok", answer.usage, delivered_bytes=answer.delivered_bytes)
+        self._count(model, answer.usage)
+        self.separates = self.separates or (model == self.base and said.separated)
+        return said, attempt
+
+    async def rest(self, kind: AttemptKind, call: ChatCall, following: Following) -> AsyncGenerator[list[Heard]]:
+        """The base's stream, as it is heard; whoever closes this early ends it there, and pays for what was written.
+
+        Raises Gone before its first word, and UpstreamError after it.
+        """
+        self._unseen()
+        found = await self._engine.on_target(self._ticket, self.base, stream, self.errors, lambda *_: call, kind=kind)
+        if found is None:
+            raise Gone(self.base)
+        answer, attempt = found
+        outcome = LEFT
+        try:
+            async for events in answer:
+                yield [heard for event in events for heard in following.hear(event)]
+            outcome = "ok"
+            self._engine.succeeded(self._ticket, self.base)
+        except UpstreamError as error:
+            outcome, attempt.error = error.cause, error.kept
+            self._engine.failed(self._ticket, self.base, error)
+            raise
+        except GeneratorExit:
+            raise
+        except BaseException:
+            outcome = self._ticket.interruption()
+            raise
+        finally:
+            await self._end(answer, attempt, outcome)
+        following.counted(answer.state.usage)
+
+    async def _end(self, answer: AnswerStream, attempt: AttemptRecord, outcome: str) -> None:
+        """Billed before anything is awaited: see `gateway.lifecycle`."""
+        state = answer.state
+        usage = state.usage if state.done else None
+        try:
+            self._ticket.end_attempt(
+                attempt, outcome, usage, delivered_bytes=state.delivered_bytes, deltas=state.deltas
+            )
+            self._count(self.base, usage)
+        finally:
+            await answer.close()
+
+    def _count(self, model: str, usage: Usage | None) -> None:
+        if usage is not None:
+            self.teller.read(usage)
+            self.read[model] += usage.input + usage.cached_input + usage.cache_write
+            self.cached[model] += usage.cached_input
+
+    def _unseen(self) -> None:
+        """Nobody has seen a word yet: what comes next may be the first of them."""
+        if not self.teller.begun:
+            self._ticket.record.first_byte_us = None
+
+    def shows(self) -> None:
+        """What is told is the base's answer, whoever wrote it."""
+        target = self._ticket.world.targets[self.base]
+        self._ticket.record.model_served, self._ticket.record.provider = target.model, target.provider

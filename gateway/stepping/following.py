@@ -1,0 +1,107 @@
+"""Which words of a stream are thought, and which are answer."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import msgspec
+
+from gateway.ledger.settle import Usage
+from gateway.upstream.begun import CLOSE, OPEN
+from gateway.upstream.types import Event
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """A piece of the thought or of the answer, with its tokens' log-probabilities where they were asked for."""
+
+    kind: Literal["thought", "answer"]
+    text: str
+    logprobs: tuple[float, ...] = ()
+    entropies: tuple[float, ...] = ()
+
+
+class Following:
+    """Follows one stream. Servers that separate thoughts send them in a field; others between tags, or, going on with
+    one, up to the closing tag."""
+
+    def __init__(self, *, thought: bool, over: bool, separated: bool = False) -> None:
+        """`thought`: some of it is there already; `over`: all of it; `separated`: thoughts are known to come apart."""
+        self.over = over
+        self._answering = False
+        self._open = thought and not over
+        """Within tags."""
+        self._separated = separated
+        self._held = ""
+        self._pieces = {"thought": 0, "answer": 0}
+        self.finish = ""
+        self.thought_tokens = 0
+        self.answer_tokens = 0
+
+    def hear(self, event: Event) -> list[Heard]:
+        if event.usage_only:
+            return []
+        chunk: dict[str, Any] = msgspec.json.decode(event.data)
+        found: list[Heard] = []
+        for choice in (chunk.get("choices") or ())[:1]:
+            delta = choice.get("delta") or {}
+            thought = delta.get("reasoning_content") or delta.get("reasoning") or ""
+            content = delta.get("content") or ""
+            logprobs, entropies = _numbers(choice)
+            if thought:
+                self._separated = True
+                found.append(Heard("thought", thought, logprobs, entropies))
+            if content:
+                found += self._content(content, logprobs, entropies)
+            if choice.get("finish_reason"):
+                self.finish = choice["finish_reason"]
+                if self._held:
+                    found.append(Heard("thought" if self._open else "answer", self._held))
+                    self._held = ""
+        for heard in found:
+            self._pieces[heard.kind] += 1
+        return [heard for heard in map(self._begun, found) if heard.text]
+
+    def _begun(self, heard: Heard) -> Heard:
+        """Without the line breaks between a thought and its answer."""
+        if heard.kind == "thought" or self._answering:
+            return heard
+        text = heard.text.lstrip("\n")
+        self._answering = bool(text)
+        return replace(heard, text=text)
+
+    def counted(self, usage: Usage | None) -> None:
+        """Its tokens by kind; where the server does not tell them apart, by the pieces."""
+        thought, answer = self._pieces["thought"], self._pieces["answer"]
+        if usage is None:
+            self.thought_tokens, self.answer_tokens = thought, answer
+            return
+        written = usage.output + usage.reasoning
+        share = round(written * thought / ((thought + answer) or 1))
+        self.thought_tokens = usage.reasoning or share
+        self.answer_tokens = written - self.thought_tokens
+
+    def _content(self, text: str, logprobs: tuple[float, ...], entropies: tuple[float, ...]) -> list[Heard]:
+        if self._separated or self.over:
+            self.over, self._open = True, False
+            return [Heard("answer", text, logprobs, entropies)]
+        self._held += text
+        if not self._open:  # nothing of it so far: does it begin with the tag?
+            if OPEN.startswith(self._held.lstrip()[: len(OPEN)]) and len(self._held.lstrip()) < len(OPEN):
+                return []
+            if not self._held.lstrip().startswith(OPEN):
+                said, self._held, self.over = self._held, "", True
+                return [Heard("answer", said, logprobs, entropies)]
+            self._held, self._open = self._held.lstrip().removeprefix(OPEN).removeprefix("\n"), True
+        before, tag, after = self._held.partition(CLOSE)
+        if tag:
+            self.over, self._open, self._held = True, False, ""
+            parts = [("thought", before), ("answer", after)]
+            return [Heard(kind, part, logprobs, entropies) for kind, part in parts if part]  # type: ignore[arg-type]
+        keep = next((n for n in range(len(CLOSE) - 1, 0, -1) if before.endswith(CLOSE[:n])), 0)
+        said, self._held = before[: len(before) - keep], before[len(before) - keep :]
+        return [Heard("thought", said, logprobs, entropies)] if said else []
+
+
+def _numbers(choice: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    listed = (choice.get("logprobs") or {}).get("content") or ()
+    return tuple(float(one["logprob"]) for one in listed), tuple(float(one.get("entropy") or "nan") for one in listed)

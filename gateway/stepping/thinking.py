@@ -1,0 +1,68 @@
+"""Which requests have their thought shared or left over calls, and how that is told to who runs them."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Protocol
+
+from gateway.attempts import AttemptEngine
+from gateway.stepping.calls import Calls
+from gateway.stepping.speculate import Speculation
+from gateway.ticket import Ticket
+from gateway.upstream.gather import Gathered
+from gateway.upstream.local_plans import planned_among
+from gateway.upstream.types import Answer, Event, PlanReport, UpstreamError
+from local_engine.types import SpeculateSteps
+from routers.types import Single
+
+
+class Run(Protocol):
+    """One plan at work."""
+
+    def events(self) -> AsyncGenerator[list[Event]]: ...
+
+    @property
+    def report(self) -> PlanReport: ...
+
+
+class Thinking:
+    """The answer of one plan, streamed or whole, and what its ticket keeps of it."""
+
+    def __init__(self, ticket: Ticket, calls: Calls, run: Run) -> None:
+        self.model = calls.base
+        self._ticket, self._calls, self._run = ticket, calls, run
+
+    async def events(self) -> AsyncGenerator[list[Event]]:
+        """Raises Gone where the model cannot be had any more, and UpstreamError where its answer broke off."""
+        try:
+            async with aclosing(self._run.events()) as groups:
+                async for events in groups:
+                    yield events
+        finally:
+            self._ticket.plan = self._run.report
+            self._ticket.told_usage = self._calls.teller.usage
+
+    async def whole(self) -> Answer:
+        gathered = Gathered()
+        async with aclosing(self.events()) as groups:
+            async for events in groups:
+                for event in events:
+                    gathered.add(event.data)
+        return Answer(gathered.body(), self._calls.teller.usage)
+
+
+def thinking_of(engine: AttemptEngine, ticket: Ticket, errors: list[UpstreamError]) -> Thinking | None:
+    """The plan that this request's model has for it; None: it answers by itself, or its own engine runs the plan.
+
+    What goes wrong with the model is appended to `errors`.
+    """
+    decision = ticket.decision
+    if decision is None or not isinstance(decision.plan, Single) or ticket.call.endpoint != "chat.completions":
+        return None
+    target = ticket.world.targets[decision.plan.model]
+    if not target.steps:
+        return None
+    calls = Calls(engine, ticket, target, errors)
+    planned = planned_among(target.steps, calls.call)
+    if planned is None or not isinstance(planned.plan, SpeculateSteps) or planned.draft is None:
+        return None
+    return Thinking(ticket, calls, Speculation(calls, planned.plan, planned.draft.model))
