@@ -198,13 +198,14 @@ def _unfitted(policy: Policy, models: Mapping[str, str]) -> list[str]:
     for model in policy.models.values():
         everywhere = len({plan for _, plan in model.plans}) == 1 and len(model.plans) == len(EFFORTS)
         for effort, plan in model.plans:
-            if plan.kind == "exit" and (why := _no_exits(dict(plan.options), models[model.upstream])):
+            home = policy.providers[model.provider].engine is not None
+            if plan.kind == "exit" and home and (why := _no_exits(plan.stated, models[model.upstream])):
                 field = "plan" if everywhere else f"plans.{effort}"
                 found[f"models.{model.name}.{field}.exit.{why}"] = None
     return list(found)
 
 
-def _no_exits(stated: Mapping[str, str | int | float], source: str) -> str | None:
+def _no_exits(stated: Mapping[str, object], source: str) -> str | None:
     """Why a rule as stated cannot run for the model in `source`; None: it can, or its files are not here to tell."""
     from local_engine.reason.artifact import read_manifest
 

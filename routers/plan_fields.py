@@ -20,6 +20,7 @@ _READ_BY: Final[Mapping[str, tuple[str, Mapping[str, tuple[str, ...]]]]] = {
         },
     ),
     "speculate": ("method", {"threshold": ("score", "specreason", "glimprouter", "entropy")}),
+    "cascade": ("hint", {"floor": ("offer",)}),
     "vote": ("stop", {"bound": ("posterior", "entropy")}),
 }
 """Kind of plan to (the field that says which way, field to the ways that read it); fields not here are read by all."""

@@ -215,7 +215,7 @@ async def test_who_leaves_mid_step_pays_for_what_was_asked_and_no_more_is(far: R
             await hanging.wait()
             response.close()
         await until(lambda: far.left)
-        lifecycle = gateway.app.web.state.lifecycle
+        lifecycle = gateway.app.state.lifecycle
         await until(lambda: not lifecycle.metrics.in_flight.value)
         row = (await gateway.rows())[0]
     assert row["outcome"] == "cancelled"
