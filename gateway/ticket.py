@@ -252,6 +252,8 @@ class Ticket:
         record.outcome, record.http_status, record.error_code = outcome, status, error_code
         record.total(self.attempts)
         record.degraded = self._degraded()
+        if self.plan is not None:
+            record.plan = msgspec.json.encode({"kind": self.plan.kind, **self.plan.counts}).decode()
         if record.degraded is not None:
             self._metrics.degraded(record.degraded)
         if self.baseline_price is not None and self.attempts:

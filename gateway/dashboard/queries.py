@@ -182,6 +182,51 @@ class OneRequest:
     unreadable: bool
     """There is a decision, but another version of this program wrote it."""
     feedback: list[Row]
+    plan: "PlanDone | None"
+
+
+@dataclass(frozen=True, slots=True)
+class PlanDone:
+    """What a plan did for an answer."""
+
+    kind: str
+    counts: list[tuple[str, str]]
+    """In words, each with its value."""
+    by_kind: list[tuple[str, int, int, int | None]]
+    """(why called, attempts, tokens written, nano-dollars or None) of each kind of attempt, in order of appearance."""
+
+
+_NAMED = {
+    "accepted_steps": "steps accepted",
+    "accepted_tokens": "tokens saved: written by the draft, and kept",
+    "by": "thought left by",
+    "discarded_tokens": "tokens thrown away",
+    "escalated_steps": "steps escalated",
+    "p": "P(right) at the exit",
+    "p_correct": "P(correct) of the draft's answer",
+}
+
+
+def plan_done(plan: str | None, attempts: list[Row]) -> PlanDone | None:
+    """None: the row has none."""
+    if plan is None:
+        return None
+    stated: dict[str, Any] = msgspec.json.decode(plan)
+    kind = stated.pop("kind")
+    counts = [(_NAMED.get(name, name.replace("_", " ")), _shown(value)) for name, value in stated.items()]
+    groups: dict[str, list[Row]] = {}
+    for attempt in attempts:
+        groups.setdefault(attempt["kind"], []).append(attempt)
+    by_kind = []
+    for name, rows in groups.items():
+        written = sum(row["output_tokens"] + row["reasoning_tokens"] for row in rows)
+        costs = [row["cost_nanousd"] for row in rows]
+        by_kind.append((name, len(rows), written, None if None in costs else sum(costs)))
+    return PlanDone(kind, counts, by_kind)
+
+
+def _shown(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def one_request(engine: Engine, request_id: str, *, tenant: str | None) -> OneRequest | None:
@@ -190,6 +235,7 @@ def one_request(engine: Engine, request_id: str, *, tenant: str | None) -> OneRe
     if found is None:
         return None
     row, attempts = found
+    plan = row.pop("plan")
     decision, unreadable = _decision(row.pop("decision"))
     return OneRequest(
         row,
@@ -203,6 +249,7 @@ def one_request(engine: Engine, request_id: str, *, tenant: str | None) -> OneRe
         else [],
         unreadable,
         outcomes.of_request(engine, request_id),
+        plan_done(plan, attempts),
     )
 
 

@@ -83,6 +83,7 @@ AttemptReceipt = _row("AttemptReceipt", AttemptRow)
 Receipt = _row(
     "Receipt",
     RequestRow,
+    plan=(dict[str, int | float | str] | None, ...),
     decision=(dict[str, Any] | None, ...),
     attempt_rows=(list[AttemptReceipt], ...),  # type: ignore[valid-type]
     feedback=(list[Outcome], ...),

@@ -89,10 +89,17 @@ async def receipt(request_id: str, principal: Caller, state: TheState) -> dict[s
     """One request's receipt: its row, its attempts, its decision. Only the caller's own tenant's (admins: any)."""
     engine, tenant = state.lifecycle.ledger.engine, _scope(principal)
     row, attempts = await _in_ledger(request_id, state, lambda: report.request(engine, request_id, tenant=tenant))
-    decision = row.pop("decision")
+    decision, plan = row.pop("decision"), row.pop("plan")
     said = await asyncio.to_thread(outcomes.of_request, engine, request_id)
     whole = _whole(decision) if decision else None
-    return {**row, "decision": whole, "attempt_rows": attempts, "feedback": [_outcome(found) for found in said]}
+    did = msgspec.json.decode(plan) if plan else None
+    return {
+        **row,
+        "plan": did,
+        "decision": whole,
+        "attempt_rows": attempts,
+        "feedback": [_outcome(found) for found in said],
+    }
 
 
 async def _in_ledger(request_id: str, state: State, look: Callable[[], _Found | None]) -> _Found:

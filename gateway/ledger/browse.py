@@ -14,7 +14,7 @@ Row = dict[str, Any]
 Cursor = tuple[int, str]
 """Where a listing goes on: (created_at_ms, id) of the last row seen."""
 
-_LISTED = [column for column in RequestRow.__table__.columns if column.name not in ("decision", "facts")]  # type: ignore[attr-defined]
+_LISTED = [column for column in RequestRow.__table__.columns if column.name not in ("decision", "facts", "plan")]  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,6 +90,8 @@ class RequestRecord(msgspec.Struct, array_like=True):
     """The request whose shadow this is; None: a caller's own."""
     prompt_hash: str | None = None
     facts: str | None = None
+    plan: str | None = None
+    """What a plan did for the answer, as JSON: `kind`, and counts by name; None: there was none."""
 
     def total(self, attempts: list[AttemptRecord]) -> None:
         """Sum the attempts into the request: the request's cost is exactly what its attempts cost."""

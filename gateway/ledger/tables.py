@@ -124,6 +124,8 @@ class RequestRow(SQLModel, table=True):
     """Keyed, of the conversation as it came (`gateway.facts`); NULL as `facts`."""
     facts: str | None = Field(default=None, sa_column=Column(Text, nullable=True))
     """What the decision was made from (`gateway.facts`); NULL where the caller named a model."""
+    plan: str | None = Field(default=None, sa_column=Column(Text, nullable=True))
+    """What a plan did for the answer, as JSON: `kind`, and counts by name; NULL: there was none."""
 
 
 class AttemptRow(SQLModel, table=True):

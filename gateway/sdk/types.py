@@ -123,6 +123,8 @@ class Receipt(_Said):
     """The same tokens at the price of the dearest candidate."""
     first_byte_us: int | None
     duration_us: int
+    plan: dict[str, int | float | str] | None = None
+    """What a plan did for the answer: its kind, and counts by name."""
     attempts: tuple[Attempt, ...] = Field(validation_alias="attempt_rows")
     decision: Decision | None
     """None where nothing was decided: an answer from the cache, or a request that ended before."""

@@ -36,8 +36,8 @@ class Calls:
         """Tokens of prompts, by model."""
         self.cached: Counter[str] = Counter()
         """Of them, those that the server had."""
-        self.separates = False
-        """The base has been heard to tell a thought apart from an answer: what is content then is answer."""
+        self.separating: set[str] = set()
+        """Models that have been heard to tell a thought apart from an answer: what is content then is answer."""
 
     async def said(self, model: str, kind: AttemptKind, make: Make) -> tuple[Said, AttemptRecord]:
         """What a model says to one call that comes whole. Raises Gone."""
@@ -50,14 +50,15 @@ class Calls:
             raise Gone(model)
         answer, attempt = found
         try:
-            said = read_said(answer)
+            said = read_said(answer, separates=model in self.separating)
         except UpstreamError as error:
             errors.append(error)
             self._ticket.end_attempt(attempt, error.cause, answer.usage, delivered_bytes=answer.delivered_bytes)
             raise Gone(model) from error
         self._ticket.end_attempt(attempt, "ok", answer.usage, delivered_bytes=answer.delivered_bytes)
         self._count(model, answer.usage)
-        self.separates = self.separates or (model == self.base and said.separated)
+        if said.separated:
+            self.separating.add(model)
         return said, attempt
 
     async def rest(self, kind: AttemptKind, call: ChatCall, following: Following) -> AsyncGenerator[list[Heard]]:

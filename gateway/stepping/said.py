@@ -61,10 +61,11 @@ class Said:
         return text if self.text.startswith(text) else ""
 
 
-def read_said(answer: Answer) -> Said:
+def read_said(answer: Answer, *, separates: bool = False) -> Said:
     """Of a whole answer to `gateway.stepping.ask.step`. Raises UpstreamError for what is none.
 
-    Whoever separates thoughts tells the end of one by words of the answer; others write the closing tag. An answer
+    Whoever separates thoughts (`separates`: it has been heard to) tells the end of one by words of the answer; others
+    write the closing tag. An answer
     that stops by itself in a thought has ended it, where the server tells that no stop string did.
     """
     try:
@@ -75,7 +76,7 @@ def read_said(answer: Answer) -> Said:
         tokens = _tokens(choice)
     except (msgspec.DecodeError, LookupError, TypeError, AttributeError, ValueError) as error:
         raise UpstreamError("bad_answer", f"an answer that is no chat completion: {error}", status=200) from error
-    if thought:
+    if thought or (separates and content.strip()):
         text, closed = str(thought), bool(content.strip())
     else:
         text, tag, _ = str(content).removeprefix(OPEN).partition(CLOSE)

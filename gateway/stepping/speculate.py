@@ -155,7 +155,9 @@ class Speculation:
         asked, finish = calls.call.sampling.max_tokens, "length"
         while asked is None or teller.thought_tokens + teller.answer_tokens < asked:
             left = None if asked is None else asked - teller.thought_tokens - teller.answer_tokens
-            following = Following(thought=bool(self._thought), over=self._over, separated=calls.separates)
+            following = Following(
+                thought=bool(self._thought), over=self._over, separated=calls.base in calls.separating
+            )
             call = ask.rest(calls.call, self._thought, over=self._over, tokens=left)
             async with aclosing(calls.rest("answer" if self._over else "think", call, following)) as stream:
                 async for heard in stream:

@@ -6,6 +6,7 @@ import re
 import time
 
 import httpx2
+import msgspec
 import pytest
 from sqlalchemy import text
 
@@ -136,6 +137,28 @@ def test_a_tenant_sees_its_own_requests_only(running: Running) -> None:
     with running.client("admin") as client:
         assert client.get(f"/dashboard/requests/{own[0].id}").status_code == 200
         assert {found["tenant"] for found in exported(client, "?range=all&tenant=acme")} == {"acme"}
+
+
+def test_the_page_of_a_request_says_what_its_plan_did(running: Running) -> None:
+    request, attempts = row(age_s=5)
+    verified = msgspec.structs.replace(attempts[0], id=f"{request.id}-1", seq=1, kind="verify")
+    drafted = msgspec.structs.replace(attempts[0], id=f"{request.id}-2", seq=2, kind="draft", cost_nanousd=None)
+    request.plan = '{"kind":"speculate","accepted_steps":3,"escalated_steps":1,"accepted_tokens":4321,"p_correct":0.87}'
+    plain = row(age_s=5)
+    bearer = {"authorization": f"Bearer {running.keys['admin']}"}
+    running.record((request, [attempts[0], verified, drafted]), plain)
+    with running.client("admin") as client:
+        page = client.get(f"/dashboard/requests/{request.id}").text
+        receipt = client.get(f"/leadline/v1/requests/{request.id}", headers=bearer).json()
+        without = client.get(f"/dashboard/requests/{plain[0].id}").text
+    assert "Plan: speculate" in page
+    told = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", page))
+    assert (told["Steps accepted"], told["Steps escalated"]) == ("3", "1")
+    assert told["Tokens saved: written by the draft, and kept"] == "4,321"
+    kinds = re.findall(r'<tr><th scope="row">([a-z]+)</th><td class="n">(\d+)</td>', page)
+    assert kinds == [("first", "1"), ("verify", "1"), ("draft", "1")]
+    assert receipt["plan"]["escalated_steps"] == 1
+    assert "Plan:" not in without
 
 
 # what a page may do

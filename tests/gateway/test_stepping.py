@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from local_engine.arithmetic import problems
 from routers.errors import PolicyError
 from routers.load import parse
 from tests.gateway.conftest import Gateway, running, until
@@ -320,3 +321,34 @@ def test_a_plan_over_calls_that_cannot_run_is_refused_with_its_place(old: str, n
         parse(text.replace(old, new, 1))
     assert problem in str(caught.value)
     assert "models.strong.plan" in str(caught.value)
+
+
+@pytest.mark.engine
+async def test_a_local_draft_thinks_for_a_base_behind_an_api(far: Reasoner, tmp_path: Path) -> None:
+    """With another tokenizer, too: texts go from one to the other."""
+    policy = POLICY.format(url=far.url, server="vllm", plan="method: specreason", base="").replace(
+        "  weak: {provider: near, model: draft, context: 16000, max_output: 2000, prefix: true,",
+        "  weak: {provider: home, model: bundled/draft, context: 1024, max_output: 800,",
+    )
+    policy = policy.replace("providers:\n", "providers:\n  home: {engine: embedded}\n")
+    question = problems(7, 4, 1)[0].question
+    far.minds["base"] = Mind([])  # it finds that all has been said
+    async with running(policy, tmp_path / "home") as gateway:
+        assert gateway.app.engine is not None
+        async with asyncio.timeout(120):
+            await gateway.app.engine.ready.wait()
+        alone = (await gateway.chat({**ask("weak"), "messages": [{"role": "user", "content": question}]}))[2]
+        body = {**ask(), "messages": [{"role": "user", "content": question}]}
+        status, _, answer = await gateway.chat(body)
+        row = (await gateway.rows())[0]
+    assert status == 200
+    message = answer["choices"][0]["message"]
+    assert message["reasoning_content"] == alone["choices"][0]["message"]["reasoning_content"].rstrip("\n") + "\n\n"
+    assert message["content"] == ANSWER
+    drafts = [a for a in row["attempt_rows"] if a["kind"] == "draft"]
+    assert {a["provider"] for a in drafts} == {"home"}
+    assert len(drafts) > 2
+    assert all(a["cached_input_tokens"] for a in drafts), "its engine had the prompt, and the thought so far"
+    assert max(a["input_tokens"] for a in drafts) <= 64, "a step, and a block that it does not fill"
+    paid = sum(a["cost_nanousd"] for a in row["attempt_rows"] if a["provider"] == "far")
+    assert paid == sum(bill.nanousd for bill in far.truth) > 0
