@@ -13,11 +13,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm
 
 from local_engine import attention
 from local_engine.kv import KVCache, KVShape, Span, StepPlan
-from local_engine.products import Linears, Product
+from local_engine.norms import HeadNorms, Norm, Turn, best_norm, best_turn
+from local_engine.products import GatedLinears, GatedProduct, Linears, Product
 
 logger = logging.getLogger(__name__)
 
@@ -36,34 +36,25 @@ class FusedLayer:
     shape: KVShape
     scale: float
     window: int | None
-    input_norm: Tensor
-    mlp_norm: Tensor
-    epsilon: float
-    head_norms: tuple[Tensor, float] | None
-    """Weights [query_heads + kv_heads, head_dim] of the norms of each query and key head, and their epsilon."""
+    input_norm: Norm
+    mlp_norm: Norm
+    turn: Turn
+    """Norms of query and key heads, where the model has them, and rotary positions."""
     qkv: Product
     output: Product
-    gate: Product
-    up: Product
+    gated: GatedProduct
     down: Product
 
     def forward(self, hidden: Tensor, rotary: Rotary, plan: StepPlan) -> Tensor:
         """hidden and result [tokens, width]; rotary as `fused_rotary` gives it."""
-        shape, width = self.shape, hidden.shape[1:]
+        shape = self.shape
         rotated = shape.query_heads + shape.kv_heads
-        normed = rms_norm(hidden, width, self.input_norm, self.epsilon)
-        heads = self.qkv(normed).view(-1, rotated + shape.kv_heads, shape.head_dim)
-        turned, value = heads[:, :rotated], heads[:, rotated:]
-        if self.head_norms:
-            weights, epsilon = self.head_norms
-            turned = rms_norm(turned, (shape.head_dim,), None, epsilon).mul_(weights)
-        cos, sin = rotary
-        turned = torch.addcmul(turned * cos, turned.roll(shape.head_dim // 2, -1), sin)
+        heads = self.qkv(self.input_norm(hidden)).view(-1, rotated + shape.kv_heads, shape.head_dim)
+        turned = self.turn(heads[:, :rotated], rotary)
         query, key = turned[:, : shape.query_heads], turned[:, shape.query_heads :]
-        seen = plan.attend(self.index, query, key, value, self.scale, self.window)
+        seen = plan.attend(self.index, query, key, heads[:, rotated:], self.scale, self.window)
         hidden = self.output.plus(seen.reshape(hidden.shape[0], -1), hidden)
-        normed = rms_norm(hidden, width, self.mlp_norm, self.epsilon)
-        return self.down.plus(self.up.times(normed, self.gate.silu(normed)), hidden)
+        return self.down.plus(self.gated(self.mlp_norm(hidden)), hidden)
 
 
 def fused_rotary(cos: Tensor, sin: Tensor) -> Rotary:
@@ -139,33 +130,31 @@ def _build(module: Any, index: int, shape: KVShape) -> tuple[FusedLayer, Callabl
     linears = [
         Linears(attend, "q_proj", "k_proj", "v_proj"),
         Linears(attend, "o_proj"),
-        Linears(mlp, "gate_proj"),
-        Linears(mlp, "up_proj"),
         Linears(mlp, "down_proj"),
     ]
-    qkv, output, gate, up, down = (part.product for part in linears)
+    qkv, output, down = (part.product for part in linears)
+    gated = GatedLinears(mlp, "gate_proj", "up_proj")
     head_norms = None
     if hasattr(attend, "q_norm"):
         weights = [*[attend.q_norm.weight] * shape.query_heads, *[attend.k_norm.weight] * shape.kv_heads]
-        head_norms = torch.stack(weights), attend.q_norm.variance_epsilon
+        head_norms = HeadNorms(torch.stack(weights).detach(), attend.q_norm.variance_epsilon)
     layer = FusedLayer(
         index=index,
         shape=shape,
         scale=attend.scaling,
         window=getattr(attend, "sliding_window", getattr(attend.config, "sliding_window", None)),
-        input_norm=module.input_layernorm.weight.detach(),
-        mlp_norm=module.post_attention_layernorm.weight.detach(),
-        epsilon=module.input_layernorm.variance_epsilon,
-        head_norms=head_norms,
+        input_norm=best_norm(module.input_layernorm),
+        mlp_norm=best_norm(module.post_attention_layernorm),
+        turn=best_turn(shape, head_norms),
         qkv=qkv,
         output=output,
-        gate=gate,
-        up=up,
+        gated=gated.product,
         down=down,
     )
 
     def take_over() -> None:
         for part in linears:
             part.take_over()
+        gated.take_over()
 
     return layer, take_over

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from local_engine import kernels
 from local_engine.kv import KVFull, KVShape, Span, check_range, check_spans
+from local_engine.simd import LANES
 
 SMALLEST_ROW: Final = 256
 """Tokens. Smaller rows would save little memory and split the decode rows of short chats over more calls."""
@@ -200,8 +202,9 @@ class _Group:
         self._row = first.index
         self._heads_per_kv = shape.query_heads // shape.kv_heads
         self._batched = self.count <= BATCHED_SPAN
+        self._kernel = _KernelAttention.of(shape, members) if self._batched else None
         self._folded = self._batched and not (shape.dtype == torch.bfloat16 and _has_amx())
-        self._targets = self._target_indexes() if self._batched else None
+        self._targets = self._target_indexes() if self._batched and self._kernel is None else None
         self._masks: dict[int | None, Tensor | None] = {}
         # The rows' part of a layer, seen as [rows, kv_heads, longest, head_dim] without walking there in each layer.
         line = self.pool.capacity * shape.head_dim
@@ -212,7 +215,14 @@ class _Group:
         self._key_offset = first.index * shape.kv_heads * line
         self._value_offset = self._key_offset + self.pool.rows * shape.kv_heads * line
 
-    def store(self, layer: Tensor, key: Tensor, value: Tensor) -> None:
+    def run(self, layer: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        """StepPlan.attend for this group's tokens."""
+        if self._kernel is not None:
+            return self._kernel.run(self.pool, layer, query, key, value, scale, window)
+        self._store(layer, key, value)
+        return self._attend(layer, query, scale, window)
+
+    def _store(self, layer: Tensor, key: Tensor, value: Tensor) -> None:
         if self._targets is None:
             held = slice(self._starts[0], self._longest)
             layer[0, self._row, :, held] = key.transpose(0, 1)
@@ -223,7 +233,7 @@ class _Group:
         keys.index_copy_(0, self._targets, key.reshape(-1, dim))
         values.index_copy_(0, self._targets, value.reshape(-1, dim))
 
-    def attend(self, layer: Tensor, query: Tensor, scale: float, window: int | None) -> Tensor:
+    def _attend(self, layer: Tensor, query: Tensor, scale: float, window: int | None) -> Tensor:
         """query and result [rows * count, query_heads, head_dim]."""
         shape, count, rows = self._shape, self.count, self.rows
         keys = layer.as_strided(*self._view, self._key_offset)
@@ -284,6 +294,58 @@ class _Group:
         return (mask.repeat_interleave(self._heads_per_kv, 1) if self._folded and self.count > 1 else mask).unsqueeze(1)
 
 
+class _KernelAttention:
+    """Decode and verify by our own kernel, where it is for this engine."""
+
+    def __init__(self, shape: KVShape, members: Sequence[tuple[Span, _Row]]) -> None:
+        self._shape = shape
+        places = [(row.index, span.start + at) for span, row in members for at in range(span.count)]
+        self._places = torch.tensor(places).t().contiguous()
+        self._scores = torch.empty(
+            shape.query_heads // shape.kv_heads * (members[0][1].pool.capacity + LANES), dtype=torch.float32
+        )
+        self._kernel = kernels.attend(shape.head_dim, shape.query_heads // shape.kv_heads, shape.dtype)
+
+    @classmethod
+    def of(cls, shape: KVShape, members: Sequence[tuple[Span, _Row]]) -> "_KernelAttention | None":
+        usable = shape.head_dim % LANES == 0 and kernels.usable(shape.dtype, shape.device)
+        return cls(shape, members) if usable else None
+
+    def run(
+        self, pool: _Pool, layer: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        shape = self._shape
+        query, key, value = (_with_whole_heads(tensor) for tensor in (query, key, value))
+        out = query.new_empty(query.shape)
+        rows, positions = self._places
+        self._kernel(
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            layer[0].data_ptr(),
+            layer[1].data_ptr(),
+            out.data_ptr(),
+            rows.data_ptr(),
+            positions.data_ptr(),
+            self._scores.data_ptr(),
+            query.shape[0],
+            shape.kv_heads,
+            pool.capacity,
+            query.stride(0),
+            key.stride(0),
+            value.stride(0),
+            scale,
+            window or shape.context,
+        )
+        return out
+
+
+def _with_whole_heads(tensor: Tensor) -> Tensor:
+    """[tokens, heads, head_dim] with the heads of a token side by side."""
+    whole = tensor.stride(2) == 1 and tensor.stride(1) == tensor.shape[2]
+    return tensor if whole else tensor.contiguous()
+
+
 def _attend_rows(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """SDPA for few queries per key head, [rows, kv_heads, queries, head_dim], in two batched products.
 
@@ -322,8 +384,8 @@ class RowsPlan:
         parts = []
         for group in self._groups:
             held = group.pool.layers[layer]
-            group.store(held, key[group.tokens], value[group.tokens])
-            parts.append(group.attend(held, query[group.tokens], scale, window))
+            own = group.tokens
+            parts.append(group.run(held, query[own], key[own], value[own], scale, window))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -1,15 +1,20 @@
-"""Products with weights, the part of a forward pass that takes the time: torch's own, and oneDNN's for CPU.
+"""Products with weights, the part of a forward pass that takes the time: ours, oneDNN's for CPU, and torch's own.
 
-A decode step has few rows, so its products are bound by reading the weights. oneDNN with weights in its own blocked
-layout comes close to that bound, and adds activations and sums on the way out.
+A decode step has few rows, so its products are bound by reading the weights. Our own kernels (`kernels.py`), for one
+thread, and oneDNN with weights in its own blocked layout come close to that bound, and add activations and sums on the
+way out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
+
+from local_engine import kernels
+from local_engine.simd import LANES
 
 SMALLEST_REPACKED: Final = {torch.float32: 1 << 17, torch.bfloat16: 1 << 14}
 """Weights of a product. With fewer, starting oneDNN (12 µs) costs more than it saves at one row; torch's own bfloat16
@@ -17,15 +22,21 @@ products start it anyway. Other types are not repacked."""
 _SMALLEST_SHARED: Final = 1 << 19
 """As above, for float32 weights that stay as they are."""
 _EXPECTED_ROWS: Final = 8
+_COPIED_SHARE: Final = 0.1
+"""Most of a model's weights that a tied head may be held twice with; repacked, its product takes half the time."""
 
 
 class Product(Protocol):
     """x @ weight.T + bias for x [rows, inputs], alone or with what follows it; gives a tensor of its own."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
-    def silu(self, x: Tensor) -> Tensor: ...
-    def times(self, x: Tensor, factor: Tensor) -> Tensor: ...
     def plus(self, x: Tensor, term: Tensor) -> Tensor: ...
+
+
+class GatedProduct(Protocol):
+    """silu(x @ gate.T) * (x @ up.T) for x [rows, inputs]."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
 
 
 class PlainProduct:
@@ -72,21 +83,95 @@ class OneDNNProduct:
         return out
 
 
-class Columns(nn.Module):
-    """Stands in a network for a linear module whose weights became columns `begin` to `end` of a repacked product."""
+class KernelProduct:
+    """Our own kernel's product; `pack` copies the weights."""
 
-    def __init__(self, product: Product, begin: int, end: int) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._packed = kernels.pack(weight)
+        self._outputs, self._inputs = weight.shape
+        self._bias = bias
+        self._plain = kernels.product(weight.dtype, "plain" if bias is None else "bias")
+        self._sum = kernels.product(weight.dtype, "sum")
+
+    @staticmethod
+    def fits(weight: Tensor) -> bool:
+        outputs, inputs = weight.shape
+        return outputs % kernels.PANEL == 0 and inputs % 2 == 0 and kernels.usable(weight.dtype, weight.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._run(self._plain, x, self._bias)
+
+    def plus(self, x: Tensor, term: Tensor) -> Tensor:
+        if self._bias is not None:
+            return self(x).add_(term)
+        return self._run(self._sum, x, term.contiguous())
+
+    def _run(self, kernel: kernels.Kernel, x: Tensor, other: Tensor | None) -> Tensor:
+        x = x.contiguous()
+        rows = x.shape[0]
+        out = x.new_empty(rows, self._outputs)
+        place = None if other is None else other.data_ptr()
+        kernel(x.data_ptr(), self._packed.data_ptr(), place, out.data_ptr(), rows, self._inputs, self._outputs)
+        return out
+
+
+class KernelGated:
+    """Our own kernel for both products of a gate; their columns take turns in its weights."""
+
+    def __init__(self, gate: Tensor, up: Tensor) -> None:
+        outputs, self._inputs = gate.shape
+        self._packed = kernels.pack(
+            torch.stack((gate.view(-1, LANES, self._inputs), up.view(-1, LANES, self._inputs)), 1).flatten(0, 2)
+        )
+        self._outputs = 2 * outputs
+        self._gated = kernels.product(gate.dtype, "gated")
+        self._plain = kernels.product(gate.dtype, "plain")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._run(self._gated, x, self._outputs // 2)
+
+    def part(self, which: int, x: Tensor) -> Tensor:
+        """The gate's product alone, or, for 1, the other's."""
+        out = self._run(self._plain, x, self._outputs)
+        return out.view(x.shape[0], -1, 2, LANES)[:, :, which].flatten(1)
+
+    def _run(self, kernel: kernels.Kernel, x: Tensor, columns: int) -> Tensor:
+        x = x.contiguous()
+        rows = x.shape[0]
+        out = x.new_empty(rows, columns)
+        kernel(x.data_ptr(), self._packed.data_ptr(), None, out.data_ptr(), rows, self._inputs, self._outputs)
+        return out
+
+
+class GatedPair:
+    """Two products, the one's activation and the multiplication on oneDNN's way out."""
+
+    def __init__(self, gate: "PlainProduct | OneDNNProduct", up: "PlainProduct | OneDNNProduct") -> None:
+        self._gate = gate
+        self._up = up
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._up.times(x, self._gate.silu(x))
+
+
+class Stand(nn.Module):
+    """Stands in a network for a linear module whose weights were repacked; `product` takes x [rows, inputs]."""
+
+    def __init__(self, product: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self._product = product
-        self._begin, self._end = begin, end
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self._product(x.reshape(-1, x.shape[-1]))[:, self._begin : self._end]
+        out = self._product(x.reshape(-1, x.shape[-1]))
         return out.reshape(*x.shape[:-1], -1)
 
 
 def best_product(weight: Tensor, bias: Tensor | None) -> Product:
     """The product to run weights with that nothing else reads."""
+    return KernelProduct(weight, bias) if KernelProduct.fits(weight) else _torch_product(weight, bias)
+
+
+def _torch_product(weight: Tensor, bias: Tensor | None) -> PlainProduct | OneDNNProduct:
     if weight.device.type == "cpu" and weight.numel() >= SMALLEST_REPACKED.get(weight.dtype, weight.numel() + 1):
         return OneDNNProduct(weight, bias, repack=True)
     return PlainProduct(weight, bias)
@@ -112,15 +197,51 @@ class Linears:
             if isinstance(self.product, PlainProduct):
                 module.weight.data = self._weight[begin:end]
             else:
-                setattr(self._parent, name, Columns(self.product, begin, end))
+                setattr(self._parent, name, Stand(partial(_columns, self.product, begin, end)))
             begin = end
 
     def _modules(self) -> Sequence[nn.Linear]:
         return [getattr(self._parent, name) for name in self._names]
 
 
-def shared_product(weight: Tensor) -> Product:
-    """The product for weights that something else reads too, as a tied embedding: where they are, without a copy."""
+def _columns(product: Product, begin: int, end: int, x: Tensor) -> Tensor:
+    return product(x)[:, begin:end]
+
+
+class GatedLinears:
+    """The gate and the other module of a gated feed-forward block."""
+
+    def __init__(self, parent: Any, gate: str, up: str) -> None:
+        self._parent = parent
+        self._names = (gate, up)
+        modules: list[nn.Linear] = [getattr(parent, name) for name in self._names]
+        weights = [module.weight.detach() for module in modules]
+        biases = [None if module.bias is None else module.bias.detach() for module in modules]
+        self._kernel: KernelGated | None = None
+        self._pair: list[PlainProduct | OneDNNProduct] = []
+        self.product: GatedProduct
+        if KernelProduct.fits(weights[0]) and biases == [None, None]:
+            self.product = self._kernel = KernelGated(*weights)
+        else:
+            self._pair = [_torch_product(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+            self.product = GatedPair(*self._pair)
+
+    def take_over(self) -> None:
+        """As `Linears.take_over`."""
+        for which, name in enumerate(self._names):
+            if self._kernel is not None:
+                setattr(self._parent, name, Stand(partial(self._kernel.part, which)))
+            elif isinstance(self._pair[which], OneDNNProduct):
+                setattr(self._parent, name, Stand(self._pair[which]))
+
+
+def shared_product(weight: Tensor, share: float) -> Product:
+    """The product for weights that something else reads too, as a tied embedding; `share` of the model's they are.
+
+    They are copied where the copy is little; else they are used where they are.
+    """
+    if share <= _COPIED_SHARE:
+        return best_product(weight, None)
     gains = weight.dtype == torch.float32 and weight.numel() >= _SMALLEST_SHARED
     return (
         OneDNNProduct(weight, None, repack=False)

@@ -18,6 +18,7 @@ from local_engine.kv import KVCache, KVShape, Span, StepPlan
 from local_engine.kv_paged import PagedKV
 from local_engine.kv_rows import RowsKV
 from local_engine.model import LocalModel
+from local_engine.norms import best_norm
 from local_engine.products import shared_product
 
 
@@ -66,8 +67,14 @@ class Runner:
         self.rotary = _RotaryTable(self._body.rotary_emb, kv.shape)
         self.layers = len(self._body.layers)
         self._fused = fuse(self._body, kv, self.rotary.first(CHECK_TOKENS)) if fused else None
-        tied = network.lm_head.weight is self._body.embed_tokens.weight
-        self._head = shared_product(network.lm_head.weight.detach()) if tied and self._fused else network.lm_head
+        self._norm = best_norm(self._body.norm) if self._fused else self._body.norm
+        weight = network.lm_head.weight
+        tied = weight is self._body.embed_tokens.weight
+        self._head = (
+            shared_product(weight.detach(), weight.numel() / model.card.parameters)
+            if tied and self._fused
+            else network.lm_head
+        )
 
     def run(
         self,
@@ -96,7 +103,7 @@ class Runner:
             tapped, hidden = self._forward(hidden, packing, plan, range(first, last), set(tap_layers))
             if last in tap_layers:
                 tapped[last] = hidden[packing.tap_rows]
-            logits = self._head(self._body.norm(hidden[packing.logit_rows]))
+            logits = self._head(self._norm(hidden[packing.logit_rows]))
         if first == 0:
             for segment in segments:
                 self.kv.commit(segment.slot, segment.start + len(segment.tokens))
@@ -110,7 +117,7 @@ class Runner:
     def logits(self, states: Tensor) -> Tensor:
         """float32 [rows, vocabulary] that hidden states [rows, width] of any layer would give as the last layer's."""
         with torch.inference_mode():
-            return self._head(self._body.norm(states)).to(torch.float32, copy=True)
+            return self._head(self._norm(states)).to(torch.float32, copy=True)
 
     def _forward(
         self, hidden: Tensor, packing: "_Packing", plan: StepPlan, layers: range, wanted: set[int]

@@ -1,13 +1,14 @@
 """The lean forward pass: used only where it gives the network's own numbers, and holding no weight twice."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from local_engine import fused
 from local_engine.model import LocalModel
-from local_engine.products import Columns, OneDNNProduct, PlainProduct
+from local_engine.products import OneDNNProduct, PlainProduct, Stand
 from local_engine.runner import Runner, Segment, new_kv
 from tests.local_engine.engine_harness import ARCHITECTURES
 from tests.local_engine.runner_harness import BUDGET, FAMILIES, Pair, close, text, tiny_model, tiny_network
@@ -16,6 +17,15 @@ WIDE = 384
 """Wide enough for products to be repacked."""
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """One, for which our own kernels are, and two, for which torch's and oneDNN's are."""
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(1)
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_repacked_layers_and_the_modules_that_share_their_weights_agree_with_transformers(
     family: str, bundled: LocalModel
@@ -44,7 +54,7 @@ def test_repacked_weights_are_not_held_twice(bundled: LocalModel) -> None:
     weights = [parameter for layer in body.layers for parameter in layer.parameters()]
     assert sum(weight.numel() for weight in weights) == 2 * WIDE * len(body.layers)  # the norms
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        assert isinstance(getattr(body.layers[0].self_attn, name), Columns)
+        assert isinstance(getattr(body.layers[0].self_attn, name), Stand)
 
 
 def test_joined_weights_are_not_held_twice(bundled: LocalModel) -> None:
@@ -110,6 +120,7 @@ def test_onednn_products_are_torch_products(rows: int, dtype: torch.dtype) -> No
         assert torch.equal(other, kept)
 
 
+@pytest.mark.usefixtures("threads")
 def test_bfloat16_is_as_near_to_the_exact_logits_as_transformers_is(bundled: LocalModel) -> None:
     model = tiny_model("qwen3", bundled, WIDE)
     exact, rounded = tiny_network("qwen3", WIDE), tiny_network("qwen3", WIDE).to(torch.bfloat16)

@@ -1,0 +1,248 @@
+"""Kernels of a decode step on one CPU thread, where torch's own are made for other sizes: few rows, short vectors.
+
+Each row is computed by the same operations in the same order whatever the other rows are, so what a row gives does not
+depend on its batch. Addresses are of contiguous rows of float32 or bfloat16; sums are float32.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Final, Literal
+
+import torch
+
+from local_engine.simd import F32, I64, LANES, PTR, Variable, Writer
+
+Kernel = Callable[..., None]
+Ending = Literal["plain", "bias", "sum", "gated"]
+PANEL: Final = 2 * LANES
+"""Columns of a product that are computed together."""
+_ROWS: Final = 8
+"""Rows of a product that are computed together: 16 sums, which fit the registers of AVX-512."""
+_SUMS: Final = 16
+"""Vectors that attention sums up at once."""
+
+
+def usable(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether these kernels are for this engine: with more than one thread torch's own are faster, which share work."""
+    return device.type == "cpu" and torch.get_num_threads() == 1 and made_for(dtype)
+
+
+def made_for(dtype: torch.dtype) -> bool:
+    """Whether this CPU is one that they were measured on: AVX-512; for bfloat16, with its products but no AMX tiles."""
+    if not torch.cpu._is_avx512_supported():
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported())
+    return dtype == torch.float32
+
+
+@cache
+def rms_norm(width: int, dtype: torch.dtype) -> Kernel:
+    """(x, weight, out, rows, epsilon): rows of `width` elements."""
+    w = Writer("rms_norm", [PTR, PTR, PTR, I64, F32])
+    x, weight, out, rows, epsilon = w.arguments
+    with w.loop(w.whole(0), rows) as row:
+        base = w.times(row, width)
+        squares = w.variable(w.number(0.0))
+        with w.loop(w.whole(0), w.whole(width), LANES) as at:
+            value = w.load(x, w.add(base, at), dtype)
+            squares.value = w.fma(value, value, squares.value)
+        scale = _scale(w, squares.value, width, epsilon)
+        with w.loop(w.whole(0), w.whole(width), LANES) as at:
+            value = w.by(w.load(x, w.add(base, at), dtype), scale)
+            w.store(w.by(value, w.load(weight, at, dtype)), out, w.add(base, at), dtype)
+    return w.compiled()
+
+
+@cache
+def rotate(dim: int, dtype: torch.dtype, *, normed: bool) -> Kernel:
+    """(heads, weights, cos, sin, tokens, rotated, stride, epsilon): the first `rotated` heads of each token, in place.
+
+    heads has `stride` elements per token; weights [rotated, dim] are of the heads' RMS norm, used where `normed`;
+    cos and sin [tokens, dim], the first half of the sine negative.
+    """
+    w = Writer("rotate", [PTR, PTR, PTR, PTR, I64, I64, I64, F32])
+    heads, weights, cos, sin, tokens, rotated, stride, epsilon = w.arguments
+    places = range(0, dim, LANES)
+    with w.loop(w.whole(0), tokens) as token, w.loop(w.whole(0), rotated) as head:
+        base = w.add(w.times(token, stride), w.times(head, dim))
+        values = [w.load(heads, w.add(base, at), dtype) for at in places]
+        if normed:
+            squares = w.by(values[0], values[0])
+            for value in values[1:]:
+                squares = w.fma(value, value, squares)
+            scale = _scale(w, squares, dim, epsilon)
+            own = [w.load(weights, w.add(w.times(head, dim), at), dtype) for at in places]
+            values = [w.by(w.by(value, scale), weight) for value, weight in zip(values, own, strict=True)]
+        turned = values[len(values) // 2 :] + values[: len(values) // 2]
+        for at, value, other in zip(places, values, turned, strict=True):
+            angle = w.add(w.times(token, dim), at)
+            result = w.fma(value, w.load(cos, angle, dtype), w.by(other, w.load(sin, angle, dtype)))
+            w.store(result, heads, w.add(base, at), dtype)
+    return w.compiled()
+
+
+def _scale(w: Writer, squares: Any, count: int, epsilon: Any) -> Any:
+    """1 / sqrt(mean of squares + epsilon), in every lane."""
+    mean = w.over(w.splat(w.sum(squares)), w.number(float(count)))
+    return w.over(w.number(1.0), w.sqrt(w.plus(mean, w.splat(epsilon))))
+
+
+@cache
+def attend(dim: int, group: int, dtype: torch.dtype) -> Kernel:
+    """(query, key, value, keys, values, out, rows, positions, scores, tokens, heads, capacity, query_stride,
+    key_stride, value_stride, scale, window): one token after the other stores its key and value, then attends.
+
+    keys, values [rows, heads, capacity, dim]; `rows` and `positions` (int64) say where each token goes; it sees the
+    `window` tokens up to itself. query has heads * group heads per token; out [tokens, heads * group, dim]; strides
+    are elements per token; scores has room for group * (capacity + LANES) float32.
+    """
+    w = Writer("attend", [PTR] * 9 + [I64] * 6 + [F32, I64])
+    query, key, value, keys, values, out, rows, positions, scores = w.arguments[:9]
+    tokens, heads, capacity, query_stride, key_stride, value_stride, scale, window = w.arguments[9:]
+    room = w.add(capacity, LANES)
+    with w.loop(w.whole(0), tokens) as token, w.loop(w.whole(0), heads) as head:
+        position = w.load_int(positions, token)
+        line = w.times(w.times(w.add(w.times(w.load_int(rows, token), heads), head), capacity), dim)
+        here = w.add(line, w.times(position, dim))
+        own = w.times(head, dim)
+        for at in range(0, dim, LANES):
+            w.copy(key, w.add(w.times(token, key_stride), own, at), keys, w.add(here, at), dtype)
+            w.copy(value, w.add(w.times(token, value_stride), own, at), values, w.add(here, at), dtype)
+        stop = w.add(position, 1)
+        begin = w.greater(w.minus(stop, window), w.whole(0))
+        asked = w.add(w.times(token, query_stride), w.times(own, group))
+        _score(w, query, asked, keys, line, scores, begin, stop, room, scale, dim, group, dtype)
+        shares = [_soften(w, scores, w.times(room, one), begin, stop) for one in range(group)]
+        told = w.times(w.add(w.times(token, heads), head), group * dim)
+        _gather(w, scores, room, shares, values, line, out, told, begin, stop, dim, group, dtype)
+    return w.compiled()
+
+
+def _score(
+    w: Writer, query: Any, asked: Any, keys: Any, line: Any, scores: Any, begin: Any, stop: Any, room: Any, scale: Any,
+    dim: int, group: int, dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """scores[one, begin..stop] of each query head that shares these keys; LANES more are minus infinity."""
+    factor = w.splat(scale)
+    asking = [
+        [w.by(w.load(query, w.add(asked, one * dim + at), dtype), factor) for at in range(0, dim, LANES)]
+        for one in range(group)
+    ]
+    with w.loop(begin, stop) as seen:
+        known = [w.load(keys, w.add(line, w.times(seen, dim), at), dtype) for at in range(0, dim, LANES)]
+        for one, parts in enumerate(asking):
+            total = w.by(parts[0], known[0])
+            for part, known_part in zip(parts[1:], known[1:], strict=True):
+                total = w.fma(part, known_part, total)
+            w.store_scalar(w.sum(total), scores, w.add(w.times(room, one), seen))
+    for one in range(group):
+        w.store(w.number(float("-inf")), scores, w.add(w.times(room, one), stop), torch.float32)
+
+
+def _soften(w: Writer, scores: Any, first: Any, begin: Any, stop: Any) -> Any:
+    """exp(score - greatest) in the scores' place; what they are to be multiplied by to sum to one, in every lane."""
+    greatest = w.variable(w.number(float("-inf")))
+    with w.loop(begin, stop, LANES) as at:
+        greatest.value = w.largest(greatest.value, w.load(scores, w.add(first, at), torch.float32))
+    top = w.splat(w.top(greatest.value))
+    total = w.variable(w.number(0.0))
+    with w.loop(begin, stop, LANES) as at:
+        power = w.exp(w.less(w.load(scores, w.add(first, at), torch.float32), top))
+        total.value = w.plus(total.value, power)
+        w.store(power, scores, w.add(first, at), torch.float32)
+    return w.over(w.number(1.0), w.splat(w.sum(total.value)))
+
+
+def _gather(
+    w: Writer, scores: Any, room: Any, shares: list[Any], values: Any, line: Any, out: Any, told: Any, begin: Any,
+    stop: Any, dim: int, group: int, dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """The values' sums, weighted by the scores, of each query head."""
+    width = min(dim, max(1, _SUMS // group) * LANES)
+    for left in range(0, dim, width):
+        places = range(left, min(dim, left + width), LANES)
+        sums = [[w.variable(w.number(0.0)) for _ in places] for _ in range(group)]
+        with w.loop(begin, stop) as seen:
+            known = [w.load(values, w.add(line, w.times(seen, dim), at), dtype) for at in places]
+            for one in range(group):
+                weight = w.splat_from(scores, w.add(w.times(room, one), seen))
+                for total, part in zip(sums[one], known, strict=True):
+                    total.value = w.fma(weight, part, total.value)
+        for one in range(group):
+            for total, at in zip(sums[one], places, strict=True):
+                w.store(w.by(total.value, shares[one]), out, w.add(told, one * dim + at), dtype)
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """Weights [outputs, inputs] in the order in which `product` reads them; outputs are a multiple of PANEL.
+
+    [panels, inputs, PANEL] in float32, [panels, inputs / 2, PANEL, 2] in bfloat16.
+    """
+    outputs, inputs = weight.shape
+    if weight.dtype == torch.float32:
+        return weight.view(outputs // PANEL, PANEL, inputs).transpose(1, 2).contiguous()
+    return weight.view(outputs // PANEL, PANEL, inputs // 2, 2).transpose(1, 2).contiguous()
+
+
+@cache
+def product(dtype: torch.dtype, ending: Ending) -> Kernel:
+    """(x, weights, other, out, rows, inputs, outputs): x [rows, inputs] times packed weights, to out.
+
+    "plain": nothing more. "bias": plus other [outputs]. "sum": plus other [rows, outputs]. "gated": every panel has
+    LANES columns of a gate, then LANES to be gated; out [rows, outputs / 2] gets silu(gate) * gated.
+    """
+    w = Writer("product", [PTR, PTR, PTR, PTR, I64, I64, I64])
+    *_, rows, inputs, outputs = w.arguments
+    with w.loop(w.whole(0), outputs, PANEL) as left:
+        panel = w.times(left, inputs)
+        done = w.variable(w.whole(0))
+        with w.loop(w.whole(0), w.add(rows, 1 - _ROWS), _ROWS) as row:
+            _tile(w, _ROWS, row, left, panel, dtype, ending)
+            done.value = w.add(row, _ROWS)
+        first = done.value
+        left_over = w.minus(rows, first)
+        for count in range(1, _ROWS):
+            with w.where(left_over, "==", w.whole(count)):
+                _tile(w, count, first, left, panel, dtype, ending)
+    return w.compiled()
+
+
+def _tile(w: Writer, count: int, row: Any, left: Any, panel: Any, dtype: torch.dtype, ending: Ending) -> None:
+    """`count` rows from `row` on of the panel whose first column is `left`."""
+    x, weights, _, _, _, inputs, _ = w.arguments
+    sums = [[w.variable(w.number(0.0)) for _ in range(2)] for _ in range(count)]
+    lines = [w.times(w.add(row, at), inputs) for at in range(count)]
+    step = 1 if dtype == torch.float32 else 2
+    with w.loop(w.whole(0), inputs, step) as at:
+        place = w.add(panel, w.times(at, PANEL))
+        if dtype == torch.float32:
+            halves = [w.load(weights, w.add(place, half * LANES), dtype) for half in range(2)]
+        else:
+            halves = [w.load_pairs(weights, w.add(place, half * 2 * LANES)) for half in range(2)]
+        for line, totals in zip(lines, sums, strict=True):
+            spot = w.add(line, at)
+            factor = w.splat_from(x, spot) if dtype == torch.float32 else w.splat_pair_from(x, spot)
+            for half, total in zip(halves, totals, strict=True):
+                fma = w.fma if dtype == torch.float32 else w.fma_pairs
+                total.value = fma(factor, half, total.value)
+    for at, totals in enumerate(sums):
+        _end(w, w.add(row, at), left, totals, dtype, ending)
+
+
+def _end(w: Writer, row: Any, left: Any, totals: list[Variable], dtype: torch.dtype, ending: Ending) -> None:
+    _, _, other, out, _, _, outputs = w.arguments
+    if ending == "gated":
+        gate, gated = (total.value for total in totals)
+        opened = w.over(gate, w.plus(w.number(1.0), w.exp(w.less(w.number(0.0), gate))))
+        w.store(w.by(opened, gated), out, w.half(w.add(w.times(row, outputs), left)), dtype)
+        return
+    for half, total in enumerate(totals):
+        column = w.add(left, half * LANES)
+        place = w.add(w.times(row, outputs), column)
+        value = total.value
+        if ending == "bias":
+            value = w.plus(value, w.load(other, column, dtype))
+        elif ending == "sum":
+            value = w.plus(value, w.load(other, place, dtype))
+        w.store(value, out, place, dtype)

@@ -1,0 +1,270 @@
+"""A small writer of vector code for this machine's CPU: the few loops of a decode step that torch has no kernel for.
+
+LLVM compiles what is written here once, when a model is loaded (`kernels.py` says what); no compiler needs to be
+installed. Vectors have 16 float32 lanes; bfloat16 is widened when it is loaded and rounded to nearest even when stored.
+"""
+
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+from llvmlite import binding, ir
+
+LANES: Final = 16
+F32: Final = ir.FloatType()
+I16: Final = ir.IntType(16)
+I32: Final = ir.IntType(32)
+I64: Final = ir.IntType(64)
+PTR: Final = ir.PointerType()
+VEC: Final = ir.VectorType(F32, LANES)
+_VEC32: Final = ir.VectorType(I32, LANES)
+_VEC16: Final = ir.VectorType(I16, LANES)
+_FAST: Final = ("reassoc", "contract", "nsz")
+_CTYPES: Final = {PTR: ctypes.c_void_p, I64: ctypes.c_int64, F32: ctypes.c_float}
+
+
+class _BFloat(ir.Type):  # type: ignore[misc]  # llvmlite has no types
+    """LLVM's bfloat, which llvmlite has no class for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+_PAIRS: Final = ir.VectorType(_BFloat(), 2 * LANES)
+
+
+class Writer:
+    """One function under construction. `arguments` are its LLVM values in order."""
+
+    def __init__(self, name: str, types: Sequence[ir.Type]) -> None:
+        self._module = ir.Module(name)
+        self._types = types
+        self._function = ir.Function(self._module, ir.FunctionType(ir.VoidType(), types), name)
+        self._builder: Any = ir.IRBuilder(self._function.append_basic_block())
+        self._entry = self._function.entry_basic_block
+        self.arguments: Sequence[Any] = self._function.args
+
+    # ---- whole numbers and loops ------------------------------------------------------------------------------------
+
+    def whole(self, value: int) -> Any:
+        return ir.Constant(I64, value)
+
+    def add(self, *terms: Any) -> Any:
+        total = terms[0]
+        for term in terms[1:]:
+            total = self._builder.add(total, self.whole(term) if isinstance(term, int) else term)
+        return total
+
+    def times(self, left: Any, right: Any) -> Any:
+        return self._builder.mul(left, self.whole(right) if isinstance(right, int) else right)
+
+    def minus(self, left: Any, right: Any) -> Any:
+        return self._builder.sub(left, right)
+
+    def half(self, value: Any) -> Any:
+        return self._builder.lshr(value, self.whole(1))
+
+    def greater(self, left: Any, right: Any) -> Any:
+        return self._builder.select(self._builder.icmp_signed(">", left, right), left, right)
+
+    @contextmanager
+    def loop(self, begin: Any, end: Any, step: int = 1) -> Iterator[Any]:
+        """The body runs with each number from `begin` below `end`."""
+        at = self.variable(begin)
+        head, body, after = (self._function.append_basic_block() for _ in range(3))
+        builder = self._builder
+        builder.branch(head)
+        builder.position_at_end(head)
+        now = at.value
+        builder.cbranch(builder.icmp_signed("<", now, end), body, after)
+        builder.position_at_end(body)
+        yield now
+        at.value = builder.add(now, self.whole(step))
+        builder.branch(head)
+        builder.position_at_end(after)
+
+    @contextmanager
+    def where(self, left: Any, relation: str, right: Any) -> Iterator[None]:
+        with self._builder.if_then(self._builder.icmp_signed(relation, left, right)):
+            yield
+
+    def variable(self, value: Any) -> "Variable":
+        with self._builder.goto_block(self._entry):
+            place = self._builder.alloca(value.type)
+        self._builder.store(value, place)
+        return Variable(self._builder, place, value.type)
+
+    # ---- memory -----------------------------------------------------------------------------------------------------
+
+    def place(self, base: Any, offset: Any, size: int) -> Any:
+        """The address of element `offset`, of `size` bytes each."""
+        return self._builder.gep(base, [self.times(offset, size)], source_etype=ir.IntType(8))
+
+    def load(self, base: Any, offset: Any, dtype: torch.dtype) -> Any:
+        """LANES elements as float32."""
+        place = self.place(base, offset, dtype.itemsize)
+        if dtype == torch.float32:
+            return self._builder.load(place, typ=VEC, align=4)
+        wide = self._builder.zext(self._builder.load(place, typ=_VEC16, align=2), _VEC32)
+        return self._builder.bitcast(self._builder.shl(wide, self._lanes32(16)), VEC)
+
+    def store(self, vector: Any, base: Any, offset: Any, dtype: torch.dtype) -> None:
+        place = self.place(base, offset, dtype.itemsize)
+        if dtype == torch.float32:
+            self._builder.store(vector, place, align=4)
+            return
+        bits = self._builder.bitcast(vector, _VEC32)
+        odd = self._builder.and_(self._builder.lshr(bits, self._lanes32(16)), self._lanes32(1))
+        rounded = self._builder.add(self._builder.add(bits, self._lanes32(0x7FFF)), odd)
+        self._builder.store(self._builder.trunc(self._builder.lshr(rounded, self._lanes32(16)), _VEC16), place, align=2)
+
+    def copy(self, source: Any, at: Any, target: Any, to: Any, dtype: torch.dtype) -> None:
+        """LANES elements as they are."""
+        typ = VEC if dtype == torch.float32 else _VEC16
+        size = dtype.itemsize
+        value = self._builder.load(self.place(source, at, size), typ=typ, align=size)
+        self._builder.store(value, self.place(target, to, size), align=size)
+
+    def load_int(self, base: Any, offset: Any) -> Any:
+        return self._builder.load(self.place(base, offset, 8), typ=I64, align=8)
+
+    def load_scalar(self, base: Any, offset: Any) -> Any:
+        return self._builder.load(self.place(base, offset, 4), typ=F32, align=4)
+
+    def store_scalar(self, value: Any, base: Any, offset: Any) -> None:
+        self._builder.store(value, self.place(base, offset, 4), align=4)
+
+    def splat_from(self, base: Any, offset: Any) -> Any:
+        """One float32 in every lane."""
+        return self.splat(self.load_scalar(base, offset))
+
+    def load_pairs(self, base: Any, offset: Any) -> Any:
+        """2 * LANES bfloat16, as `fma_pairs` takes them."""
+        return self._builder.load(self.place(base, offset, 2), typ=_PAIRS, align=2)
+
+    def splat_pair_from(self, base: Any, offset: Any) -> Any:
+        """Two neighbouring bfloat16, again and again."""
+        pair = self._builder.load(self.place(base, offset, 2), typ=I32, align=2)
+        return self._builder.bitcast(self._splat(pair, _VEC32), _PAIRS)
+
+    # ---- arithmetic -------------------------------------------------------------------------------------------------
+
+    def number(self, value: float) -> Any:
+        return ir.Constant(VEC, [value] * LANES)
+
+    def splat(self, scalar: Any) -> Any:
+        return self._splat(scalar, VEC)
+
+    def plus(self, left: Any, right: Any) -> Any:
+        return self._builder.fadd(left, right)
+
+    def less(self, left: Any, right: Any) -> Any:
+        return self._builder.fsub(left, right)
+
+    def by(self, left: Any, right: Any) -> Any:
+        return self._builder.fmul(left, right)
+
+    def over(self, left: Any, right: Any) -> Any:
+        return self._builder.fdiv(left, right)
+
+    def fma(self, left: Any, right: Any, term: Any) -> Any:
+        return self._call("llvm.fma.v16f32", VEC, left, right, term)
+
+    def fma_pairs(self, left: Any, right: Any, term: Any) -> Any:
+        """term + the sums of products of neighbouring bfloat16; on CPUs that have it."""
+        return self._call("llvm.x86.avx512bf16.dpbf16ps.512", VEC, term, left, right)
+
+    def largest(self, left: Any, right: Any) -> Any:
+        return self._call("llvm.maxnum.v16f32", VEC, left, right)
+
+    def sum(self, vector: Any) -> Any:
+        """The lanes' sum, a scalar."""
+        zero = ir.Constant(F32, -0.0)
+        return self._call("llvm.vector.reduce.fadd.v16f32", F32, zero, vector, fast=("reassoc",))
+
+    def top(self, vector: Any) -> Any:
+        return self._call("llvm.vector.reduce.fmax.v16f32", F32, vector, fast=("nnan", "nsz"))
+
+    def sqrt(self, vector: Any) -> Any:
+        return self._call("llvm.sqrt.v16f32", VEC, vector)
+
+    def exp(self, x: Any) -> Any:
+        """e to the x, within 2 units in the last place, for x clamped to what float32 holds (Cephes' polynomial)."""
+        b = self._builder
+        x = self._call("llvm.minnum.v16f32", VEC, self.largest(x, self.number(-87.0)), self.number(88.0))
+        whole = self._call("llvm.floor.v16f32", VEC, self.fma(x, self.number(1.44269504088896341), self.number(0.5)))
+        rest = self.fma(whole, self.number(-0.693359375), x)
+        rest = self.fma(whole, self.number(2.12194440e-4), rest)
+        power = self.number(1.9875691500e-4)
+        for term in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+            power = self.fma(power, rest, self.number(term))
+        power = self.plus(self.fma(power, self.by(rest, rest), rest), self.number(1.0))
+        exponent = b.shl(b.add(b.fptosi(whole, _VEC32), self._lanes32(127)), self._lanes32(23))
+        return self.by(power, b.bitcast(exponent, VEC))
+
+    def _splat(self, scalar: Any, typ: Any) -> Any:
+        one = self._builder.insert_element(ir.Constant(typ, ir.Undefined), scalar, ir.Constant(I32, 0))
+        return self._builder.shuffle_vector(one, ir.Constant(typ, ir.Undefined), ir.Constant(_VEC32, [0] * LANES))
+
+    def _lanes32(self, value: int) -> Any:
+        return ir.Constant(_VEC32, [value] * LANES)
+
+    def _call(self, name: str, result: Any, *values: Any, fast: Sequence[str] = ()) -> Any:
+        function = self._module.globals.get(name) or ir.Function(
+            self._module, ir.FunctionType(result, [value.type for value in values]), name
+        )
+        return self._builder.call(function, values, fastmath=fast)
+
+    # ---- the end ----------------------------------------------------------------------------------------------------
+
+    def compiled(self) -> Callable[..., None]:
+        """The function, callable with addresses, whole numbers and floats; it holds no lock of Python's."""
+        self._builder.ret_void()
+        return _compile(str(self._module), self._function.name, [_CTYPES[typ] for typ in self._types])
+
+
+class Variable:
+    """A value that changes; LLVM keeps it in a register."""
+
+    def __init__(self, builder: Any, place: Any, typ: Any) -> None:
+        self._builder = builder
+        self._place = place
+        self._type = typ
+
+    @property
+    def value(self) -> Any:
+        return self._builder.load(self._place, typ=self._type)
+
+    @value.setter
+    def value(self, new: Any) -> None:
+        self._builder.store(new, self._place)
+
+
+_engines: list[Any] = []
+"""What was compiled lives as long as the process."""
+
+
+def _compile(text: str, name: str, types: Sequence[Any]) -> Callable[..., None]:
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    machine = binding.Target.from_default_triple().create_target_machine(
+        cpu=binding.get_host_cpu_name(), features=binding.get_host_cpu_features().flatten(), opt=3
+    )
+    module = binding.parse_assembly(text)
+    module.verify()
+    options = binding.create_pipeline_tuning_options(speed_level=2)
+    builder = binding.create_pass_builder(machine, options)
+    builder.getModulePassManager().run(module, builder)
+    engine = binding.create_mcjit_compiler(module, machine)
+    engine.finalize_object()
+    _engines.append(engine)
+    function: Callable[..., None] = ctypes.CFUNCTYPE(None, *types)(engine.get_function_address(name))
+    return function

@@ -1,0 +1,110 @@
+"""Our own kernels beside torch: the same numbers, and the same bits for a row whatever is beside it."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
+
+from local_engine import kernels
+from local_engine.fused import fused_rotary
+from local_engine.kv import KVShape, Span
+from local_engine.kv_rows import RowsKV
+from local_engine.norms import HeadNorms, _KernelNorm, _KernelTurn, _TorchTurn
+from local_engine.products import KernelGated, KernelProduct
+
+CPU = torch.device("cpu")
+DTYPES = [
+    pytest.param(
+        dtype,
+        marks=pytest.mark.skipif(
+            not kernels.made_for(dtype), reason=f"this CPU is not one that our {dtype} kernels are for"
+        ),
+    )
+    for dtype in (torch.float32, torch.bfloat16)
+]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def near(got: Tensor, expected: Tensor) -> bool:
+    """`expected` in float32, by a share of its greatest value."""
+    error = float((got.float() - expected).abs().max() / expected.abs().max())
+    return error <= TOLERANCE[got.dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 21])
+def test_products_are_torchs(dtype: torch.dtype, rows: int) -> None:
+    torch.manual_seed(rows)
+    weight, bias, up = (torch.randn(size).to(dtype) for size in ((96, 50), (96,), (96, 50)))
+    x, term = torch.randn(rows, 50).to(dtype), torch.randn(rows, 96).to(dtype)
+    exact, exact_up = (linear(x.float(), part.float()) for part in (weight, up))
+    assert near(KernelProduct(weight, None)(x), exact)
+    assert near(KernelProduct(weight, bias)(x), exact + bias.float())
+    assert near(KernelProduct(weight, None).plus(x, term), exact + term.float())
+    assert near(KernelProduct(weight, bias).plus(x, term), exact + bias.float() + term.float())
+    gated = KernelGated(weight, up)
+    assert near(gated(x), silu(exact) * exact_up)
+    assert near(gated.part(0, x), exact)
+    assert near(gated.part(1, x), exact_up)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_and_turns_are_torchs(dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    x, weight = torch.randn(5, 80).to(dtype), torch.randn(80).to(dtype)
+    assert near(_KernelNorm(weight, 1e-6)(x), rms_norm(x.float(), (80,), weight.float(), 1e-6))
+    shape = KVShape(1, 4, 2, 32, 256, dtype, CPU)
+    wide = KVShape(1, 4, 2, 32, 256, torch.float32, CPU)
+    heads, angles = torch.randn(5, 8, 32).to(dtype), torch.randn(5, 32)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    weights = torch.randn(6, 32).to(dtype)
+    for norms, wide_norms in ((None, None), (HeadNorms(weights, 1e-6), HeadNorms(weights.float(), 1e-6))):
+        expected = _TorchTurn(wide, wide_norms)(heads[:, :6].float(), fused_rotary(cos.float(), sin.float()))
+        ours = heads.clone()
+        assert near(_KernelTurn(shape, norms)(ours[:, :6], fused_rotary(cos, sin)), expected)
+        assert torch.equal(ours[:, 6:], heads[:, 6:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("query_heads", "head_dim"), [(2, 64), (6, 32), (16, 128)])
+@pytest.mark.parametrize("window", [None, 5])
+def test_attention_is_torchs(dtype: torch.dtype, query_heads: int, head_dim: int, window: int | None) -> None:
+    torch.manual_seed(head_dim)
+    shape = KVShape(1, query_heads, 2, head_dim, 512, dtype, CPU)
+    kv = RowsKV(shape, 1 << 28)
+    spans, expected = [], []
+    query, key, value = (torch.randn(9, heads, head_dim).to(dtype) for heads in (query_heads, 2, 2))
+    offset = 0
+    for held, count in ((0, 1), (16, 1), (300, 1), (40, 3), (17, 3)):
+        slot = kv.open(held + count)
+        before = torch.randn(1, 2, 2, held, head_dim).to(dtype)
+        kv.load(slot, 0, before)
+        spans.append(Span(slot, held, count))
+        own = slice(offset, offset + count)
+        keys, values = (
+            torch.cat((old.transpose(0, 1), new[own])).transpose(0, 1).float()
+            for old, new in zip(before[0], (key, value), strict=True)
+        )
+        place, seen = held + torch.arange(count).unsqueeze(1), torch.arange(held + count)
+        visible = seen <= place if window is None else (seen <= place) & (seen > place - window)
+        queries = query[own].transpose(0, 1).float()
+        out = scaled_dot_product_attention(queries, keys, values, visible, scale=0.3, enable_gqa=True)
+        expected.append(out.transpose(0, 1))
+        offset += count
+    plan = kv.plan(spans)
+    starts = [0, 1, 2, 3, 6, 9]
+    packed = torch.cat([torch.arange(starts[index], starts[index + 1]) for index in plan.order])
+    got = plan.attend(0, query[packed], key[packed], value[packed], 0.3, window)
+    assert near(got, torch.cat(expected)[packed])
+    for span in spans:
+        kv.commit(span.slot, span.start + span.count)
+    assert torch.equal(kv.export(spans[3].slot, 40, 43)[0, 0].transpose(0, 1), key[3:6])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_a_row_gives_does_not_depend_on_its_batch(dtype: torch.dtype) -> None:
+    torch.manual_seed(3)
+    product = KernelProduct(torch.randn(64, 96).to(dtype), None)
+    x = torch.randn(19, 96).to(dtype)
+    together = product(x)
+    assert all(torch.equal(product(x[at : at + 1])[0], together[at]) for at in range(19))
