@@ -36,6 +36,8 @@ class Calls:
         """Tokens of prompts, by model."""
         self.cached: Counter[str] = Counter()
         """Of them, those that the server had."""
+        self.leaving = False
+        """A stream that is closed before its end is ended by the plan, and not because its caller left."""
         self.separating: set[str] = set()
         """Models that have been heard to tell a thought apart from an answer: what is content then is answer."""
 
@@ -71,7 +73,7 @@ class Calls:
         if found is None:
             raise Gone(self.base)
         answer, attempt = found
-        outcome = LEFT
+        outcome = ""
         try:
             async for events in answer:
                 yield [heard for event in events for heard in following.hear(event)]
@@ -81,10 +83,8 @@ class Calls:
             outcome, attempt.error = error.cause, error.kept
             self._engine.failed(self._ticket, self.base, error)
             raise
-        except GeneratorExit:
-            raise
         except BaseException:
-            outcome = self._ticket.interruption()
+            outcome = LEFT if self.leaving else self._ticket.interruption()
             raise
         finally:
             await self._end(answer, attempt, outcome)

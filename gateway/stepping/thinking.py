@@ -6,12 +6,13 @@ from typing import Protocol
 
 from gateway.attempts import AttemptEngine
 from gateway.stepping.calls import Calls
+from gateway.stepping.leave import Leaving
 from gateway.stepping.speculate import Speculation
 from gateway.ticket import Ticket
 from gateway.upstream.gather import Gathered
 from gateway.upstream.local_plans import planned_among
 from gateway.upstream.types import Answer, Event, PlanReport, UpstreamError
-from local_engine.types import SpeculateSteps
+from local_engine.types import Exit, SpeculateSteps
 from routers.types import Single
 
 
@@ -63,6 +64,10 @@ def thinking_of(engine: AttemptEngine, ticket: Ticket, errors: list[UpstreamErro
         return None
     calls = Calls(engine, ticket, target, errors)
     planned = planned_among(target.steps, calls.call)
-    if planned is None or not isinstance(planned.plan, SpeculateSteps) or planned.draft is None:
+    if planned is None:
+        return None
+    if isinstance(planned.plan, Exit):
+        return Thinking(ticket, calls, Leaving(calls, planned.plan))
+    if not isinstance(planned.plan, SpeculateSteps) or planned.draft is None:
         return None
     return Thinking(ticket, calls, Speculation(calls, planned.plan, planned.draft.model))

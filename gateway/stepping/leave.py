@@ -1,0 +1,189 @@
+"""Leaving a thought over calls: its stream is watched, ended where a rule says so, and the answer is asked for there.
+
+The rules are those of `local_engine.reason` that read words and log-probabilities (no hidden states come over an API),
+and its guards against loops. What may be part of a cue is held back until that is certain, so that a thought is cut
+before its cue and nobody has seen it. Answers that a rule wants forced are asked for beside the stream, which goes on
+meanwhile. A piece of the stream counts as a token here: servers send them one by one.
+"""
+
+import asyncio
+import math
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Final
+
+from gateway.stepping import ask
+from gateway.stepping.calls import Calls, Gone
+from gateway.stepping.following import Following, Heard
+from gateway.stepping.said import STEP_END
+from gateway.upstream.types import Event, PlanReport
+from local_engine.reason.budget import TokenBudget
+from local_engine.reason.convergence import Convergence
+from local_engine.reason.guards import LoopGuard
+from local_engine.reason.momentum import Momentum
+from local_engine.reason.redundancy import Redundancy
+from local_engine.reason.thought import Moment, Rule, Verdict
+from local_engine.reason.watch import Notice, Watch
+from local_engine.types import Exit
+from routers.cost import MOST_LOOKS
+
+LOOK_TOKENS: Final = 64
+"""Of an answer that is forced to be looked at."""
+_MOST_RESERVED: Final = 512
+
+
+class Leaving:
+    """One thought that may be left before its end, and its answer."""
+
+    def __init__(self, calls: Calls, plan: Exit) -> None:
+        self._calls, self._plan = calls, plan
+        self._asked = calls.call.sampling.max_tokens
+        self._rule = _rule(plan)
+        self._watch = Watch(self._rule, plan.rule, 1, max_tokens=self._most(plan.max_thinking_tokens))
+        self._guard = LoopGuard()
+        self._step = ""
+        self._told = 0
+        """Pieces of the thought that are out."""
+        self._looking: asyncio.Task[tuple[Moment, str]] | None = None
+        self._looks = self._discarded = 0
+        self._by = ""
+        self._cut = 0
+        """Where the thought ends, once `_by` says why."""
+
+    async def events(self) -> AsyncGenerator[list[Event]]:
+        """Chunks in the groups in which they are due. Raises Gone and UpstreamError for the model's failures."""
+        try:
+            async with aclosing(self._thinking()) as groups:
+                async for events in groups:
+                    yield events
+        finally:
+            if self._looking is not None:
+                self._looking.cancel()
+                await asyncio.gather(self._looking, return_exceptions=True)
+
+    @property
+    def report(self) -> PlanReport:
+        counts: dict[str, int | str] = {
+            "by": self._by,
+            "thought_tokens": self._calls.teller.thought_tokens,
+            "discarded_tokens": self._discarded,
+            "looks": self._looks,
+            "cached_tokens": self._calls.cached[self._calls.base],
+        }
+        return PlanReport("exit", {name: value for name, value in counts.items() if value})
+
+    async def _thinking(self) -> AsyncGenerator[list[Event]]:
+        calls, teller = self._calls, self._calls.teller
+        following = Following(thought=False, over=False)
+        call = ask.rest(calls.call, "", over=False, tokens=self._asked, top=1 if self._rule.measures else 0)
+        async with aclosing(calls.rest("think", call, following)) as stream:
+            async for heard in stream:
+                events = [event for piece in heard for event in self._heard(piece)]
+                if self._by:
+                    calls.leaving = True
+                if events:
+                    calls.shows()
+                    yield events
+                if self._by:
+                    break
+        if not self._by:
+            events = self._flush(len(self._watch.thought))
+            if events:
+                yield events
+            if following.over or following.finish == "length":
+                teller.thought_tokens, teller.answer_tokens = following.thought_tokens, following.answer_tokens
+                await self._last_look()
+                yield teller.end(following.finish or "stop")
+                return
+            self._by, self._cut = "unclosed", len(self._watch.thought)
+        teller.thought_tokens = self._cut
+        self._discarded += len(self._watch.thought) - self._cut
+        await self._last_look()
+        thought = self._watch.thought.said(0, self._cut)
+        left = None if self._asked is None else max(1, self._asked - self._cut)
+        following = Following(thought=True, over=True)
+        call = ask.rest(calls.call, thought, over=True, tokens=left)
+        calls.leaving = False
+        async with aclosing(calls.rest("answer", call, following)) as stream:
+            async for heard in stream:
+                calls.shows()
+                yield [teller.delta({"content": piece.text}) for piece in heard if piece.kind == "answer"]
+        teller.answer_tokens = following.answer_tokens
+        yield teller.end(following.finish or "stop")
+
+    def _heard(self, piece: Heard) -> list[Event]:
+        """What is certain after this piece, and may be told."""
+        if self._by:  # of the same group, after the cut
+            self._discarded += 1
+            return []
+        if piece.kind == "answer":
+            return [*self._flush(len(self._watch.thought)), self._calls.teller.delta({"content": piece.text})]
+        logprob = sum(piece.logprobs) / len(piece.logprobs) if piece.logprobs else math.nan
+        notice = self._watch.push(piece.text, logprob, math.nan)
+        why, cut = self._verdict(notice)
+        self._step += piece.text
+        if not why and self._step.endswith(STEP_END):
+            why, cut = self._guard.read(self._step.encode()), len(self._watch.thought)
+            self._step = ""
+        if why:
+            self._by, self._cut = why, max(cut, self._told)
+            return self._flush(self._cut)
+        return self._flush(self._watch.certain)
+
+    def _verdict(self, notice: Notice | None) -> tuple[str, int]:
+        """(why the thought ends, before which piece); "": it goes on."""
+        if self._looking is not None and self._looking.done():
+            moment, answer = self._looking.result()
+            self._looking = None
+            if self._rule.heard(moment, answer) is Verdict.EXIT:
+                return self._plan.rule, self._watch.certain
+        if notice is None:
+            return "", 0
+        if notice.verdict is Verdict.EXIT:
+            return notice.why, notice.moment.cut
+        if self._looking is None and self._looks < MOST_LOOKS:
+            self._looks += 1
+            self._looking = asyncio.create_task(self._look(notice.moment), name="forced-answer")
+        return "", 0
+
+    async def _look(self, moment: Moment) -> tuple[Moment, str]:
+        """The answer that is forced here; "" where none could be had."""
+        thought = self._watch.thought.said(0, moment.cut)
+        try:
+            said, _ = await self._calls.said(
+                self._calls.base, "verify", lambda call: ask.forced_answer(call, thought, tokens=LOOK_TOKENS)
+            )
+        except Gone:
+            return moment, ""
+        return moment, said.text.strip()
+
+    async def _last_look(self) -> None:
+        """One that is under way is paid for and waited for: it is short."""
+        if self._looking is not None:
+            await asyncio.gather(self._looking, return_exceptions=True)
+            self._looking = None
+
+    def _flush(self, upto: int) -> list[Event]:
+        text = self._watch.thought.said(self._told, upto)
+        self._told = max(self._told, upto)
+        return [self._calls.teller.thought(text)] if text else []
+
+    def _most(self, limit: int | None) -> int | None:
+        """Pieces of a thought: the plan's limit, and what leaves room for an answer."""
+        if self._asked is None:
+            return limit
+        room = max(1, self._asked - min(_MOST_RESERVED, self._asked // 2))
+        return room if limit is None else min(limit, room)
+
+
+def _rule(plan: Exit) -> Rule:
+    """The plan's. Policies are refused that ask for a probe, or for a budget that was never fitted."""
+    match plan.rule:
+        case "convergence":
+            return Convergence(plan.agree)
+        case "momentum":
+            return Momentum(gamma=plan.gamma)
+        case "budget" if plan.budget is not None:
+            return TokenBudget(plan.budget)
+        case _:
+            return Redundancy(plan.agree)
