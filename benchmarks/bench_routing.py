@@ -247,8 +247,8 @@ def latency_rows(data: Path, encoder: Encoder) -> list[Row]:
                 batch, least = prompts[start : start + size], float("inf")
                 for _ in range(3):
                     begin = time.process_time()
-                    states = encoder.features(batch, max_tokens=artifact.manifest.max_tokens)
-                    artifact.heads.predict_proba(states[:, layers].reshape(len(batch), -1))
+                    states = encoder.features(batch, layers=layers, max_tokens=artifact.manifest.max_tokens)
+                    artifact.heads.predict_proba(states.reshape(len(batch), -1))
                     least = min(least, time.process_time() - begin)
                 spent.append(1e3 * least / size)
             low, high = map(float, np.quantile(spent, [0.05, 0.95]))

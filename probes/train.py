@@ -366,8 +366,8 @@ def layer_features(
     encoder: Encoder, prompts: Sequence[str], layers: Sequence[int], max_tokens: int, progress: bool = False
 ) -> FloatArray:
     """[n, len(layers) * dims], the chosen layers side by side, as the artifact's weights expect them."""
-    hidden = encoder.features(prompts, max_tokens=max_tokens, progress=progress)
-    return np.ascontiguousarray(hidden[:, list(layers)].reshape(len(prompts), -1))
+    hidden = encoder.features(prompts, layers=layers, max_tokens=max_tokens, progress=progress)
+    return hidden.reshape(len(prompts), -1)
 
 
 def measure(

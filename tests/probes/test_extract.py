@@ -6,11 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from probes.errors import EncoderError
-from probes.extract import DEFAULT_SHA256, SPARE_TOKENS, Encoder, alike
+from probes.extract import DEFAULT_SHA256, Encoder
 from probes.text import render
 
 
@@ -67,6 +65,11 @@ def test_features_do_not_depend_on_the_batch(encoder: Encoder) -> None:
     np.testing.assert_allclose(together, alone, atol=2e-5)
 
 
+def test_layers_asked_for_are_those_of_the_whole_encoder(encoder: Encoder) -> None:
+    texts = ["Short.", "A rather longer sentence about the depth of the sea."]
+    np.testing.assert_array_equal(encoder.features(texts, layers=[3, 1]), encoder.features(texts)[:, [3, 1]])
+
+
 def test_long_texts_keep_their_start_and_their_end(encoder: Encoder) -> None:
     filler = "filler " * 50_000
     base, *others = encoder.features(
@@ -105,13 +108,3 @@ def test_the_encoder_package_is_not_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
-
-
-@given(st.lists(st.integers(0, 256), max_size=70), st.integers(1, 32))
-def test_batches_hold_each_row_once_with_little_padding(lengths: list[int], most: int) -> None:
-    batches = alike(lengths, most)
-    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
-    for batch in batches:
-        tokens = [lengths[row] for row in batch]
-        assert 1 <= len(batch) <= most
-        assert max(tokens) * len(batch) <= 1.25 * sum(tokens) + SPARE_TOKENS
