@@ -138,8 +138,7 @@ def certificate_rows(p: Array, scores: Array) -> list[Row]:
 def zeroeval_rows(data: Path, encoder: Encoder) -> list[Row]:
     """Each pair's APGR, and the mean over pairs, whose interval resamples the queries once for all pairs."""
     table = zeroeval(data)
-    models = sorted({model for pair in PAIRS for model in pair})
-    labels = np.column_stack([table.column(model) for model in models])
+    models, labels = table.models, table.scores
     states, splits = hidden(encoder, table.prompts), folds(len(table.prompts), SEED)
     p = probe(states, labels, splits)
     scores: list[dict[str, Array]] = []
@@ -173,7 +172,7 @@ def zeroeval_rows(data: Path, encoder: Encoder) -> list[Row]:
 
 def llmrouter_rows(data: Path, encoder: Encoder) -> list[Row]:
     table = llmrouter(data)
-    return best_of_many(table, predictions(table, encoder), PROBE, TIMES, SEED)
+    return best_of_many(table, predictions(table, encoder, recognise=True), PROBE, TIMES, SEED)
 
 
 def pool_rows(data: Path, encoder: Encoder) -> list[Row]:
@@ -214,11 +213,14 @@ def cascade_rows(data: Path, table: Outcomes, predicted: Array) -> list[Row]:
     return rows + [replace(row, name=f"GSM8K, six models | {row.name}") for row in found]
 
 
-def predictions(table: Outcomes, encoder: Encoder) -> dict[str, Array]:
-    """Out-of-fold predicted scores [n, models] of every router for many models."""
+def predictions(table: Outcomes, encoder: Encoder, *, recognise: bool = False) -> dict[str, Array]:
+    """Out-of-fold predicted scores [n, models] of every router for many models.
+
+    With `recognise` our probe learns to recognise the table's groups; only the task prior is ever told them.
+    """
     states, splits = hidden(encoder, table.prompts), folds(len(table.prompts), SEED)
     embedded = unit(states)
-    ours = probe(states, table.scores, splits)
+    ours = probe(states, table.scores, splits, groups=table.groups if recognise else None)
     return {
         PROBE: ours,
         "best single model": best_single(table, splits),

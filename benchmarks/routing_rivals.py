@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from routing_data import Outcomes
 
 from probes.calibrate import Array
@@ -16,14 +17,24 @@ NEIGHBOURS = 50
 BINS = 20
 
 
-def probe(features: FloatArray, scores: Array, splits: Splits, train: tuple[FloatArray, Array] | None = None) -> Array:
-    """Calibrated P(good answer) of the shipped recipe; `train` adds rows to every fold's training set."""
+def probe(
+    features: FloatArray,
+    scores: Array,
+    splits: Splits,
+    train: tuple[FloatArray, Array] | None = None,
+    groups: npt.NDArray[np.object_] | None = None,
+) -> Array:
+    """Calibrated P(good answer) of the shipped recipe; `train` adds rows to every fold's training set.
+
+    `groups` are told of training rows alone: those of test rows have to be recognised.
+    """
     out = np.empty_like(scores)
     for seen, unseen in splits:
         X, y = features[seen], scores[seen]
         if train is not None:
             X, y = np.concatenate([X, train[0]]), np.concatenate([y, train[1]])
-        out[unseen] = ProbeClassifier().fit(X, y).predict_proba(features[unseen])
+        known = None if groups is None else groups[seen]
+        out[unseen] = ProbeClassifier().fit(X, y, groups=known).predict_proba(features[unseen])
     return out
 
 

@@ -14,11 +14,12 @@ from safetensors.numpy import load, save
 from probes.calibrate import Calibrator, Exp, Isotonic, Platt
 from probes.cluster_table import ClusterTable
 from probes.errors import ArtifactError
-from probes.heads import Heads, Similarity
-from probes.manifest import TENSORS, Manifest, read_manifest, version_of, write_manifest
+from probes.heads import Groups, Heads, Similarity
+from probes.manifest import MANIFEST, TENSORS, Manifest, read_manifest, version_of, write_manifest
 from probes.tensors import read_bytes
 
 SIMILARITY = ("similarity.mean", "similarity.scale", "similarity.basis", "similarity.landmarks")
+GROUPS = ("groups.weight", "groups.bias", "groups.means")
 
 Expected = dict[str, tuple[type[np.floating], tuple[int, ...]]]
 """name: (dtype, shape); -1 stands for any length"""
@@ -96,6 +97,12 @@ def _heads(manifest: Manifest, tensors: Mapping[str, npt.NDArray[Any]], folder: 
         expected["similarity.mean"] = expected["similarity.scale"] = (np.float32, (features,))
         expected["similarity.basis"] = (np.float16, (features, kernel.components))
         expected["similarity.landmarks"] = (np.float16, (kernel.landmarks, kernel.components))
+    if groups := manifest.groups:
+        if manifest.similarity is None:
+            raise ArtifactError(f"{folder / MANIFEST}: groups without a similarity to recognise them by; refit")
+        expected["groups.weight"] = (np.float32, (len(groups), manifest.similarity.landmarks))
+        expected["groups.bias"] = (np.float32, (len(groups),))
+        expected["groups.means"] = (np.float32, (heads, len(groups)))
     shapes = {"platt": (2,), "isotonic": (2, -1)}
     for head in manifest.heads:
         if head.calibration in shapes:
@@ -115,7 +122,8 @@ def _heads(manifest: Manifest, tensors: Mapping[str, npt.NDArray[Any]], folder: 
         if not scale.all():
             raise ArtifactError(f"{folder / TENSORS}: similarity.scale holds 0; refit")
         similarity = Similarity(mean, scale, basis, landmarks, kernel.gamma)
-    return Heads(names, tensors["weight"], tensors["bias"], tuple(calibrators), similarity)
+    recognised = Groups(groups, *(tensors[name] for name in GROUPS)) if groups else None
+    return Heads(names, tensors["weight"], tensors["bias"], tuple(calibrators), similarity, recognised)
 
 
 def _require(tensors: Mapping[str, npt.NDArray[Any]], expected: Expected, folder: Path) -> None:
@@ -144,6 +152,8 @@ def _tensor_bytes(heads: Heads | ClusterTable) -> bytes:
         kept: list[npt.NDArray[Any]] = [one.astype(np.float32) for one in (kernel.mean, kernel.scale)]
         kept += [one.astype(np.float16) for one in (kernel.basis, kernel.landmarks)]
         tensors |= dict(zip(SIMILARITY, kept, strict=True))
+    if (known := heads.groups) is not None:
+        tensors |= dict(zip(GROUPS, (known.weight, known.bias, known.means), strict=True))
     for name, calibrator in zip(heads.names, heads.calibrators, strict=True):
         if not isinstance(calibrator, Exp):
             tensors[f"calibration.{name}"] = calibration_tensor(calibrator)

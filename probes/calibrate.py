@@ -155,6 +155,20 @@ def fit_isotonic(scores: Array, labels: Array) -> Isotonic:
     return Isotonic(np.array([centre for _, _, centre in blocks]), np.clip(values, least, 1 - least))
 
 
+def fit_linear(scores: Array, labels: Array) -> Isotonic:
+    """The least-squares line, cut at the ends of [0, 1]: of scores that are expected values, up to scale and shift.
+
+    For labels anywhere in [0, 1]. A line keeps the order of two heads whose scores are near, which steps of their own
+    would not. A falling relation is refused: the constant.
+    """
+    base, spread = float(labels.mean()), float(scores.var())
+    slope = float(((scores - scores.mean()) * (labels - base)).mean()) / spread if spread else 0.0
+    if slope <= 0:
+        return Isotonic(np.array([0.0]), np.array([base]))
+    middle = float(scores.mean())
+    return Isotonic(np.array([middle - base / slope, middle + (1 - base) / slope]), np.array([0.0, 1.0]))
+
+
 def brier(probabilities: Array, labels: Array) -> float:
     """Mean squared error of the probability: 0 is perfect, the variance of the label is the constant's score."""
     return float(np.mean((probabilities - labels) ** 2))

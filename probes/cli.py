@@ -10,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from probes.evaluate import Row
-    from probes.train import Fitted, Table
+    from probes.train import Fitted, Recipe, Table
     from probes.types import Tier
 
 app = typer.Typer(no_args_is_help=True, help="Fit and evaluate probes.")
@@ -65,6 +65,14 @@ EncoderName = Annotated[
 Group = Annotated[
     str | None, typer.Option(help="Column of groups, such as the domain, for a prior and held-out groups.")
 ]
+Recognise = Annotated[
+    bool,
+    typer.Option(
+        "--recognise",
+        help="Learn to recognise the groups of --group-column in the prompt, and start from their means. Pays where they "
+        "are tasks that tell the models apart; costs where prompts of none of them will come.",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of folds, projection and resamples.")]
 JsonOut = Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")]
 Report = Annotated[Path | None, typer.Option(help="Also write a page with plots to this .html file.")]
@@ -87,6 +95,7 @@ def fit(
     reasoning: Reasoning = None,
     answers: Answers = 0.5,
     clusters: Clusters = 0,
+    recognise: Recognise = False,
     seed: Seed = 0,
     json_out: JsonOut = None,
     report: Report = None,
@@ -95,12 +104,14 @@ def fit(
     with _explained():
         heads = _parse_heads(head)
         from probes.errors import TableError
-        from probes.train import read_table
+        from probes.train import Recipe, read_table
 
         if (model is None) == (tier in ("prefill", "self")):
             raise TableError(f"--tier {tier}: " + ("say whose, by --model" if model is None else "leave out --model"))
         if clusters and tier != "encoder":
             raise TableError(f"--clusters {clusters}: belongs to --tier encoder; leave it out for {tier}")
+        if recognise and (tier != "encoder" or clusters or group_column is None):
+            raise TableError("--recognise: needs --group-column, --tier encoder and no --clusters")
         data = read_table(
             table, prompt, heads, drop_if=drop_if, group_column=group_column,
             tokens=_parse_heads(tokens or (), "--tokens"), domain=domain, reasoning=_pair(reasoning),
@@ -115,7 +126,8 @@ def fit(
         else:
             from probes.artifact import write
 
-            fitted = _fit_network(data, tier, encoder, model, name or out.name, answers, clusters, seed)
+            recipe = Recipe(clusters=clusters, recognise=recognise, seed=seed)
+            fitted = _fit_network(data, tier, encoder, model, name or out.name, answers, recipe)
             write(fitted.artifact, out)
             rows, probabilities = fitted.rows, fitted.probabilities
         from probes.scored import opened
@@ -137,15 +149,15 @@ def fit(
 
 
 def _fit_network(
-    data: "Table", tier: "Tier", encoder: str, model: str | None, name: str, answers: float, clusters: int, seed: int
+    data: "Table", tier: "Tier", encoder: str, model: str | None, name: str, answers: float, recipe: "Recipe"
 ) -> "Fitted":
     """By the hidden states of the encoder, or by what a local model is heard to read."""
     from probes.train import Recipe, fit_probe
 
+    seed = recipe.seed
     if model is None:
         from probes.extract import Encoder
 
-        recipe = Recipe(clusters=clusters, seed=seed)
         return fit_probe(data, Encoder.load(encoder), recipe, name=name, answers=answers, progress=True)
     from probes.listen import ListenedModel, Ratings
     from probes.prefill import QUESTION

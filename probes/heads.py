@@ -41,11 +41,36 @@ def rbf(a: Array, b: Array, gamma: float) -> Array:
     return np.asarray(np.exp(-gamma * np.maximum(squared, 0.0)), np.float64)
 
 
+def softmax(scores: Array) -> Array:
+    """Each row [n, d] made positive, with sum 1."""
+    raised = np.exp(scores - scores.max(1, keepdims=True))
+    return np.asarray(raised / raised.sum(1, keepdims=True), np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Groups that are recognised, and what belonging to one adds to each head's score."""
+
+    names: tuple[str, ...]
+    weight: npt.NDArray[np.float32]
+    """[groups, landmarks]"""
+    bias: npt.NDArray[np.float32]
+    """[groups]"""
+    means: npt.NDArray[np.float32]
+    """[heads, groups]"""
+
+    def __call__(self, inputs: Array) -> Array:
+        """What is added to the scores [n, heads]."""
+        p = softmax(inputs @ self.weight.T.astype(np.float64) + self.bias)
+        return np.asarray(p @ self.means.T.astype(np.float64), np.float64)
+
+
 @dataclass(frozen=True, slots=True)
 class Heads:
     """Calibrated heads, linear in the features or, where there is a `similarity`, in the similarities to landmarks.
 
-    A head of a similarity says its base rate of a prompt that is like none of the landmarks.
+    A head of a similarity says its base rate of a prompt that is like none of the landmarks; with `groups`, about the
+    mean of its values in them.
     """
 
     names: tuple[str, ...]
@@ -55,6 +80,7 @@ class Heads:
     """[heads]"""
     calibrators: tuple[Calibrator, ...]
     similarity: Similarity | None = None
+    groups: Groups | None = None
 
     def __post_init__(self) -> None:
         heads = len(self.names)
@@ -64,11 +90,16 @@ class Heads:
             raise ValueError(f"{heads} heads but {len(self.calibrators)} calibrators")
         if self.similarity is not None and len(self.similarity.landmarks) != self.weight.shape[1]:
             raise ValueError(f"{len(self.similarity.landmarks)} landmarks do not fit weight {self.weight.shape}")
+        if (known := self.groups) is not None:
+            shapes = (len(known.names), self.weight.shape[1]), (len(known.names),), (heads, len(known.names))
+            if (known.weight.shape, known.bias.shape, known.means.shape) != shapes:
+                raise ValueError(f"{len(known.names)} groups do not fit {heads} heads and weight {self.weight.shape}")
 
     def decision_function(self, features: npt.NDArray[np.floating]) -> Array:
         """Uncalibrated log-odds [n, heads] of features [n, features]."""
         inputs = np.asarray(features, np.float64) if self.similarity is None else self.similarity(features)
-        return np.asarray(inputs @ self.weight.T.astype(np.float64) + self.bias, np.float64)
+        scores = np.asarray(inputs @ self.weight.T.astype(np.float64) + self.bias, np.float64)
+        return scores if self.groups is None else scores + self.groups(inputs)
 
     def predict_proba(self, features: npt.NDArray[np.floating]) -> Array:
         """Calibrated P(correct) [n, heads]."""

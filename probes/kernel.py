@@ -2,8 +2,9 @@
 
 Hidden states are scaled and projected (PCA); a prompt is its similarities to landmarks, rows drawn from the training
 set (Nystroem's approximation, Williams and Seeger, 2001); all heads that share their labelled rows share one ridge
-regression of the 0/1 label. Because the regression is linear in the labels, the difference of two heads *is* the
-regression of their gap, which is what a router ranks by; heads with a strength of their own each would not be.
+regression of the 0/1 label (`ridge.py`), in which what all have in common and what tells them apart, by which a router
+ranks, have strengths of their own. Where prompts come in groups that it can recognise, it starts from a table of them
+(`groups.py`) and regresses the rest.
 Training needs scikit-learn; what comes out (`heads_`) needs only numpy.
 """
 
@@ -11,12 +12,15 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 import numpy as np
+import numpy.typing as npt
 from sklearn.decomposition import PCA
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from probes.calibrate import Array, Calibrator, fit_calibrator, fit_isotonic, fit_platt
-from probes.heads import Heads, Similarity, rbf
+from probes.calibrate import Array, Calibrator, fit_calibrator, fit_isotonic, fit_linear, fit_platt
+from probes.groups import Recognised, recognise
+from probes.heads import Groups, Heads, Similarity, rbf
 from probes.multi_head import MultiHeadClassifier
+from probes.ridge import Ridge, ridge
 
 MIN_OF_CLASS = 2
 """Fewest labels of the rarer class for which a regression means anything; below it a head is its base rate."""
@@ -26,58 +30,18 @@ STILL = 1e-3
 """A feature whose spread is below this share of the median one's is not scaled up."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ridge:
-    """One ridge regression of several heads: scores are inputs @ weight + bias."""
-
-    weight: Array
-    """[inputs, heads]"""
-    bias: Array
-    """[heads]"""
-    left_out: Array
-    """[n, heads], each row's score by all the others"""
-    strength: float
-    error: float
-    """Mean square of label minus left-out score, plus that of the gaps between heads, which a router ranks by."""
-
-
-def ridge(inputs: Array, labels: Array, strengths: tuple[float, ...]) -> Ridge:
-    """The strength with the least leave-one-out error, which one eigendecomposition gives for every strength.
-
-    `inputs` [n, d], `labels` [n, heads]. The intercept is the labels' mean, and inputs are not centred: where they are
-    all zero, the score is the base rate. Left-out scores by the leverages (Hastie, Tibshirani and Friedman, 7.10).
-    """
-    if not strengths:
-        raise ValueError("strengths is empty: give at least one ridge strength")
-    base = labels.mean(0)
-    values, vectors = np.linalg.eigh(inputs.T @ inputs)
-    values, rotated = np.maximum(values, 0.0), inputs @ vectors
-    target = rotated.T @ (labels - base)
-    best: Ridge | None = None
-    for strength in strengths:
-        coefficients = target / (values + strength)[:, None]
-        leverage = (rotated**2) @ (1.0 / (values + strength))
-        residual = (labels - base - rotated @ coefficients) / np.maximum(1.0 - leverage, 1e-6)[:, None]
-        gaps = residual - residual.mean(1, keepdims=True)
-        error = float(np.mean(residual**2) + 2.0 * np.mean(gaps**2))
-        if best is None or error < best.error:
-            best = Ridge(vectors @ coefficients, base, labels - residual, strength, error)
-    assert best is not None, "there are strengths to choose from"
-    return best
-
-
 class ProbeClassifier(MultiHeadClassifier):
     """Calibrated multi-head kernel probe.
 
     Parameters: `components` of the PCA after scaling; `landmarks`, at most as many as rows; `gammas`, widths of the
-    similarity, and `strengths` of the ridge regression, of which the pair with the least leave-one-out error is taken;
-    `calibration`, fitted on the left-out scores ("auto": by the number of the head's labels); `seed` of the PCA and of
-    the landmarks.
+    similarity, and `strengths` of the ridge regression, of which those with the least leave-one-out error are taken;
+    `calibration`, fitted on the left-out scores ("auto": by the number of the head's labels; labels between 0 and 1
+    always get a line); `seed` of the PCA and of the landmarks.
 
     y is [n] with any two classes, and then this is an ordinary binary classifier (`predict_proba` is [n, 2]); or
     y is [n, heads] in [0, 1] with NaN where a head has no label, and then `predict_proba` is [n, heads], P(correct), or
     the expected score where labels are scores.
-    Learnt: `heads_` (numpy-only inference), `strength_` [heads] (NaN: too few labels, the head is its base rate),
+    Learnt: `heads_` (numpy-only inference), `regressed_` [heads] (False: too few labels, the head is its base rate),
     `gamma_`, `classes_`.
     """
 
@@ -86,7 +50,7 @@ class ProbeClassifier(MultiHeadClassifier):
         components: int = 96,
         landmarks: int = 1000,
         gammas: tuple[float, ...] = (0.25, 1.0),
-        strengths: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
+        strengths: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 1e4, 1e6),
         calibration: Literal["auto", "platt", "isotonic"] = "auto",
         seed: int = 0,
     ) -> None:
@@ -97,38 +61,46 @@ class ProbeClassifier(MultiHeadClassifier):
         self.calibration = calibration
         self.seed = seed
 
-    def fit(self, X: Any, y: Any, names: tuple[str, ...] | None = None) -> Self:
-        """Fit all heads; `names` label them in `heads_`."""
+    def fit(
+        self, X: Any, y: Any, names: tuple[str, ...] | None = None, groups: npt.NDArray[np.object_] | None = None
+    ) -> Self:
+        """Fit all heads; `names` label them in `heads_`. With `groups` [n], these are recognised too."""
         if not self.gammas:
             raise ValueError("gammas is empty: give at least one width of the similarity")
         X, labels = self._validate(X, y)
+        if groups is not None and len(groups) != len(X):
+            raise ValueError(f"X has {len(X)} rows, groups {len(groups)}")
         space = self._project(X)
         z = space.project(X)
         chosen = np.random.default_rng(self.seed).permutation(len(z))[: self.landmarks]
         landmarks = _half(z[np.sort(chosen)])
-        groups = _groups(labels)
-        fits = [(gamma, *self._regress(z, landmarks, gamma, labels, groups)) for gamma in self.gammas]
-        # What has no regression at all has no error either.
-        self.gamma_, root, found, _ = min(fits, key=lambda one: one[3])
+        fits = [self._regress(z, landmarks, gamma, labels, groups) for gamma in self.gammas]
+        best = min(fits, key=lambda one: one.error)
+        self.gamma_ = best.gamma
+        self.regressed_ = np.zeros(labels.shape[1], bool)
         weight, bias = np.zeros((labels.shape[1], len(landmarks))), np.zeros(labels.shape[1])
-        self.strength_ = np.full(labels.shape[1], np.nan)
+        slopes = np.zeros(labels.shape[1])
         calibrators: list[Calibrator] = [_constant(column[~np.isnan(column)]) for column in labels.T]
-        for (rows, columns), one in zip(groups, found, strict=True):
+        for rows, columns, one in best.found:
             for i, head in enumerate(columns):
                 y_head = labels[rows, head]
                 base = float(y_head.mean())
                 # Log-odds to first order around the base rate: a temperature alone can then calibrate them.
-                slope = 1.0 / (base * (1.0 - base))
+                slopes[head] = slope = 1.0 / (base * (1.0 - base))
                 centre = float(np.log(base / (1.0 - base))) - slope * base
-                weight[head], bias[head] = slope * (root @ one.weight[:, i]), slope * one.bias[i] + centre
-                calibrators[head] = self._calibrator(slope * one.left_out[:, i] + centre, y_head)
-                self.strength_[head] = one.strength
+                left_out = one.left_out[:, i]
+                if best.recognised is not None:
+                    left_out = left_out + best.recognised.looked_up[rows, head]
+                weight[head], bias[head] = slope * (best.root @ one.weight[:, i]), slope * one.bias[i] + centre
+                calibrators[head] = self._calibrator(slope * left_out + centre, y_head)
+                self.regressed_[head] = True
         self.heads_ = Heads(
             names or tuple(f"head{i}" for i in range(labels.shape[1])),
             weight.astype(np.float32),
             bias.astype(np.float32),
             tuple(calibrators),
             replace(space, landmarks=landmarks, gamma=self.gamma_),
+            None if best.recognised is None else _groups_of(best.recognised, best.root, slopes),
         )
         return self
 
@@ -164,28 +136,56 @@ class ProbeClassifier(MultiHeadClassifier):
         return Similarity(mean, _single(scale * norm), _half(basis), np.empty((0, components)), 1.0)
 
     def _regress(
-        self, z: Array, landmarks: Array, gamma: float, labels: Array, groups: list[tuple[Any, list[int]]]
-    ) -> tuple[Array, list[Ridge], float]:
-        """(root of the landmarks' inverse kernel, a regression per group of heads, their mean error)."""
+        self, z: Array, landmarks: Array, gamma: float, labels: Array, groups: npt.NDArray[np.object_] | None
+    ) -> "_Width":
         values, vectors = np.linalg.eigh(rbf(landmarks, landmarks, gamma))
         kept = values > SMALLEST * values[-1]
         root = vectors[:, kept] / np.sqrt(values[kept])
         inputs = rbf(z, landmarks, gamma) @ root
-        found = [ridge(inputs[rows], labels[np.ix_(rows, columns)], self.strengths) for rows, columns in groups]
-        return (
-            root,
-            found,
-            float(sum(one.error * len(columns) for one, (_, columns) in zip(found, groups, strict=True))),
-        )
+        together = _together(labels)
+        if groups is None or not together or len(set(groups)) < 2:
+            recognised, rest, looked_up = None, labels, np.zeros_like(labels)
+        else:
+            recognised = recognise(inputs, groups, labels, self.strengths)
+            rest, looked_up = labels - recognised.own, recognised.looked_up
+        found = [(rows, at, ridge(inputs[rows], rest[np.ix_(rows, at)], self.strengths)) for rows, at in together]
+        # What has no regression at all has no error either.
+        error = 0.0
+        for rows, at, one in found:
+            left_out = one.left_out + looked_up[np.ix_(rows, at)]
+            error += float(((labels[np.ix_(rows, at)] - left_out) ** 2).mean()) * len(at)
+        return _Width(gamma, root, recognised, found, error)
 
     def _calibrator(self, scores: Array, y: Array) -> Calibrator:
-        # Platt's targets are for labels of 0 and 1; isotonic regression takes means of any.
-        if self.calibration == "isotonic" or not np.isin(y, [0, 1]).all():
+        if not np.isin(y, [0, 1]).all():
+            return fit_linear(scores, y)
+        if self.calibration == "isotonic":
             return fit_isotonic(scores, y)
         return fit_calibrator(scores, y) if self.calibration == "auto" else fit_platt(scores, y)
 
 
-def _groups(labels: Array) -> list[tuple[Any, list[int]]]:
+@dataclass(frozen=True, slots=True)
+class _Width:
+    """What one width of the similarity gives."""
+
+    gamma: float
+    root: Array
+    """Of the landmarks' inverse kernel."""
+    recognised: Recognised | None
+    found: list[tuple[Any, list[int], Ridge]]
+    """(labelled rows, heads, their regression)"""
+    error: float
+    """Leave-one-out mean squares, summed over heads."""
+
+
+def _groups_of(recognised: Recognised, root: Array, slopes: Array) -> Groups:
+    weight, means = (root @ recognised.weight).T, slopes[:, None] * recognised.means
+    return Groups(
+        recognised.names, weight.astype(np.float32), recognised.bias.astype(np.float32), means.astype(np.float32)
+    )
+
+
+def _together(labels: Array) -> list[tuple[Any, list[int]]]:
     """(labelled rows, heads) of the heads that share their labelled rows and have both classes."""
     found: dict[bytes, tuple[Any, list[int]]] = {}
     for head, column in enumerate(labels.T):

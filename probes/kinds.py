@@ -4,7 +4,7 @@ Both are linear in the same features as the correctness heads, so an artifact ho
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -122,13 +122,15 @@ def fit_dense(
     names: Sequence[str],
     estimator: "Fits",
     seed: int = 0,
+    groups: npt.NDArray[np.object_] | None = None,
 ) -> tuple[Heads, dict[int, tuple[float, float] | None]]:
     """Heads of every kind over dense features: by `estimator` those that say yes or no, the others by `fit_others`.
 
-    Also the spreads of heads for tokens, by column.
+    `groups` [n], where given, are recognised, and the former start from their means. Also the spreads of heads for
+    tokens, by column.
     """
     binary = [at for at, kind in enumerate(kinds) if kind in ("correct", "needs_reasoning")]
-    heads = estimator.fit(X, labels[:, binary]).heads_ if binary else None
+    heads = estimator.fit(X, labels[:, binary], groups=groups).heads_ if binary else None
     similarity = heads.similarity if heads is not None else None
     inputs = np.asarray(X, np.float64) if similarity is None else similarity(X)
     weight = np.zeros((len(kinds), inputs.shape[1]), np.float32)
@@ -145,7 +147,12 @@ def fit_dense(
             weight[at] = head.coef / std
             bias[at] = head.intercept - float(mean @ (head.coef / std))
             spreads[at] = head.spread
-    return Heads(tuple(names), weight, bias, tuple(calibrators), similarity), spreads
+    recognised = None if heads is None else heads.groups
+    if recognised is not None:
+        means = np.zeros((len(kinds), len(recognised.names)), np.float32)
+        means[binary] = recognised.means
+        recognised = replace(recognised, means=means)
+    return Heads(tuple(names), weight, bias, tuple(calibrators), similarity, recognised), spreads
 
 
 class LinearHeads:
@@ -154,7 +161,9 @@ class LinearHeads:
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 
-    def fit(self, X: Any, y: Any) -> Self:
+    def fit(self, X: Any, y: Any, *, groups: npt.NDArray[np.object_] | None = None) -> Self:
+        if groups is not None:
+            raise ValueError("linear heads recognise no groups: leave them out, or fit with landmarks")
         mean, std = X.mean(0), np.maximum(X.std(0), STILL)
         model = SparseProbeClassifier(Cs=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1), seed=self.seed).fit((X - mean) / std, y)
         weight = model.coef_ / std
@@ -169,4 +178,4 @@ class Fits(Protocol):
 
     heads_: Heads
 
-    def fit(self, X: Any, y: Any) -> Self: ...
+    def fit(self, X: Any, y: Any, *, groups: npt.NDArray[np.object_] | None = None) -> Self: ...

@@ -143,6 +143,8 @@ class Manifest(BaseModel):
     clusters: ClustersInfo | None = None
     """Where there are some, the heads are rates of clusters, and of no other kind."""
     heads: tuple[HeadInfo, ...] = Field(min_length=1)
+    groups: tuple[str, ...] = ()
+    """Names of those that are recognised, from whose means the scores start."""
     data_sha256: str
     prompts_sketch: tuple[str, ...] = ()
     """Of the prompts it was fitted on; see `sketch`."""

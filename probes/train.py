@@ -185,10 +185,23 @@ class Recipe:
     """Heads linear in the features, without landmarks: few numbers, for features that are few or already linear."""
     clusters: int = 0
     """At most so many clusters, whose rates are the heads: for many models and few labels. 0: none, a regression."""
+    recognise: bool = False
+    """Start from the means of the table's groups, which are recognised from the prompt (`groups.py`): pays where groups
+    are tasks of their own, costs where prompts of other groups will come."""
     seed: int = 0
 
     def layers_of(self, encoder: "Reader") -> tuple[int, ...]:
         return self.layers or tuple(range(encoder.layers))
+
+    def groups_of(self, table: "Table", rows: IntArray) -> npt.NDArray[np.object_] | None:
+        """Those that are recognised, of these rows. Raises TableError where there are none."""
+        if not self.recognise:
+            return None
+        if self.clusters or self.linear:
+            raise TableError("--recognise: only a probe of landmarks recognises groups; leave it out")
+        if table.groups is None:
+            raise TableError("--recognise: no groups; name their column with --group-column")
+        return table.groups[rows]
 
     def estimator(self) -> Fits:
         if self.linear:
@@ -297,7 +310,7 @@ def fit_probe(
         features = layer_features(encoder, table.prompts, layers, recipe.max_tokens, progress)
     probabilities = _out_of_fold(table, features, recipe, folds(len(table.prompts), recipe.seed), progress)
     rows = measure(table, features, recipe, probabilities, progress)
-    heads, spreads = _fit_heads(table, features, table.labels, recipe)
+    heads, spreads = _fit_heads(table, features, recipe, np.arange(len(table.prompts)))
     infos = [
         head_info(
             table,
@@ -320,6 +333,7 @@ def fit_probe(
         similarity=similarity_info(heads),
         clusters=clusters_info(heads),
         heads=tuple(infos),
+        groups=heads.groups.names if isinstance(heads, Heads) and heads.groups is not None else (),
         data_sha256=table.sha256(),
         prompts_sketch=sketch(table.prompts),
         n=len(table.prompts),
@@ -333,14 +347,15 @@ def fit_probe(
 
 
 def _fit_heads(
-    table: Table, features: FloatArray, labels: Array, recipe: Recipe
+    table: Table, features: FloatArray, recipe: Recipe, rows: IntArray
 ) -> tuple[Heads | ClusterTable, dict[int, tuple[float, float] | None]]:
-    """The heads, and the spreads of those for tokens; `features` and `labels` may be some rows of the table's."""
+    """The heads by these rows of the table, and the spreads of those for tokens."""
+    labels, groups = table.labels[rows], recipe.groups_of(table, rows)
     if recipe.clusters:
         from probes.clusters import fit_cluster_table
 
-        return fit_cluster_table(features, labels, table.kinds, table.names, recipe.clusters, recipe.seed)
-    return fit_dense(features, labels, table.kinds, table.names, recipe.estimator(), recipe.seed)
+        return fit_cluster_table(features[rows], labels, table.kinds, table.names, recipe.clusters, recipe.seed)
+    return fit_dense(features[rows], labels, table.kinds, table.names, recipe.estimator(), recipe.seed, groups)
 
 
 def certificates_of(table: Table, probabilities: Array, manifest: Manifest) -> list[Certificate]:
@@ -396,7 +411,7 @@ def _out_of_fold(
 
     out = np.full(table.labels.shape, np.nan)
     for train, test in tqdm(splits, desc="folds", disable=not progress):
-        heads, _ = _fit_heads(table, features[train], table.labels[train], recipe)
+        heads, _ = _fit_heads(table, features, recipe, train)
         out[test] = heads.predict_proba(features[test])
     return out
 

@@ -34,7 +34,7 @@ def main() -> None:
     tables = {"zeroeval": zeroeval(args.data), "gsm8k": gsm8k, "llmrouter": llmrouter(args.data)}
     for name in args.only or tables:
         table = tables[name]
-        recipe = Recipe(components=64, seed=args.seed) if name == "gsm8k" else Recipe(seed=args.seed)
+        recipe = Recipe(recognise=name == "llmrouter", seed=args.seed)
         fitted = fit_probe(table, encoder, recipe, name=name, progress=True)
         write(fitted.artifact, args.out / name)
         print(
@@ -61,8 +61,8 @@ def llmrouter(data: Path) -> Table:
     table = pd.read_parquet(data / "llmrouter_9models.parquet")
     table = table[table["split"] == "train"]
     models = tuple(table.columns[4:])
-    scores = table[list(models)].to_numpy(dtype=np.float64)
-    return Table(list(table["question"]), scores, models, tuple(f"{model}: score" for model in models))
+    scores, groups = table[list(models)].to_numpy(dtype=np.float64), table["task"].to_numpy(dtype=object)
+    return Table(list(table["question"]), scores, models, tuple(f"{model}: score" for model in models), groups)
 
 
 if __name__ == "__main__":

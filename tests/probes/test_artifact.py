@@ -101,3 +101,25 @@ def test_a_similarity_comes_back_bit_for_bit(artifact: Artifact, tmp_path: Path)
     _tensors(lambda t: t.update({"similarity.scale": np.zeros(4 * 384, np.float32)}))(tmp_path)
     with pytest.raises(ArtifactError, match="holds 0"):
         read(tmp_path)
+
+
+def test_groups_come_back_bit_for_bit(artifact: Artifact, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(60, 4 * 384)).astype(np.float32)
+    groups = np.where(X[:, 0] > 0, "a", "b").astype(object)
+    model = ProbeClassifier(components=8, landmarks=20).fit(X, (X[:, :2] > 0) * 1.0, ("weak", "strong"), groups)
+    heads = model.heads_
+    infos = tuple(head.model_copy(update={"calibration": "platt"}) for head in artifact.manifest.heads)
+    changed = {"heads": infos, "similarity": similarity_info(heads), "groups": ("a", "b")}
+    fitted = Artifact(artifact.manifest.model_copy(update=changed), heads)
+    write(fitted, tmp_path)
+    assert read(tmp_path).heads.predict_proba(X).tobytes() == heads.predict_proba(X).tobytes()
+    _edit(lambda m: m.update(groups=["a", "b", "c"]))(tmp_path)
+    with pytest.raises(ArtifactError, match=r"groups.weight is float32\[2, 20\], .* float32\[3, 20\]"):
+        read(tmp_path)
+    _edit(lambda m: m.update(groups=[]))(tmp_path)
+    with pytest.raises(ArtifactError, match=r"unexpected tensors .*groups\.bias"):
+        read(tmp_path)
+    _edit(lambda m: m.update(groups=["a", "b"], similarity=None))(tmp_path)
+    with pytest.raises(ArtifactError, match="groups without a similarity"):
+        read(tmp_path)

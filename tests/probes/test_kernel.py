@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from probes.calibrate import Isotonic, ece, sigmoid
+from probes.calibrate import Isotonic, ece, fit_linear, sigmoid
+from probes.groups import SHRINK, recognise
 from probes.heads import rbf
-from probes.kernel import ProbeClassifier, ridge
+from probes.kernel import ProbeClassifier
+from probes.ridge import ridge
 
 EXPECTED_FAILURES = {
     "check_supervised_y_2d": "a column of labels means one head, not a vector to be ravelled",
@@ -50,8 +52,19 @@ def test_the_strength_with_the_least_error_is_taken() -> None:
     rng = np.random.default_rng(0)
     inputs = rng.normal(size=(300, 20))
     signal = inputs @ rng.normal(size=(20, 1))
-    assert ridge(inputs, signal, (1e-3, 1e4)).strength == 1e-3
-    assert ridge(inputs, rng.normal(size=(300, 1)), (1e-3, 1e4)).strength == 1e4
+    assert ridge(inputs, signal, (1e-3, 1e4)).strengths == 1e-3
+    assert ridge(inputs, rng.normal(size=(300, 1)), (1e-3, 1e4)).strengths == 1e4
+
+
+def test_each_direction_of_the_labels_has_the_strength_that_it_can_bear() -> None:
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(400, 20))
+    common = inputs @ rng.normal(size=(20, 1))
+    found = ridge(inputs, common + rng.normal(size=(400, 3)), (1e-3, 1e6))
+    # How the three differ is noise: they are foretold alike, and what they share is not shrunk for it.
+    assert found.strengths.tolist() == [1e6, 1e6, 1e-3]
+    assert np.ptp(found.left_out - found.bias, axis=1).max() < 0.2
+    assert np.corrcoef(found.left_out[:, 0], common[:, 0])[0, 1] > 0.99
 
 
 def test_the_difference_of_two_heads_is_the_regression_of_their_gap() -> None:
@@ -90,7 +103,7 @@ def test_a_head_with_one_class_is_its_smoothed_base_rate() -> None:
     y[:, 0] = 0.0
     model = ProbeClassifier().fit(X, y)
     np.testing.assert_allclose(model.predict_proba(X)[:, 0], 1 / 202, rtol=1e-6)
-    assert np.isnan(model.strength_[0])
+    assert model.regressed_.tolist() == [False, True]
     y[:, 1] = 1.0
     np.testing.assert_allclose(ProbeClassifier().fit(X, y).predict_proba(X), [[1 / 202, 201 / 202]] * 200, rtol=1e-6)
 
@@ -129,3 +142,64 @@ def test_scores_between_0_and_1_are_foretold() -> None:
     model = ProbeClassifier().fit(X, truth)
     assert np.abs(model.predict_proba(X) - truth).mean() < 0.05
     assert isinstance(model.heads_.calibrators[0], Isotonic)
+
+
+def _tasks(n: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features, labels and names of four tasks, each of which another of four models can do."""
+    rng = np.random.default_rng(seed)
+    member = rng.integers(0, 4, n)
+    X = np.random.default_rng(7).normal(size=(4, 10))[member] * 1.5 + rng.normal(size=(n, 10))
+    y = (rng.random((n, 4)) < np.where(np.arange(4) == member[:, None], 0.8, 0.3)).astype(float)
+    return X, y, np.array(["code", "facts", "logic", "sums"], object)[member]
+
+
+def test_groups_are_recognised_and_their_means_foretold() -> None:
+    X, y, groups = _tasks(1500, 0)
+    model = ProbeClassifier(landmarks=200).fit(X, y, groups=groups)
+    known = model.heads_.groups
+    assert known is not None
+    assert known.names == ("code", "facts", "logic", "sums")
+    unseen, truth, _ = _tasks(1500, 1)
+    p = model.predict_proba(unseen)
+    assert np.abs(p - 0.3).min(axis=1).max() < 0.1
+    assert truth[np.arange(1500), p.argmax(1)].mean() > 0.75
+    assert ece(p[:, 0], truth[:, 0]) < 0.06
+
+
+def test_a_rows_own_label_does_not_enter_what_its_group_says_of_it() -> None:
+    rng = np.random.default_rng(0)
+    inputs, member = rng.normal(size=(60, 3)), np.repeat(np.array(["a", "b", "c"], object), 20)
+    inputs[:20, 0] += 6.0
+    inputs[20:40, 1] += 6.0
+    labels = rng.random((60, 2))
+    before = recognise(inputs, member, labels, (1.0,))
+    changed = labels.copy()
+    changed[5] = 1.0 - changed[5]
+    changed[7, 1] = np.nan
+    after = recognise(inputs, member, changed, (1.0,))
+    # Through the mean of all rows, by which groups are shrunk, it does a little.
+    np.testing.assert_allclose(after.own[5, 0], before.own[5, 0], atol=0.005)
+    assert abs(after.own[6, 0] - before.own[6, 0]) > 0.005
+    assert np.isfinite(after.looked_up).all()
+    # The group says what the mean of its other rows is.
+    others = np.r_[np.arange(5), np.arange(6, 20)]
+    expected = (labels[others, 0].sum() + SHRINK * labels[:, 0].mean()) / (19 + SHRINK)
+    np.testing.assert_allclose(before.own[5, 0], expected)
+
+
+def test_one_group_is_none() -> None:
+    X, y, groups = _tasks(200, 0)
+    alone = ProbeClassifier(landmarks=50).fit(X, y, groups=np.full(200, "all", object))
+    assert alone.heads_.groups is None
+    np.testing.assert_array_equal(alone.predict_proba(X), ProbeClassifier(landmarks=50).fit(X, y).predict_proba(X))
+    with pytest.raises(ValueError, match="X has 200 rows, groups 100"):
+        ProbeClassifier().fit(X, y, groups=groups[:100])
+
+
+def test_a_line_is_fitted_to_scores_between_0_and_1_and_cut_there() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=500)
+    line = fit_linear(x, np.clip(0.5 + 0.1 * x, 0, 1))
+    np.testing.assert_allclose(line(np.array([-9.0, -1.0, 0.0, 1.0, 9.0])), [0.0, 0.4, 0.5, 0.6, 1.0], atol=1e-6)
+    falling = fit_linear(x, np.clip(0.5 - 0.1 * x, 0, 1))
+    np.testing.assert_allclose(falling(x), 0.5, atol=0.01)
