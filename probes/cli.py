@@ -69,8 +69,8 @@ Recognise = Annotated[
     bool,
     typer.Option(
         "--recognise",
-        help="Learn to recognise the groups of --group-column in the prompt, and start from their means. Pays where they "
-        "are tasks that tell the models apart; costs where prompts of none of them will come.",
+        help="Learn to recognise the groups of --group-column, and start from their means: pays where they are tasks "
+        "that tell the models apart, costs where prompts of none of them will come.",
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of folds, projection and resamples.")]

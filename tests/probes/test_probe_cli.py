@@ -52,6 +52,23 @@ def test_fit_then_eval(sums_and_essays: pd.DataFrame, tmp_path: Path, kind: str)
     assert "was fitted on some of these prompts" in done.output, "another table, the same prompts"
 
 
+def test_groups_are_recognised_where_asked_for(sums_and_essays: pd.DataFrame, tmp_path: Path) -> None:
+    table, out = tmp_path / "outcomes.parquet", tmp_path / "kinds"
+    sums_and_essays.replace({"kind": {"algebra": "sum", "letter": "essay"}}).to_parquet(table)
+    asked = ["fit", str(table), *ARGUMENTS, "--recognise", "--out", str(out)]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 2
+    assert "--recognise: needs --group-column" in done.output
+    done = CliRunner().invoke(app, [*asked, "--group-column", "kind"])
+    assert done.exit_code == 0, done.output
+    assert read_manifest(out).groups == ("essay", "sum")
+    easy, hard = EncoderProbe.load(out).probe([[{"content": "What is 5 plus 6?"}], [{"content": "Write essay 9."}]])
+    assert easy["weak"] > 0.8
+    assert hard["weak"] < 0.2
+    done = CliRunner().invoke(app, ["eval", str(table), str(out), *ARGUMENTS])
+    assert done.exit_code == 0, done.output
+
+
 def test_the_same_seed_gives_the_same_version(sums_and_essays: pd.DataFrame, tmp_path: Path) -> None:
     table = tmp_path / "outcomes.parquet"
     sums_and_essays.to_parquet(table)
