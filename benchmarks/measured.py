@@ -2,6 +2,7 @@
 
 import statistics
 from collections import defaultdict
+from collections.abc import Sequence
 
 from results_file import Row
 from rich.console import Console
@@ -19,6 +20,20 @@ class Measured:
 
     def add(self, name: str, metric: str, value: float, unit: str) -> None:
         self._values[name, metric].append(value)
+        self._units[metric] = unit
+
+    def add_points(self, name: str, metric: str, mine: Sequence[float], theirs: Sequence[float]) -> None:
+        """The mean of paired differences, in points, with its 95 % interval by the normal distribution."""
+        gains = [100 * (one - other) for one, other in zip(mine, theirs, strict=True)]
+        mean, half = statistics.fmean(gains), 1.96 * statistics.stdev(gains) / len(gains) ** 0.5
+        self._values[name, metric] = [mean - half, mean, mean + half]
+        self._units[metric] = "points"
+
+    def add_interval(self, name: str, metric: str, resampled: Sequence[float], unit: str) -> None:
+        """The median of resamples with their middle 95 %."""
+        ordered = sorted(resampled)
+        at = [round(share * (len(ordered) - 1)) for share in (0.025, 0.5, 0.975)]
+        self._values[name, metric] = [ordered[each] for each in at]
         self._units[metric] = unit
 
     def last(self, name: str, metric: str) -> float | None:

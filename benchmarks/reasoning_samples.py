@@ -1,59 +1,95 @@
-"""Votes: how many samples it takes to answer as well as sixteen do. Synthetic arithmetic.
+"""Votes: how many samples it takes to answer as well as sixteen do. Synthetic arithmetic, temperature 0.7.
 
-Temperature 0.7, both efforts. Compared with self-consistency over 16 samples, the row against which the others are
-measured; "leave it off" is one greedy answer.
+Sixteen samples of every question are drawn once, which is self-consistency; the other stop rules and weights are
+replayed on them, in the order of their numbers. The default rule is run by the engine as well, which draws only what
+it needs. "Leave it off" is one greedy answer.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final
 
-import torch
 from measured import Measured
-from reasoning_exits import questions
+from reasoning_bench import Bench
+from reasoning_exits import questions, tell_time
+from reasoning_run import Kind, Outcome
 
-from gateway.exits.compare import Method, compare
-from local_engine.engine import Engine
-from local_engine.model import load_model
-from local_engine.types import Effort, Exit, SamplingParams, Vote
+from local_engine.reason.trajectories import is_right
+from local_engine.reason.voting import Ballot, least_more, winner
+from local_engine.types import Effort, Sampled, Vote, VoteStop, VoteWeight
 
-EFFORTS: tuple[Effort, ...] = ("low", "high")
-METHODS = {
-    "self-consistency, 16": Method(Vote(stop="never", weigh="count")),
-    "leave it off: one, greedy": Method(temperature=0.0),
-    "one sample": Method(),
-    "adaptive, posterior 0.9": Method(Vote()),
-    "adaptive, posterior 0.9, by count": Method(Vote(weigh="count")),
-    "adaptive, posterior 0.9, by perplexity": Method(Vote(weigh="perplexity")),
-    "adaptive, posterior 0.95": Method(Vote(bound=0.95)),
-    "adaptive, entropy 0.5": Method(Vote(stop="entropy", bound=0.5)),
-    "adaptive, three agree": Method(Vote(stop="agreement")),
-    "adaptive, posterior 0.9, pruned at -1": Method(Vote(prune=-1.0)),
+EFFORTS: Final[tuple[Effort, ...]] = ("low", "high")
+TEMPERATURE: Final = 0.7
+MAX_TOKENS: Final = 600
+MOST: Final = 16
+TOGETHER: Final = 4
+"""Votes at a time: sixteen samples each."""
+Rule = tuple[VoteStop, float, VoteWeight]
+RULES: Final[dict[str, Rule]] = {
+    "self-consistency, 16, by probability (RPC)": ("never", 0.9, "probability"),
+    "posterior 0.9, by probability": ("posterior", 0.9, "probability"),
+    "posterior 0.9, by count": ("posterior", 0.9, "count"),
+    "posterior 0.9, by perplexity": ("posterior", 0.9, "perplexity"),
+    "posterior 0.95, by probability": ("posterior", 0.95, "probability"),
+    "entropy at most 0.5, by probability": ("entropy", 0.5, "probability"),
+    "first three agree, by probability": ("agreement", 0.9, "probability"),
 }
-WITH_EXITS = {"adaptive, posterior 0.9, each left by probe 0.05": Method(Vote(exit=Exit(delta=0.05)))}
-COLUMNS = {
+COLUMNS: Final = {
     "accuracy": "right", "points_over_16": "points over 16", "samples": "samples", "tokens": "tokens",
     "tokens_saved": "tokens saved", "cpu_saved": "CPU saved", "wall_saved": "wall saved",
 }  # fmt: skip
 
 
-def measure(seed: int, levels: Sequence[int], n: int, batches: Sequence[int], into: Measured) -> None:
-    torch.set_num_threads(1)
-    asked = questions(seed, levels, n)
-    model = load_model("base", "bundled/base", dtype="float32", device="cpu")
-    engine = Engine({"m": model}, max_running=16 * max(batches), prefix_bytes=0)
-    engine.start()
-    try:
-        for batch in batches:
-            for effort in EFFORTS:
-                sampling = SamplingParams(temperature=0.7, seed=seed, effort=effort, max_tokens=600)
-                methods = METHODS | (WITH_EXITS if effort == "high" else {})
-                for row in compare(engine, "m", asked, sampling, methods, together=batch):
-                    name = f"samples, {effort}, batch {batch}: {row.name}"
-                    into.add(name, "accuracy", row.accuracy[0], "share")
-                    into.add(name, "problems", row.n, "problems")
-                    into.add(name, "points_over_16", 100 * row.gain[0], "points")
-                    into.add(name, "samples", row.samples, "samples")
-                    into.add(name, "tokens", row.tokens, "tokens")
-                    for metric in ("tokens_saved", "cpu_saved", "wall_saved"):
-                        into.add(name, metric, getattr(row, metric), "share")
-    finally:
-        engine.stop()
+def measure(bench: Bench, into: Measured) -> None:
+    asked, timed = (questions(bench.seed, bench.levels, n) for n in (bench.problems, bench.timed))
+    votes = replace(bench, batch=TOGETHER)
+    for effort in EFFORTS:
+        common = Kind("", effort=effort, temperature=TEMPERATURE, max_tokens=MAX_TOKENS)
+        drawn = replace(common, name=f"{effort}: self-consistency, 16", plan=Vote(stop="never", weigh="count"))
+        ways = [
+            drawn,
+            replace(common, name=f"{effort}: leave it off: one, greedy", temperature=0.0),
+            replace(common, name=f"{effort}: adaptive (default)", plan=Vote()),
+        ]
+        answers, times = votes.ask(ways, (), ways, asked, timed)
+        whole = answers[drawn.name]
+        for way in ways:
+            did = answers[way.name]
+            samples = [len(use.samples) for use in did.uses()] or [1] * len(asked)
+            _tell(way.name, did.right, samples, [end.output_tokens for end in did.finished], whole, into)
+            tell_time(way.name, way.name, times, drawn.name, into)
+        ballots = [_ballots(use.samples) for use in whole.uses()]
+        for name, rule in RULES.items():
+            votes_of = [_replay(some, rule) for some in ballots]
+            right = [is_right(said, one.answer) for (said, _, _), one in zip(votes_of, asked, strict=True)]
+            used, tokens = [count for _, count, _ in votes_of], [count for _, _, count in votes_of]
+            _tell(f"{effort}, replayed: {name}", right, used, tokens, whole, into)
+
+
+def _ballots(samples: Sequence[Sampled]) -> list[Ballot]:
+    """Paths of the same tokens have the same log-probability but for rounding."""
+    return [
+        Ballot(one.answer, one.logprob, one.tokens, one.lowest, hash((one.answer, one.tokens, round(one.logprob, 3))))
+        for one in samples
+    ]
+
+
+def _replay(ballots: Sequence[Ballot], rule: Rule) -> tuple[str, int, int]:
+    """(the answer, samples drawn, tokens)."""
+    stop, bound, weigh = rule
+    drawn: list[Ballot] = []
+    while more := least_more(drawn, stop, bound, MOST):
+        drawn = list(ballots[: len(drawn) + more])
+    return drawn[winner(drawn, weigh)].answer, len(drawn), sum(one.tokens for one in drawn)
+
+
+def _tell(
+    name: str, right: Sequence[bool], samples: Sequence[int], tokens: Sequence[int], whole: Outcome, into: Measured
+) -> None:
+    n = len(right)
+    into.add(name, "accuracy", sum(right) / n, "share")
+    into.add(name, "problems", n, "problems")
+    into.add_points(name, "points_over_16", right, whole.right)
+    into.add(name, "samples", sum(samples) / n, "samples")
+    into.add(name, "tokens", sum(tokens) / n, "tokens")
+    into.add(name, "tokens_saved", 1 - sum(tokens) / whole.tokens, "share")

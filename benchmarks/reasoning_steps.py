@@ -1,106 +1,136 @@
 """Step speculation beside base alone, draft alone and token speculation: speed, accuracy, tokens, cost, and the bound.
 
+Answers are counted over all questions, some at a time; time is taken on some of them, one at a time, in turns.
+
 The bound is the time that the passes would take which the run really made, if each cost what it costs alone
 (field formula: T = sum over steps of c_small + verify + (1 - a) c_base): the draft's tokens and the base's passes at
 what one of their tokens costs alone, each further row of a pass at what a row adds to it. What is missing to it is the
 cost of running two models by turns.
+
+Cost is metered: a token that is written has its model's price, one that is read READ_PRICE of it. A base that is ten
+times dearer than its draft is one of a pair of real sizes; there a pass over a step takes about as long as one token
+(field formula again: 20 tokens 0.115 s, one 0.085 s, of a 32B model), which gives `speedup_10x`.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
-import torch
 from measured import Measured
-from reasoning_run import Kind, Outcome, ask_all, draw, load
+from reasoning_bench import Bench
+from reasoning_run import Kind, Outcome, draw
 
-from local_engine.arithmetic import Problem
 from local_engine.model import LocalModel
+from local_engine.reason.trajectories import Question
 from local_engine.runner import Runner, Segment, new_kv
 from local_engine.types import SpeculateSteps
 
 DEARER: Final = 10.0
 DRAFTS: Final = ("draft", "nano")
-DEFAULTS: Final = {"unsure": -0.25, "lookahead": 4, "max_step_tokens": 48}
+OFF: Final = Kind("leave it off: base alone")
+WIDE: Final = {"unsure": -0.25, "lookahead": 4, "max_step_tokens": 48}
 """What was best on problems of another seed: see docs/experiments.md."""
+COLUMNS: Final = {
+    "accuracy": "right", "points_over_off": "points over off", "cpu_speedup": "× CPU", "wall_speedup": "× wall",
+    "bound": "bound", "of_the_bound": "of the bound", "cost": "cost", "cost_base_10x": "cost, base × 10",
+    "speedup_10x": "×, base × 10",
+}  # fmt: skip
+TOKEN_COLUMNS: Final = {
+    "text_tokens": "tokens", "base_written": "base wrote", "base_computed": "base computed",
+    "draft_written": "draft wrote", "draft_accepted": "accepted", "steps_accepted": "steps kept",
+}  # fmt: skip
 
 
-def kinds() -> list[Kind]:
+def kinds() -> tuple[list[Kind], list[Kind]]:
+    """(those that count most; those that were found to lose, or whose text is another one's: asked fewer questions)."""
+
     def plan(draft: str, **options: object) -> SpeculateSteps:
         return SpeculateSteps(draft=draft, **options)  # type: ignore[arg-type]  # names and types as in the table below
 
-    found = [Kind("leave it off: base alone")]
-    for draft in DRAFTS:
-        found += [
-            Kind(f"{draft} alone", model=draft),
-            Kind(f"{draft}: score, a step at a time", plan=plan(draft)),
-            Kind(f"{draft}: score, rejected steps by base", plan=plan(draft, repair="step")),
-            Kind(f"{draft}: score, unsure asks, 4 steps", plan=plan(draft, **DEFAULTS)),
-        ]
-    found += [
+    first = [
+        OFF,
         Kind("base: token speculation", speculation="auto"),
-        Kind("nano: score, unsure asks, with token speculation", plan=plan("nano", **DEFAULTS), speculation="auto"),
+        *(Kind(f"{draft} alone", model=draft) for draft in DRAFTS),
+        Kind("nano: score, 4 steps, unsure asks", plan=plan("nano", **WIDE)),
+        Kind("nano: the same, lenient (-1.6)", plan=plan("nano", threshold=-1.6, **WIDE)),
+    ]
+    others = [
+        Kind("nano: score, a step at a time", plan=plan("nano")),
+        Kind("nano: score, 4 steps, with token speculation", plan=plan("nano", **WIDE), speculation="auto"),
+        Kind("draft: score, 4 steps, unsure asks", plan=plan("draft", **WIDE)),
+        Kind("draft: score, a step at a time", plan=plan("draft")),
+        Kind("draft: score, rejected steps by base", plan=plan("draft", repair="step")),
         Kind("draft: specreason", plan=plan("draft", method="specreason")),
         Kind("draft: glimprouter", plan=plan("draft", method="glimprouter", threshold=0.3)),
         Kind("draft: speculative_thinking", plan=plan("draft", method="speculative_thinking")),
         Kind("draft: entropy", plan=plan("draft", method="entropy", threshold=0.05)),
     ]
-    return found
+    return first, others
 
 
-def measure(seed: int, levels: Sequence[int], n: int, batches: Sequence[int], into: Measured) -> None:
-    torch.set_num_threads(1)
-    models = load()
-    for batch in batches:
-        asked = draw(seed, levels, n)
-        ways = kinds()
-        outcomes = ask_all(models, ways, asked, batch)
-        rows_s = {name: row_s(model) for name, model in models.items()}
-        _tell(ways, outcomes, rows_s, asked, batch, into)
+def measure(bench: Bench, into: Measured) -> None:
+    asked, timed = (draw(bench.seed, bench.levels, n) for n in (bench.problems, bench.timed))
+    first, others = kinds()
+    answers, times = bench.ask(first, others, [*first, *others], asked, timed)
+    rows_s = bench.once("rows_s", lambda: {name: row_s(model) for name, model in bench.models.items()})
+    table = _Table(asked, answers, times, rows_s)
+    for kind in [*first, *others]:
+        table.tell(kind, into)
 
 
-def _tell(
-    ways: Sequence[Kind], outcomes: dict[str, Outcome], rows_s: dict[str, float], asked: Sequence[Problem], batch: int,
-    into: Measured,
-) -> None:  # fmt: skip
-    off = outcomes[ways[0].name]
-    token_s = {
-        kind.model: outcomes[kind.name].cpu_s / outcomes[kind.name].tokens
-        for kind in ways
-        if kind.plan is None and kind.speculation == "off"
-    }
-    measured = {name: seconds / token_s["draft"] for name, seconds in token_s.items()}
-    dearer = {**measured, "base": DEARER * measured["base"]}
-    for kind in ways:
-        did, name = outcomes[kind.name], f"batch {batch}: {kind.name}"
+@dataclass(frozen=True, slots=True)
+class _Table:
+    asked: Sequence[Question]
+    answers: Mapping[str, Outcome]
+    times: Mapping[str, Outcome]
+    rows_s: Mapping[str, float]
+
+    def tell(self, kind: Kind, into: Measured) -> None:
+        did, off, name = self.answers[kind.name], self.answers[OFF.name], kind.name
         n = len(did.right)
         into.add(name, "problems", n, "problems")
         into.add(name, "accuracy", sum(did.right) / n, "share")
-        gains = [mine - theirs for mine, theirs in zip(did.right, off.right, strict=True)]
-        into.add(name, "points_over_off", 100 * sum(gains) / n, "points")
-        into.add(name, "cpu_speedup", off.cpu_s / did.cpu_s, "ratio")
-        into.add(name, "wall_speedup", off.wall_s / did.wall_s, "ratio")
+        into.add_points(name, "points_over_off", did.right, off.right[:n])
         into.add(name, "text_tokens", did.tokens / n, "tokens")
-        for metric, prices in (("cost", measured), ("cost_base_10x", dearer)):
-            into.add(name, metric, did.cost(kind, prices) / off.cost(ways[0], prices), "ratio")
-        for level in sorted({problem.level for problem in asked}):
-            of_level = [right for right, problem in zip(did.right, asked, strict=True) if problem.level == level]
-            into.add(name, f"accuracy_{level}", sum(of_level) / len(of_level), "share")
+        for level in sorted({question.group for question in self.asked}):
+            of_level = [right for right, one in zip(did.right, self.asked, strict=False) if one.group == level]
+            into.add(name, f"accuracy_{level[-1]}", sum(of_level) / len(of_level), "share")
+        draft = kind.plan.draft if isinstance(kind.plan, SpeculateSteps) else "draft"
+        small = dict.fromkeys(self.rows_s, 1.0)
+        for metric, prices in (("cost", self._token_s()), ("cost_base_10x", {**small, "base": DEARER})):
+            into.add(name, metric, did.cost(kind, prices) / sum(off.costs(OFF, prices)[:n]), "ratio")
+        self._tell_time(kind, into)
         if isinstance(kind.plan, SpeculateSteps):
-            draft = kind.plan.draft
             uses = did.uses()
-            into.add(name, "base_written", did.written("base") / n, "tokens")
+            off_tokens = sum(end.output_tokens for end in off.finished[:n])
+            written, drafted = did.written("base"), did.written(draft)
+            into.add(name, "base_written", written / n, "tokens")
             into.add(name, "base_computed", did.computed("base") / n, "tokens")
-            into.add(name, "draft_written", did.written(draft) / n, "tokens")
+            into.add(name, "draft_written", drafted / n, "tokens")
             into.add(name, "draft_accepted", sum(use.accepted_tokens for use in uses) / n, "tokens")
             steps = sum(use.drafted_steps for use in uses)
             into.add(name, "steps_accepted", sum(use.accepted_steps for use in uses) / max(1, steps), "share")
+            into.add(name, "speedup_10x", DEARER * off_tokens / (DEARER * written + drafted), "ratio")
+
+    def _tell_time(self, kind: Kind, into: Measured) -> None:
+        did, off, name = self.times[kind.name], self.times[OFF.name], kind.name
+        into.add(name, "problems_timed", len(did.right), "problems")
+        into.add(name, "cpu_speedup", off.cpu_s / did.cpu_s, "ratio")
+        into.add(name, "wall_speedup", off.wall_s / did.wall_s, "ratio")
+        if isinstance(kind.plan, SpeculateSteps):
+            token_s = self._token_s()
             bound_s = sum(
-                did.written(model) * token_s[model] + max(0, _rows_beyond(did, model)) * rows_s[model]
-                for model in ("base", draft)
+                did.written(model) * token_s[model] + max(0, _rows_beyond(did, model)) * self.rows_s[model]
+                for model in ("base", kind.plan.draft)
             )
             into.add(name, "bound", off.cpu_s / bound_s, "ratio")
             into.add(name, "of_the_bound", bound_s / did.cpu_s, "ratio")
+
+    def _token_s(self) -> dict[str, float]:
+        """What a token of each model costs alone, one answer at a time."""
+        alone = {"base": OFF.name, **{draft: f"{draft} alone" for draft in DRAFTS}}
+        return {model: self.times[name].cpu_s / self.times[name].tokens for model, name in alone.items()}
 
 
 def _rows_beyond(did: Outcome, model: str) -> int:

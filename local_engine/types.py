@@ -180,6 +180,10 @@ class AcceptRule(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown
     prospect_weights: dict[AnswerFeature, float] = {}
     prospect_bias: float = 0.0
     """The same of P(it will be accepted), over the features of what is written so far."""
+    hidden_layers: tuple[int, ...] = ()
+    """P(correct) reads hidden states of the small model as well, after these layers, at its least probable token."""
+    hidden_weights: tuple[float, ...] = ()
+    """Of those states, layer by layer."""
     go_on_above: float = 0.0
     """An answer is abandoned once P(it will be accepted) is below this; 0: never."""
 

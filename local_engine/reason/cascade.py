@@ -8,13 +8,13 @@ answer as well, in one pass, keeps it up to the first token that it finds too im
 from collections.abc import Sequence as Tokens
 
 from local_engine.answer import Answer
-from local_engine.lane import Turn
+from local_engine.lane import Hidden, Turn
 from local_engine.model import LocalModel
 from local_engine.primitives import Primitives
 from local_engine.reason.accept import AnswerWatch, abandons, accepts, p_correct
 from local_engine.sampler import Choice, Sampler
 from local_engine.sequence import Sequence
-from local_engine.types import Cascade, Event, Failed, FinishReason, Generate, ModelUse, PlanUse
+from local_engine.types import Cascade, Event, Failed, FinishReason, Generate, ModelUse, PlanUse, TapSpec
 
 
 class CascadeAnswer:
@@ -62,7 +62,10 @@ class CascadeAnswer:
         self._engine = engine
         prompt = self._prompts[1]
         limit = len(prompt) + self._max_tokens[1]
-        self._draft = engine.open(self._plan.draft, prompt, self._answers[1].sampler, limit=limit, expendable=True)
+        layers = self._plan.accept.hidden_layers
+        taps = TapSpec(layers, "generated") if layers else None
+        sampler = self._answers[1].sampler
+        self._draft = engine.open(self._plan.draft, prompt, sampler, limit=limit, taps=taps, expendable=True)
 
     def ended(self, reason: FinishReason) -> list[Event]:
         self._answer = self._answers[0]
@@ -75,6 +78,8 @@ class CascadeAnswer:
             why = f"failed: {turn.error}" if turn.error is not None else "has no room for it"
             self._degraded = f"{self._plan.draft} {why}"
             return self._escalate()
+        if turn.hidden is not None:
+            self._look(turn.hidden)
         for choice in turn.choices:
             self._attempt.append(choice)
             self._watch.push(choice.logprob, choice.entropy)
@@ -85,6 +90,12 @@ class CascadeAnswer:
                 self._abandoned = True
                 return self._escalate()
         return self._escalate() if len(self._attempt) >= self._max_tokens[1] else []
+
+    def _look(self, hidden: Hidden) -> None:
+        """Keep the states of the token that the small model was least sure of; they come a step after it."""
+        for position, states in zip(hidden.positions, hidden.states, strict=True):
+            if self._watch.in_doubt_at(position - len(self._prompts[1])):
+                self._watch.doubt = states.flatten().tolist()
 
     def _ends(self, choice: Choice) -> bool:
         return choice.token in self._models[1].end_tokens or choice.token in self._command.sampling.stop_token_ids

@@ -26,7 +26,7 @@ def shared(
     most_tokens: tuple[int, int],
 ) -> Controller:
     """`models`, `prompts` and `most_tokens` (of a sequence): those of the command's model, those of the draft."""
-    problem = _problem(command, plan)
+    problem = _problem(command, plan, models)
     reads_tokens = isinstance(plan, SpeculateSteps) or plan.hint == "offer"
     if problem is None and reads_tokens and not _same_tokens(*models):
         problem = (
@@ -61,7 +61,7 @@ def _method(plan: SpeculateSteps) -> Method:
             return EntropySwitch(threshold(entropy.THRESHOLD), plan.window)
 
 
-def _problem(command: Generate, plan: SpeculateSteps | Cascade) -> str | None:
+def _problem(command: Generate, plan: SpeculateSteps | Cascade, models: tuple[LocalModel, LocalModel]) -> str | None:
     sampling = command.sampling
     if plan.draft == command.model:
         return f"plan.draft is {plan.draft!r} itself: name a smaller model"
@@ -73,7 +73,7 @@ def _problem(command: Generate, plan: SpeculateSteps | Cascade) -> str | None:
     if (sampling.logprobs and not alone) or command.taps is not None:
         return "plan: log-probabilities and taps are one model's; leave out the plan, or those"
     if isinstance(plan, Cascade):
-        return _accept_problem(plan.accept)
+        return _accept_problem(plan.accept, models[1])
     for name in ("lookahead", "window", "max_step_tokens"):
         if getattr(plan, name) < 1:
             return f"plan.{name} must be at least 1, not {getattr(plan, name)}"
@@ -87,13 +87,22 @@ def _problem(command: Generate, plan: SpeculateSteps | Cascade) -> str | None:
     return None
 
 
-def _accept_problem(rule: AcceptRule) -> str | None:
+def _accept_problem(rule: AcceptRule, draft: LocalModel) -> str | None:
     if rule.go_on_above > 0 and not rule.prospect_weights:
         return "plan.accept.go_on_above says when to abandon, and prospect_weights, by which, are missing; give both"
     for name in ("at_least", "go_on_above"):
         if not 0 <= getattr(rule, name) <= 1:
             return f"plan.accept.{name} is a probability, from 0 to 1, not {getattr(rule, name)}"
-    numbers = (rule.bias, rule.prospect_bias, *rule.weights.values(), *rule.prospect_weights.values())
+    layers, width = draft.network.config.num_hidden_layers, draft.network.config.hidden_size
+    if not all(0 <= layer <= layers for layer in rule.hidden_layers):
+        return f"plan.accept.hidden_layers are from 0 to {layers}, not {rule.hidden_layers}"
+    if len(rule.hidden_weights) != width * len(rule.hidden_layers):
+        return (
+            f"plan.accept.hidden_weights must be {width} for each of {len(rule.hidden_layers)} hidden_layers,"
+            f" not {len(rule.hidden_weights)} in all"
+        )
+    weights = (*rule.weights.values(), *rule.prospect_weights.values(), *rule.hidden_weights)
+    numbers = (rule.bias, rule.prospect_bias, *weights)
     if not all(map(math.isfinite, numbers)):
         return "plan.accept holds a weight or a bias that is not a finite number"
     return None

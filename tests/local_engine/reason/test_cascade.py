@@ -4,13 +4,14 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from local_engine.arithmetic import problems
 from local_engine.engine import Engine
 from local_engine.model import LocalModel, load_model
 from local_engine.reason.accept import AnswerWatch, abandons, accepts, p_correct, price_of_going_on
-from local_engine.types import AcceptRule, Cascade, Delta, Finished, PlanUse, SamplingParams
+from local_engine.types import AcceptRule, Cascade, Delta, Finished, PlanUse, SamplingParams, TapSpec
 from tests.local_engine.engine_harness import GREEDY, Caller, Watch
 from tests.local_engine.reason.test_speculate import watched
 
@@ -93,6 +94,34 @@ def test_an_attempt_is_abandoned_where_it_is_not_worth_its_end(
     assert 0 < abandoned < len(QUESTIONS)
 
 
+def test_hidden_states_are_read_where_the_small_model_was_least_sure(
+    start_engines: StartEngines, pair: dict[str, LocalModel]
+) -> None:
+    """What the plan says of P(correct) is what the states that a tap brings come to."""
+    layers = (1, 2)
+    weights = tuple(math.sin(at) / 50 for at in range(2 * 96))
+    rule = AcceptRule(
+        weights={"min_logprob": 0.5}, bias=0.1, at_least=0.0, hidden_layers=layers, hidden_weights=weights
+    )
+    sampling = SamplingParams(temperature=0, effort="none", logprobs=True)
+    caller = Caller(start_engines(pair, prefix_bytes=0))
+    seen = set()
+    for question in QUESTIONS:
+        _, judged = ask(caller, question, plan=plan(rule), sampling=sampling)
+        taps = TapSpec(layers, "generated")
+        events = caller.wait(caller.generate(question, sampling, model="draft", taps=taps))
+        told = [event for event in events if isinstance(event, Delta)]
+        sure = [one.logprob for event in told for one in event.logprobs]
+        tapped = [one for event in told for one in event.tapped]
+        states = np.concatenate([np.frombuffer(one.data, "<f2").reshape(-1, 2 * 96) for one in tapped])
+        assert len(states) == len(sure), "all but the end of the turn, which is written and not read"
+        at = int(np.argmin(sure))
+        seen.add(at)
+        score = 0.1 + 0.5 * min(sure) + float(np.dot(states[at].astype(np.float64), weights))
+        assert use(judged).p_correct == pytest.approx(1 / (1 + math.exp(-score)), abs=2e-3)
+    assert len(seen) > 1, "not always the same token"
+
+
 def test_an_offered_attempt_is_read_in_one_pass_and_kept_as_far_as_it_is_good(
     start_engines: StartEngines, pair: dict[str, LocalModel]
 ) -> None:
@@ -156,6 +185,18 @@ def test_a_caller_who_leaves_is_let_go(start_engines: StartEngines, pair: dict[s
         pytest.param(AcceptRule(weights={}, bias=math.nan, at_least=0.5), {}, "finite", id="no number"),
         pytest.param(
             AcceptRule(weights={}, bias=0.0, at_least=0.5, go_on_above=0.1), {}, "prospect_weights", id="by nothing"
+        ),
+        pytest.param(
+            AcceptRule(weights={}, bias=0.0, at_least=0.5, hidden_layers=(1, 3), hidden_weights=(0.0,) * 192),
+            {},
+            "from 0 to 2",
+            id="no such layer",
+        ),
+        pytest.param(
+            AcceptRule(weights={}, bias=0.0, at_least=0.5, hidden_layers=(1, 2), hidden_weights=(0.0,) * 96),
+            {},
+            "96 for each of 2",
+            id="weights of one layer",
         ),
         pytest.param(ALWAYS, {"n": 2}, "one choice", id="two choices"),
     ],
