@@ -60,7 +60,7 @@ def measure(bench: Bench, into: Measured) -> None:
             tell_time(way.name, way.name, times, drawn.name, into)
         ballots = [_ballots(use.samples) for use in whole.uses()]
         for name, rule in RULES.items():
-            votes_of = [_replay(some, rule) for some in ballots]
+            votes_of = [replay(some, rule) for some in ballots]
             right = [is_right(said, one.answer) for (said, _, _), one in zip(votes_of, asked, strict=True)]
             used, tokens = [count for _, count, _ in votes_of], [count for _, _, count in votes_of]
             _tell(f"{effort}, replayed: {name}", right, used, tokens, whole, into)
@@ -74,7 +74,7 @@ def _ballots(samples: Sequence[Sampled]) -> list[Ballot]:
     ]
 
 
-def _replay(ballots: Sequence[Ballot], rule: Rule) -> tuple[str, int, int]:
+def replay(ballots: Sequence[Ballot], rule: Rule) -> tuple[str, int, int]:
     """(the answer, samples drawn, tokens)."""
     stop, bound, weigh = rule
     drawn: list[Ballot] = []
