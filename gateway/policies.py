@@ -198,10 +198,11 @@ def _unfitted(policy: Policy, models: Mapping[str, str]) -> list[str]:
     for model in policy.models.values():
         everywhere = len({plan for _, plan in model.plans}) == 1 and len(model.plans) == len(EFFORTS)
         for effort, plan in model.plans:
+            leave = plan.stated if plan.kind == "exit" else plan.stated.get("exit")  # a vote's samples may be left, too
             home = policy.providers[model.provider].engine is not None
-            if plan.kind == "exit" and home and (why := _no_exits(plan.stated, models[model.upstream])):
+            if isinstance(leave, dict) and home and (why := _no_exits(leave, models[model.upstream])):
                 field = "plan" if everywhere else f"plans.{effort}"
-                found[f"models.{model.name}.{field}.exit.{why}"] = None
+                found[f"models.{model.name}.{field}.{'' if plan.kind == 'exit' else 'vote.'}exit.{why}"] = None
     return list(found)
 
 

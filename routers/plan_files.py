@@ -37,7 +37,7 @@ def read_plans(
         if plan is None:
             document.report((*path, *field), "not one way to spend compute", f"write one of {', '.join(WAYS)}")
             continue
-        for where, message, fix in unread(file):
+        for where, message, fix in (*unread(file), *_unfinished(file)):
             document.report((*path, *field, *where), message, fix)
         if not local and (problem := _remote_problem(file, part, prefix)) is not None:
             document.report((*path, *field, *problem[0]), *problem[1:])
@@ -126,6 +126,23 @@ def _remote_problem(file: PlanFile, part: ModelFile, prefix: bool) -> tuple[Path
     if leave.rule == "momentum" and not part.logprobs:
         return ("exit", "rule"), "momentum reads log probabilities, which it does not return", "write redundancy"
     return None
+
+
+def _unfinished(file: PlanFile) -> list[tuple[Path, str, str]]:
+    """(field, what is wrong, the fix) of what a plan says by half."""
+    found: list[tuple[Path, str, str]] = []
+    if file.cascade is not None:
+        rule, path = file.cascade.accept, ("cascade", "accept")
+        if rule.go_on_above > 0 and rule.prospect_weights is None:
+            fix = "add `prospect_weights: …`, or leave out go_on_above"
+            found.append(((*path, "go_on_above"), "it is not said by what an answer's prospects are judged", fix))
+        if rule.go_on_above == 0 and rule.prospect_weights is not None:
+            fix = "add `go_on_above: …`, or remove them"
+            found.append(((*path, "prospect_weights"), "nothing is abandoned by them", fix))
+    if file.vote is not None and file.vote.exit is not None:
+        nested = PlanFile(exit=file.vote.exit)
+        found += [(("vote", *where), message, fix) for where, message, fix in unread(nested)]
+    return found
 
 
 def read_plan(stated: Mapping[str, object]) -> EnginePlan:

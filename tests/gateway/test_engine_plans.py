@@ -50,6 +50,24 @@ models:
     context: 1024
     price: {input: $1/Mtok, output: $10/Mtok}
     plan: {vote: {most: 5}}
+  first:
+    provider: home
+    model: bundled/base
+    context: 1024
+    price: {input: $1/Mtok, output: $10/Mtok}
+    plan: {cascade: {draft: small, accept: {weights: {mean_logprob: 1}, bias: 0, at_least: 0.4}}}
+  never:
+    provider: home
+    model: bundled/base
+    context: 1024
+    price: {input: $1/Mtok, output: $10/Mtok}
+    plan: {cascade: {draft: small, accept: {weights: {mean_logprob: 1}, bias: -30, at_least: 0.5}}}
+  both:
+    provider: home
+    model: bundled/base
+    context: 1024
+    price: free
+    plan: {vote: {most: 3, exit: {rule: convergence}}}
   deep:
     provider: home
     model: bundled/base
@@ -187,6 +205,37 @@ async def test_a_vote_is_billed_for_all_of_its_samples(home: Gateway) -> None:
     assert "x-leadline-plan" not in headers, "samples that cannot differ are not drawn"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_cascade_answers_by_its_draft_or_escalates_and_bills_both(home: Gateway, stream: bool) -> None:
+    told_plans = {}
+    for model in ("first", "never"):
+        if stream:
+            _, _, raw = await home.stream(ask(model, seed=7, stream_options={"include_usage": True}))
+            last = [line for line in raw.decode().splitlines() if line.startswith("data: {")][-1]
+            told_plans[model] = json.loads(last.removeprefix("data: "))["leadline"]["plan"]
+        else:
+            _, headers, answer = await home.chat(ask(model))
+            assert answer["choices"][0]["message"]["content"]
+            kind, counts = told(headers)
+            told_plans[model] = {"kind": kind, **counts}
+        row = (await home.rows())[0]
+        own, draft = row["attempt_rows"]
+        assert (own["model"], draft["model"], draft["kind"]) == (model, "small", "draft")
+        read = draft["input_tokens"] + draft["cached_input_tokens"]
+        assert draft["cost_nanousd"] == 100 * read + 1000 * draft["reasoning_tokens"] > 0
+        assert (own["output_tokens"] > 0) == (model == "never"), "who was not asked wrote nothing"
+    assert {plan["kind"] for plan in told_plans.values()} == {"cascade"}
+    assert "escalated" not in told_plans["first"]
+    assert int(told_plans["never"]["escalated"]) == 1
+
+
+async def test_the_samples_of_a_vote_leave_their_thoughts(home: Gateway) -> None:
+    status, headers, answer = await home.chat(ask("both", temperature=0.7, seed=1, max_tokens=300))
+    assert status == 200
+    assert answer["choices"][0]["message"]["content"]
+    assert told(headers)[0] == "vote"
+
+
 async def test_what_no_plan_is_for_runs_without(home: Gateway) -> None:
     status, headers, _ = await home.chat(ask("quick", logprobs=True, max_tokens=8))
     assert status == 200
@@ -197,7 +246,7 @@ async def test_what_no_plan_is_for_runs_without(home: Gateway) -> None:
 
 def test_every_name_of_a_model_is_away_with_its_engine() -> None:
     world = build_world(parse(POLICY), HttpClient(), NoEngine(), b"salt")
-    assert set(world.unavailable()) == {"local", "small", "quick", "brief", "sure", "deep"}
+    assert set(world.unavailable()) == {"local", "small", "quick", "brief", "sure", "first", "never", "both", "deep"}
 
 
 @pytest.mark.parametrize(
@@ -215,6 +264,12 @@ def test_every_name_of_a_model_is_away_with_its_engine() -> None:
         ("{vote: {most: 1}}", "most"),
         ("{vote: {prune: 0.5}}", "prune"),
         ("{exit: {delta: 0.5}}", "5%"),
+        ("{cascade: {draft: small, accept: {weights: {log_words: 1}, bias: 0, at_least: 0.5}}}", "log_tokens"),
+        (
+            "{cascade: {draft: small, accept: {weights: {log_tokens: 1}, bias: 0, at_least: 0.5, go_on_above: 0.1}}}",
+            "by what an answer's prospects are judged",
+        ),
+        ("{vote: {exit: {rule: convergence, gamma: 0.5}}}", "does not read it"),
         ("{exit: {rule: convergence, agree: 1}}", "agree"),
         (
             "{exit: {rule: momentum, delta: 5%}}",
