@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from gateway.tune.choose import Measured
     from local_engine.engine import Engine
     from local_engine.model import LocalModel
-    from local_engine.types import Plan
+    from local_engine.reason.trajectories import Question
+    from local_engine.types import Plan, SamplingParams
     from routers.policy import Model, Policy
 
 WITHOUT = "no plan"
@@ -32,7 +34,10 @@ def tune(
     effort: Annotated[list[str] | None, typer.Option(help="low, high; repeatable. Default: both.")] = None,
     questions: Annotated[
         Path | None,
-        typer.Option(help='JSON lines {"question", "answer"}; without: arithmetic, for the bundled models.'),
+        typer.Option(
+            help='JSON lines {"question", "answer"}, half of which fit cascades, where a smaller model is there; '
+            "without: arithmetic, for the bundled models."
+        ),
     ] = None,
     per_level: Annotated[int, typer.Option(min=1, help="Arithmetic problems of each level.")] = 20,
     max_tokens: Annotated[int, typer.Option(min=1, help="Of one answer.")] = 600,
@@ -110,21 +115,47 @@ def _measured(
 
     names = {one.upstream: one.name for one in policy.models.values() if one.provider == target.provider}
     with _engine(sources) as (engine, models):
-        drafts = [names[name] for name in _smaller(models, target.upstream)]
+        smaller = _smaller(models, target.upstream)
+        drafts = [names[name] for name in smaller]
         stated = candidates(models[target.upstream], drafts)
-        plans = {name: None if plan is None else _as_told(plan, policy) for name, plan in stated.items()}
         prices = {name: policy.models[names[name]].price or FREE for name in models}
         questions = questions_of(*asked, "test")
+        fit = questions_of(*asked, "fit") if asked[0] is None else questions[::2]
+        if asked[0] is not None and drafts:
+            questions = questions[1::2]
         found: Found = {}
         with Progress(transient=True) as bars:
-            task = bars.add_task("questions", total=len(questions) * len(plans) * len(efforts))
             for name in efforts:
                 sampling = SamplingParams(
                     temperature=0.0, max_tokens=max_tokens, effort="low" if name == "low" else "high"
                 )
-                rows = measure(engine, target.upstream, questions, sampling, plans, prices, lambda: bars.advance(task))
-                found[name] = rows, stated
+                ways = stated | {
+                    f"{names[draft]} answers first": cascade
+                    for draft in smaller
+                    if (cascade := _cascade(engine, target.upstream, (draft, names[draft]), fit, sampling)) is not None
+                }
+                plans = {name: None if plan is None else _as_told(plan, policy) for name, plan in ways.items()}
+                task = bars.add_task(f"questions, {name}", total=len(questions) * len(plans))
+                rows = measure(engine, target.upstream, questions, sampling, plans, prices, partial(bars.advance, task))
+                found[name] = rows, ways
     return found
+
+
+def _cascade(
+    engine: "Engine", base: str, draft: tuple[str, str], questions: "list[Question]", sampling: "SamplingParams"
+) -> dict[str, Any] | None:
+    """The plan in which this draft (its name in the engine, in the policy) answers first, where a rule for that can be
+    fitted; else None, said aloud."""
+    from gateway.tune.cascades import fitted_cascade
+    from probes.errors import TableError
+
+    try:
+        rule = fitted_cascade(engine, base, draft[0], questions, sampling)
+    except TableError as error:
+        typer.echo(f"no cascade of {draft[1]} at effort {sampling.effort}: {error}")
+        return None
+    accept = {"weights": {name: round(weight, 4) for name, weight in rule.weights.items()}, "bias": round(rule.bias, 4)}
+    return {"cascade": {"draft": draft[1], "accept": {**accept, "at_least": round(rule.at_least, 4)}}}
 
 
 def candidates(model: "LocalModel", drafts: Sequence[str]) -> dict[str, dict[str, Any] | None]:
