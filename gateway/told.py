@@ -3,6 +3,8 @@
 What the caller's own body says of thinking stands.
 """
 
+from typing import Any
+
 import msgspec
 
 from gateway.sessions import is_bound, unbound
@@ -24,7 +26,26 @@ def told(ticket: Ticket, model: str) -> ChatCall:
     assert decision is not None
     if before is not None and policy.models[model].provider != before.provider and is_bound(call):
         call = unbound(call)
+    if policy.models[model].concise and call.endpoint == "chat.completions":
+        call = _concise(call)
     return _with_effort(call, decision, policy, model)
+
+
+CONCISE = "Think step by step, but keep only a minimum draft of each thinking step, five words at most."
+"""Chain of Draft's instruction (Xu et al. 2025, arXiv 2502.18600): as accurate at a fraction of the tokens, there."""
+
+
+def _concise(call: ChatCall) -> ChatCall:
+    """With the hint at the end of the system's words, which come first: a prefix that stays the same stays cached."""
+    messages = msgspec.json.decode(call.fields["messages"], type=list[msgspec.Raw])
+    first: dict[str, Any] = msgspec.json.decode(messages[0])
+    if first.get("role") in ("system", "developer") and isinstance(first.get("content"), str):
+        first["content"] = f"{first['content']}\n\n{CONCISE}"
+        messages = messages[1:]
+    else:
+        first = {"role": "system", "content": CONCISE}
+    fields = {**call.fields, "messages": msgspec.Raw(_encode([first, *messages]))}
+    return msgspec.structs.replace(call, fields=fields, body_bytes=call.body_bytes + len(CONCISE) + 64)
 
 
 def _with_effort(call: ChatCall, decision: Decision, policy: Policy, model: str) -> ChatCall:

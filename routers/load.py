@@ -255,6 +255,7 @@ class _Loader:
                 prefix, embeds=part.embeds, completes=completes,
                 speculation=part.speculation or ("auto" if local else None),
                 slots=part.slots, plans=read_plans(self._document, part, path, local, bool(prefix)),
+                concise=part.concise,
                 thinking=thinking_of(part.thinking) or (TOLD_BY_EFFORT if local and not part.embeds else None),
             )  # fmt: skip
         check_drafts(self._document, self._models, self._providers, self._names("models"))

@@ -185,6 +185,8 @@ class Model:
     """How the local engine answers, by the effort that is asked for; others: the model alone, as long as it thinks."""
     thinking: Thinking | None = None
     """How it is told how much to think; None: it cannot be told."""
+    concise: bool = False
+    """It is asked for short steps of thought."""
 
 
 @dataclass(frozen=True, slots=True)

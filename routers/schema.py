@@ -270,6 +270,8 @@ class ModelFile(Strict):
     thinking: ThinkingFile | None = None
     """How it is told how much to think. Default: it is not, and efforts cannot be asked of it; on the local engine, by
     `reasoning_effort`."""
+    concise: bool = False
+    """Whether it is asked, in the system's words, to keep each step of its thought short (Chain of Draft)."""
     slots: Annotated[int, Field(ge=1, le=100_000)] | None = None
     """How many answers its target writes side by side before any waits. Default: not known, so no queue is expected."""
 

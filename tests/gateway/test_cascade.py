@@ -28,6 +28,7 @@ models:
   dear: {{provider: fake, model: dear, context: 128000, max_output: 4000,
          price: {{input: $2.50/Mtok, cached_input: $1.25/Mtok, output: $10/Mtok}},
          thinking: {{field: thinking_budget, high_tokens: 3000}}}}
+  brief: {{provider: fake, model: cheap, context: 16000, max_output: 1000, price: free, concise: true}}
   plain: {{provider: fake, model: cheap, context: 16000, max_output: 1000, price: free}}
 routes:
   - {{name: two, when: {{model: two}}, candidates: ["cheap>dear"], cache: off,
@@ -276,3 +277,22 @@ async def test_the_effort_is_told_in_the_words_of_the_provider(cascading: Gatewa
     assert plans[1] == {"kind": "single", "model": "dear", "effort": "high", "max_thinking_tokens": 3000}
     assert plans[2].get("effort") is None, "the caller's own word stands"
     assert plans[3].get("effort") is None, "a model that cannot be told"
+
+
+@anyio
+async def test_a_model_that_is_to_be_concise_is_told_so_where_a_prefix_stays_the_same(
+    cascading: Gateway, upstream: FakeUpstream
+) -> None:
+    asked = ask(model="brief")
+    await cascading.chat(asked)
+    rules = {"role": "system", "content": "Be kind."}
+    await cascading.chat({**asked, "messages": [rules, *asked["messages"]]})
+    alone, after = (json.loads(body)["messages"] for body in upstream.bodies)
+    assert [message["role"] for message in alone] == [message["role"] for message in after] == ["system", "user"]
+    assert alone[0]["content"] in after[0]["content"]
+    assert after[0]["content"].startswith("Be kind.\n\n")
+    assert alone[1] == after[1] == asked["messages"][0]
+    held = [row["reserved_nanousd"] for row in await cascading.rows()]
+    assert held == [0, 0]
+    await cascading.chat(ask(model="plain"))
+    assert json.loads(upstream.bodies[-1])["messages"] == asked["messages"]

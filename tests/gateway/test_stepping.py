@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from aiohttp import web
 
@@ -324,16 +325,44 @@ def test_a_plan_over_calls_that_cannot_run_is_refused_with_its_place(old: str, n
 
 
 @pytest.mark.engine
-async def test_a_local_draft_thinks_for_a_base_behind_an_api(far: Reasoner, tmp_path: Path) -> None:
-    """With another tokenizer, too: texts go from one to the other."""
+async def test_a_draft_whose_engine_is_killed_mid_thought_leaves_the_base_alone(far: Reasoner, tmp_path: Path) -> None:
+    async with running(local_draft(far), tmp_path / "home") as gateway:
+        engine = gateway.app.engine
+        assert engine is not None
+        async with asyncio.timeout(120):
+            await engine.ready.wait()
+
+        async def kill(upstream: Reasoner, request: web.Request, body: dict[str, Any]) -> None:
+            (child,) = psutil.Process().children()
+            child.kill()
+            await until(lambda: engine.client is None)
+
+        far.hooks["base"] = [kill]
+        status, headers, answer = await gateway.chat(
+            {**ask(), "messages": [{"role": "user", "content": problems(7, 4, 1)[0].question}]}
+        )
+        row = (await gateway.rows())[0]
+    assert status == 200
+    assert "degraded=draft_failed" in headers["x-leadline-plan"]
+    assert answer["choices"][0]["message"]["content"] == ANSWER
+    assert [a["kind"] for a in row["attempt_rows"]] == ["draft", "verify", "draft", "think"]
+    assert row["outcome"] == "ok"
+
+
+def local_draft(far: Reasoner) -> str:
     policy = POLICY.format(url=far.url, server="vllm", plan="method: specreason", base="").replace(
         "  weak: {provider: near, model: draft, context: 16000, max_output: 2000, prefix: true,",
         "  weak: {provider: home, model: bundled/draft, context: 1024, max_output: 800,",
     )
-    policy = policy.replace("providers:\n", "providers:\n  home: {engine: embedded}\n")
+    return policy.replace("providers:\n", "providers:\n  home: {engine: embedded, retries: 0}\n")
+
+
+@pytest.mark.engine
+async def test_a_local_draft_thinks_for_a_base_behind_an_api(far: Reasoner, tmp_path: Path) -> None:
+    """With another tokenizer, too: texts go from one to the other."""
     question = problems(7, 4, 1)[0].question
     far.minds["base"] = Mind([])  # it finds that all has been said
-    async with running(policy, tmp_path / "home") as gateway:
+    async with running(local_draft(far), tmp_path / "home") as gateway:
         assert gateway.app.engine is not None
         async with asyncio.timeout(120):
             await gateway.app.engine.ready.wait()
@@ -352,3 +381,16 @@ async def test_a_local_draft_thinks_for_a_base_behind_an_api(far: Reasoner, tmp_
     assert max(a["input_tokens"] for a in drafts) <= 64, "a step, and a block that it does not fill"
     paid = sum(a["cost_nanousd"] for a in row["attempt_rows"] if a["provider"] == "far")
     assert paid == sum(bill.nanousd for bill in far.truth) > 0
+
+
+async def test_explain_counts_all_that_a_thought_over_calls_may_be_billed(far: Reasoner, tmp_path: Path) -> None:
+    async with start(far, tmp_path / "home") as gateway:
+        asked = ask(max_tokens=200)
+        async with gateway.session.post(
+            f"{gateway.url}/leadline/v1/explain", json=asked, headers=gateway.headers()
+        ) as response:
+            told_before = await response.json()
+        await gateway.chat(asked)
+        row = (await gateway.rows())[0]
+    assert told_before["decision"]["worst_case_nanousd"] >= row["attempts"] * row["reserved_nanousd"] > 0
+    assert "plan of strong at effort low: speculate: draft weak, method specreason" in told_before["lines"]
