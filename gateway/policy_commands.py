@@ -309,30 +309,20 @@ def _moment(text: str | None) -> int:
 
 
 def _probe_signals(policy: "Policy", query: "Query", prompt: str, folder: Path) -> "Signals":
-    """The probe's word on one prompt, in this process; absent where the probe is not installed."""
-    from gateway.policies import encoder, probe_folder
+    """What the policy's probes say of one prompt, in this process; absent where what they need is not installed."""
     from probes.errors import ProbeError
-    from probes.types import Estimate
     from routers.types import Signals
 
     heads = policy.heads_for(query)
-    artifact = probe_folder(policy, folder)
     if not heads or policy.difficulty is None:
         return Signals()
-    if artifact is None:
-        typer.echo("note: of the policy's probes only one of the encoder's tier is asked here", err=True)
-        return Signals(probe="unavailable")
     try:
-        from probes.runtime import EncoderProbe
+        from gateway.in_order import InOrder
     except ModuleNotFoundError as error:
         typer.echo(f"note: no probe here ({error.name} is not installed); install leadline[local]", err=True)
         return Signals(probe="unavailable")
     try:
-        probe = EncoderProbe.load(artifact, encoder(policy, folder))
+        (found,) = InOrder.of(policy, folder).sound([[{"role": "user", "content": prompt}]], heads)
     except ProbeError as error:
         stop(f"signals.difficulty.probe: {error}")
-    found = probe.probe([[{"role": "user", "content": prompt}]])[0]
-    return Signals(
-        p_success={m: Estimate(found[h], source=f"{probe.version}/{h}") for m, h in heads.items() if h in found},
-        probe="ok",
-    )
+    return found

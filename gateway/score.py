@@ -1,7 +1,8 @@
 """`leadline probe score TABLE`: P(correct) and a decision for every row of any table."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,7 +12,7 @@ from probes.errors import CertificateError, ProbeError, TableError
 from probes.manifest import BELOW_ALL, Manifest, default_artifact_path
 
 if TYPE_CHECKING:
-    from probes.score import Decide
+    from probes.score import Decide, Prober
     from probes.text import Message
 
 AT_MOST = 0.05
@@ -19,10 +20,9 @@ AT_MOST = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Decider:
-    """Which artifact and encoder to score with, and what to make of it."""
+    """What to score with, once it is needed, and what to make of it."""
 
-    artifact: Path
-    encoder: str
+    probe: "Callable[[], Prober]"
     decide: "Decide"
     says: str
     """The rule in words."""
@@ -56,7 +56,7 @@ def score(
 
     from gateway.policies import CannotServe
     from probes.cells import read_columns
-    from probes.score import file_sha256, prober, score_cells, write_scores, write_whole
+    from probes.score import file_sha256, score_cells, write_scores, write_whole
 
     try:
         if out.suffix != ".parquet":
@@ -73,7 +73,7 @@ def score(
         )
         columns = read_columns(table, [column, *(keep or [])])
         source = {"table": table.name, "table_sha256": file_sha256(table), "column": column}
-        sounding = prober(decider.artifact, decider.encoder)
+        sounding = decider.probe()
         taken = {"row", "decision", "rule", "reason", *(f"p_{name}" for name in sounding.heads)}
         for name in keep or []:
             if name in taken:
@@ -113,8 +113,10 @@ def _by_threshold(
 ) -> Decider:
     """A threshold that is given, or the artifact's certificate; without either, no decision."""
     from probes.manifest import read_manifest
+    from probes.score import prober
 
     manifest = read_manifest(artifact)
+    probe = partial(prober, artifact, encoder)
     if threshold is not None:
         if at_most is not None or method is not None:
             raise TableError("--threshold and --at-most both decide; give one of them")
@@ -124,18 +126,16 @@ def _by_threshold(
             if name not in known:
                 raise TableError(f"--head {name}: the artifact has {', '.join(known)}; name its heads, cheapest first")
         says = f"first of {', '.join(order[:-1])} more than {threshold:+g} above {order[-1]}, else {order[-1]}"
-        return Decider(artifact, encoder, _choosing(order, threshold), says)
+        return Decider(probe, _choosing(order, threshold), says)
     if heads:
         raise TableError("--head goes with --threshold; a certificate names its own heads")
     bound = AT_MOST if at_most is None else at_most
     found = manifest.certificate_for(bound, method=method)
     if found is None:
         if at_most is None and method is None:
-            return Decider(
-                artifact, encoder, lambda *_: {"decision": None}, f"no decision: {_no_certificate(manifest)}"
-            )
+            return Decider(probe, lambda *_: {"decision": None}, f"no decision: {_no_certificate(manifest)}")
         raise CertificateError(f"--at-most {bound:g}: {_no_certificate(manifest)}")
-    return Decider(artifact, encoder, _choosing(found.heads, found.threshold), str(found))
+    return Decider(probe, _choosing(found.heads, found.threshold), str(found))
 
 
 def _no_certificate(manifest: Manifest) -> str:
@@ -161,8 +161,8 @@ def _choosing(heads: Sequence[str], threshold: float) -> "Decide":
 
 def _by_policy(file: Path, model: str) -> Decider:
     """What the gateway would decide with this policy, these probabilities and nothing down."""
-    from gateway.policies import checked_policy, probe_folder
-    from gateway.policies import encoder as encoder_of
+    from gateway.in_order import InOrder
+    from gateway.policies import checked_policy
     from gateway.simulate.routed import Caller, query_for
     from probes.text import render
     from probes.types import Estimate
@@ -171,8 +171,7 @@ def _by_policy(file: Path, model: str) -> Decider:
     from routers.types import Signals, State
 
     policy, folder = checked_policy(file, secrets=False)
-    artifact = probe_folder(policy, folder)
-    if artifact is None:
+    if policy.difficulty is None:
         raise TableError(f"--policy {file}: it has no probe; add `signals: {{difficulty: {{probe: default}}}}`")
 
     def by_policy(row: int, said: "Sequence[Message] | None", p: Mapping[str, float] | None) -> Mapping[str, object]:
@@ -190,4 +189,4 @@ def _by_policy(file: Path, model: str) -> Decider:
             return {"decision": None, "rule": f"refused: {error.kind}"}
         return {"decision": decision.plan.name, "rule": decision.rule}
 
-    return Decider(artifact, encoder_of(policy, folder), by_policy, f"policy {policy.version_hash} of {file.name}")
+    return Decider(lambda: InOrder.of(policy, folder), by_policy, f"policy {policy.version_hash} of {file.name}")

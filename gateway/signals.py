@@ -8,13 +8,13 @@ nobody has a better one.
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
 import msgspec
 
+from gateway.found import Found
 from gateway.telemetry.logs import get_logger
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.local import EngineLink
@@ -22,9 +22,8 @@ from gateway.upstream.local_params import DEFAULT_EFFORT, EFFORTS
 from gateway.world import World
 from local_engine.client import EngineClient
 from local_engine.errors import EngineError
-from local_engine.types import ProbeResult, Sounding
+from local_engine.types import ProbeResult
 from probes.text import render
-from probes.types import Estimate
 from routers.types import Query, Signals
 
 NOT_ASKED = Signals()
@@ -40,61 +39,6 @@ KEPT_S = 20.0
 """How long the engine keeps a prompt that it has read for a probe, for the local route that may go on from it."""
 
 _read_messages = msgspec.json.Decoder(list[dict[str, Any]]).decode
-
-
-@dataclass(slots=True)
-class _Found:
-    """What the tiers have said so far of the heads that matter to this query."""
-
-    heads: Mapping[str, str]
-    """Model of the policy to head."""
-    p_success: dict[str, Estimate] = field(default_factory=dict)
-    undecided: set[str] = field(default_factory=set)
-    """Models."""
-    out_tokens: dict[str, Estimate] = field(default_factory=dict)
-    domain: Mapping[str, float] = field(default_factory=dict)
-    needs_reasoning: Estimate | None = None
-    input_tokens: dict[str, int] = field(default_factory=dict)
-    answered: bool = False
-
-    @property
-    def open(self) -> bool:
-        """Whether a dearer tier has something to add."""
-        return len(self.p_success) < len(self.heads) or bool(self.undecided)
-
-    def add(self, said: Sounding, version: str, cost_us: int, *, beside: bool = False) -> None:
-        """`beside`: where the tier before was undecided, its word counts as much as this one's."""
-        self.answered = True
-        for model, head in self.heads.items():
-            p = said.p_success.get(head)
-            if p is not None and (model not in self.p_success or model in self.undecided):
-                source, cost = f"{version}/{head}", cost_us
-                if beside and (before := self.p_success.get(model)) is not None:
-                    p = (p + before.value) / 2
-                    source, cost = f"{before.source.rpartition('/')[0]}+{source}", cost + before.cost_us
-                self.p_success[model] = Estimate(p, source=source, cost_us=cost)
-                self.undecided.discard(model)
-                if head in said.undecided:
-                    self.undecided.add(model)
-            if (tokens := said.out_tokens.get(head)) is not None:
-                value, low, high = tokens
-                self.out_tokens[model] = Estimate(value, f"{version}/{head}.tokens", low, high, cost_us)
-        if said.domain:
-            self.domain = said.domain
-        if said.needs_reasoning is not None:
-            self.needs_reasoning = Estimate(said.needs_reasoning, f"{version}/needs_reasoning", cost_us=cost_us)
-
-    def signals(self) -> Signals:
-        if not self.answered:
-            return Signals(probe="unavailable")
-        return Signals(
-            p_success=self.p_success,
-            input_tokens=self.input_tokens,
-            probe="ok",
-            out_tokens=self.out_tokens,
-            domain=self.domain,
-            needs_reasoning=self.needs_reasoning,
-        )
 
 
 class SignalReader:
@@ -119,7 +63,7 @@ class SignalReader:
         if difficulty is None or query.endpoint != "chat.completions" or not (heads := world.policy.heads_for(query)):
             return NOT_ASKED
         messages = bytes(messages)
-        found = _Found(heads)
+        found = Found(heads)
         if len(messages) > MAX_PROBED_BYTES:
             return found.signals()
         static = world.probes.static
@@ -143,7 +87,7 @@ class SignalReader:
         tenant: str,
         messages: bytes,
         world: World,
-        found: _Found,
+        found: Found,
         tools: bytes | msgspec.Raw | None,
         effort: str | None,
     ) -> None:
@@ -182,8 +126,8 @@ class SignalReader:
                 self._remembered.popitem(last=False)
         return result
 
-    def _take(self, result: ProbeResult, version: str, found: _Found, world: World, *, beside: bool = False) -> None:
-        found.add(result, version, result.cost_us, beside=beside)
+    def _take(self, result: ProbeResult, version: str, found: Found, world: World, *, beside: bool = False) -> None:
+        found.add(result, version, result.cost_us, beside=beside, by=result.by)
         for name, tokens in result.input_tokens.items():
             for model in world.local_models.get(name, ()):
                 found.input_tokens[model] = tokens

@@ -52,11 +52,14 @@ class _Heard:
     out_tokens: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     domain: dict[str, float] = field(default_factory=dict)
     needs_reasoning: float | None = None
+    by: dict[str, str] = field(default_factory=dict)
+    """The reader's version, by head."""
 
-    def add(self, said: Sounding) -> None:
+    def add(self, said: Sounding, version: str) -> None:
         for head, p in said.p_success.items():
             if head not in self.p_success or head in self.undecided:
                 self.p_success[head] = p
+                self.by[head] = version
                 self.undecided.discard(head)
                 if head in said.undecided:
                     self.undecided.add(head)
@@ -171,7 +174,7 @@ class PromptSounding:
     def _hear(self, reader: PromptReader, rating: Rating) -> None:
         assert self._states is not None, "the prompt is read"
         rows = [self._layers.index(layer) for layer in reader.layers]
-        self._heard.add(reader.read(self._states[rows].float().cpu().numpy(), rating))
+        self._heard.add(reader.read(self._states[rows].float().cpu().numpy(), rating), reader.version)
 
     def _result(self) -> list[Event]:
         assert self._engine is not None
@@ -190,5 +193,6 @@ class PromptSounding:
                 heard.out_tokens,
                 heard.domain,
                 heard.needs_reasoning,
+                heard.by,
             )
         ]

@@ -472,6 +472,8 @@ class ProbeResult(msgspec.Struct, frozen=True, tag="probe_result"):
     domain: dict[str, float] = {}
     """Probability of each domain."""
     needs_reasoning: float | None = None
+    by: dict[str, str] = {}
+    """Per head the version of the reader whose word it is, of a probe with a model that several readers hear."""
 
 
 class EmbedResult(msgspec.Struct, frozen=True, tag="embed_result"):

@@ -67,14 +67,17 @@ def _p(candidate: Candidate) -> str:
     if candidate.p_success is None:
         return "P(success) not known"
     interval = "" if candidate.p_low is None else f" ({candidate.p_low:.2f} to {candidate.p_high:.2f})"
-    return f"P(success) {candidate.p_success:.2f}{interval}"
+    by = candidate.measured_by.rpartition("/")[0]
+    return f"P(success) {candidate.p_success:.2f}{interval}" + (f" by {by}" if by else "")
 
 
 def _cost(candidate: Candidate) -> str:
     expected, worst = candidate.expected_cost_nanousd, candidate.worst_cost_nanousd
     if expected is None or worst is None:
         return "unpriced"
-    return f"{format_money(expected)} expected, {format_money(worst)} at most"
+    low, high = candidate.cost_low_nanousd, candidate.cost_high_nanousd
+    interval = "" if low is None or high is None else f" ({format_money(low)} to {format_money(high)})"
+    return f"{format_money(expected)} expected{interval}, {format_money(worst)} at most"
 
 
 def verdict(candidate: Candidate, decision: Decision) -> str:

@@ -16,8 +16,8 @@ class Option:
     """A model, or a model at one effort."""
 
     __slots__ = (
-        "doubt", "expected", "expected_ms", "high", "index", "low", "model", "name", "obstacle", "p", "plan", "reason",
-        "switch", "ttft_p95_ms", "utility", "violation", "worst",
+        "cost_high", "cost_low", "doubt", "expected", "expected_ms", "high", "index", "low", "measured_by", "model",
+        "name", "obstacle", "p", "plan", "reason", "switch", "ttft_p95_ms", "utility", "violation", "worst",
     )  # fmt: skip
 
     def __init__(
@@ -37,9 +37,15 @@ class Option:
         self.index = index
         if estimate is None:
             self.p = self.low = self.high = None
+            self.measured_by = ""
         else:
             self.p, self.low, self.high = estimate.value, estimate.low, estimate.high
+            self.measured_by = estimate.source
         self.expected, self.worst = costs_nanousd(model, query, tokens, answer, cached)
+        self.cost_low = self.cost_high = None
+        if told is not None and told.low is not None and told.high is not None:
+            self.cost_low = costs_nanousd(model, query, tokens, round(told.low), cached)[0]
+            self.cost_high = costs_nanousd(model, query, tokens, round(told.high), cached)[0]
         self.switch = 0
         """What leaving the conversation's model for this one costs beside its bill."""
         self.utility: int | None = None
@@ -151,6 +157,9 @@ class Option:
             None if ms is None else round(ms),
             self.switch,
             self.utility,
+            self.measured_by,
+            self.cost_low,
+            self.cost_high,
         )
 
 
@@ -170,6 +179,10 @@ class CascadeOption(Option):
         goes_on = [1.0 if stage.p is None else 1 - p_accept(stage.p, accept) for stage in stages[:-1]]
         expected = _expected([stage.expected for stage in stages], goes_on)
         self.expected = None if expected is None else round(expected)
+        low, high = (_expected([getattr(one, end) for one in stages], goes_on) for end in ("cost_low", "cost_high"))
+        self.cost_low = None if low is None else round(low)
+        self.cost_high = None if high is None else round(high)
+        self.measured_by = first.measured_by
         self.expected_ms = _expected([stage.expected_ms for stage in stages], goes_on)
         worst = [stage.worst for stage in stages]
         self.worst = None if None in worst else sum(cost or 0 for cost in worst)

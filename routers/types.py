@@ -261,6 +261,11 @@ class Candidate(Struct, frozen=True, omit_defaults=True):
     """What leaving the conversation's model for this one costs; it counts in every comparison of costs."""
     utility_nanousd: int | None = None
     """What the objective `utility` makes of it; None: another objective, or something in it is not known."""
+    measured_by: str = ""
+    """The probe, or probes, that `p_success` is from, with the head, e.g. `mmlu-minilm@3f2a9c/weak`."""
+    cost_low_nanousd: int | None = None
+    """The interval of `expected_cost_nanousd`, as four of five answers are long; None: no length was foretold."""
+    cost_high_nanousd: int | None = None
 
 
 class Decision(Struct, frozen=True, omit_defaults=True):

@@ -1,6 +1,6 @@
 """What routers do with a table: for each query the expected correctness and cost, and how often each model answers."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,12 +62,11 @@ def run_policy(
     policy: Policy,
     table: Outcomes,
     cost: Array | None,
-    p_success: Mapping[str, Array],
+    signals: Sequence[Signals],
     *,
     caller: Caller | None = None,
-    source: str = "table",
 ) -> PolicyRun:
-    """Decide every query as the gateway would with these signals and nothing down. `source` names them.
+    """Decide every query as the gateway would with these signals, one a query, and nothing down.
 
     A model that the policy offers and the table does not hold is not available.
     """
@@ -82,16 +81,8 @@ def run_policy(
     refused = 0
     for row, prompt in enumerate(table.prompts):
         query = query_for(prompt, caller, f"row-{row}")
-        signals = Signals(
-            p_success={
-                model: Estimate(float(values[row]), source=f"{source}/{model}")
-                for model, values in p_success.items()
-                if not np.isnan(values[row])
-            },
-            probe="ok" if p_success else "not_asked",
-        )
         try:
-            decision = decide(query, signals, policy, state, seed=row)
+            decision = decide(query, signals[row], policy, state, seed=row)
         except NoCandidate as error:
             if error.kind == "unknown_model":
                 raise TableError(f"--ask {caller.model}: {error}") from None
@@ -102,6 +93,21 @@ def run_policy(
             rule = decision.rule
         rules[rule] = rules.get(rule, 0) + 1
     return PolicyRun(Routed("policy", accuracy, None if cost is None else spent, answered.mean(0)), rules, refused)
+
+
+def from_table(p_success: Mapping[str, Array], queries: int) -> list[Signals]:
+    """The signals of each query that stand in a table: P(success) [queries] of some models, NaN where not known."""
+    return [
+        Signals(
+            p_success={
+                model: Estimate(float(values[row]), source=f"table/{model}")
+                for model, values in p_success.items()
+                if not np.isnan(values[row])
+            },
+            probe="ok" if p_success else "not_asked",
+        )
+        for row in range(queries)
+    ]
 
 
 def play(

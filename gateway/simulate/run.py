@@ -1,6 +1,7 @@
 """A simulation from policy and table to what the command prints, writes and draws."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from rich.table import Table
 
 from gateway.simulate.baselines import baselines
 from gateway.simulate.compare import Measured, compare
-from gateway.simulate.routed import Caller, costs, run_policy, sweep
-from gateway.simulate.scores import probe_scores
-from gateway.simulate.table import Array, Outcomes
+from gateway.simulate.routed import Caller, costs, from_table, run_policy, sweep
+from gateway.simulate.scores import probe_signals
+from gateway.simulate.table import Outcomes
 from routers.policy import Policy
+from routers.types import Signals
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,30 +50,32 @@ def simulated(
     if run.refused:
         facts.append(f"{run.refused} requests refused by the policy, counted as wrong and free")
     curve: list[tuple[float, float]] = []
-    if spent is not None and set(signals) == set(table.models):
-        quality = np.nan_to_num(np.column_stack([signals[model] for model in table.models]))
+    known = [[one.p_success.get(model) for model in table.models] for one in signals]
+    if spent is not None and set(table.models) <= {model for one in signals for model in one.p_success}:
+        quality = np.array([[0.0 if p is None else p.value for p in row] for row in known])
         curve = [(cost * 1e-6, accuracy) for cost, accuracy in sweep(quality, spent.mean(0), table, spent)]
     return Simulation(rows, sorted(run.rules.items(), key=lambda item: -item[1]), facts, curve)
 
 
-def _signals(
-    policy: Policy, folder: Path, table: Outcomes, scores: Path, progress: bool
-) -> tuple[Mapping[str, Array], str]:
-    """(P(success) per model, where it is from): the table's, or the policy's probe's."""
+def _signals(policy: Policy, folder: Path, table: Outcomes, scores: Path, progress: bool) -> tuple[list[Signals], str]:
+    """(of each query, where they are from): the table's, or what the policy's probes say."""
+    queries = len(table.prompts)
     if table.p_success:
-        return table.p_success, f"P(success) of {', '.join(table.p_success)} from the table"
+        return from_table(table.p_success, queries), f"P(success) of {', '.join(table.p_success)} from the table"
     if policy.difficulty is None:
-        return {}, "the policy measures nothing: it decides by price and order"
-    from gateway.simulate.tiers import InOrder
+        return from_table({}, queries), "the policy measures nothing: it decides by price and order"
+    from gateway.in_order import InOrder
 
     probe = InOrder.of(policy, folder)
-    found = probe_scores(probe, table.prompts, scores, progress=progress)
     heads = {model: head for model, head in policy.difficulty.heads.items() if model in table.models}
+    found = probe_signals(probe, heads, table.prompts, scores, progress=progress)
+    by = Counter(version for one in found for version in {p.source.rpartition("/")[0] for p in one.p_success.values()})
+    answered = ", ".join(f"{version} {count}" for version, count in by.most_common()) or "none"
     said = (
         f"P(success) of {', '.join(heads)} by the probe {probe.version}; where it was fitted on these queries, what "
-        "follows flatters it"
+        f"follows flatters it; queries by who answered: {answered}"
     )
-    return {model: found[:, probe.heads.index(head)] for model, head in heads.items()}, said
+    return found, said
 
 
 MOST_SHARES = 3

@@ -1,60 +1,65 @@
-"""P(success) of the policy's own probe for every prompt, kept on disk as it is measured: a run goes on where it broke.
+"""What the policy's own probes say of every prompt, kept on disk as it is measured: a run goes on where it broke.
 
-A file per (probe, prompts): its name is their digest, its content float64 rows [n, heads], appended batch by batch.
+A file per (probes, heads, prompts): its name is their digest, its content one line of JSON a prompt, appended batch by
+batch.
 """
 
 import fcntl
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
+import msgspec
 
-from gateway.simulate.table import Array
+from routers.types import Signals
 
 BATCH = 64
+_encode, _decode = msgspec.json.Encoder().encode, msgspec.json.Decoder(Signals).decode
 
 
 class Prober(Protocol):
-    """What measures: `probes.runtime.EncoderProbe`."""
+    """What measures: `gateway.in_order.InOrder`."""
 
     @property
     def version(self) -> str: ...
 
-    @property
-    def heads(self) -> tuple[str, ...]: ...
-
-    def probe(self, conversations: Sequence[Sequence[dict[str, str]]]) -> list[dict[str, float]]: ...
+    def sound(self, conversations: Sequence[Sequence[dict[str, str]]], heads: Mapping[str, str]) -> list[Signals]: ...
 
 
-def score_file(folder: Path, version: str, prompts: Sequence[str]) -> Path:
-    """Where the scores of these prompts by this probe are kept."""
-    digest = hashlib.sha256(version.encode())
+def score_file(folder: Path, version: str, heads: Mapping[str, str], prompts: Sequence[str]) -> Path:
+    """Where what these probes say of these prompts is kept."""
+    digest = hashlib.sha256(f"{version} {sorted(heads.items())}".encode())
     for prompt in prompts:
         text = prompt.encode("utf-8", "surrogatepass")
         digest.update(b"%d:" % len(text) + text)
-    return folder / f"{version.replace('/', '-')}.{digest.hexdigest()[:16]}.scores"
+    return folder / f"{version.replace('/', '-')}.{digest.hexdigest()[:16]}.signals"
 
 
-def probe_scores(probe: Prober, prompts: Sequence[str], folder: Path, *, progress: bool = False) -> Array:
-    """[n, heads] of the probe, as one user message each. What `folder` holds of them already is not measured again."""
+def probe_signals(
+    probe: Prober, heads: Mapping[str, str], prompts: Sequence[str], folder: Path, *, progress: bool = False
+) -> list[Signals]:
+    """Of each prompt, as one user message. What `folder` holds of them already is not measured again.
+
+    `heads`: model of the policy to head.
+    """
     from tqdm import tqdm
 
     folder.mkdir(parents=True, exist_ok=True)
-    path = score_file(folder, probe.version, prompts)
-    width = 8 * len(probe.heads)
-    with path.open("ab") as file:
+    with score_file(folder, probe.version, heads, prompts).open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # another run over the same prompts: when it is done, all is there
-        whole = path.stat().st_size // width
-        file.truncate(whole * width)  # half a row of a run that was killed
-        bar = tqdm(total=len(prompts), initial=whole, desc=f"probe {probe.version}", disable=not progress, unit="query")
+        file.seek(0)
+        kept = file.read()
+        whole = kept[: kept.rfind(b"\n") + 1]
+        file.truncate(len(whole))  # half a line of a run that was killed
+        found = [_decode(line) for line in whole.splitlines()]
+        bar = tqdm(total=len(prompts), initial=len(found), desc="probes", disable=not progress, unit="query")
         with bar:
-            for start in range(whole, len(prompts), BATCH):
+            for start in range(len(found), len(prompts), BATCH):
                 batch = prompts[start : start + BATCH]
-                found = probe.probe([[{"role": "user", "content": text}] for text in batch])
-                rows = np.array([[row[head] for head in probe.heads] for row in found], dtype=np.float64)
-                file.write(rows.tobytes())
+                said = probe.sound([[{"role": "user", "content": text}] for text in batch], heads)
+                file.write(b"".join(_encode(one) + b"\n" for one in said))
                 file.flush()
+                found += said
                 bar.update(len(batch))
-    return np.fromfile(path, dtype=np.float64).reshape(len(prompts), len(probe.heads))
+    return found

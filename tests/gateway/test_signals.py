@@ -129,7 +129,7 @@ def test_probes_that_cannot_be_used_are_named(words: Path, tmp_path: Path, probe
         for file in (words / "words").iterdir():
             (tmp_path / name / file.name).write_bytes(file.read_bytes())
     manifest = json.loads((tmp_path / "other" / MANIFEST).read_text())
-    (tmp_path / "other" / MANIFEST).write_text(json.dumps(manifest | {"encoder_sha256": "0"}))
+    (tmp_path / "other" / MANIFEST).write_text(json.dumps(manifest | {"encoder_sha256": "0", "certificates": []}))
     file = tmp_path / "policy.yaml"
     file.write_text(POLICY.format(url="http://127.0.0.1:9/v1", probe=probe))
     with pytest.raises(CannotServe, match=complaint.replace("[", r"\[")):

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from gateway.cli import app
 from gateway.simulate.baselines import baselines
 from gateway.simulate.compare import compare
 from gateway.simulate.routed import Routed, at_cost, play
-from gateway.simulate.scores import probe_scores, score_file
+from gateway.simulate.scores import probe_signals, score_file
 from gateway.simulate.table import Array, Columns, Long, Outcomes, read_outcomes
 from probes.errors import TableError
-from routers.types import Accept, Cascade, Single
+from probes.types import Estimate
+from routers.types import Accept, Cascade, Signals, Single
 
 DATA = Path(os.environ.get("LEADLINE_DATA", Path(__file__).parents[3] / "shared" / "data"))
 POLICY = """
@@ -198,35 +199,39 @@ class Prober:
     """Counts what it is asked, and breaks at a given prompt."""
 
     version = "counting@1"
-    heads = ("x", "y")
 
     def __init__(self, breaks_at: int | None = None) -> None:
         self.asked: list[str] = []
         self._breaks_at = breaks_at
 
-    def probe(self, conversations: Sequence[Sequence[dict[str, str]]]) -> list[dict[str, float]]:
+    def sound(self, conversations: Sequence[Sequence[dict[str, str]]], heads: Mapping[str, str]) -> list[Signals]:
         texts = [conversation[0]["content"] for conversation in conversations]
         if self._breaks_at is not None and str(self._breaks_at) in texts:
             raise KeyboardInterrupt
         self.asked += texts
-        return [{"x": int(text) / 1000, "y": 1 - int(text) / 1000} for text in texts]
+        return [
+            Signals({model: Estimate(int(text) / 1000, f"{self.version}/{head}") for model, head in heads.items()})
+            for text in texts
+        ]
 
 
 def test_a_run_that_was_broken_off_goes_on(tmp_path: Path) -> None:
     prompts = [str(i) for i in range(300)]
     first, second, third = Prober(breaks_at=200), Prober(), Prober()
+    heads = {"a": "x", "b": "y"}
     with pytest.raises(KeyboardInterrupt):
-        probe_scores(first, prompts, tmp_path)
-    with score_file(tmp_path, first.version, prompts).open("ab") as file:
-        file.write(b"half a row")
-    found = probe_scores(second, prompts, tmp_path)
+        probe_signals(first, heads, prompts, tmp_path)
+    with score_file(tmp_path, first.version, heads, prompts).open("ab") as file:
+        file.write(b'{"half a line')
+    found = probe_signals(second, heads, prompts, tmp_path)
     assert first.asked + second.asked == prompts
     assert len(first.asked) == 192
-    assert found == pytest.approx(np.array([[i / 1000, 1 - i / 1000] for i in range(300)]))
-    assert (probe_scores(third, prompts, tmp_path) == found).all()
+    assert [one.p_success["a"] for one in found] == [Estimate(i / 1000, "counting@1/x") for i in range(300)]
+    assert probe_signals(third, heads, prompts, tmp_path) == found
     assert third.asked == []
-    assert len(probe_scores(third, prompts[1:], tmp_path)) == 299
+    assert len(probe_signals(third, heads, prompts[1:], tmp_path)) == 299
     assert third.asked == prompts[1:]
+    assert probe_signals(third, {"a": "y"}, prompts, tmp_path) != found, "another head is another word"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """A simulation asks the policy's probes as a gateway does: words first, the encoder for what they leave open."""
 
-import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +8,13 @@ import pytest
 from typer.testing import CliRunner
 
 from gateway.cli import app
-from gateway.simulate.tiers import InOrder
-from probes.errors import TableError
+from gateway.in_order import InOrder
 from probes.runtime import EncoderProbe
 from probes.static import StaticProbe
 from probes.static_fit import fit_static, write_static
 from probes.train import Table
 from routers.load import parse
+from routers.types import Signals
 
 POLICY = """
 version: 1
@@ -46,21 +44,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def asked(folder: Path, probe: str) -> tuple[InOrder, list[dict[str, float]]]:
+HEADS = {"cheap": "weak", "dear": "strong"}
+
+
+def asked(folder: Path, probe: str) -> tuple[InOrder, list[Signals]]:
     found = InOrder.of(parse(POLICY.replace("PROBE", probe)), folder)
-    return found, found.probe([[{"role": "user", "content": text}] for text in (KNOWN, OTHER)])
+    return found, found.sound([[{"role": "user", "content": text}] for text in (KNOWN, OTHER)], HEADS)
+
+
+def p_of(signals: Signals) -> dict[str, float]:
+    return {HEADS[model]: estimate.value for model, estimate in signals.p_success.items()}
 
 
 def test_words_answer_and_what_they_leave_open_is_the_encoders(folder: Path) -> None:
     static, dense = StaticProbe.load(folder / "words"), EncoderProbe.load()
     probe, (known, other) = asked(folder, "[./words, default]")
     assert probe.version == f"{static.version}+{dense.version}"
-    assert known == static.read(KNOWN).p_success
+    assert p_of(known) == static.read(KNOWN).p_success
     (encoded,) = dense.probe([[{"role": "user", "content": OTHER}]])
-    assert other == pytest.approx({head: encoded[head] for head in ("weak", "strong")}, abs=1e-5)
+    assert p_of(other) == pytest.approx({head: encoded[head] for head in ("weak", "strong")}, abs=1e-5)
     alone, (_, open_) = asked(folder, "./words")
     assert alone.version == static.version
-    assert all(math.isnan(p) for p in open_.values())
+    assert (open_.probe, open_.p_success) == ("unavailable", {})
 
 
 def test_what_nobody_answers_is_absent_and_not_zero(folder: Path, tmp_path: Path) -> None:
@@ -72,11 +77,3 @@ def test_what_nobody_answers_is_absent_and_not_zero(folder: Path, tmp_path: Path
     done = CliRunner().invoke(app, ["simulate", str(folder / "policy.yaml"), str(table), *arguments])
     assert done.exit_code == 0, done.output
     assert "p_success is not known" in done.output.replace("\n", " ")
-
-
-def test_a_probe_that_hears_a_model_read_asks_for_columns(folder: Path) -> None:
-    policy = parse(POLICY.replace("PROBE", "./words"))
-    assert policy.difficulty is not None
-    heard = replace(policy, difficulty=replace(policy.difficulty, probes=()))
-    with pytest.raises(TableError, match="give --p-success NAME=COLUMN"):
-        InOrder.of(heard, folder)

@@ -18,6 +18,7 @@ from routers.explain import from_dict, to_dict, to_lines
 from routers.load import parse
 from routers.policy import Model, Policy, Price
 from routers.types import Accept, Cascade, Decision, Plan, Query, Signals, Single, Speculate, State, Vote
+from routers.units import format_money
 
 HEAD = """\
 version: 1
@@ -490,11 +491,21 @@ def test_told_to_a_person() -> None:
     decision = run(policy(subject_to=P90, on_failure="[local]"), signals=MIDDLING, seed=3)
     assert to_lines(decision) == [
         "weak, by route auto: cheapest with p_success >= 0.9",
-        "  local   P(success) 0.50 (0.25 to 1.00)  $0 expected, $0 at most  in reserve, number 1",
-        "  weak    P(success) 0.92 (0.46 to 1.00)  $0.0009 expected, $0.0041 at most  chosen",
-        "  strong  P(success) 0.98 (0.49 to 1.00)  $0.009 expected, $2.001 at most  costs $0.009, weak $0.0009",
+        "  local   P(success) 0.50 (0.25 to 1.00) by a@1  $0 expected, $0 at most  in reserve, number 1",
+        "  weak    P(success) 0.92 (0.46 to 1.00) by a@1  $0.0009 expected, $0.0041 at most  chosen",
+        "  strong  P(success) 0.98 (0.49 to 1.00) by a@1  $0.009 expected, $2.001 at most  costs $0.009, weak $0.0009",
         f"policy {decision.policy_version}, probe a@1, seed 3",
     ]
+    short = msgspec.structs.replace(MIDDLING, out_tokens={"weak": Estimate(100, "a@1/weak.tokens", 50, 300)})
+    told = next(one for one in run(policy(subject_to=P90), signals=short).candidates if one.model == "weak")
+    assert told.measured_by == "a@1/weak"
+    assert told.cost_low_nanousd is not None
+    assert told.expected_cost_nanousd is not None
+    written = told.expected_cost_nanousd - told.cost_low_nanousd
+    assert told.cost_high_nanousd == told.expected_cost_nanousd + 4 * written, "200 tokens more, where it was 50 less"
+    assert (
+        f"expected ({format_money(told.cost_low_nanousd)} to" in to_lines(run(policy(subject_to=P90), signals=short))[2]
+    )
     degraded = to_lines(run(policy(subject_to=P90)))
     assert degraded[1] == "degraded: probe_unavailable"
     assert "P(success) not known" in degraded[2]
