@@ -20,6 +20,8 @@ from local_engine.types import Exit, SamplingParams
 
 DELTAS: Final = (0.01, 0.05, 0.1)
 MAX_TOKENS: Final = 600
+TRACED: Final = 200
+"""Questions of each level on which promises are put to the test, at most."""
 OFF: Final = "leave it off"
 FIRST: Final = (OFF, "probe, delta 0.05", "probe, delta 0.1")
 TIMED: Final = (*FIRST, "probe, delta 0.01", "always at the cue", "momentum (MUR)")
@@ -55,7 +57,7 @@ def measure(bench: Bench, into: Measured) -> None:
         tell(kind, answers, OFF, into)
         if kind.name in times:
             tell_time(kind.name, kind.name, times, OFF, into)
-    _promises(bench, asked, into)
+    _promises(bench, asked[: TRACED * len(bench.levels)], into)
 
 
 def tell(kind: Kind, answers: dict[str, Outcome], off: str, into: Measured) -> None:

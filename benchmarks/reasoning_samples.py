@@ -2,7 +2,7 @@
 
 Sixteen samples of every question are drawn once, which is self-consistency; the other stop rules and weights are
 replayed on them, in the order of their numbers. The default rule is run by the engine as well, which draws only what
-it needs. "Leave it off" is one greedy answer.
+it needs. "Leave it off" is one greedy answer. High effort, of three times the tokens, is asked a part of the questions.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Final
 
 from measured import Measured
-from reasoning_bench import Bench
+from reasoning_bench import PART_FOR_OTHERS, Bench
 from reasoning_exits import questions, tell_time
 from reasoning_run import Kind, Outcome
 
@@ -51,17 +51,18 @@ def measure(bench: Bench, into: Measured) -> None:
             replace(common, name=f"{effort}: leave it off: one, greedy", temperature=0.0),
             replace(common, name=f"{effort}: adaptive (default)", plan=Vote()),
         ]
-        answers, times = votes.ask(ways, (), ways, asked, timed)
+        some = asked if effort == EFFORTS[0] else asked[: len(asked) // PART_FOR_OTHERS]
+        answers, times = votes.ask(ways, (), ways, some, timed)
         whole = answers[drawn.name]
         for way in ways:
             did = answers[way.name]
-            samples = [len(use.samples) for use in did.uses()] or [1] * len(asked)
+            samples = [len(use.samples) for use in did.uses()] or [1] * len(some)
             _tell(way.name, did.right, samples, [end.output_tokens for end in did.finished], whole, into)
             tell_time(way.name, way.name, times, drawn.name, into)
         ballots = [_ballots(use.samples) for use in whole.uses()]
         for name, rule in RULES.items():
             votes_of = [replay(some, rule) for some in ballots]
-            right = [is_right(said, one.answer) for (said, _, _), one in zip(votes_of, asked, strict=True)]
+            right = [is_right(said, one.answer) for (said, _, _), one in zip(votes_of, some, strict=True)]
             used, tokens = [count for _, count, _ in votes_of], [count for _, _, count in votes_of]
             _tell(f"{effort}, replayed: {name}", right, used, tokens, whole, into)
 

@@ -29,8 +29,7 @@ from local_engine.types import SpeculateSteps
 DEARER: Final = 10.0
 DRAFTS: Final = ("draft", "nano")
 OFF: Final = Kind("leave it off: base alone")
-WIDE: Final = {"unsure": -0.25, "lookahead": 4, "max_step_tokens": 48}
-"""What was best on problems of another seed: see docs/experiments.md."""
+STEPWISE: Final[dict[str, object]] = {"unsure": None, "lookahead": 1}
 COLUMNS: Final = {
     "accuracy": "right", "points_over_off": "points over off", "cpu_speedup": "× CPU", "wall_speedup": "× wall",
     "bound": "bound", "of_the_bound": "of the bound", "cost": "cost", "cost_base_10x": "cost, base × 10",
@@ -52,15 +51,15 @@ def kinds() -> tuple[list[Kind], list[Kind]]:
         OFF,
         Kind("base: token speculation", speculation="auto"),
         *(Kind(f"{draft} alone", model=draft) for draft in DRAFTS),
-        Kind("nano: score, 4 steps, unsure asks", plan=plan("nano", **WIDE)),
-        Kind("nano: the same, lenient (-1.6)", plan=plan("nano", threshold=-1.6, **WIDE)),
+        Kind("nano: score (default: 4 steps, unsure asks)", plan=plan("nano")),
+        Kind("nano: score, lenient (-1.6)", plan=plan("nano", threshold=-1.6)),
     ]
     others = [
-        Kind("nano: score, a step at a time", plan=plan("nano")),
-        Kind("nano: score, 4 steps, with token speculation", plan=plan("nano", **WIDE), speculation="auto"),
-        Kind("draft: score, 4 steps, unsure asks", plan=plan("draft", **WIDE)),
-        Kind("draft: score, a step at a time", plan=plan("draft")),
-        Kind("draft: score, rejected steps by base", plan=plan("draft", repair="step")),
+        Kind("nano: score, a step at a time", plan=plan("nano", **STEPWISE)),
+        Kind("nano: score, with token speculation", plan=plan("nano"), speculation="auto"),
+        Kind("draft: score (default)", plan=plan("draft")),
+        Kind("draft: score, a step at a time", plan=plan("draft", **STEPWISE)),
+        Kind("draft: score, rejected steps by base", plan=plan("draft", repair="step", **STEPWISE)),
         Kind("draft: specreason", plan=plan("draft", method="specreason")),
         Kind("draft: glimprouter", plan=plan("draft", method="glimprouter", threshold=0.3)),
         Kind("draft: speculative_thinking", plan=plan("draft", method="speculative_thinking")),

@@ -147,9 +147,10 @@ class SpeculateSteps(
     method: StepMethod = "score"
     threshold: float | None = None
     """Of the method; None: its own default."""
-    unsure: float | None = None
-    """`score`: a token that the draft itself finds less probable is left to the base model, a natural logarithm."""
-    lookahead: int = 1
+    unsure: float | None = -0.25
+    """`score`: a token that the draft itself finds less probable is left to the base model, a natural logarithm; None:
+    no token is."""
+    lookahead: int = 4
     """`score`: steps that the draft may write before they are judged, all at once."""
     repair: Literal["token", "step"] = "token"
     """`score`: of a rejected step the base model writes, from the first bad token on, that one or the rest."""
