@@ -27,12 +27,14 @@ class Token:
     """(rank, log-probability, natural)"""
     words: tuple[str, ...] = ()
     """The texts of `top`."""
+    whole_entropy: float | None = None
+    """Of all that could have stood here, in nats, where the server says so (the local engine does)."""
     token: int = 0
 
     @property
     def entropy(self) -> float:
-        """Of the likeliest ones alone, in nats."""
-        return entropy_of(self.top)
+        """Else of the likeliest ones alone."""
+        return entropy_of(self.top) if self.whole_entropy is None else self.whole_entropy
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,5 +109,5 @@ def _tokens(choice: dict[str, Any]) -> tuple[Token, ...]:
         top = one.get("top_logprobs") or ()
         ranked = [(rank, float(other["logprob"])) for rank, other in enumerate(top)]
         words = tuple(str(other["token"]) for other in top)
-        found.append(Token(str(one["token"]), float(one["logprob"]), ranked, words))
+        found.append(Token(str(one["token"]), float(one["logprob"]), ranked, words, one.get("entropy")))
     return tuple(found)

@@ -117,6 +117,26 @@ async def test_a_plan_lets_a_small_model_think_and_tells_what_each_did(service: 
     assert small["output_tokens"] > 0
 
 
+async def test_it_goes_on_from_a_thought_and_says_what_stopped_it(service: Service) -> None:
+    asked = {"model": "base", "messages": SUM, "temperature": 0}
+    async with service.client() as client:
+        alone = (await client.post("/v1/chat/completions", json=asked)).json()["choices"][0]["message"]
+        first, *_ = alone["reasoning_content"].split("\n\n")
+        begun = [*SUM, {"role": "assistant", "content": f"<think>\n{first}\n\n"}]
+        more = {"continue_final_message": True, "add_generation_prompt": False}
+        on = (await client.post("/v1/chat/completions", json={**asked, "messages": begun, **more})).json()
+        step = (await client.post("/v1/chat/completions", json={**asked, "stop": ["\n\n"], "messages": [
+            *SUM, {"role": "assistant", "content": "<think>\n"}], **more})).json()["choices"][0]  # fmt: skip
+        wrong = await client.post("/v1/chat/completions", json={**asked, **more})
+    message = on["choices"][0]["message"]
+    assert f"{first}\n\n{message.get('reasoning_content') or ''}" == alone["reasoning_content"]
+    assert message["content"] == alone["content"]
+    assert on["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+    assert (step["message"]["reasoning_content"], step["stop_reason"]) == (first, "\n\n")
+    assert wrong.status_code == 400
+    assert "the last message is not an assistant's text" in wrong.json()["error"]["message"]
+
+
 async def test_without_its_token_nothing_is_told(service: Service) -> None:
     async with httpx2.AsyncClient(base_url=service.url) as client:
         for method, path in [
