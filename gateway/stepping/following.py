@@ -1,5 +1,7 @@
 """Which words of a stream are thought, and which are answer."""
 
+import math
+import re
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -12,12 +14,22 @@ from gateway.upstream.types import Event
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """A piece of the thought or of the answer, with its tokens' log-probabilities where they were asked for."""
+    """A piece of the thought or of the answer."""
 
     kind: Literal["thought", "answer"]
     text: str
-    logprobs: tuple[float, ...] = ()
-    entropies: tuple[float, ...] = ()
+    listed: tuple[tuple[str, float], ...] = ()
+    """Its tokens and their log-probabilities, where the server was asked for them."""
+
+    @property
+    def tokens(self) -> tuple[tuple[str, float], ...]:
+        """As listed, if they are its text; else its words. A server that guesses tokens sends several in one piece."""
+        if "".join(token for token, _ in self.listed) == self.text:
+            return self.listed
+        return tuple((word, math.nan) for word in _WORD.findall(self.text))
+
+
+_WORD = re.compile(r"\n\n|\s?\w+|\s?[^\w\s]|\s")
 
 
 class Following:
@@ -46,12 +58,12 @@ class Following:
             delta = choice.get("delta") or {}
             thought = delta.get("reasoning_content") or delta.get("reasoning") or ""
             content = delta.get("content") or ""
-            logprobs, entropies = _numbers(choice)
+            listed = _listed(choice)
             if thought:
                 self._separated = True
-                found.append(Heard("thought", thought, logprobs, entropies))
+                found.append(Heard("thought", thought, listed))
             if content:
-                found += self._content(content, logprobs, entropies)
+                found += self._content(content, listed)
             if choice.get("finish_reason"):
                 self.finish = choice["finish_reason"]
                 if self._held:
@@ -80,28 +92,28 @@ class Following:
         self.thought_tokens = usage.reasoning or share
         self.answer_tokens = written - self.thought_tokens
 
-    def _content(self, text: str, logprobs: tuple[float, ...], entropies: tuple[float, ...]) -> list[Heard]:
+    def _content(self, text: str, listed: tuple[tuple[str, float], ...]) -> list[Heard]:
         if self._separated or self.over:
             self.over, self._open = True, False
-            return [Heard("answer", text, logprobs, entropies)]
+            return [Heard("answer", text, listed)]
         self._held += text
         if not self._open:  # nothing of it so far: does it begin with the tag?
             if OPEN.startswith(self._held.lstrip()[: len(OPEN)]) and len(self._held.lstrip()) < len(OPEN):
                 return []
             if not self._held.lstrip().startswith(OPEN):
                 said, self._held, self.over = self._held, "", True
-                return [Heard("answer", said, logprobs, entropies)]
+                return [Heard("answer", said, listed)]
             self._held, self._open = self._held.lstrip().removeprefix(OPEN).removeprefix("\n"), True
         before, tag, after = self._held.partition(CLOSE)
         if tag:
             self.over, self._open, self._held = True, False, ""
             parts = [("thought", before), ("answer", after)]
-            return [Heard(kind, part, logprobs, entropies) for kind, part in parts if part]  # type: ignore[arg-type]
+            return [Heard(kind, part, listed) for kind, part in parts if part]  # type: ignore[arg-type]
         keep = next((n for n in range(len(CLOSE) - 1, 0, -1) if before.endswith(CLOSE[:n])), 0)
         said, self._held = before[: len(before) - keep], before[len(before) - keep :]
-        return [Heard("thought", said, logprobs, entropies)] if said else []
+        return [Heard("thought", said, listed)] if said else []
 
 
-def _numbers(choice: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _listed(choice: dict[str, Any]) -> tuple[tuple[str, float], ...]:
     listed = (choice.get("logprobs") or {}).get("content") or ()
-    return tuple(float(one["logprob"]) for one in listed), tuple(float(one.get("entropy") or "nan") for one in listed)
+    return tuple((str(one["token"]), float(one["logprob"])) for one in listed)

@@ -3,7 +3,7 @@
 The rules are those of `local_engine.reason` that read words and log-probabilities (no hidden states come over an API),
 and its guards against loops. What may be part of a cue is held back until that is certain, so that a thought is cut
 before its cue and nobody has seen it. Answers that a rule wants forced are asked for beside the stream, which goes on
-meanwhile. A piece of the stream counts as a token here: servers send them one by one.
+meanwhile. Tokens are those that the server lists, else the words of what it sends.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ class Leaving:
         self._guard = LoopGuard()
         self._step = ""
         self._told = 0
-        """Pieces of the thought that are out."""
+        """Tokens of the thought that are out."""
         self._looking: asyncio.Task[tuple[Moment, str]] | None = None
         self._looks = self._discarded = 0
         self._by = ""
@@ -113,25 +113,23 @@ class Leaving:
 
     def _heard(self, piece: Heard) -> list[Event]:
         """What is certain after this piece, and may be told."""
-        if self._by:  # of the same group, after the cut
-            self._discarded += 1
-            return []
-        if piece.kind == "answer":
+        if piece.kind == "answer" and not self._by:
             return [*self._flush(len(self._watch.thought)), self._calls.teller.delta({"content": piece.text})]
-        logprob = sum(piece.logprobs) / len(piece.logprobs) if piece.logprobs else math.nan
-        notice = self._watch.push(piece.text, logprob, math.nan)
-        why, cut = self._verdict(notice)
-        self._step += piece.text
-        if not why and self._step.endswith(STEP_END):
-            why, cut = self._guard.read(self._step.encode()), len(self._watch.thought)
-            self._step = ""
-        if why:
-            self._by, self._cut = why, max(cut, self._told)
-            return self._flush(self._cut)
-        return self._flush(self._watch.certain)
+        for text, logprob in piece.tokens:
+            if self._by:  # of the same group, after the cut
+                self._discarded += 1
+                continue
+            why, cut = self._verdict(self._watch.push(text, logprob, math.nan))
+            self._step += text
+            if not why and self._step.endswith(STEP_END):
+                why, cut = self._guard.read(self._step.encode()), len(self._watch.thought)
+                self._step = ""
+            if why:
+                self._by, self._cut = why, max(cut, self._told)
+        return self._flush(self._cut if self._by else self._watch.certain)
 
     def _verdict(self, notice: Notice | None) -> tuple[str, int]:
-        """(why the thought ends, before which piece); "": it goes on."""
+        """(why the thought ends, before which token); "": it goes on."""
         if self._looking is not None and self._looking.done():
             moment, answer = self._looking.result()
             self._looking = None
@@ -169,7 +167,7 @@ class Leaving:
         return [self._calls.teller.thought(text)] if text else []
 
     def _most(self, limit: int | None) -> int | None:
-        """Pieces of a thought: the plan's limit, and what leaves room for an answer."""
+        """Tokens of a thought: the plan's limit, and what leaves room for an answer."""
         if self._asked is None:
             return limit
         room = max(1, self._asked - min(_MOST_RESERVED, self._asked // 2))

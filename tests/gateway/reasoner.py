@@ -60,6 +60,8 @@ class Reasoner:
     truth: list[Bill] = field(default_factory=list)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     pace_s: float = 0.0
+    together: int = 1
+    """Words in one piece of a stream, as of a server that guesses tokens."""
     left: int = 0
     url: str = ""
     _cached: set[tuple[str, ...]] = field(default_factory=set)
@@ -114,8 +116,9 @@ class Reasoner:
         sent, said, told = 0, "", ("", "")
         thinking, separates = self.thinking(body), self.minds[body["model"]].separates
         try:
-            for word in words:
-                said += word
+            for at in range(0, len(words), self.together):
+                some = words[at : at + self.together]
+                said += "".join(some)
                 split = _split(said, thinking, separates)
                 thought, content = split[0][len(told[0]) :], split[1][len(told[1]) :]
                 told = split
@@ -125,8 +128,8 @@ class Reasoner:
                 }
                 piece: dict[str, Any] = {"index": 0, "delta": delta, "finish_reason": None}
                 if body.get("logprobs"):
-                    piece["logprobs"] = {"content": [_listed(word, body["top_logprobs"], False)]}
-                sent += 1
+                    piece["logprobs"] = {"content": [_listed(word, body["top_logprobs"], False) for word in some]}
+                sent += len(some)
                 await send(choices=[piece])
                 await asyncio.sleep(self.pace_s)
             await send(choices=[{"index": 0, "delta": {}, "finish_reason": reason}])

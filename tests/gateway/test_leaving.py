@@ -43,11 +43,13 @@ async def one(gateway: Gateway) -> dict[str, Any]:
     return (await gateway.rows())[0]
 
 
+@pytest.mark.parametrize("together", [1, 5])
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("separates", [True, False], ids=["separated", "tagged"])
 async def test_two_passes_that_come_to_the_same_end_the_thought_before_its_cue(
-    far: Reasoner, tmp_path: Path, separates: bool, stream: bool
+    far: Reasoner, tmp_path: Path, separates: bool, stream: bool, together: int
 ) -> None:
+    far.together = together
     far.minds["base"] = Mind(PASSES, answer="The answer is 42.", separates=separates)
     async with start(far, tmp_path / "home", "rule: redundancy") as gateway:
         thought, answer, usage, plan = await told(gateway, stream=stream)
@@ -85,7 +87,11 @@ async def test_forced_answers_that_agree_end_the_thought(far: Reasoner, tmp_path
     ("rule", "by"),
     [("rule: budget, budget: 15", "budget"), ("rule: redundancy, agree: 9, max_thinking_tokens: 20", "limit")],
 )
-async def test_a_budget_and_a_limit_close_the_thought(far: Reasoner, tmp_path: Path, rule: str, by: str) -> None:
+@pytest.mark.parametrize("together", [1, 5])
+async def test_a_budget_and_a_limit_close_the_thought(
+    far: Reasoner, tmp_path: Path, rule: str, by: str, together: int
+) -> None:
+    far.together = together
     async with start(far, tmp_path / "home", rule) as gateway:
         thought, answer, usage, did = await told(gateway, stream=True)
     assert (answer, did["by"]) == ("The answer is 42.", by)
