@@ -126,6 +126,12 @@ class Writer:
         rounded = self._builder.add(self._builder.add(bits, self._lanes32(0x7FFF)), odd)
         self._builder.store(self._builder.trunc(self._builder.lshr(rounded, self._lanes32(16)), _VEC16), place, align=2)
 
+    def prefetch(self, base: Any, offset: Any, count: int, dtype: torch.dtype) -> None:
+        """Have `count` elements from there on fetched into the caches; the address may be of nothing."""
+        for line in range(0, count * dtype.itemsize, 64):
+            place = self.place(self.place(base, offset, dtype.itemsize), self.whole(line), 1)
+            self._call("llvm.prefetch.p0", ir.VoidType(), place, *(ir.Constant(I32, number) for number in (0, 3, 1)))
+
     def copy(self, source: Any, at: Any, target: Any, to: Any, dtype: torch.dtype) -> None:
         """LANES elements as they are."""
         typ = VEC if dtype == torch.float32 else _VEC16
