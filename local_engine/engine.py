@@ -549,9 +549,10 @@ def _with_thought(model: LocalModel, prompt: list[int], thought: ThoughtSoFar) -
     begin = "\n" if opened[-1] == model.think_token else ""
     if not thought.over:
         return opened + _plain_tokens(model, begin + thought.text)
-    text = thought.text.rstrip("\n")
+    text = begin + thought.text
+    line = "" if text.endswith("\n") else "\n"
     closing = [model.end_think_token, *_plain_tokens(model, "\n\n")]
-    return opened + _plain_tokens(model, f"{begin}{text}\n" if text else begin) + closing
+    return opened + _plain_tokens(model, text + line) + closing
 
 
 def _plain_tokens(model: LocalModel, text: str) -> list[int]:

@@ -251,8 +251,8 @@ class ModelFile(Strict):
     prefix: bool | PrefixStyle | None = None
     """Whether it goes on from the start of an answer, given as the last message; `true`, in the way of its `server`
     (`openai`: as `deepseek`), or in this one: `deepseek` (`prefix: true`, and `reasoning_content`; Mistral, too),
-    `vllm` (`continue_final_message`; SGLang, too), `llamacpp`, or `anthropic` (nothing more). Default: no, and yes on
-    the local engine."""
+    `vllm` (`continue_final_message`; SGLang, too), `leadline` (as that), `llamacpp`, or `anthropic` (nothing more).
+    Default: no, and yes on the local engine."""
     embeds: bool = False
     """Whether it turns texts into vectors; such a model answers no conversation."""
     completes: bool | None = None

@@ -31,10 +31,10 @@ def begun(call: ChatCall, style: PrefixStyle) -> dict[str, msgspec.Raw]:
             if call.thought.over and not call.prefix:
                 last["content"] = "\n"  # content has begun: so the thought is over
     elif call.thought is not None:
-        last["content"] = in_tags(call.thought) + call.prefix
+        last["content"] = in_tags(call.thought, as_it_is=style == "leadline") + call.prefix
     messages = msgspec.json.decode(call.fields["messages"], type=list[msgspec.Raw])
     fields = {"messages": msgspec.Raw(_encode([*messages, last]))}
-    if style == "vllm":
+    if style in ("vllm", "leadline"):
         fields |= {_CONTINUE: _YES, "add_generation_prompt": _NO}
     elif style == "llamacpp":
         given = call.fields.get(_TEMPLATE)
@@ -43,9 +43,15 @@ def begun(call: ChatCall, style: PrefixStyle) -> dict[str, msgspec.Raw]:
     return fields
 
 
-def in_tags(thought: ThoughtSoFar) -> str:
+def in_tags(thought: ThoughtSoFar, *, as_it_is: bool = False) -> str:
+    """Unless it goes out as it is, a thought that is over ends as chat templates write it: vLLM refuses a last message
+    that its template changes."""
     text = f"{OPEN}\n{thought.text}"
-    return f"{text.rstrip()}\n{CLOSE}\n\n" if thought.over else text
+    if not thought.over:
+        return text
+    if not as_it_is or not text.endswith("\n"):
+        text = text.rstrip() + "\n"
+    return f"{text}{CLOSE}\n\n"
 
 
 def read_begun(call: ChatCall) -> ChatCall:

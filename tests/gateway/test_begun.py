@@ -26,7 +26,7 @@ pytestmark = pytest.mark.anyio
 
 TARGET = Target("local", "home", "m", None, 1024, 1024, 60.0, 0)
 QUESTION = problems(7, 4, 1)[0].question
-STYLES: list[PrefixStyle] = ["deepseek", "vllm", "llamacpp", "anthropic"]
+STYLES: list[PrefixStyle] = ["deepseek", "vllm", "llamacpp", "anthropic", "leadline"]
 
 
 class Link:
@@ -114,12 +114,16 @@ def test_each_server_is_told_in_its_own_way(style: PrefixStyle, over: bool) -> N
     first, last = fields["messages"]
     assert first["content"] == QUESTION
     tagged = "<think>\nOne.\n</think>\n\nSo" if over else "<think>\nOne.\n\n"
+    if style == "leadline" and over:
+        tagged = "<think>\nOne.\n\n</think>\n\nSo"
     if style == "deepseek":
         said = {"content": "So" if over else "", "reasoning_content": "One.\n\n", "prefix": True}
         assert last == {"role": "assistant", **said}
     else:
         assert last == {"role": "assistant", "content": tagged}
-    told: dict[str, Any] = {"continue_final_message": True, "add_generation_prompt": False} if style == "vllm" else {}
+    told: dict[str, Any] = (
+        {"continue_final_message": True, "add_generation_prompt": False} if style in ("vllm", "leadline") else {}
+    )
     if style == "llamacpp":
         told = {"chat_template_kwargs": {"a": 1, "enable_thinking": False}}
     assert {name: value for name, value in fields.items() if name != "messages"} == told

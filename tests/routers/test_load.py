@@ -561,7 +561,7 @@ def test_a_broken_stream_needs_somebody_to_go_on() -> None:
     assert problems(resume.replace("resume", "resume\n    on_failure: {rate_limit: [local]}"))
     policy = parse(resume.replace("model: gpt-5, ", "model: gpt-5, prefix: true, "))
     assert [(model.name, model.prefix) for model in policy.models.values()] == [
-        ("local", "vllm"),
+        ("local", "leadline"),
         ("weak", None),
         ("strong", "deepseek"),
     ]
