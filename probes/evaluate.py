@@ -98,6 +98,16 @@ def interval(draws: Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def error_interval(value: float, draws: Sequence[float]) -> tuple[float, float]:
+    """Central 95% of draws of a calibration error, moved so that their mean is `value`, and not below 0.
+
+    A resample's error is higher than the sample's, by about as much as the sample's is higher than the truth's: as they
+    fall, the draws can lie beside the value whose spread they tell.
+    """
+    low, high = interval(list(np.asarray(draws) - float(np.nanmean(draws)) + value))
+    return max(0.0, low), high
+
+
 def routing_rows(
     routers: Mapping[str, Array],
     weak: Array,
@@ -149,7 +159,9 @@ def head_rows(name: str, probabilities: Array, labels: Array, *, times: int = 10
     measures: dict[str, Callable[[Array, Array], float]] = {"Brier": brier, "ECE": ece, "AUC": auc}
     for metric, measure in measures.items():
         values = [measure(p[i], y[i]) for i in resamples(len(y), times, seed)]
-        rows.append(Row(name, metric, measure(p, y), *interval(values)))
+        value = measure(p, y)
+        spread = error_interval(value, values) if metric == "ECE" else interval(values)
+        rows.append(Row(name, metric, value, *spread))
     rows.append(Row(name, "Brier of the base rate", float(y.mean() * (1 - y.mean()))))
     return rows
 

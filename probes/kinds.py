@@ -165,8 +165,12 @@ class LinearHeads:
         if groups is not None:
             raise ValueError("linear heads recognise no groups: leave them out, or fit with landmarks")
         mean, std = X.mean(0), np.maximum(X.std(0), STILL)
-        model = SparseProbeClassifier(Cs=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1), seed=self.seed).fit((X - mean) / std, y)
-        weight = model.coef_ / std
+        scaled = (X - mean) / std
+        # What rows do not span has no weight in a regularised regression: with few rows it is solved in their span.
+        basis = np.linalg.svd(scaled, full_matrices=False)[2].T if len(X) < X.shape[1] else None
+        inputs = scaled if basis is None else scaled @ basis
+        model = SparseProbeClassifier(Cs=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1), seed=self.seed).fit(inputs, y)
+        weight = (model.coef_ if basis is None else model.coef_ @ basis.T) / std
         names = tuple(f"head{at}" for at in range(len(weight)))
         bias = (model.intercept_ - weight @ mean).astype(np.float32)
         self.heads_ = Heads(names, weight.astype(np.float32), bias, model.calibrators_)

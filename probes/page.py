@@ -7,7 +7,7 @@ import numpy as np
 
 from probes.calibrate import Array, brier, ece, reliability
 from probes.certify import Losses
-from probes.evaluate import Row, interval, resamples
+from probes.evaluate import Row, error_interval, resamples
 from probes.manifest import Certificate, Manifest
 from probes.svg import COLOURS, STYLE, Axis, Rule, Series, chart
 
@@ -111,8 +111,9 @@ def calibration_section(heads: Mapping[str, tuple[Array, Array]]) -> str:
             diagonal=True,
         )
         values = np.array([ece(p[i], y[i]) for i in resamples(len(y), 200, 0)])
-        low, high = interval(list(values))
-        worth = f"ECE {ece(p, y):.3f} ({low:.3f} to {high:.3f}), Brier {brier(p, y):.3f} of a constant's "
+        error = ece(p, y)
+        low, high = error_interval(error, list(values))
+        worth = f"ECE {error:.3f} ({low:.3f} to {high:.3f}), Brier {brier(p, y):.3f} of a constant's "
         worth += f"{y.mean() * (1 - y.mean()):.3f}, {len(y):,} labels"
         figures.append(f"<figure><figcaption>{escape(name)}<small>{worth}</small></figcaption>{drawn}</figure>")
     note = "Bins of equal count; bars are 95% intervals of the share. On the dotted line what is said comes true."

@@ -96,6 +96,8 @@ def read_table(
         frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
     except (OSError, ValueError) as error:
         raise TableError(f"{path}: cannot be read: {error}") from None
+    # A stored index is not the file's row, which complaints name.
+    frame = frame.reset_index(drop=True)
     for option, column in [
         ("--prompt", prompt),
         *((f"--head {name}", column) for name, column in heads.items()),

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from probes.evaluate import apgr, auc, baselines, cpt, curve, folds, head_rows, routing_rows
+from probes.evaluate import apgr, auc, baselines, cpt, curve, error_interval, folds, head_rows, routing_rows
 
 RNG = np.random.default_rng(0)
 WEAK = (RNG.random(2000) < 0.6).astype(float)
@@ -96,3 +96,15 @@ def test_baselines_on_real_outcomes(routellm_mmlu: Path) -> None:
     assert found["prompt length"] == pytest.approx(0.59, abs=0.06)
     assert found["group prior"] == pytest.approx(0.67, abs=0.06)
     assert found["oracle"] == pytest.approx(1.28, abs=0.06)
+
+
+def test_the_interval_of_a_calibration_error_holds_it_where_resamples_all_lie_above() -> None:
+    rng = np.random.default_rng(0)
+    p = rng.random(400)
+    rows = {row.metric: row for row in head_rows("h", p, (rng.random(400) < p).astype(float), times=200)}
+    found = rows["ECE"]
+    assert found.low is not None
+    assert found.high is not None
+    assert 0 <= found.low < found.value < found.high
+    assert error_interval(0.02, [0.05, 0.06, 0.07]) == (pytest.approx(0.0105), pytest.approx(0.0295))
+    assert error_interval(0.001, [0.05, 0.06, 0.07])[0] == 0

@@ -5,6 +5,7 @@ import pytest
 
 from probes.kernel import ProbeClassifier
 from probes.kinds import Fits, LinearHeads, fit_dense
+from probes.sparse import SparseProbeClassifier
 from probes.types import Kind
 
 KINDS: tuple[Kind, ...] = ("correct", "out_tokens", "domain", "domain", "needs_reasoning")
@@ -27,3 +28,13 @@ def test_each_head_learns_what_it_is_taught(estimator: Fits) -> None:
     low, high = spreads[1] or (0.0, 0.0)
     within = (values[20:, 1] * low < tokens[20:]) & (tokens[20:] < values[20:, 1] * high)
     assert within.mean() > 0.75  # four of five, out of fold
+
+
+def test_fewer_rows_than_features_give_the_heads_that_all_features_would() -> None:
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(40, 90)), (rng.random((40, 1)) < 0.5).astype(float)
+    mean, std = X.mean(0), X.std(0)
+    direct = SparseProbeClassifier(Cs=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1)).fit((X - mean) / std, y)
+    unseen = rng.normal(size=(30, 90))
+    found = LinearHeads().fit(X, y).heads_.predict_proba(unseen)
+    np.testing.assert_allclose(found, direct.predict_proba((unseen - mean) / std), atol=1e-4)

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from probes.cli import app
+from probes.errors import TableError
 from probes.manifest import read_manifest
 from probes.runtime import EncoderProbe
 from probes.text import render
@@ -50,6 +51,14 @@ def test_fit_then_eval(sums_and_essays: pd.DataFrame, tmp_path: Path, kind: str)
     sums_and_essays.head(50).to_parquet(part)
     done = CliRunner().invoke(app, ["eval", str(part), str(out), *ARGUMENTS])
     assert "was fitted on some of these prompts" in done.output, "another table, the same prompts"
+
+
+def test_a_complaint_names_the_row_of_the_file_and_not_its_index(sums_and_essays: pd.DataFrame, tmp_path: Path) -> None:
+    table = tmp_path / "outcomes.parquet"
+    sums_and_essays.loc[30, "cheap"] = 7
+    sums_and_essays.set_index(np.arange(7000, 7080)).to_parquet(table)
+    with pytest.raises(TableError, match="holds 7 in row 30;"):
+        read_table(table, "question", {"weak": "cheap"})
 
 
 def test_groups_are_recognised_where_asked_for(sums_and_essays: pd.DataFrame, tmp_path: Path) -> None:
