@@ -106,5 +106,5 @@ def test_the_interval_of_a_calibration_error_holds_it_where_resamples_all_lie_ab
     assert found.low is not None
     assert found.high is not None
     assert 0 <= found.low < found.value < found.high
-    assert error_interval(0.02, [0.05, 0.06, 0.07]) == (pytest.approx(0.0105), pytest.approx(0.0295))
+    assert error_interval(0.02, [0.05, 0.06, 0.07]) == pytest.approx((0.0105, 0.0295))
     assert error_interval(0.001, [0.05, 0.06, 0.07])[0] == 0
