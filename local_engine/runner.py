@@ -98,19 +98,20 @@ class Runner:
         plan = self.kv.plan([Span(segment.slot, segment.start, len(segment.tokens)) for segment in segments])
         packing = _Packing(segments, plan, self._device)
         self.rotary.reach(packing.furthest)
+        # Outside of inference mode, because what is made in it may not be changed outside.
+        taps = {layer: self._like(len(packing.tap_rows)) for layer in set(tap_layers)}
         with torch.inference_mode():
             hidden = self._body.embed_tokens(packing.tokens) if state is None else packing.packed(state)
-            tapped, hidden = self._forward(hidden, packing, plan, range(first, last), set(tap_layers))
-            if last in tap_layers:
-                tapped[last] = hidden[packing.tap_rows]
+            hidden = self._forward(hidden, packing, plan, range(first, last), taps)
+            if last in taps:
+                torch.index_select(hidden, 0, packing.tap_rows, out=taps[last])
             logits = self._head(self._norm(hidden[packing.logit_rows]))
         if first == 0:
             for segment in segments:
                 self.kv.commit(segment.slot, segment.start + len(segment.tokens))
-        # Copies, because what was made in inference mode may not be changed outside it.
         return StepOutput(
             logits=logits.to(torch.float32, copy=True),
-            hidden={layer: states.clone() for layer, states in tapped.items()},
+            hidden=taps,
             state=packing.unpacked(hidden) if last < self.layers else None,
         )
 
@@ -119,11 +120,15 @@ class Runner:
         with torch.inference_mode():
             return self._head(self._norm(states)).to(torch.float32, copy=True)
 
+    def _like(self, rows: int) -> Tensor:
+        """Room for hidden states [rows, width]."""
+        weight = self._body.embed_tokens.weight
+        return torch.empty(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
+
     def _forward(
-        self, hidden: Tensor, packing: "_Packing", plan: StepPlan, layers: range, wanted: set[int]
-    ) -> tuple[dict[int, Tensor], Tensor]:
-        """Hidden states before the layers wanted, and after the last."""
-        tapped: dict[int, Tensor] = {}
+        self, hidden: Tensor, packing: "_Packing", plan: StepPlan, layers: range, taps: dict[int, Tensor]
+    ) -> Tensor:
+        """Hidden states after the last of `layers`; those before the tapped ones go into `taps`."""
         cos, sin = self.rotary.at(packing.positions)
         if self._fused is None:
             own = cos.unsqueeze(0), sin.unsqueeze(0)
@@ -131,13 +136,13 @@ class Runner:
             turned = fused_rotary(cos, sin)
         with attention.step(plan):
             for layer in layers:
-                if layer in wanted:
-                    tapped[layer] = hidden[packing.tap_rows]
+                if layer in taps:
+                    torch.index_select(hidden, 0, packing.tap_rows, out=taps[layer])
                 if self._fused is None:
                     hidden = self._body.layers[layer](hidden.unsqueeze(0), position_embeddings=own, use_cache=False)[0]
                 else:
                     hidden = self._fused[layer].forward(hidden, turned, plan)
-        return tapped, hidden
+        return hidden
 
     def _check(
         self, segments: Sequence[Segment], tap_layers: Sequence[int], first: int, last: int, state: Tensor | None
