@@ -39,6 +39,8 @@ class Mind:
     """Steps, from 0, whose first word it is in doubt about."""
     separates: bool = True
     """Thoughts come in `reasoning_content`; else between tags."""
+    tags: bool = True
+    """Else it answers at once, without a thought."""
     closes: bool = True
     """It ends its thought; else it stops in the middle of it."""
 
@@ -182,7 +184,9 @@ class Reasoner:
             doubts = {0} if done in mind.unsure and not part else set()
             if mind.closes:
                 text += ("\n\n" if left else "") + "</think>\n\n" + mind.answer
-            if begun is None and not mind.separates:
+            if not mind.tags:
+                text = mind.answer
+            elif begun is None and not mind.separates:
                 text = f"<think>\n{text}"
         found = [(at, stop) for stop in body.get("stop") or () if (at := text.find(stop)) >= 0]
         at, stopped = min(found, default=(len(text), None))

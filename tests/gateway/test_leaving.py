@@ -127,6 +127,17 @@ async def test_a_thought_that_ends_by_itself_is_one_call(far: Reasoner, tmp_path
     assert usage["completion_tokens"] == far.truth[0].completion
 
 
+async def test_a_model_that_does_not_think_answers_as_ever(far: Reasoner, tmp_path: Path) -> None:
+    far.minds["base"] = Mind(tags=False, separates=False)
+    async with start(far, tmp_path / "home", "rule: redundancy") as gateway:
+        thought, answer, usage, plan = await told(gateway, stream=True)
+        (attempt,) = (await one(gateway))["attempt_rows"]
+    assert (thought, answer) == ("", ANSWER)
+    assert "by" not in plan
+    assert usage["completion_tokens_details"]["reasoning_tokens"] == 0
+    assert attempt["cost_nanousd"] == far.truth[0].nanousd
+
+
 async def test_one_that_stops_in_its_thought_is_closed_for(far: Reasoner, tmp_path: Path) -> None:
     far.minds["base"] = Mind(["It may be 42."], closes=False)
     async with start(far, tmp_path / "home", "rule: redundancy") as gateway:

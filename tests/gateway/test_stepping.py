@@ -252,6 +252,13 @@ async def test_a_thought_that_never_closes_is_closed_for_its_model_and_answered(
     assert plan["closed_by"] == "unclosed"
 
 
+async def test_a_base_that_does_not_think_answers_what_its_draft_has_thought(far: Reasoner, tmp_path: Path) -> None:
+    far.minds["base"] = Mind(tags=False, separates=False)
+    async with start(far, tmp_path / "home", "method: glimprouter") as gateway:
+        assert (await told(gateway, stream=True))[:2] == (RIGHT, ANSWER)
+        assert turns(await books(gateway, far)) == "dd" * 6 + "da"
+
+
 async def test_limits_that_leave_no_room_end_by_length_and_say_so(far: Reasoner, tmp_path: Path) -> None:
     async with start(far, tmp_path / "home", "method: specreason, max_thinking_tokens: 20") as gateway:
         _, answer, usage, plan = await told(gateway, stream=False)
