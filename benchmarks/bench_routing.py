@@ -16,6 +16,7 @@ import torch
 from results_file import Row, write
 from rich.console import Console
 from rich.table import Table
+from routing_affinity import affinity_rows
 from routing_agreement import ALWAYS, NEVER, Answered, agreement_rows, recorded, wrong_agree
 from routing_attacks import attack_rows
 from routing_data import PAIRS, Outcomes, hidden, llmrouter, routellm, zeroeval
@@ -60,6 +61,7 @@ def main() -> None:
         ("llmrouter, nine models", llmrouter_rows),
         ("ZeroEval pool", pool_rows),
         ("MMLU, perturbed and hostile", lambda data, model: attack_rows(routellm(data, "mmlu"), model)),
+        ("tau-bench, affinity", lambda data, _: affinity_rows(data)),
         ("encoder probe", latency_rows),
     )
     for title, section in sections:

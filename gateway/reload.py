@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gateway.engine_needs import EngineNeeds
-from gateway.policies import CannotServe, checked_policy, engine_needs
+from gateway.policies import CannotServe, checked_policy, engine_needs, located
 from gateway.telemetry.logs import get_logger
 from gateway.telemetry.metrics import Metrics
 from gateway.world import MissingSecret, World
@@ -23,6 +23,7 @@ from routers.policy import Policy
 log = get_logger(__name__)
 
 LOOK_S = 0.5
+RESTART = "restart the gateway to load it: the engine loads at its start alone"
 _Mark = tuple[int, int, int] | None
 """Of a file's content, as far as the folder tells: inode, size, time of the last change. None: no file."""
 
@@ -114,14 +115,18 @@ class PolicyReloader:
         running = self._running
         has = self._loaded()
         wrong = []
+        fields = {model.upstream: f"models.{model.name}" for model in policy.models.values()}
         for name, source in needs["models"].items():
+            field = fields[name]
             at_start = running["models"].get(name) if running is not None else None
             if at_start is None and name not in has:
-                wrong.append(f"models: the engine has not loaded {name!r}")
+                wrong.append(
+                    f"{field}.model: the engine has not loaded {name!r} but {', '.join(sorted(has)) or 'nothing'}"
+                )
             elif at_start is not None and at_start != source:
-                wrong.append(f"models: the engine has loaded {name!r} from elsewhere")
+                wrong.append(f"{field}.model: the engine has loaded {name!r} from elsewhere")
             elif running is not None and needs["speculation"].get(name) != running["speculation"].get(name):
-                wrong.append(f"models: the engine drafts for {name!r} as it was told at its start")
+                wrong.append(f"{field}.speculation: the engine drafts for {name!r} as it was told at its start")
         if running is None and needs["probe"] is not None:
             wrong.append("signals.difficulty.probe: the engine has loaded no probe")
         elif running is not None and needs["probe"] not in (None, running["probe"]):
@@ -137,7 +142,7 @@ class PolicyReloader:
         if needs["embeds"] and (running is None or not (running["embeds"] or running["probe"])):
             wrong.append("models: the engine has loaded no encoder to embed with")
         if wrong:
-            raise CannotServe("\n".join(f"{self._file}: {one}; restart the gateway to load it" for one in wrong))
+            raise CannotServe("\n".join(located([f"{one}; {RESTART}" for one in wrong], self._file)))
 
 
 def _mark(file: Path) -> _Mark:

@@ -116,6 +116,10 @@ def fit(
             table, prompt, heads, drop_if=drop_if, group_column=group_column,
             tokens=_parse_heads(tokens or (), "--tokens"), domain=domain, reasoning=_pair(reasoning),
         )  # fmt: skip
+        for name_of, kind, labels in zip(data.names, data.kinds, data.labels.T, strict=True):
+            known = set(labels[labels == labels].tolist())
+            if kind == "correct" and len(known) == 1:
+                typer.echo(f"warning: head {name_of!r} has only labels of {known.pop():g}: it learns nothing", err=True)
         if tier == "static":
             from probes.static_fit import fit_static, static_rows, write_static
 
@@ -248,13 +252,16 @@ def _pair(columns: str | None) -> tuple[str, str] | None:
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Turn this package's errors into one line and exit status 2."""
+    """Turn this package's errors, and files that cannot be written, into one line and exit status 2."""
     from probes.errors import ProbeError
 
     try:
         yield
     except ProbeError as error:
         typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    except OSError as error:
+        typer.echo(f"error: {error.filename}: {error.strerror}; give another path, or make its folder", err=True)
         raise typer.Exit(2) from None
 
 
@@ -270,4 +277,5 @@ def _show(title: str, rows: Sequence["Row"], json_out: Path | None) -> None:
 
     Console().print(render_rows(title, rows))
     if json_out is not None:
-        json_out.write_text(json.dumps([row.to_json() for row in rows], indent=2) + "\n", encoding="utf-8")
+        with _explained():
+            json_out.write_text(json.dumps([row.to_json() for row in rows], indent=2) + "\n", encoding="utf-8")

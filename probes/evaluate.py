@@ -27,7 +27,8 @@ class Row:
     unit: str = ""
 
     def to_json(self) -> dict[str, object]:
-        return asdict(self)
+        """What has no value, as AUC of one class, is null."""
+        return {key: None if value != value else value for key, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,9 @@ def resamples(n: int, times: int, seed: int) -> Iterator[IntArray]:
 
 
 def interval(draws: Sequence[float]) -> tuple[float, float]:
-    """Central 95% of bootstrap draws."""
+    """Central 95% of bootstrap draws; NaN where none of them has a value, as of labels of one class."""
+    if np.isnan(draws).all():
+        return float("nan"), float("nan")
     low, high = np.nanquantile(draws, [0.025, 0.975])
     return float(low), float(high)
 
@@ -224,7 +227,11 @@ def baselines(
         model = make_pipeline(
             TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True), LogisticRegression(max_iter=1000)
         )
-        model.fit([prompts[i] for i in train], gap[train] > 0)
+        pays = gap[train] > 0
+        if pays.all() or not pays.any():  # nothing to be told apart
+            tfidf[test] = float(pays[0])
+            continue
+        model.fit([prompts[i] for i in train], pays)
         tfidf[test] = model.predict_proba([prompts[i] for i in test])[:, 1]
     out["TF-IDF + LR (gap)"] = tfidf
     out["oracle"] = gap

@@ -206,9 +206,9 @@ async def test_what_is_known_of_providers_that_stay_is_kept(watched: Watched) ->
 async def test_what_the_engine_has_not_loaded_is_refused_with_what_to_do(watched: Watched) -> None:
     await watched.change(ONE.replace("models:\n", "  home: {{engine: embedded}}\nmodels:\n  local: {{provider: home, "
                                      "model: bundled/nano}}\n"))  # fmt: skip
-    assert (
-        "models: the engine has not loaded 'bundled/nano'; restart the gateway to load it" in watched.reloader.refused
-    )
+    told = "models.local.model: the engine has not loaded 'bundled/nano' but nothing; restart the gateway to load it"
+    assert told in watched.reloader.refused
+    assert watched.reloader.refused.split(":")[1].isdigit(), "the line"
 
 
 async def test_a_secret_that_is_not_set_refuses_the_file(watched: Watched) -> None:

@@ -12,6 +12,7 @@ from probes.cli import app
 from probes.errors import TableError
 from probes.manifest import read_manifest
 from probes.runtime import EncoderProbe
+from probes.scored import opened, scored
 from probes.text import render
 from probes.train import read_table
 
@@ -136,3 +137,26 @@ def test_a_conversation_is_read_whole_as_a_gateway_reads_it(tmp_path: Path) -> N
         table = read_table(tmp_path / name, "talk", {"weak": "right"})
         assert table.prompts == [render(talk)] * 10 + ["How?"] * 10
     assert read_table(tmp_path / "t.csv", "number", {"weak": "right"}).prompts == ["007"] * 20
+
+
+@pytest.mark.parametrize("tier", ["static", "encoder"])
+def test_labels_of_one_class_are_a_warning_and_a_base_rate(tmp_path: Path, tier: str) -> None:
+    table, out = tmp_path / "t.parquet", tmp_path / "one"
+    questions = [f"What is {i} plus {i * 3}?" for i in range(40)]
+    pd.DataFrame({"question": questions, "cheap": 1, "dear": 1}).to_parquet(table)
+    done = CliRunner().invoke(app, ["fit", str(table), *ARGUMENTS, "--tier", tier, "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert "warning: head 'weak' has only labels of 1: it learns nothing" in done.output
+    data = read_table(table, "question", {"weak": "cheap"})
+    assert scored(data, opened(out)) == pytest.approx(np.full((40, 1), 41 / 42), abs=0.03)
+
+
+def test_a_path_that_cannot_be_written_is_named(sums_and_essays: pd.DataFrame, tmp_path: Path) -> None:
+    table, file = tmp_path / "outcomes.parquet", tmp_path / "file"
+    sums_and_essays.to_parquet(table)
+    file.touch()
+    fit = ["fit", str(table), *ARGUMENTS, "--tier", "static"]
+    for options in (["--out", str(file)], ["--out", str(tmp_path / "x"), "--json", str(tmp_path / "no" / "x.json")]):
+        done = CliRunner().invoke(app, [*fit, *options])
+        assert done.exit_code == 2, done.output
+        assert f"error: {options[-1]}: " in done.output
