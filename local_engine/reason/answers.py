@@ -1,9 +1,11 @@
 """When do two answers say the same? By what they come to, not by their words. No torch here."""
 
 import re
-from decimal import Decimal, InvalidOperation
+from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal, InvalidOperation
 
 _BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
+_ANY_SIZE = Context(Emax=MAX_EMAX, Emin=MIN_EMIN)
+"""For numbers such as 1e9999999, which overflow the usual one."""
 _NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?")
 
 
@@ -34,4 +36,6 @@ def last_number(text: str) -> str | None:
         value = Decimal(numbers[-1].replace(",", ""))
     except InvalidOperation:
         return None
-    return str(int(value)) if value == value.to_integral_value() and abs(value) < 10**18 else str(value.normalize())
+    if value.adjusted() < 18 and value == value.to_integral_value():
+        return str(int(value))
+    return str(value.normalize(_ANY_SIZE))
