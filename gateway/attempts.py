@@ -85,6 +85,7 @@ class AttemptEngine:
         tried: list[str] = [stage.model for stage in earlier] if errors else []
         model: str | None = plan.stages[-1].model if plan.kind == "cascade" else plan.model
         if given_up:
+            ticket.told_usage = None  # what the plan wrote is not told
             tried.append(plan.model)
             model = _next(ticket, decision, errors[-1], tried)
         while model is not None:

@@ -27,6 +27,8 @@ class Calls:
         self._engine = engine
         self._ticket = ticket
         self.base = base.model
+        self.longest = base.max_output
+        """Tokens of an answer of the base."""
         self.call = told(ticket, base.model)
         self.errors = errors
         """Of the base."""
@@ -112,6 +114,14 @@ class Calls:
         """Nobody has seen a word yet: what comes next may be the first of them."""
         if not self.teller.begun:
             self._ticket.record.first_byte_us = None
+
+    def remaining_s(self) -> float:
+        """Until the request's deadline; infinite without one."""
+        return self._ticket.remaining_s()
+
+    def end_running(self) -> None:
+        """Bill what was cancelled from here."""
+        self._ticket.end_running(self._ticket.interruption())
 
     def shows(self) -> None:
         """What is told is the base's answer, whoever wrote it."""

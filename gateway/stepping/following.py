@@ -9,7 +9,7 @@ import msgspec
 
 from gateway.ledger.settle import Usage
 from gateway.upstream.begun import CLOSE, OPEN
-from gateway.upstream.types import Event
+from gateway.upstream.types import Event, UpstreamError
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,14 @@ class Following:
         self.answer_tokens = 0
 
     def hear(self, event: Event) -> list[Heard]:
+        """Raises UpstreamError for a chunk of a shape that nobody knows."""
+        try:
+            return self._heard(event)
+        except (msgspec.DecodeError, LookupError, TypeError, ValueError, AttributeError) as error:
+            words = f"a chunk that no thought can be read from ({type(error).__name__})"
+            raise UpstreamError("bad_answer", words, may_be_billed=True) from error
+
+    def _heard(self, event: Event) -> list[Heard]:
         if event.usage_only:
             return []
         chunk: dict[str, Any] = msgspec.json.decode(event.data)

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Final
 
+from gateway.errors import LeadlineError
 from gateway.stepping import ask
 from gateway.stepping.calls import Calls, Gone
 from gateway.stepping.following import Following, Heard
@@ -29,6 +30,8 @@ from routers.cost import MOST_LOOKS
 
 LOOK_TOKENS: Final = 64
 """Of an answer that is forced to be looked at."""
+LAST_LOOK_S: Final = 2.0
+"""So long is a look waited for that is under way at the end of the thought: its bill is better than an estimate."""
 _MOST_RESERVED: Final = 512
 
 
@@ -57,9 +60,7 @@ class Leaving:
                 async for events in groups:
                     yield events
         finally:
-            if self._looking is not None:
-                self._looking.cancel()
-                await asyncio.gather(self._looking, return_exceptions=True)
+            await self._look_away()
 
     @property
     def report(self) -> PlanReport:
@@ -90,7 +91,7 @@ class Leaving:
             events = self._flush(len(self._watch.thought))
             if events:
                 yield events
-            if following.over or following.finish == "length":
+            if following.over or following.finish not in ("", "stop"):
                 teller.thought_tokens, teller.answer_tokens = following.thought_tokens, following.answer_tokens
                 await self._last_look()
                 yield teller.end(following.finish or "stop")
@@ -145,21 +146,29 @@ class Leaving:
         return "", 0
 
     async def _look(self, moment: Moment) -> tuple[Moment, str]:
-        """The answer that is forced here; "" where none could be had."""
+        """The answer that is forced here; "" where none could be had, or paid for: the thought goes on without."""
         thought = self._watch.thought.said(0, moment.cut)
         try:
             said, _ = await self._calls.said(
                 self._calls.base, "verify", lambda call: ask.forced_answer(call, thought, tokens=LOOK_TOKENS)
             )
-        except Gone:
+        except (Gone, LeadlineError):
             return moment, ""
         return moment, said.text.strip()
 
     async def _last_look(self) -> None:
-        """One that is under way is paid for and waited for: it is short."""
+        """One that is under way is waited for, as it is short; but not for long, as its answer is not wanted."""
         if self._looking is not None:
+            await asyncio.wait((self._looking,), timeout=min(LAST_LOOK_S, self._calls.remaining_s() / 2))
+            await self._look_away()
+
+    async def _look_away(self) -> None:
+        """End a look that is under way, when nothing else is."""
+        if self._looking is not None:
+            self._looking.cancel()
             await asyncio.gather(self._looking, return_exceptions=True)
             self._looking = None
+            self._calls.end_running()
 
     def _flush(self, upto: int) -> list[Event]:
         text = self._watch.thought.said(self._told, upto)

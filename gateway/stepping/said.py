@@ -75,13 +75,15 @@ def read_said(answer: Answer, *, separates: bool = False) -> Said:
         message = choice["message"]
         thought = message.get("reasoning_content") or message.get("reasoning") or ""
         content = message.get("content") or ""
+        if not (isinstance(thought, str) and isinstance(content, str)):
+            raise TypeError("its content is no text")
         tokens = _tokens(choice)
     except (msgspec.DecodeError, LookupError, TypeError, AttributeError, ValueError) as error:
         raise UpstreamError("bad_answer", f"an answer that is no chat completion: {error}", status=200) from error
     if thought or (separates and content.strip()):
-        text, closed = str(thought), bool(content.strip())
+        text, closed = thought, bool(content.strip())
     else:
-        text, tag, _ = str(content).removeprefix(OPEN).partition(CLOSE)
+        text, tag, _ = content.removeprefix(OPEN).partition(CLOSE)
         closed = bool(tag)
     stopped = choice.get("finish_reason") == "stop"
     told = [choice[name] for name in _STOP if name in choice]

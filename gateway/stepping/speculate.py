@@ -27,6 +27,8 @@ class Speculation:
     def __init__(self, calls: Calls, plan: SpeculateSteps, draft: str) -> None:
         self._calls, self._plan, self._draft = calls, plan, draft
         self._method = method_of(plan)
+        self._longest = min(plan.max_thinking_tokens or calls.longest, calls.longest)
+        """Tokens of the thought: no more than one call could have written, as no more is expected to be paid for."""
         self._guard = LoopGuard()
         self._thought = ""
         self._step = ""
@@ -136,8 +138,7 @@ class Speculation:
             self._step = ""
             if why and not self._over:
                 self._closed_by, self._over = why, True
-        budget = self._plan.max_thinking_tokens
-        if budget is not None and not self._over and self._calls.teller.thought_tokens >= budget:
+        if not self._over and self._calls.teller.thought_tokens >= self._longest:
             self._closed_by, self._over = "budget", True
         return text
 
@@ -146,8 +147,7 @@ class Speculation:
         """Tokens that the answer may still have."""
         asked = self._calls.call.sampling.max_tokens
         used = self._calls.teller.thought_tokens
-        limits = [limit for limit in (asked, self._plan.max_thinking_tokens) if limit is not None]
-        return max(0, min(limits) - used) if limits else 1 << 31
+        return max(0, min(self._longest, self._longest if asked is None else asked) - used)
 
     async def _rest(self) -> AsyncGenerator[list[Event]]:
         """What is still to come, by the base alone: of the thought, unless it is over, and the answer."""
