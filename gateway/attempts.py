@@ -6,7 +6,7 @@
     fall back by the cause of the failure, to what the decision holds in reserve, each target once
     hedge     where the route says so: a second attempt beside a slow first, the loser cancelled and billed
     resume    where the route says so: a target that continues a stream which broke after its first byte
-    escalate  the next stage of a cascade, where the answers before it were not accepted (`gateway.cascade`)
+    escalate  the next stages of a cascade, where the answers before them were not accepted (`gateway.cascade`)
     think     a thought that two models share, or that is left early, call by call (`gateway.stepping`)
 
 Nothing is tried again after the first byte except by `resume`, which the caller can see.

@@ -22,7 +22,7 @@ from gateway.admission.limits import BudgetLimits
 from gateway.admission.rates import Rates, tokens_estimate
 from gateway.attempts import AttemptEngine, complete, deadline_passed, stream, stream_failed
 from gateway.cache.exact import CachedAnswer, ExactCache, cache_key, cache_secret, cacheable
-from gateway.cascade import NOT_CLIMBED, Climbed, climb
+from gateway.cascade import climb
 from gateway.errors import (
     BudgetExceeded,
     ContextLengthExceeded,
@@ -332,7 +332,13 @@ class Lifecycle:
         """Once the row is settled as a success, no deadline turns the answer into an error."""
         if ticket.call.stream:
             relay = _Relay(ticket, reply)
-            await self._within_deadline(ticket, self._stream(ticket, relay))
+            try:
+                await self._within_deadline(ticket, self._stream(ticket, relay))
+            except LeadlineError:
+                less = None if relay.started else ticket.settle_for_less()
+                if less is None:
+                    raise
+                await relay.replay(less)
             await self._settle(ticket, "ok", 200)
             if relay.complete:
                 whole = gather(relay.kept)
@@ -342,7 +348,13 @@ class Lifecycle:
             await reply.send(_last_events(ticket, relay.usage_event))
             await reply.end()
         else:
-            answer = await self._within_deadline(ticket, self._complete(ticket))
+            try:
+                answer = await self._within_deadline(ticket, self._complete(ticket))
+            except LeadlineError:
+                less = ticket.settle_for_less()
+                if less is None:
+                    raise
+                answer = less
             await self._settle(ticket, "ok", 200)
             if answer.usage is not None:
                 await self._remember(ticket, answer.body)
@@ -363,7 +375,9 @@ class Lifecycle:
             raise deadline_passed(ticket) from error
 
     async def _complete(self, ticket: Ticket) -> Answer:
-        climbed, errors = await self._climb(ticket)
+        accepted, errors = await self._climb(ticket)
+        if accepted is not None:
+            return accepted
         thinking = thinking_of(self._attempts, ticket, errors)
         if thinking is not None:
             try:
@@ -372,30 +386,22 @@ class Lifecycle:
                 pass  # nothing has been told: its fallbacks are asked
             except UpstreamError as error:
                 errors.append(error)
-        if climbed.answer is not None and climbed.accepted:
-            return climbed.answer
-        try:
-            answer, attempt = await self._attempts.first_answer(ticket, complete, errors, given_up=thinking is not None)
-        except LeadlineError:
-            if climbed.answer is None:
-                raise
-            ticket.settle_for(climbed.model)
-            return climbed.answer
+        answer, attempt = await self._attempts.first_answer(ticket, complete, errors, given_up=thinking is not None)
         ticket.end_attempt(attempt, "ok", answer.usage, delivered_bytes=answer.delivered_bytes, plan=answer.plan)
         return answer
 
-    async def _climb(self, ticket: Ticket) -> tuple[Climbed, list[UpstreamError]]:
+    async def _climb(self, ticket: Ticket) -> tuple[Answer | None, list[UpstreamError]]:
         """The stages of a cascade before its last, which is then asked like any other plan's model."""
         plan = ticket.decision.plan if ticket.decision is not None else None
         errors: list[UpstreamError] = []
         if not isinstance(plan, Cascade):
-            return NOT_CLIMBED, errors
+            return None, errors
         return await climb(self._attempts, ticket, plan, errors), errors
 
     async def _stream(self, ticket: Ticket, relay: "_Relay") -> None:
-        climbed, errors = await self._climb(ticket)
-        if climbed.answer is not None and climbed.accepted:
-            await relay.replay(climbed.answer)
+        accepted, errors = await self._climb(ticket)
+        if accepted is not None:
+            await relay.replay(accepted)
             return
         thinking = thinking_of(self._attempts, ticket, errors)
         if thinking is not None:
@@ -409,14 +415,7 @@ class Lifecycle:
                     errors.append(failure)
             else:
                 return
-        try:
-            answer, attempt = await self._attempts.first_answer(ticket, stream, errors, given_up=thinking is not None)
-        except LeadlineError:
-            if climbed.answer is None:
-                raise
-            ticket.settle_for(climbed.model)
-            await relay.replay(climbed.answer)
-            return
+        answer, attempt = await self._attempts.first_answer(ticket, stream, errors, given_up=thinking is not None)
         while True:
             try:
                 await relay.run(answer, attempt)
@@ -539,6 +538,7 @@ class _Relay:
             if self._keeping:
                 self._keep(event)
         self._metered = answer.usage is not None
+        self.started = True
         await self._reply.start_stream(self._ticket.headers(final=False))
         await self._reply.send(b"".join(write_event(event.data) for event in events))
 

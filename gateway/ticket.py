@@ -6,6 +6,9 @@ closes the row exactly once. Only `begin_attempt` awaits: nothing can come in be
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import msgspec
 
@@ -19,11 +22,18 @@ from gateway.ledger.store import LedgerStore
 from gateway.sessions import Conversation
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.local_plans import most_written, planned_for
-from gateway.upstream.types import ChatCall, PlanReport, Target, UpstreamError
+from gateway.upstream.types import Answer, ChatCall, PlanReport, Target, UpstreamError
 from gateway.world import World
 from routers.policy import Price, Route
 from routers.types import Decision, Query
 from routers.units import format_money
+
+
+class Unaccepted(NamedTuple):
+    """The answer of a cascade's stage that was not good enough, and who wrote it."""
+
+    answer: Answer
+    model: str
 
 
 class _Running(msgspec.Struct, frozen=True):
@@ -35,6 +45,8 @@ class _Running(msgspec.Struct, frozen=True):
     worst_cost: int | None
     """Of all that `worst` stands for, a plan's smaller model included."""
     started_ns: int
+    came: tuple[int, Answer] | None = None
+    """When its whole answer was there, which nobody has judged yet."""
 
 
 class Ticket:
@@ -67,8 +79,10 @@ class Ticket:
         self.conversation: Conversation | None = None
         """What is remembered of the conversation, where its route has affinity."""
         self.conversation_key: bytes | None = None
+        self.unaccepted: Unaccepted | None = None
+        """The best answer of a cascade so far, which was not accepted."""
         self.not_accepted = False
-        """A cascade's answer that was not good enough was sent, as the stages after it could not answer."""
+        """It was sent, as the stages after it could not answer."""
         self.attempts: list[AttemptRecord] = []
         self.plan: PlanReport | None = None
         """What a plan did for the answer."""
@@ -138,13 +152,42 @@ class Ticket:
         attempt.first_byte_us = (now_ns - self._running[attempt.id].started_ns) // 1000
         record.model_served, record.provider = attempt.model, attempt.provider
         if record.first_byte_us is None:  # a stream that is resumed has had its own
-            record.first_byte_us = (now_ns - self._started_ns) // 1000
-            record.overhead_us = (now_ns - self._started_ns - self._upstream_ns) // 1000
+            self._answers(now_ns)
 
-    def settle_for(self, model: str) -> None:
-        """Send this model's answer though it was not accepted: nothing better came."""
+    def _answers(self, now_ns: int) -> None:
+        self.record.first_byte_us = (now_ns - self._started_ns) // 1000
+        self.record.overhead_us = (now_ns - self._started_ns - self._upstream_ns) // 1000
+
+    def came(self, attempt: AttemptRecord, answer: Answer) -> None:
+        """Its whole answer is here and will be judged: its clock stops, its bill waits for the outcome."""
+        running = self._running[attempt.id]
+        self._running[attempt.id] = msgspec.structs.replace(running, came=(time.perf_counter_ns(), answer))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Attempts that run at the same time: what they are waited for counts once, and nobody has seen a byte yet."""
+        before, began_ns = self._upstream_ns, time.perf_counter_ns()
+        try:
+            yield
+        finally:
+            waited = self._upstream_ns - before
+            self._upstream_ns = before + min(waited, time.perf_counter_ns() - began_ns)
+            self.record.first_byte_us = None
+
+    def accept(self, attempt: AttemptRecord) -> None:
+        """This attempt's answer is the request's."""
+        self.record.model_served, self.record.provider = attempt.model, attempt.provider
+        self._answers(time.perf_counter_ns())
+
+    def settle_for_less(self) -> Answer | None:
+        """The best answer so far, to be sent though it was not accepted: nothing better came. None: there is none."""
+        if (less := self.unaccepted) is None:
+            return None
         self.not_accepted = True
-        self.record.model_served, self.record.provider = model, self.world.targets[model].provider
+        self.record.model_served, self.record.provider = less.model, self.world.targets[less.model].provider
+        if self.record.first_byte_us is None:
+            self._answers(time.perf_counter_ns())
+        return less.answer
 
     def waited(self, nanoseconds: int) -> None:
         """Time spent on an upstream, or between two attempts, is not the gateway's own."""
@@ -193,7 +236,9 @@ class Ticket:
             cost = min(cost, running.hold.amount_nanousd)  # an estimate never exceeds what was held for it
         attempt.bill(usage, cost)
         attempt.outcome = outcome
-        attempt.duration_us = (time.perf_counter_ns() - running.started_ns) // 1000
+        attempt.duration_us = (
+            (running.came[0] if running.came else time.perf_counter_ns()) - running.started_ns
+        ) // 1000
         drafted = 0
         if plan is not None:
             self.plan = plan
@@ -236,8 +281,16 @@ class Ticket:
 
     def end_if_running(self, attempt: AttemptRecord, outcome: str) -> None:
         """Bill an attempt that was cancelled from here, unless it has ended by itself."""
-        if attempt.id in self._running:
+        running = self._running.get(attempt.id)
+        if running is None:
+            return
+        if running.came is None:
             self.end_attempt(attempt, outcome, None)
+            return
+        _, answer = running.came
+        self.end_attempt(
+            attempt, "not_accepted", answer.usage, delivered_bytes=answer.delivered_bytes, plan=answer.plan
+        )
 
     # the end --------------------------------------------------------------------------------------------------------
 

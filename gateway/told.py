@@ -79,9 +79,14 @@ def _thinking(call: ChatCall, effort: Effort, thinking: Thinking, tokens: int | 
     return msgspec.structs.replace(call, fields={**call.fields, **asked})
 
 
+def whole(call: ChatCall) -> ChatCall:
+    """The same call for an answer that comes whole."""
+    fields = {key: value for key, value in call.fields.items() if key not in ("stream", "stream_options")}
+    return msgspec.structs.replace(call, fields=fields, stream=False, include_usage=False)
+
+
 def to_be_judged(call: ChatCall) -> ChatCall:
     """The same call for an answer that comes whole, with the log probabilities of its tokens."""
-    fields = {key: value for key, value in call.fields.items() if key not in ("stream", "stream_options")}
-    fields["logprobs"] = msgspec.Raw(b"true")
+    fields = {**whole(call).fields, "logprobs": msgspec.Raw(b"true")}
     sampling = msgspec.structs.replace(call.sampling, logprobs=True)
     return msgspec.structs.replace(call, fields=fields, sampling=sampling, stream=False, include_usage=False)

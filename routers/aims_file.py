@@ -16,7 +16,7 @@ from routers.aims import (
     Worth,
 )
 from routers.fields import Duration, Money, Share
-from routers.plans import models_of
+from routers.plans import MAX_STAGES, models_of, plan_name
 from routers.policy import Model
 from routers.shape import Strict
 from routers.types import Accept, AnswerFeature, Single
@@ -79,7 +79,12 @@ class ThinkingFile(Strict):
 
 
 class AcceptFile(Strict):
-    """When the answer of a cascade's earlier stage is sent: P(correct) is a logistic regression over the answer."""
+    """When the answer of a cascade's earlier stage is sent: as several stages agree, or by its P(correct), a logistic
+    regression over the answer. Measure it with `leadline probe accept`."""
+
+    agree: Annotated[int, Field(ge=2, le=MAX_STAGES - 1)] | None = None
+    """So many stages must give the same final answer: `accept: agree` is `accept: {agree: 2}`. What cannot be compared
+    counts as another answer. Default: by P(correct)."""
 
     mean_logprob: float = 0.0
     """Weight of the mean log probability of its tokens."""
@@ -88,18 +93,29 @@ class AcceptFile(Strict):
     log_tokens: float = 0.0
     """Weight of the natural logarithm of their number."""
     bias: float = 0.0
-    at_least: _Probability
+    at_least: _Probability | None = None
     """Accepted from this P(correct) on."""
-    keeps_right: _Probability
-    """The share of right answers that this accepts, as measured on held-out ones."""
-    keeps_wrong: _Probability
-    """The share of wrong answers that this accepts."""
+    keeps_right: _Probability | None = None
+    """The share of the first stage's right answers that this accepts, as measured on held-out ones. Default, of
+    `agree`: as if each stage erred by itself."""
+    keeps_wrong: _Probability | None = None
+    """The share of its wrong answers that this accepts. Default, of `agree`: as if wrong ones were always the same."""
+    unaccepted: Literal["send", "fail"] = "send"
+    """Where no later stage answers, as time, money or its provider is gone: `send` the best answer so far, marked
+    `not_accepted`, or `fail`. Default: send."""
 
 
-def accept_of(part: AcceptFile) -> Accept:
+def accept_of(part: AcceptFile | None) -> Accept:
+    """A broken rule, or none, which has been reported, stands as if it accepted nothing."""
+    if part is None or (part.agree is None and None in (part.at_least, part.keeps_right, part.keeps_wrong)):
+        return Accept(keeps_right=0.0)
+    if part.agree is not None:
+        kept = part.keeps_right, part.keeps_wrong
+        return Accept(agree=part.agree, keeps_right=kept[0], keeps_wrong=kept[1], unaccepted=part.unaccepted)
     features: tuple[AnswerFeature, ...] = ("mean_logprob", "min_logprob", "log_tokens")
     weights = tuple((name, weight) for name in features if (weight := getattr(part, name)))
-    return Accept(weights, part.bias, part.at_least, part.keeps_right, part.keeps_wrong)
+    at_least = 1.0 if part.at_least is None else part.at_least
+    return Accept(weights, part.bias, at_least, part.keeps_right, part.keeps_wrong, unaccepted=part.unaccepted)
 
 
 def thinking_of(part: ThinkingFile | None) -> Thinking | None:
@@ -185,17 +201,25 @@ def _check_plans(
 ) -> None:
     cascades = [stages for stages in plans.values() if len(stages) > 1]
     if cascades and part.accept is None:
-        fix = "add `accept: {mean_logprob: …, bias: …, at_least: …, keeps_right: …, keeps_wrong: …}`"
+        fix = "add `accept: agree`, or a rule for P(correct): `leadline probe accept` fits one and prints it"
         document.report((*path, "candidates"), "a cascade, and it is not said which answers are good enough", fix)
     if cascades and part.hedge is not None:
         message = "a cascade is not hedged: its second attempt would be judged by what its first is worth"
         document.report((*path, "hedge"), message, "remove it, or leave the cascade out")
     if part.accept is not None and not cascades:
         document.report((*path, "accept"), "no candidate is a cascade", "remove it, or add one such as `weak>strong`")
-    if part.accept is not None and not accept_of(part.accept).weights:
-        fix = "give mean_logprob, min_logprob or log_tokens a weight"
-        document.report((*path, "accept"), "it looks at nothing of the answer", fix)
+    if part.accept is not None:
+        _check_accept(document, part.accept, (*path, "accept"), cascades)
+    agrees = part.accept is not None and part.accept.agree is not None
     for stages in cascades:
+        if agrees:
+            continue
+        if any(stage.beside for stage in stages):
+            message = (
+                f"`{concealed(plan_name(stages))}` asks models at the same time, and `accept` judges each by itself"
+            )
+            fix = "write `accept: agree`, or `>` between them, to ask one after the other"
+            document.report((*path, "candidates"), message, fix)
         for stage in stages[:-1]:
             if stage.model in models and not models[stage.model].logprobs:
                 message = f"`{concealed(stage.model)}` returns no log probabilities, so its answers cannot be judged"
@@ -211,6 +235,28 @@ def _check_plans(
     if part.effort is not None and len(known) == len(named) and not any(model.thinking for model in known):
         message = "no model of this route can be told how much to think"
         document.report((*path, "effort"), message, "say how in `thinking` of a model, or remove it")
+
+
+def _check_accept(document: Document, part: AcceptFile, path: Path, cascades: Sequence[tuple[Single, ...]]) -> None:
+    features = ("mean_logprob", "min_logprob", "log_tokens")
+    if part.agree is None:
+        for key in ("at_least", "keeps_right", "keeps_wrong"):
+            if getattr(part, key) is None:
+                document.report((*path, key), "missing", f"add `{key}:`")
+        if not any(getattr(part, key) for key in features):
+            document.report(path, "it looks at nothing of the answer", f"give {' or '.join(features)} a weight")
+        return
+    for key in (*features, "bias", "at_least"):
+        if key in part.model_fields_set:
+            message = "what stages agree on is not judged by P(correct), too"
+            document.report((*path, key), message, "remove it, or remove `agree`")
+    if (part.keeps_right is None) != (part.keeps_wrong is None):
+        document.report(path, "half of what was measured", "give both keeps_right and keeps_wrong, or neither")
+    for stages in cascades:
+        if len(stages) <= part.agree:
+            message = f"of `{concealed(plan_name(stages))}` no {part.agree} can agree before the last answers"
+            fix = "name more models before the last `>`, such as `one&other>strong`"
+            document.report(path, message, fix)
 
 
 def _check_guarantee(

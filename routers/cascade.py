@@ -5,10 +5,14 @@ weak model's answer is right, and the shares of right and of wrong answers that 
 held-out answers, as part of the rule):
 
     P(accept)  = p keeps_right + (1 - p) keeps_wrong
-    P(success) = p keeps_right + P(escalate) P(strong is right)
+    P(success) = p keeps_right + p (1 - keeps_right) P(next | right) + (1 - p) (1 - keeps_wrong) P(next | wrong)
     cost       = cost of weak + P(escalate) cost of strong
 
-P(strong is right) is taken for all queries alike: those that escalate are harder, so P(success) is somewhat hopeful.
+What escalates is harder than the rest, so P(next is right) of all queries would flatter a cascade. Abilities are taken
+to be nested: what the weaker model of the two solves, the stronger one solves as well (`after`).
+
+Where a rule asks for agreement and was not measured, each stage is taken to err by itself, and wrong answers to be the
+same: right ones are kept as often as the others are right, too, and wrong ones as often as they are wrong.
 
 While: P(correct | answer) of the rule's logistic regression over the answer's log probabilities and length.
 """
@@ -19,14 +23,35 @@ from collections.abc import Sequence
 from routers.types import Accept, AnswerFeature
 
 
-def p_accept(p: float, accept: Accept) -> float:
+def kept(accept: Accept, p_others: Sequence[float | None]) -> tuple[float, float] | None:
+    """The shares of the first stage's right and wrong answers that are accepted. `p_others`: P(success) of the stages
+    that may agree with it. None: not measured, and one of them is not known."""
+    if accept.keeps_right is not None and accept.keeps_wrong is not None:
+        return accept.keeps_right, accept.keeps_wrong
+    right = wrong = 1.0
+    for p in p_others[: accept.agree - 1]:
+        if p is None:
+            return None
+        right, wrong = right * p, wrong * (1 - p)
+    return right, wrong
+
+
+def p_accept(p: float, keeps: tuple[float, float]) -> float:
     """The chance that an answer is accepted which is right with probability `p`."""
-    return p * accept.keeps_right + (1 - p) * accept.keeps_wrong
+    return p * keeps[0] + (1 - p) * keeps[1]
 
 
-def p_success(p: float, p_next: float, accept: Accept) -> float:
-    """The chance that a stage and what follows it end in a right answer. `p_next`: of what follows, once asked."""
-    return p * accept.keeps_right + (1 - p_accept(p, accept)) * p_next
+def p_success(p: float, p_next: float, keeps: tuple[float, float]) -> float:
+    """The chance that a stage and what follows it end in a right answer. `p_next`: of what follows, of all queries."""
+    if_right, if_wrong = after(p, p_next)
+    return p * (keeps[0] + (1 - keeps[0]) * if_right) + (1 - p) * (1 - keeps[1]) * if_wrong
+
+
+def after(p: float, p_next: float) -> tuple[float, float]:
+    """P(next is right | this one is right), and | this one is wrong, where the better one solves all the other does."""
+    if p <= p_next:
+        return 1.0, 0.0 if p == 1 else (p_next - p) / (1 - p)
+    return p_next / p, 0.0
 
 
 def answer_features(logprobs: Sequence[float]) -> dict[AnswerFeature, float] | None:

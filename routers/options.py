@@ -1,8 +1,9 @@
 """One plan under consideration: what it may cost, how good it may be, how long it may take, what stands in its way."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
-from routers.cascade import p_accept, p_success
+from routers.cascade import kept, p_accept, p_success
 from routers.cost import EXPECTED_OUTPUT_TOKENS, costs_nanousd, least_input_tokens
 from routers.effort import rank
 from routers.errors import NoCandidateKind
@@ -175,18 +176,19 @@ class CascadeOption(Option):
         self.p = _folded([stage.p for stage in stages], accept)
         self.low = _folded([stage.low for stage in stages], accept)
         self.high = _folded([stage.high for stage in stages], accept)
+        asked = _asked(plan, [stage.p for stage in stages])
         self.switch, self.utility, self.violation = 0, None, ""
-        goes_on = [1.0 if stage.p is None else 1 - p_accept(stage.p, accept) for stage in stages[:-1]]
-        expected = _expected([stage.expected for stage in stages], goes_on)
+        expected = _expected([stage.expected for stage in stages], asked)
         self.expected = None if expected is None else round(expected)
-        low, high = (_expected([getattr(one, end) for one in stages], goes_on) for end in ("cost_low", "cost_high"))
+        low, high = (_expected([getattr(one, end) for one in stages], asked) for end in ("cost_low", "cost_high"))
         self.cost_low = None if low is None else round(low)
         self.cost_high = None if high is None else round(high)
         self.measured_by = first.measured_by
-        self.expected_ms = _expected([stage.expected_ms for stage in stages], goes_on)
+        times = [_longest([one.expected_ms for one in beside]) for beside in _rounds(stages, plan)]
+        self.expected_ms = _expected(times, [asked[at] for at in _begins(plan)])
         worst = [stage.worst for stage in stages]
         self.worst = None if None in worst else sum(cost or 0 for cost in worst)
-        waits = [*(stage.expected_ms for stage in stages[:-1]), stages[-1].ttft_p95_ms]
+        waits = [*times[:-1], stages[-1].ttft_p95_ms]
         self.ttft_p95_ms = None if None in waits else sum(wait or 0 for wait in waits)
         self.obstacle, self.reason = None, ""
         self.doubt = next((stage.doubt for stage in stages if stage.doubt), "")
@@ -202,18 +204,49 @@ class CascadeOption(Option):
 def _folded(p: Sequence[float | None], accept: Accept) -> float | None:
     """P(success) of the stages in turn; None: that of one of them is not known."""
     found = p[-1]
+    if accept.agree:
+        keeps = kept(accept, p[1:-1])
+        return None if p[0] is None or found is None or keeps is None else p_success(p[0], found, keeps)
     for stage in reversed(p[:-1]):
-        if stage is None or found is None:
+        if stage is None or found is None or (keeps := kept(accept, ())) is None:
             return None
-        found = p_success(stage, found, accept)
+        found = p_success(stage, found, keeps)
     return found
 
 
-def _expected(of_stages: Sequence[float | None], goes_on: Sequence[float]) -> float | None:
+def _asked(plan: Cascade, p: Sequence[float | None]) -> list[float]:
+    """The chance that each stage is asked; certain where it is not known when one before it is accepted.
+
+    Of agreement, it is foretold for the round in which enough have answered; nobody is counted on to agree later.
+    """
+    accept, found, before = plan.accept, [1.0], 1.0
+    for at, stage in enumerate(plan.stages[1:], 1):
+        if not stage.beside:
+            first, keeps = (p[0], kept(accept, p[1:-1])) if accept.agree else (p[at - 1], kept(accept, ()))
+            if at >= accept.agree and first is not None and keeps is not None:
+                goes_on = 1 - p_accept(first, keeps)
+                before = goes_on if accept.agree else before * goes_on
+        found.append(before)
+    return found
+
+
+def _begins(plan: Cascade) -> list[int]:
+    return [at for at, stage in enumerate(plan.stages) if not stage.beside]
+
+
+def _rounds(stages: Sequence[Option], plan: Cascade) -> list[Sequence[Option]]:
+    """The stages that are asked at the same time, in turn."""
+    begins = [*_begins(plan), len(stages)]
+    return [stages[begin:end] for begin, end in pairwise(begins)]
+
+
+def _longest(times: Sequence[float | None]) -> float | None:
+    """Until the last of them has answered; None: one of them is not known."""
+    return None if None in times else max(time or 0.0 for time in times)
+
+
+def _expected(of_stages: Sequence[float | None], asked: Sequence[float]) -> float | None:
     """The sum over the stages, each weighed by the chance that it is asked; None: one of them is not known."""
-    total = of_stages[-1]
-    for stage, chance in zip(reversed(of_stages[:-1]), reversed(goes_on), strict=True):
-        if stage is None or total is None:
-            return None
-        total = stage + chance * total
-    return total
+    if None in of_stages:
+        return None
+    return sum(chance * (value or 0.0) for value, chance in zip(of_stages, asked, strict=True))

@@ -22,7 +22,7 @@ from routers.policy import (
 from routers.reach import takers_of
 from routers.schema import OnFailureFile, RouteFile, ShadowFile
 from routers.shape import did_you_mean, validated
-from routers.types import Accept, Cascade, Plan, Single
+from routers.types import Cascade, Plan, Single
 from routers.units import UnitError, format_duration, format_money
 from routers.when import When
 from routers.when_file import when_of
@@ -138,8 +138,8 @@ class RoutesReader:
             for model in dict.fromkeys(stage.model for stage in stages):
                 if model in self._model_names:
                     continue
-                if "+" in model or ">" in model:
-                    fix = f"write the model alone, `{concealed(re.split('[+>]', model)[0])}`"
+                if re.search("[+>&]", model):
+                    fix = f"write the model alone, `{concealed(re.split('[+>&]', model)[0])}`"
                     self._document.report((*path, index), "efforts and cascades stand among `candidates` only", fix)
                 else:
                     fix = did_you_mean(model, self._model_names)
@@ -269,10 +269,7 @@ def _plans(names: Sequence[str]) -> dict[str, tuple[Single, ...]]:
 
 
 def _plan(stages: tuple[Single, ...], part: RouteFile) -> Plan:
-    """A broken cascade, which has been reported, stands as if it accepted nothing."""
-    if len(stages) == 1:
-        return stages[0]
-    return Cascade(stages, accept_of(part.accept) if part.accept is not None else Accept((), 0.0, 1.0, 0.0, 0.0))
+    return stages[0] if len(stages) == 1 else Cascade(stages, accept_of(part.accept))
 
 
 def _shadow(part: ShadowFile | None) -> Shadow | None:

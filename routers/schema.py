@@ -50,6 +50,12 @@ def _off_is_none(value: object) -> object:
     return None if value == "off" else value
 
 
+def _agree(value: object) -> object:
+    if isinstance(value, str) and value != "agree":
+        raise UnitError("no rule", "write `agree`, or the numbers that `leadline probe accept` prints")
+    return {"agree": 2} if value == "agree" else value
+
+
 def _for_error(value: object) -> object:
     return {"error": value} if isinstance(value, list) else value
 
@@ -365,8 +371,12 @@ class RouteFile(Strict):
     """The first of these that is available."""
     candidates: Names | None = None
     """What to choose from, from the weakest to the strongest: models, models at an effort (`strong+high`, or `none`,
-    `low`), and cascades (`weak>strong`: the second answers where the first one's answer is not accepted)."""
-    accept: AcceptFile | None = None
+    `low`), and cascades (`weak>strong`: the second answers where the first one's answer is not accepted;
+    `one&other>strong`: the first two are asked at the same time, and the last where they do not agree)."""
+    accept: (
+        Annotated[AcceptFile, BeforeValidator(_agree, json_schema_input_type=Literal["agree"] | AcceptFile)] | None
+    ) = None
+    """`agree`, or when an answer of an earlier stage is good enough to be sent."""
     effort: Literal["auto", "none", "low", "high"] | None = None
     """How much models with `thinking` think; `auto`: by the signals of each query. A caller who says so itself is
     obeyed. Default: as they do by themselves."""

@@ -4,7 +4,7 @@ Structs of msgspec, as each request makes several with many fields: a frozen dat
 takes 0.3. Of decisions, fields that equal their defaults are left out where they are encoded.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, Literal
 
 from msgspec import Struct, field
@@ -143,7 +143,7 @@ class State(Struct, frozen=True):
     """By cluster and model: what bandits have learned."""
 
 
-class Single(Struct, frozen=True, tag_field="kind", tag="single"):
+class Single(Struct, frozen=True, omit_defaults=True, tag_field="kind", tag="single"):
     """A plan: one model answers."""
 
     kind: ClassVar[Literal["single"]] = "single"
@@ -151,11 +151,18 @@ class Single(Struct, frozen=True, tag_field="kind", tag="single"):
     effort: Effort | None = None
     """None: as the model does by itself, or as the caller's body says."""
     max_thinking_tokens: int | None = None
+    beside: bool = False
+    """Of a cascade's stage: asked at the same time as the one before it."""
 
     @property
     def name(self) -> str:
         """As a policy writes it, e.g. `local`, `local+high`."""
         return self.model if self.effort is None else f"{self.model}+{self.effort}"
+
+
+def stages_name(stages: Iterable[Single]) -> str:
+    """As a policy writes them."""
+    return "".join([("&" if stage.beside else ">") + stage.name for stage in stages])[1:]
 
 
 AnswerFeature = Literal["mean_logprob", "min_logprob", "log_tokens"]
@@ -166,21 +173,27 @@ EngineFeature = Literal["mean_logprob", "min_logprob", "mean_entropy", "max_entr
 """Those that the local engine measures on its own answers; entropies in nats."""
 
 
-class Accept(Struct, frozen=True):
-    """When an answer is good enough to be sent: P(correct) = 1 / (1 + exp(-(bias + sum of weight x feature)))."""
+class Accept(Struct, frozen=True, omit_defaults=True):
+    """When an answer is good enough to be sent: as `agree` stages give it, or where its own
+    P(correct) = 1 / (1 + exp(-(bias + sum of weight x feature))) is high enough."""
 
-    weights: tuple[tuple[AnswerFeature, float], ...]
-    bias: float
-    at_least: float
+    weights: tuple[tuple[AnswerFeature, float], ...] = ()
+    bias: float = 0.0
+    at_least: float = 1.0
     """Accepted from this P(correct) on."""
-    keeps_right: float = 1.0
-    """The share of right answers that are accepted, as measured on held-out answers."""
-    keeps_wrong: float = 0.0
-    """The share of wrong answers that are accepted."""
+    keeps_right: float | None = 1.0
+    """The share of the first stage's right answers that are accepted, as measured on held-out answers; None, of
+    agreement: not measured."""
+    keeps_wrong: float | None = 0.0
+    """The share of its wrong answers that are accepted."""
+    agree: int = 0
+    """So many stages must give the same answer; 0: the rule is P(correct)."""
+    unaccepted: Literal["send", "fail"] = "send"
+    """What becomes of the best answer that was not accepted where no later stage answers: too late, or too dear."""
 
 
 class Cascade(Struct, frozen=True, tag_field="kind", tag="cascade"):
-    """A plan: the first stage answers, and where its answer is not accepted the next one does."""
+    """A plan: the first stage answers, or several side by side; where nothing is accepted the next one does."""
 
     kind: ClassVar[Literal["cascade"]] = "cascade"
     stages: tuple[Single, ...]
@@ -198,8 +211,19 @@ class Cascade(Struct, frozen=True, tag_field="kind", tag="cascade"):
 
     @property
     def name(self) -> str:
-        """As a policy writes it, e.g. `weak>strong`."""
-        return ">".join(stage.name for stage in self.stages)
+        """As a policy writes it, e.g. `weak>strong`, `one&other>strong`."""
+        return stages_name(self.stages)
+
+    @property
+    def rounds(self) -> tuple[tuple[Single, ...], ...]:
+        """The stages that are asked at the same time, in turn."""
+        rounds: list[tuple[Single, ...]] = []
+        for stage in self.stages:
+            if stage.beside:
+                rounds[-1] = (*rounds[-1], stage)
+            else:
+                rounds.append((stage,))
+        return tuple(rounds)
 
 
 class Speculate(Struct, frozen=True, tag_field="kind", tag="speculate"):

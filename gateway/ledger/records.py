@@ -11,11 +11,11 @@ import msgspec
 from gateway.ledger.settle import Usage
 
 AttemptKind = Literal[
-    "first", "retry", "fallback", "hedge", "resume", "escalation", "shadow", "judge",
+    "first", "retry", "fallback", "hedge", "resume", "escalation", "beside", "shadow", "judge",
     "draft", "verify", "step", "think", "answer",
 ]  # fmt: skip
-"""Why an attempt was made. Of a plan: a smaller model wrote (`draft`); what stands was looked at (`verify`); the model
-wrote a step, thought by itself, or answered."""
+"""Why an attempt was made. Of a cascade: asked at the same time as the one before (`beside`). Of a plan: a smaller
+model wrote (`draft`); what stands was looked at (`verify`); the model wrote a step, thought by itself, or answered."""
 
 
 class AttemptRecord(msgspec.Struct, array_like=True):

@@ -116,7 +116,7 @@ def play(
     """(expected correctness, nano-dollars) of one query; adds to `answered` [m] the chance that each model answers.
 
     A cascade is taken at what its accept rule keeps of right and of wrong answers on average: the table has no answers
-    to look at.
+    to look at. Of agreement it knows all but whether wrong answers are the same: they are taken to be.
     """
     if isinstance(plan, Single):
         stages: tuple[Single, ...] = (plan,)
@@ -125,15 +125,22 @@ def play(
     else:
         raise TableError(f"the policy chose {plan.name}: a table of single answers does not say what that would do")
     reached, accuracy, spent = 1.0, 0.0, 0.0
-    for stage in stages:
+    agree = plan.accept.agree if isinstance(plan, Cascade) else 0
+    all_right = all_wrong = asked = 1.0
+    for number, stage in enumerate(stages, 1):
         if stage.name not in place:
             raise TableError(f"the policy chose {stage.name}; give its columns: --model {stage.name}=CORRECT")
         at = place[stage.name]
         right, wrong = reached * correct[at], reached * (1.0 - correct[at])
+        asked = asked if stage.beside else reached
         if cost is not None:
-            spent += reached * cost[row, at]
+            spent += asked * cost[row, at]
         if isinstance(plan, Cascade) and stage is not stages[-1]:
-            right, wrong = right * plan.accept.keeps_right, wrong * plan.accept.keeps_wrong
+            if agree:
+                all_right, all_wrong = all_right * float(correct[at]), all_wrong * (1.0 - float(correct[at]))
+                right, wrong = (all_right, all_wrong) if number == agree else (0.0, 0.0)
+            else:
+                right, wrong = right * (plan.accept.keeps_right or 0.0), wrong * (plan.accept.keeps_wrong or 0.0)
         accuracy += right
         answered[at] += right + wrong
         reached -= right + wrong

@@ -15,6 +15,7 @@ from aiohttp import web
 
 PRICES = {
     "cheap": (Decimal("0.15"), Decimal("0.075"), Decimal("0.60")),
+    "other": (Decimal("0.30"), Decimal("0.15"), Decimal("1.20")),
     "dear": (Decimal("2.5"), Decimal("1.25"), Decimal("10")),
 }
 """Dollars per million tokens: input, cached input, output. The gateway's policy in these tests says the same."""

@@ -242,7 +242,7 @@ async def test_whoever_leaves_a_cascade_pays_for_what_was_asked_and_holds_nothin
             task.cancel()
             await asyncio.wait((task,))
         else:
-            assert (await task)[0] == 504
+            assert (await task)[0] == (200 if stage else 504), "late is better than nothing, if there is something"
         lifecycle = gateway.app.state.lifecycle
         await until(lambda: lifecycle.metrics.in_flight.value == 0)
         (row,) = await gateway.rows()

@@ -195,6 +195,19 @@ def test_a_cascade_is_taken_at_what_its_rule_keeps() -> None:
         play(Single("b", "high"), {"a": 0, "b": 1}, np.array([0.0, 1.0]), None, 0, np.zeros(2))
 
 
+def test_agreement_is_taken_at_its_worst_where_all_are_wrong() -> None:
+    plan = Cascade((Single("a"), Single("b", beside=True), Single("c")), Accept(agree=2))
+    place, cost = {"a": 0, "b": 1, "c": 2}, np.array([[10.0, 20.0, 100.0]])
+
+    def played(*correct: float) -> tuple[float, float]:
+        return play(plan, place, np.array(correct), cost, 0, np.zeros(3))
+
+    assert played(1, 1, 0) == (1.0, 30.0)
+    assert played(1, 0, 1) == (1.0, 130.0)
+    assert played(1, 0, 0) == (0.0, 130.0)
+    assert played(0, 0, 1) == (0.0, 30.0), "the same wrong answer"
+
+
 class Prober:
     """Counts what it is asked, and breaks at a given prompt."""
 

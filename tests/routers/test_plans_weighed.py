@@ -73,7 +73,7 @@ def test_a_cascade_costs_the_weak_one_and_now_and_then_the_strong_one() -> None:
     told = found["weak>strong"]
     assert told.expected_cost_nanousd == round(900_000 + escalates * 9_000_000)
     assert told.worst_cost_nanousd == found["weak"].worst_cost_nanousd + found["strong"].worst_cost_nanousd  # type: ignore[operator]
-    assert told.p_success == pytest.approx(0.6 * 0.9 + escalates * 0.95)
+    assert told.p_success == pytest.approx(0.95 - 0.2 * (0.95 - 0.6)), "a fifth of what only strong solves is lost"
     assert told.expected_ms == round(1000 + escalates * 1000)
     assert told.p_low is not None
     assert told.p_high is not None
@@ -106,11 +106,42 @@ def test_a_cascade_whose_chances_are_not_known_is_expected_to_escalate() -> None
 def test_a_better_weak_answer_never_makes_a_cascade_worse(
     p: float, q: float, strong: float, right: float, wrong: float
 ) -> None:
-    accept = replace(ACCEPT, keeps_right=max(right, wrong), keeps_wrong=min(right, wrong))
+    keeps = max(right, wrong), min(right, wrong)
     low, high = sorted((p, q))
-    assert cascade.p_success(low, strong, accept) <= cascade.p_success(high, strong, accept) + 1e-12
-    assert cascade.p_accept(low, accept) <= cascade.p_accept(high, accept) + 1e-12
-    assert 0 <= cascade.p_success(p, strong, accept) <= 1
+    assert cascade.p_success(low, strong, keeps) <= cascade.p_success(high, strong, keeps) + 1e-12
+    assert cascade.p_accept(low, keeps) <= cascade.p_accept(high, keeps) + 1e-12
+    assert 0 <= cascade.p_success(p, strong, keeps) <= max(p, strong) + 1e-12
+    if_right, if_wrong = cascade.after(p, strong)
+    assert p * if_right + (1 - p) * if_wrong == pytest.approx(strong), "it splits the same chance"
+
+
+UNMEASURED = Accept(agree=2, keeps_right=None, keeps_wrong=None)
+AGREED = Cascade((Single("weak"), Single("middle", beside=True), Single("strong")), UNMEASURED)
+
+
+def test_what_two_agree_on_saves_the_third() -> None:
+    of = with_plans(AGREED, Single("strong"))
+    signals, state = measured(0.8, 0.9, 0.95), State(load={n: Load(tokens_per_s=400.0, ttft_ms_p50=0.0) for n in NAMES})
+    told = {c.model: c for c in run(of, signals, state).candidates}["weak&middle>strong"]
+    escalates = 1 - (0.8 * 0.9 + 0.2 * 0.1)
+    assert told.expected_cost_nanousd == round(900_000 + 2_700_000 + escalates * 9_000_000)
+    assert told.p_success == pytest.approx(0.95 - 0.1 * (0.95 - 0.8))
+    assert told.expected_ms == round(1000 + escalates * 1000), "both are asked at the same time"
+    measured_rule = replace(AGREED, accept=Accept(agree=2, keeps_right=0.98, keeps_wrong=0.3))
+    told = {c.model: c for c in run(with_plans(measured_rule, Single("strong")), signals).candidates}[AGREED.name]
+    escalates = 1 - (0.8 * 0.98 + 0.2 * 0.3)
+    assert told.expected_cost_nanousd == round(900_000 + 2_700_000 + escalates * 9_000_000)
+    told = {c.model: c for c in run(of, measured(0.8, None, 0.95)).candidates}[AGREED.name]
+    assert (told.p_success, told.expected_cost_nanousd) == (None, 900_000 + 2_700_000 + 9_000_000)
+
+
+def test_who_comes_after_the_first_that_may_agree_is_not_counted_on() -> None:
+    four = Cascade((Single("weak"), Single("middle"), Single("strong"), Single("weak", "high")), UNMEASURED)
+    of = with_plans(four, Single("strong"))
+    told = {c.model: c for c in run(of, measured(0.8, 0.9, 0.95)).candidates}[four.name]
+    assert told.p_success is None, "nothing is known of weak+high"
+    escalates = 1 - (0.8 * 0.9 + 0.2 * 0.1)
+    assert told.expected_cost_nanousd == round(900_000 + 2_700_000 + escalates * (9_000_000 + 900_000))
 
 
 def test_three_stages_fold_from_the_last() -> None:
@@ -118,7 +149,8 @@ def test_three_stages_fold_from_the_last() -> None:
     told = {c.model: c for c in run(with_plans(three, Single("strong")), measured(0.5, 0.7, 0.9)).candidates}
     on_weak, on_middle = 1 - (0.45 + 0.1), 1 - (0.63 + 0.06)
     assert told[three.name].expected_cost_nanousd == round(900_000 + on_weak * (2_700_000 + on_middle * 9_000_000))
-    assert told[three.name].p_success == pytest.approx(0.45 + on_weak * (0.63 + on_middle * 0.9))
+    after_weak = 0.9 - 0.2 * (0.9 - 0.7)
+    assert told[three.name].p_success == pytest.approx(after_weak - 0.2 * (after_weak - 0.5))
 
 
 def test_an_answer_is_accepted_by_its_log_probabilities() -> None:
