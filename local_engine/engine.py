@@ -153,9 +153,14 @@ class Engine:
         self._readers = {name: tuple(found) for name, found in (readers or {}).items()}
         self._prefix_tiers = prefix_tiers
         self._lanes: dict[str, Lane] = {}
+        caches = {name: new_kv(model, kv_bytes) for name, model in models.items()}
+        # Before any runner takes weights over, be it that of another model's draft: a store's identity holds them all.
+        stores = {
+            name: _prefix_store(name, model, caches[name], prefix_bytes, prefix_tiers) if prefix_bytes else None
+            for name, model in models.items()
+        }
         for name, model in models.items():
-            kv = new_kv(model, kv_bytes)
-            store = _prefix_store(name, model, kv, prefix_bytes, prefix_tiers) if prefix_bytes else None
+            kv, store = caches[name], stores[name]
             self._lanes[name] = Lane(
                 model, kv, make_runner(model, kv), store,
                 make_speculator(name, model, kv),
