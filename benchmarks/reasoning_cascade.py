@@ -1,17 +1,19 @@
 """A cascade of a small model and base: which answers are accepted, what that saves, and whether the risk holds.
 
-Attempts of one seed fit the rule (two thirds of them) and certify its threshold (the rest): "accepted and wrong, where
-base is right" at most one answer in a hundred, by conformal risk control. The threshold on the mean, and on the lowest,
+Attempts of one seed fit the rule (half of them) and certify its threshold (the rest): "accepted and wrong, where base
+is right" at most one answer in two hundred, by conformal risk control. The threshold on the mean, and on the lowest,
 log-probability of the attempt and on its length is certified in the same way. Other questions test all of them: what
 each would accept is replayed over the attempts and base's answers. Then the engine runs the plans; "offered" ones let
 base read what was not accepted and keep the beginning that it would have written itself.
 
 Costs are metered as in the section on steps. A curve is what a cascade costs and gets right as its threshold goes from
-accepting all to accepting nothing.
+accepting all to accepting nothing. "Dominates": of the points (cost, accuracy) of the plain cascade by the mean
+log-probability, the share than which one of the rule's, with the rest offered, is no dearer and no worse.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -30,7 +32,7 @@ from local_engine.reason.trajectories import Question
 from local_engine.types import AcceptRule, AnswerFeature, Cascade
 from probes.certify import accept_losses, certify
 
-ALPHA: Final = 0.01
+ALPHA: Final = 0.005
 FEATURES: Final[tuple[AnswerFeature, ...]] = (
     "mean_logprob", "min_logprob", "mean_entropy", "max_entropy", "log_tokens",
 )  # fmt: skip
@@ -39,6 +41,7 @@ SMALL: Final = "draft"
 FIT_SEED: Final = 7_000_000
 FIT_ON: Final = 3_000
 RESAMPLES: Final = 400
+SPLITS: Final = 200
 PRICES: Final = {SMALL: 1.0, "base": DEARER}
 OFF: Final = Kind("leave it off: base alone")
 COLUMNS: Final = {
@@ -48,7 +51,8 @@ COLUMNS: Final = {
 }  # fmt: skip
 RULE_COLUMNS: Final = {
     "auc": "AUC", "auc_over_mean_logprob": "over mean log-prob.", "curve": "mean over thresholds",
-    "curve_at_least_mean_logprobs": "not below", "cost_offered": "cost, rest offered",
+    "dominates": "dominates", "resplit_risk": "risk, 200 resplits", "resplit_accepted": "accepted",
+    "cost_offered": "cost, rest offered",
 }  # fmt: skip
 NEVER: Final = AcceptRule(weights={}, bias=-1e9, at_least=1.0)
 Array = npt.NDArray[np.float64]
@@ -109,28 +113,31 @@ def fit(answers: Answers, *, hidden: bool) -> Probe:
 
 def measure(bench: Bench, into: Measured) -> None:
     mixes = dict.fromkeys([(bench.levels[0],), tuple(bench.levels[:2]), tuple(bench.levels)])
-    for mix in mixes:
-        label = "level" + "s" * (len(mix) > 1) + " " + "+".join(map(str, mix))
-        known = draw(FIT_SEED + bench.seed, mix, FIT_ON // len(mix))
-        asked = draw(bench.seed, mix, bench.problems)
-        timed = draw(bench.seed, mix, bench.timed)
-        tried, by_base = (_attempts(bench, model, known, f"{label}, fit") for model in (SMALL, "base"))
-        at = len(known) * 2 // 3
-        learnt, held = (
-            Answers(tried[part], np.array([one.right for one in by_base[part]], float))
-            for part in (slice(at), slice(at, None))
-        )
-        probe, plain = fit(learnt, hidden=True), fit(learnt, hidden=False)
-        rule = _rule(learnt, held, probe, layers_of(bench.models[SMALL]))
-        ways = _ways(rule)
-        answers, times = bench.ask([*ways[:2], *ways[-2:]], ways[2:4], ways, asked, timed)
-        test = Answers(_attempts(bench, SMALL, asked, f"{label}, test"), np.array(answers[OFF.name].right, float))
-        costs = _Costs(*(np.array(answers[way.name].costs(way, PRICES)) for way in (OFF, ways[1], ways[-1])))
-        for name, scores in _scores(probe, plain).items():
-            _tell_rule(f"{label}: {name}", scores, held, test, costs, into)
-        for way in ways:
-            _tell(f"{label}: {way.name}", way, answers, into)
-            tell_time(f"{label}: {way.name}", way.name, times, OFF.name, into)
+    bench.all_of([partial(_measure, bench, mix, into) for mix in mixes])
+
+
+def _measure(bench: Bench, mix: Sequence[int], into: Measured) -> None:
+    label = "level" + "s" * (len(mix) > 1) + " " + "+".join(map(str, mix))
+    known = draw(FIT_SEED + bench.seed, mix, FIT_ON // len(mix))
+    asked = draw(bench.seed, mix, bench.problems)
+    timed = draw(bench.seed, mix, bench.timed)
+    tried, by_base = (_attempts(bench, model, known, f"{label}, fit") for model in (SMALL, "base"))
+    at = len(known) // 2
+    learnt, held = (
+        Answers(tried[part], np.array([one.right for one in by_base[part]], float))
+        for part in (slice(at), slice(at, None))
+    )
+    probe, plain = fit(learnt, hidden=True), fit(learnt, hidden=False)
+    rule = _rule(learnt, held, probe, layers_of(bench.models[SMALL]))
+    ways = _ways(rule)
+    answers, times = bench.ask([*ways[:2], *ways[-2:]], ways[2:4], ways, asked, timed)
+    test = Answers(_attempts(bench, SMALL, asked, f"{label}, test"), np.array(answers[OFF.name].right, float))
+    costs = _Costs(*(np.array(answers[way.name].costs(way, PRICES)) for way in (OFF, ways[1], ways[-1])))
+    for name, scores in _scores(probe, plain).items():
+        _tell_rule(f"{label}: {name}", scores, held, test, costs, into)
+    for way in ways:
+        _tell(f"{label}: {way.name}", way, answers, into)
+        tell_time(f"{label}: {way.name}", way.name, times, OFF.name, into)
 
 
 def _attempts(bench: Bench, model: str, asked: Sequence[Question], name: str) -> list[Attempt]:
@@ -238,6 +245,12 @@ def _tell_rule(
     curve, theirs = (_accuracies(test, each) for each in (score, mean))
     into.add(name, "curve", float(curve.mean()), "share")
     into.add(name, "curve_at_least_mean_logprobs", float((curve >= theirs - 1e-12).mean()), "share")
+    ours = _costs_of(score, costs.small, costs.offered), curve
+    plain = _costs_of(mean, costs.small, costs.small + costs.base), theirs
+    into.add(name, "dominates", _dominated(ours, plain), "share")
+    risks, shares = _resplit(np.concatenate([scores(held), score]), np.concatenate([held.costly(), test.costly()]))
+    into.add(name, "resplit_risk", float(np.mean(risks)), "share")
+    into.add(name, "resplit_accepted", float(np.mean(shares)), "share")
 
 
 def _auc_gain(right: Array, score: Array, other: Array, rng: np.random.Generator) -> float:
@@ -251,3 +264,27 @@ def _accuracies(test: Answers, score: Array) -> Array:
     right, base = test.right[order], test.base_right[order]
     found: Array = (np.cumsum(right) + base.sum() - np.cumsum(base)) / len(score)
     return found
+
+
+def _costs_of(score: Array, accepted: Array, escalated: Array) -> Array:
+    """What all answers cost with the 1, 2, … n best accepted."""
+    order = np.argsort(-score, kind="stable")
+    found: Array = np.cumsum(accepted[order]) + escalated.sum() - np.cumsum(escalated[order])
+    return found
+
+
+def _dominated(ours: tuple[Array, Array], theirs: tuple[Array, Array]) -> float:
+    """The share of their points (cost, accuracy) than which one of ours is no dearer and no worse."""
+    met = [(ours[1][ours[0] <= cost + 1e-9] >= right - 1e-12).any() for cost, right in zip(*theirs, strict=True)]
+    return float(np.mean(met))
+
+
+def _resplit(score: Array, costly: Array) -> tuple[list[float], list[float]]:
+    """(realised risks, shares accepted) on one half of the answers of thresholds certified on the other, many times."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(SPLITS):
+        rows = rng.permutation(len(score))
+        known, fresh = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+        taken = score[fresh] > certify(accept_losses(score[known], costly[known]), ALPHA, "crc").value
+        found.append((float((taken * costly[fresh]).mean()), float(taken.mean())))
+    return [risk for risk, _ in found], [share for _, share in found]

@@ -6,6 +6,7 @@ calibrated on the other.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Final
 
 from measured import Measured
@@ -49,6 +50,10 @@ def kinds() -> list[Kind]:
 
 
 def measure(bench: Bench, into: Measured) -> None:
+    bench.all_of([partial(_measure, bench, into), partial(_promises, bench, into)])
+
+
+def _measure(bench: Bench, into: Measured) -> None:
     asked, timed = (questions(bench.seed, bench.levels, n) for n in (bench.problems, bench.timed))
     ways = kinds()
     first, others = ([kind for kind in ways if (kind.name in FIRST) is so] for so in (True, False))
@@ -57,7 +62,6 @@ def measure(bench: Bench, into: Measured) -> None:
         tell(kind, answers, OFF, into)
         if kind.name in times:
             tell_time(kind.name, kind.name, times, OFF, into)
-    _promises(bench, asked[: TRACED * len(bench.levels)], into)
 
 
 def tell(kind: Kind, answers: dict[str, Outcome], off: str, into: Measured) -> None:
@@ -84,9 +88,11 @@ def tell_time(row: str, name: str, times: dict[str, Outcome], off: str, into: Me
     into.add(row, "wall_saved", 1 - times[name].wall_s / times[off].wall_s, "share")
 
 
-def _promises(bench: Bench, asked: Sequence[Question], into: Measured) -> None:
+def _promises(bench: Bench, into: Measured) -> None:
+    asked = questions(bench.seed, bench.levels, min(bench.problems, TRACED))
     path, model = bench.folder / "trajectories.jsonl", bench.models["base"]
     if len(kept(path)) < len(asked):
+        bench.check_time()
         engine = Engine({"m": model}, max_running=bench.batch, prefix_bytes=0)
         engine.start()
         try:

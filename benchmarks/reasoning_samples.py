@@ -7,6 +7,7 @@ it needs. "Leave it off" is one greedy answer. High effort, of three times the t
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 from measured import Measured
@@ -14,7 +15,7 @@ from reasoning_bench import PART_FOR_OTHERS, Bench
 from reasoning_exits import questions, tell_time
 from reasoning_run import Kind, Outcome
 
-from local_engine.reason.trajectories import is_right
+from local_engine.reason.trajectories import Question, is_right
 from local_engine.reason.voting import Ballot, least_more, winner
 from local_engine.types import Effort, Sampled, Vote, VoteStop, VoteWeight
 
@@ -42,29 +43,35 @@ COLUMNS: Final = {
 
 def measure(bench: Bench, into: Measured) -> None:
     asked, timed = (questions(bench.seed, bench.levels, n) for n in (bench.problems, bench.timed))
-    votes = replace(bench, batch=TOGETHER)
-    for effort in EFFORTS:
-        common = Kind("", effort=effort, temperature=TEMPERATURE, max_tokens=MAX_TOKENS)
-        drawn = replace(common, name=f"{effort}: self-consistency, 16", plan=Vote(stop="never", weigh="count"))
-        ways = [
-            drawn,
-            replace(common, name=f"{effort}: leave it off: one, greedy", temperature=0.0),
-            replace(common, name=f"{effort}: adaptive (default)", plan=Vote()),
-        ]
-        some = asked if effort == EFFORTS[0] else asked[: len(asked) // PART_FOR_OTHERS]
-        answers, times = votes.ask(ways, (), ways, some, timed)
-        whole = answers[drawn.name]
-        for way in ways:
-            did = answers[way.name]
-            samples = [len(use.samples) for use in did.uses()] or [1] * len(some)
-            _tell(way.name, did.right, samples, [end.output_tokens for end in did.finished], whole, into)
-            tell_time(way.name, way.name, times, drawn.name, into)
-        ballots = [_ballots(use.samples) for use in whole.uses()]
-        for name, rule in RULES.items():
-            votes_of = [replay(some, rule) for some in ballots]
-            right = [is_right(said, one.answer) for (said, _, _), one in zip(votes_of, some, strict=True)]
-            used, tokens = [count for _, count, _ in votes_of], [count for _, _, count in votes_of]
-            _tell(f"{effort}, replayed: {name}", right, used, tokens, whole, into)
+    low, high = EFFORTS
+    some = asked[: len(asked) // PART_FOR_OTHERS]
+    parts = ((low, asked), (high, some))
+    bench.all_of([partial(_measure, replace(bench, batch=TOGETHER), *part, timed, into) for part in parts])
+
+
+def _measure(
+    bench: Bench, effort: Effort, asked: Sequence[Question], timed: Sequence[Question], into: Measured
+) -> None:
+    common = Kind("", effort=effort, temperature=TEMPERATURE, max_tokens=MAX_TOKENS)
+    drawn = replace(common, name=f"{effort}: self-consistency, 16", plan=Vote(stop="never", weigh="count"))
+    ways = [
+        drawn,
+        replace(common, name=f"{effort}: leave it off: one, greedy", temperature=0.0),
+        replace(common, name=f"{effort}: adaptive (default)", plan=Vote()),
+    ]
+    answers, times = bench.ask(ways, (), ways, asked, timed)
+    whole = answers[drawn.name]
+    for way in ways:
+        did = answers[way.name]
+        samples = [len(use.samples) for use in did.uses()] or [1] * len(asked)
+        _tell(way.name, did.right, samples, [end.output_tokens for end in did.finished], whole, into)
+        tell_time(way.name, way.name, times, drawn.name, into)
+    ballots = [_ballots(use.samples) for use in whole.uses()]
+    for name, rule in RULES.items():
+        votes_of = [replay(some, rule) for some in ballots]
+        right = [is_right(said, one.answer) for (said, _, _), one in zip(votes_of, asked, strict=True)]
+        used, tokens = [count for _, count, _ in votes_of], [count for _, _, count in votes_of]
+        _tell(f"{effort}, replayed: {name}", right, used, tokens, whole, into)
 
 
 def _ballots(samples: Sequence[Sampled]) -> list[Ballot]:
