@@ -13,11 +13,13 @@ import torch
 from local_engine.config import EngineConfig
 from local_engine.engine import Engine
 from local_engine.errors import ConfigError
+from local_engine.kv import KVCache
 from local_engine.model import LocalModel, load_model
 from local_engine.prefix_block import Block
 from local_engine.prefix_disk import DiskTier
 from local_engine.prefix_identity import weights_fingerprint
 from local_engine.prefix_tiers import SlowTiers, open_tiers
+from local_engine.runner import Runner, new_kv
 from local_engine.types import SamplingParams
 from tests.local_engine.engine_harness import PATIENCE_S, Caller, StartEngine, Watch
 
@@ -180,6 +182,26 @@ def test_every_weight_is_in_the_fingerprint(bundled: LocalModel, tiny_folder: Ca
         changed = weights_fingerprint(network)
         weight[0, 0] -= 1.0
     assert changed != before
+
+
+def test_a_model_that_drafts_for_another_has_its_own_weights_in_its_stores_identity(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base, draft = (load_model("m", str(tiny_folder("qwen3")), "float32", "cpu") for _ in range(2))
+    expected = weights_fingerprint(draft.network)
+    tiers = open_tiers(EngineConfig(models={}, socket_path="s", prefix_disk=tmp_path))
+
+    def drafting(name: str, model: LocalModel, kv: KVCache) -> None:
+        Runner(draft, new_kv(draft, 1 << 20))  # repacks the draft's weights, before its own lane is made
+
+    engine = Engine({"base": base, "draft": draft}, prefix_tiers=tiers, make_speculator=drafting)
+    engine.start()
+    try:
+        store = engine._lanes["draft"].store
+        assert store is not None
+        assert store.identity.weights == expected
+    finally:
+        engine.stop()
 
 
 def test_settings_that_cannot_be_used_are_named(tmp_path: Path) -> None:
