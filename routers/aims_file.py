@@ -80,7 +80,7 @@ class ThinkingFile(Strict):
 
 class AcceptFile(Strict):
     """When the answer of a cascade's earlier stage is sent: as several stages agree, or by its P(correct), a logistic
-    regression over the answer. Measure it with `leadline probe accept`."""
+    regression over the answer. `probes.accept.fit_accept` fits the latter."""
 
     agree: Annotated[int, Field(ge=2, le=MAX_STAGES - 1)] | None = None
     """So many stages must give the same final answer: `accept: agree` is `accept: {agree: 2}`. What cannot be compared
@@ -201,7 +201,9 @@ def _check_plans(
 ) -> None:
     cascades = [stages for stages in plans.values() if len(stages) > 1]
     if cascades and part.accept is None:
-        fix = "add `accept: agree`, or a rule for P(correct): `leadline probe accept` fits one and prints it"
+        fix = (
+            "add `accept: agree`, or `accept: {mean_logprob: …, bias: …, at_least: …, keeps_right: …, keeps_wrong: …}`"
+        )
         document.report((*path, "candidates"), "a cascade, and it is not said which answers are good enough", fix)
     if cascades and part.hedge is not None:
         message = "a cascade is not hedged: its second attempt would be judged by what its first is worth"

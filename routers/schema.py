@@ -52,7 +52,9 @@ def _off_is_none(value: object) -> object:
 
 def _agree(value: object) -> object:
     if isinstance(value, str) and value != "agree":
-        raise UnitError("no rule", "write `agree`, or the numbers that `leadline probe accept` prints")
+        raise UnitError(
+            "no rule", "write `agree`, or a rule such as {mean_logprob: …, at_least: …, keeps_right: …, keeps_wrong: …}"
+        )
     return {"agree": 2} if value == "agree" else value
 
 
