@@ -8,7 +8,7 @@ machine does not count; wall time is given beside it.
 
 What is asked is kept in .bench/reasoning until the section is whole: with --minutes a run stops in time, and the next
 one goes on. A whole section is written to results/reasoning-SECTION.json. --fresh forgets what was kept, as one must
-after a change of the code.
+after a change of the code or of a shipped exit probe.
 """
 
 import argparse
