@@ -55,6 +55,10 @@ class Goodput:
             best = max(range(len(kept)), key=lambda at: kept[at] * token_s - mixed[at])
         return Offer(best, token_s)
 
+    def rest(self, seconds: float) -> None:
+        """Account for so much time, in which nobody drafted: it pays for losses."""
+        self._loss_s = max(0.0, self._loss_s - LOSS_SHARE * seconds)
+
     def settle(
         self, seconds: float, sequences: int, emitted: int, verified: int, other_rows: int = 0, drafting_s: float = 0.0
     ) -> None:
@@ -63,7 +67,7 @@ class Goodput:
 
         Steps are charged by what they usually take, not by this one's seconds: a busy machine is no loss.
         """
-        self._loss_s = max(0.0, self._loss_s - LOSS_SHARE * seconds)
+        self.rest(seconds)
         if not sequences:
             return
         prompts_s = self._step_time(other_rows, sequences) if other_rows else 0.0

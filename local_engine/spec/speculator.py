@@ -16,7 +16,11 @@ _LONGEST = 8  # tokens of a draft
 _MOST_ROWS = 96  # drafted tokens in a step; more sequences than this get none
 _IDLE_LOOKS = 4  # looks that find nothing worth drafting, after which one in so many steps looks
 _IDLE_STEPS = 16
-_TRIAL_STEPS = 256  # a drafting model that does not pay is tried again that often
+_MOST_IDLE_STEPS = 128  # each look that finds nothing either doubles the rest, up to this
+_TIMED_STEPS = 8  # while nobody looks, one in so many steps is timed
+_LEAST_GAIN = 0.1  # where drafts that are always right would save a smaller share of the time, nobody looks
+_TRIAL_STEPS = 256  # a drafting model that does not pay is tried again after so many looks, then twice as many, …
+_MOST_TRIAL_STEPS = 4096
 _TRIAL_LENGTH = 3
 _PASS_RATE = 0.2  # how fast the measured time of a drafting pass is followed
 
@@ -34,6 +38,8 @@ class _Look:
 @dataclass(slots=True)
 class _Step:
     began: float
+    count: int
+    """Sequences that write."""
     looked: bool = False
     propose_s: float = 0.0
     """What looking for drafts and learning from them took."""
@@ -69,39 +75,69 @@ class Speculator:
         self._acceptance = Acceptance()
         self._clock = clock
         self._looks: dict[Sequence, _Look | None] = {}
-        self._step = _Step(0.0)
+        self._step = _Step(0.0, 0)
+        self._steps = 0
         self._rest = 0  # steps left without a look
+        self._idle_steps = _IDLE_STEPS  # how long the next rest is
         self._fruitless = 0  # looks in a row that found nothing worth drafting
         self._pass_s: dict[int, float] = {}  # seconds of a drafting pass, by doublings of the sequences
-        self._untried = 0  # steps since the drafter was last asked
+        self._untried = 0  # looks since the drafter was last asked
+        self._trial_steps = _TRIAL_STEPS
 
     def propose(self, sequences: Sized[Sequence], other_rows: int = 0) -> list[Draft]:
         """The draft to verify for each sequence that writes; none where that pays.
 
         `other_rows`: what else the step computes, prompt chunks above all.
         """
-        self._looks = dict.fromkeys(sequences)
         began = self._clock()
-        self._step = _Step(began)
-        if self._rest or not sequences or len(sequences) > _MOST_ROWS:
-            self._rest = max(0, self._rest - 1)
+        self._step = _Step(began, len(sequences))
+        self._steps += 1
+        if not self._may_look(len(sequences), other_rows):
             return [NOTHING for _ in sequences]
+        self._looks = dict.fromkeys(sequences)
         best = self._best(sequences, other_rows)
         drafts = [draft.cut(sequence.room) for sequence, draft in zip(sequences, best, strict=True)]
         for sequence, draft in zip(sequences, drafts, strict=True):
             self._look(sequence).verified = draft
-        self._fruitless = 0 if any(draft.tokens for draft in drafts) else self._fruitless + 1
-        if self._fruitless >= _IDLE_LOOKS:
-            self._rest = _IDLE_STEPS - 1
-        self._step = _Step(began, looked=True, propose_s=self._clock() - began)
+        self._note(fruitful=any(draft.tokens for draft in drafts))
+        self._step = _Step(began, len(sequences), looked=True, propose_s=self._clock() - began)
         return drafts
+
+    def _may_look(self, count: int, other_rows: int) -> bool:
+        """Whether drafts are worth thinking of, told before anybody thinks."""
+        if self._rest or not 0 < count <= _MOST_ROWS:
+            self._rest = max(0, self._rest - 1)
+            return False
+        if self._goodput.paused(count) or not (other_rows or self._step_time.fresh(count, count)):
+            return False
+        most = self._most(count)
+        ideal = self._goodput.best([float(count * (1 + length)) for length in range(most + 1)], count)
+        if ideal.token_s > (1 - _LEAST_GAIN) * self._step_time(count, count) / count:
+            self._rest = _IDLE_STEPS - 1
+            return False
+        return True
+
+    def _note(self, *, fruitful: bool) -> None:
+        """Looks that find nothing become rare, and the rarer the longer they do."""
+        if fruitful:
+            self._fruitless, self._idle_steps = 0, _IDLE_STEPS
+            return
+        self._fruitless += 1
+        if self._fruitless >= _IDLE_LOOKS:
+            self._rest = self._idle_steps - 1
+            self._idle_steps = min(_MOST_IDLE_STEPS, 2 * self._idle_steps)
+
+    @staticmethod
+    def _most(count: int) -> int:
+        """Tokens of a draft, beside so many sequences."""
+        return max(1, min(_LONGEST, _MOST_ROWS // count))
 
     def learn(self, sequence: Sequence, verified: int, written: Sized[int], predictions: Sized[int]) -> None:
         """A sequence was given `written`, now the end of its ids, with `verified` tokens of its draft in the step.
 
         `predictions[i]`: what the model holds most likely after the first i of them.
         """
-        if sequence not in self._looks:
+        if not self._step.looked or sequence not in self._looks:
             return
         look = self._looks.pop(sequence)
         self._step.writing += 1
@@ -128,18 +164,26 @@ class Speculator:
     def settle(self, rows: int) -> None:
         """The step of `rows` rows, which began with `propose`, is over."""
         step = self._step
+        self._step = _Step(0.0, 0)
         seconds = self._clock() - step.began
+        if not step.looked:
+            self._goodput.rest(seconds)
+            fresh = self._step_time.fresh(step.count, step.count)
+            if step.count and (not fresh or self._steps % _TIMED_STEPS == 0):
+                self._step_time.observe(rows, seconds, step.count, mixed=rows > step.count)
+            return
         others = rows - step.writing - step.verified
         if step.writing:
             spent = max(seconds - step.propose_s, 1e-9)
             self._step_time.observe(rows, spent, step.writing, mixed=others > 0)
         self._goodput.settle(seconds, step.writing, step.written, step.verified, others, step.propose_s)
-        self._step = _Step(0.0)
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence ended, or was changed by another hand than `propose` and verification."""
         self._looks.pop(sequence, None)
         self._acceptance.forget(sequence)
+        self._idle_steps = _IDLE_STEPS  # the next one may be another matter
+        self._rest = min(self._rest, _IDLE_STEPS - 1)
         for proposer in self.proposers:
             proposer.forget(sequence)
 
@@ -155,13 +199,11 @@ class Speculator:
 
     def _best(self, sequences: Sized[Sequence], other_rows: int) -> list[Draft]:
         count = len(sequences)
-        most = max(1, min(_LONGEST, _MOST_ROWS // count))
+        most = self._most(count)
         drafts = self._free_drafts(sequences, most)
         pairs = zip(sequences, drafts, strict=True)
         chances = [self._acceptance.chances(sequence, name, draft.grades) for sequence, (name, draft) in pairs]
         offer = self._goodput.best(expected(chances, most), count, other_rows)
-        if self._goodput.paused(count) or not (other_rows or self._step_time.fresh(count, count)):
-            return [NOTHING for _ in sequences]
         if self._drafter is not None:
             by_drafter = self._asked(self._drafter, sequences, most, offer, other_rows)
             if by_drafter is not None:
@@ -195,11 +237,14 @@ class Speculator:
         chances = [rate**length for length in range(1, most + 1)]
         offer = self._goodput.best(expected([chances] * count, most), count, other_rows, pass_s or 0.0)
         self._untried += 1
-        if pass_s is None or self._untried >= _TRIAL_STEPS:
+        if pass_s is None or self._untried >= self._trial_steps:
             length = min(most, _TRIAL_LENGTH)
             weigh: Weigh = unweighed
+            if pass_s is not None:
+                self._trial_steps = min(_MOST_TRIAL_STEPS, 2 * self._trial_steps)
         elif offer.length and offer.token_s < rival.token_s:
             length = most
+            self._trial_steps = _TRIAL_STEPS
             weigh = self._weigher(drafter, min(offer.token_s, rival.token_s), pass_s, other_rows)
         else:
             return None

@@ -2,14 +2,17 @@
 
 import random
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Sized
 
 import pytest
 import torch
 
 from local_engine.sampler import Sampler
+from local_engine.sequence import Sequence
 from local_engine.spec.acceptance import Acceptance
-from local_engine.spec.draft import Draft
+from local_engine.spec.draft import Draft, Weigh
 from local_engine.spec.goodput import Goodput, expected
+from local_engine.spec.speculator import Speculator
 from local_engine.spec.steptime import StepTime
 from local_engine.types import SamplingParams
 from tests.local_engine.spec.spec_harness import writing
@@ -148,3 +151,54 @@ def test_a_size_not_timed_lately_is_not_fresh() -> None:
     for _ in range(64):
         step_time.observe(4, 1e-3)
     assert not step_time.fresh(1)
+
+
+class Wrong:
+    """Drafts what never comes, and counts how often it is asked."""
+
+    name = "wrong"
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def propose(self, sequences: Sized[Sequence], most: int, weigh: Weigh) -> list[Draft]:
+        self.asked += 1
+        return [Draft([9] * most, [0] * most) for _ in sequences]
+
+    def observe(self, sequence: Sequence, start: int, drafted: Sized[int], predictions: Sized[int]) -> None:
+        """It does not learn."""
+
+    def forget(self, sequence: Sequence) -> None:
+        """It keeps nothing."""
+
+
+def asked_in(steps: int, machine: Callable[[int], float], sequences: int) -> tuple[int, float]:
+    """How often a proposer that is never right is asked in so many steps, and what they took, in plain steps."""
+    now = 0.0
+    proposer = Wrong()
+    speculator = Speculator([proposer], step_time=StepTime(measured(machine)), clock=lambda: now)
+    writers = [writing([1, 2, 3], SAMPLER) for _ in range(sequences)]
+    for writer in writers:
+        writer.limit = 1 << 20
+    for _ in range(steps):
+        drafts = speculator.propose(writers)
+        rows = sum(1 + len(draft.tokens) for draft in drafts)
+        now += machine(rows)
+        for writer, draft in zip(writers, drafts, strict=True):
+            writer.ids.append(5)
+            speculator.learn(writer, len(draft.tokens), [5], [])
+        speculator.settle(rows)
+    return proposer.asked, now / (steps * machine(sequences))
+
+
+@pytest.mark.parametrize("sequences", [1, 8])
+def test_who_is_never_right_is_asked_ever_more_rarely_and_costs_little(sequences: int) -> None:
+    asked, took = asked_in(4000, lambda rows: 1e-3 * (0.7 + 0.3 * rows), sequences)
+    assert 0 < asked < 100
+    assert took < 1.03
+
+
+def test_nobody_is_asked_where_even_right_drafts_would_not_pay() -> None:
+    asked, took = asked_in(400, lambda rows: 1e-3 * rows, 8)
+    assert asked == 0
+    assert took == pytest.approx(1)
