@@ -72,7 +72,7 @@ async def _ask(
     kind: AttemptKind = "fallback" if errors else "escalation" if ticket.attempts else "first"
 
     async def ask(stage: Single, kind: AttemptKind, failures: list[UpstreamError]) -> _Asked | None:
-        asked = await engine.on_target(ticket, stage.model, complete, failures, _call(rule), kind=kind)
+        asked = await engine.on_target(ticket, stage.model, complete, failures, _call(rule, stage), kind=kind)
         if asked is not None:
             answer, attempt = asked
             ticket.came(attempt, answer)
@@ -97,9 +97,9 @@ async def _ask(
     return came
 
 
-def _call(rule: Accept) -> Ask:
+def _call(rule: Accept, stage: Single) -> Ask:
     ask = whole if rule.agree else to_be_judged
-    return lambda ticket, model: ask(told(ticket, model))
+    return lambda ticket, model: ask(told(ticket, model, stage if model == stage.model else None))
 
 
 def _hold(ticket: Ticket, rule: Accept, answer: Answer, model: str) -> None:

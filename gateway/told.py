@@ -12,23 +12,24 @@ from gateway.ticket import Ticket
 from gateway.upstream.types import ChatCall
 from routers.aims import Thinking
 from routers.policy import Policy
-from routers.types import Decision, Effort
+from routers.types import Decision, Effort, Single
 
 _encode = msgspec.json.Encoder().encode
 _TEMPLATE = "chat_template_kwargs"
 _OWN_WORDS = ("reasoning_effort", _TEMPLATE, "enable_thinking", "thinking_budget")
 
 
-def told(ticket: Ticket, model: str) -> ChatCall:
+def told(ticket: Ticket, model: str, stage: Single | None = None) -> ChatCall:
     """The caller's call for this model: with the effort that was decided for it, and without what its provider cannot
-    read of a conversation that comes from another one."""
+    read of a conversation that comes from another one. `stage`: of a cascade, which may ask one model several times;
+    None: its last."""
     call, before, policy, decision = ticket.call, ticket.conversation, ticket.world.policy, ticket.decision
     assert decision is not None
     if before is not None and policy.models[model].provider != before.provider and is_bound(call):
         call = unbound(call)
     if policy.models[model].concise and call.endpoint == "chat.completions":
         call = _concise(call)
-    return _with_effort(call, decision, policy, model)
+    return _with_effort(call, decision, policy, model, stage)
 
 
 CONCISE = "Think step by step, but keep only a minimum draft of each thinking step, five words at most."
@@ -48,10 +49,11 @@ def _concise(call: ChatCall) -> ChatCall:
     return msgspec.structs.replace(call, fields=fields, body_bytes=call.body_bytes + len(CONCISE) + 64)
 
 
-def _with_effort(call: ChatCall, decision: Decision, policy: Policy, model: str) -> ChatCall:
+def _with_effort(call: ChatCall, decision: Decision, policy: Policy, model: str, stage: Single | None) -> ChatCall:
     plan = decision.plan
     if plan.kind == "cascade":
-        effort = next((stage.effort for stage in plan.stages if stage.model == model), None)
+        stages = reversed(plan.stages) if stage is None else (stage,)
+        effort = next((one.effort for one in stages if one.model == model), None)
     else:
         effort = plan.effort
     if effort is None or call.endpoint != "chat.completions":

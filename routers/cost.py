@@ -179,12 +179,12 @@ def worst_case_nanousd(policy: Policy, decision: Decision, query: Query) -> int 
     """
     plan = decision.plan
     chosen = [stage.model for stage in plan.stages] if plan.kind == "cascade" else [plan.model]
-    running = dict.fromkeys((*chosen, *decision.fallbacks))
-    hedged = tuple(running)
+    others = dict.fromkeys(decision.fallbacks)
+    hedged = (*chosen, *others)
     for names in decision.on_cause.values():
-        running.update(dict.fromkeys(names))
+        others.update(dict.fromkeys(names))
     total = 0
-    for name in running:
+    for name in (*chosen, *(name for name in others if name not in chosen)):  # stages may be one model's, by effort
         worst = _worst_with_plans(policy, policy.models[name], query)
         if worst is None:
             return None

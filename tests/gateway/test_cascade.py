@@ -35,6 +35,8 @@ routes:
      accept: {{mean_logprob: 1, at_least: 0.4, keeps_right: 0.9, keeps_wrong: 0.2}}}}
   - {{name: kept, when: {{model: kept}}, candidates: ["cheap>dear"],
      accept: {{mean_logprob: 1, at_least: 0.4, keeps_right: 0.9, keeps_wrong: 0.2}}}}
+  - {{name: more, when: {{model: more}}, candidates: ["cheap+none>cheap+high"], cache: off,
+     accept: {{mean_logprob: 1, at_least: 0.4, keeps_right: 0.9, keeps_wrong: 0.2}}}}
   - {{name: off, when: {{model: off}}, candidates: [cheap+none], cache: off}}
   - {{name: hard, when: {{model: hard}}, candidates: [dear+think], cache: off}}
   - {{name: fixed, when: {{model: fixed}}, candidates: [plain, cheap], effort: low, cache: off, on_failure: [cheap]}}
@@ -277,6 +279,24 @@ async def test_the_effort_is_told_in_the_words_of_the_provider(cascading: Gatewa
     assert plans[1] == {"kind": "single", "model": "dear", "effort": "high", "max_thinking_tokens": 3000}
     assert plans[2].get("effort") is None, "the caller's own word stands"
     assert plans[3].get("effort") is None, "a model that cannot be told"
+
+
+@anyio
+async def test_a_model_may_think_more_where_its_first_answer_is_not_accepted(
+    cascading: Gateway, upstream: FakeUpstream
+) -> None:
+    """Each stage at its own effort, and paid for by itself."""
+    upstream.faults = [sure(0.2)]
+    asked = ask(model="more", max_tokens=100)
+    async with cascading.session.post(
+        f"{cascading.url}/leadline/v1/explain", json=asked, headers=cascading.headers()
+    ) as response:
+        worst = (await response.json())["decision"]["worst_case_nanousd"]
+    status, _, _ = await cascading.chat(asked)
+    row = (await cascading.rows())[0]
+    assert status == 200
+    assert [json.loads(body).get("reasoning_effort") for body in upstream.bodies] == ["minimal", "high"]
+    assert worst >= row["attempts"] * row["reserved_nanousd"] > 0
 
 
 @anyio
