@@ -20,7 +20,7 @@ _FENCE = re.compile(r"(?:\A|\n)```\w*\n((?:(?!```).)*?)\n?```\Z", re.DOTALL)
 _JSON_STARTS = re.compile(r"^[{[]", re.MULTILINE)
 _ODD_ESCAPE = re.compile(r'\\(?!["\\/bfnrtu])')
 _LAST_LINE = re.compile(r"####|\b(?:final\s+)?answer\b\s*(?:is\b|:|=)\s*:?", re.IGNORECASE)
-_NUMBER = re.compile(r"-?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+)?\.?")
+_NUMBER = re.compile(r"-?(?:\d(?:[\d,]*\d)?(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?\.?")
 _ROUND = "*`$€£¥.! \t\n"
 _CODE = re.compile(r"[\"'\[\]{}=_<>\\/]")
 """Where one of these stands, case and spaces may be part of what is meant."""

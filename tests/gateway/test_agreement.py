@@ -55,7 +55,7 @@ def test_who_says_nothing_agrees_with_nobody(text: str) -> None:
     assert agreed([final_answer(text)] * 3, 2) == []
 
 
-@pytest.mark.parametrize("part", ["[", "\n{", "}\n", "```\n", "\\boxed{", "answer ", "<think>", "final "])
+@pytest.mark.parametrize("part", ["[", "\n{", "}\n", "```\n", "\\boxed{", "answer ", "<think>", "final ", "9"])
 @pytest.mark.parametrize("end", ["", "}", "\n```"])
 def test_hostile_text_is_only_text(part: str, end: str) -> None:
     text = 100_000 * part + end
