@@ -45,18 +45,19 @@ class Calls:
 
     async def said(self, model: str, kind: AttemptKind, make: Make) -> tuple[Said, AttemptRecord]:
         """What a model says to one call that comes whole. Raises Gone."""
-        errors = self.errors if model == self.base else self.draft_errors
+        known, errors = self.errors if model == self.base else self.draft_errors, list[UpstreamError]()
         self._unseen()
         found = await self._engine.on_target(
             self._ticket, model, complete, errors, lambda *to: make(told(*to)), kind=kind
         )
         if found is None:
+            known += errors
             raise Gone(model)
         answer, attempt = found
         try:
             said = read_said(answer, separates=model in self.separating)
         except UpstreamError as error:
-            errors.append(error)
+            known.append(error)
             self._ticket.end_attempt(attempt, error.cause, answer.usage, delivered_bytes=answer.delivered_bytes)
             raise Gone(model) from error
         self._ticket.end_attempt(attempt, "ok", answer.usage, delivered_bytes=answer.delivered_bytes)
@@ -71,8 +72,10 @@ class Calls:
         Raises Gone before its first word, and UpstreamError after it.
         """
         self._unseen()
-        found = await self._engine.on_target(self._ticket, self.base, stream, self.errors, lambda *_: call, kind=kind)
+        errors: list[UpstreamError] = []
+        found = await self._engine.on_target(self._ticket, self.base, stream, errors, lambda *_: call, kind=kind)
         if found is None:
+            self.errors += errors
             raise Gone(self.base)
         answer, attempt = found
         outcome = ""

@@ -111,5 +111,6 @@ def _tokens(choice: dict[str, Any]) -> tuple[Token, ...]:
         top = one.get("top_logprobs") or ()
         ranked = [(rank, float(other["logprob"])) for rank, other in enumerate(top)]
         words = tuple(str(other["token"]) for other in top)
-        found.append(Token(str(one["token"]), float(one["logprob"]), ranked, words, one.get("entropy")))
+        whole = None if (entropy := one.get("entropy")) is None else float(entropy)
+        found.append(Token(str(one["token"]), float(one["logprob"]), ranked, words, whole))
     return tuple(found)

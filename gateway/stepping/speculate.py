@@ -51,6 +51,7 @@ class Speculation:
                 said, _ = await self._calls.said(self._calls.base, "step", self._asked(by_base, self._method.base_top))
                 self._base_steps += 1
                 by_base = 0 if self._method.written(said) else None
+                self._alone = not said.ended and not said.text.strip()
                 text = self._stands(said.text, said.written, said.closed)
             if text:
                 self._calls.shows()
@@ -101,8 +102,9 @@ class Speculation:
         except Gone:
             self._degraded = "draft_failed"
             return "", 0
-        if said.closed and not text.strip():  # it has no step more: where it was judged, that is the base's to say
-            self._alone, self._over = method.rates, not method.rates
+        if not said.ended and not text.strip():  # it has no step more: where it was judged, that is the base's to say
+            self._over = said.closed and not method.rates
+            self._alone = not self._over
             return "", 0
         self._drafted_steps += 1
         if not method.rates:

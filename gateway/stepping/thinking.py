@@ -4,6 +4,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Protocol
 
+import msgspec
+
 from gateway.attempts import AttemptEngine
 from gateway.stepping.calls import Calls
 from gateway.stepping.leave import Leaving
@@ -11,7 +13,7 @@ from gateway.stepping.speculate import Speculation
 from gateway.ticket import Ticket
 from gateway.upstream.gather import Gathered
 from gateway.upstream.local_plans import planned_among
-from gateway.upstream.types import Answer, Event, PlanReport, UpstreamError
+from gateway.upstream.types import Answer, ChatCall, Event, PlanReport, UpstreamError
 from local_engine.types import Exit, SpeculateSteps
 from routers.types import Single
 
@@ -64,10 +66,22 @@ def thinking_of(engine: AttemptEngine, ticket: Ticket, errors: list[UpstreamErro
         return None
     calls = Calls(engine, ticket, target, errors)
     planned = planned_among(target.steps, calls.call)
-    if planned is None:
+    if planned is None or _answer_begun(calls.call):
         return None
     if isinstance(planned.plan, Exit):
         return Thinking(ticket, calls, Leaving(calls, planned.plan))
     if not isinstance(planned.plan, SpeculateSteps) or planned.draft is None:
         return None
     return Thinking(ticket, calls, Speculation(calls, planned.plan, planned.draft.model))
+
+
+class _Message(msgspec.Struct):
+    role: str = ""
+
+
+_messages = msgspec.json.Decoder(list[_Message])
+
+
+def _answer_begun(call: ChatCall) -> bool:
+    """Its caller has written the start of the answer: there is no thought before it."""
+    return _messages.decode(call.fields["messages"])[-1].role == "assistant"

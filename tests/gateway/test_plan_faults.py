@@ -11,7 +11,7 @@ from aiohttp import web
 
 from tests.gateway import test_leaving, test_stepping
 from tests.gateway.conftest import Gateway, running, until
-from tests.gateway.reasoner import ANSWER, Mind, Reasoner, failing
+from tests.gateway.reasoner import ANSWER, BAD, Mind, Reasoner, failing
 from tests.gateway.test_leaving import PASSES
 from tests.gateway.test_stepping import RIGHT, ask, told
 
@@ -202,3 +202,43 @@ async def test_a_number_beyond_all_bounds_is_read_like_any_other(far: Reasoner, 
     async with running(leaving(far, "rule: redundancy"), tmp_path / "home") as gateway:
         _, answer, _, plan = await told(gateway, stream=True)
     assert (answer, plan["by"]) == (ANSWER, "redundancy")
+
+
+async def test_a_budget_that_ends_after_a_retry_says_so_and_names_no_provider(far: Reasoner, tmp_path: Path) -> None:
+    async def dear(upstream: Reasoner, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        likely = {"token": "9", "logprob": 0.0, "top_logprobs": [{"token": "9", "logprob": 0.0}]}
+        choice = {"message": {"reasoning_content": "9"}, "finish_reason": "length", "logprobs": {"content": [likely]}}
+        return web.json_response({"choices": [choice], "usage": upstream.bill(body, 300)})
+
+    far.hooks["base"] = [failing, dear]
+    policy = stepping(far).replace("retries: 0", "retries: 1") + 'limits: [{key: "*", budget: $0.0056/day}]\n'
+    async with running(policy, tmp_path / "home") as gateway:
+        await gateway.stream(ask(max_tokens=100))
+        row = (await gateway.rows())[0]
+    assert (row["outcome"], row["error_code"]) == ("refused", "budget_exceeded")
+
+
+async def test_an_answer_that_its_caller_has_begun_is_gone_on_with_as_it_is(far: Reasoner, tmp_path: Path) -> None:
+    body = ask()
+    body["messages"].append({"role": "assistant", "content": "<think>\n</think>\n\nThe answer", "prefix": True})
+    async with running(stepping(far), tmp_path / "home") as gateway:
+        status, _, answer = await gateway.chat(body)
+        row = (await gateway.rows())[0]
+    assert status == 200
+    assert answer["choices"][0]["message"]["content"] == ANSWER.removeprefix("The answer")
+    assert [a["kind"] for a in row["attempt_rows"]] == ["first"]
+
+
+@pytest.mark.parametrize("silent", ["draft", "base"])
+async def test_who_writes_nothing_is_not_asked_for_step_after_step(far: Reasoner, tmp_path: Path, silent: str) -> None:
+    async def nothing(upstream: Reasoner, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        choice = {"message": {"content": ""}, "finish_reason": "length"}
+        return web.json_response({"choices": [choice], "usage": upstream.bill(body, 4)})
+
+    far.minds["draft"] = Mind([BAD] * 6)
+    far.hooks[silent] = [nothing] if silent == "draft" else [None, nothing]
+    async with running(stepping(far), tmp_path / "home") as gateway:
+        assert (await told(gateway, stream=True))[:2] == (RIGHT.rstrip("\n") + "\n\n", ANSWER)
+        row = (await gateway.rows())[0]
+    kinds = [a["kind"] for a in row["attempt_rows"]]
+    assert kinds == (["draft", "think"] if silent == "draft" else ["draft", "verify", "step", "think"])
