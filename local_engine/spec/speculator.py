@@ -16,8 +16,8 @@ _LONGEST = 8  # tokens of a draft
 _MOST_ROWS = 96  # drafted tokens in a step; more sequences than this get none
 _IDLE_LOOKS = 4  # looks that find nothing worth drafting, after which one in so many steps looks
 _IDLE_STEPS = 16
-_MOST_IDLE_STEPS = 128  # each look that finds nothing either doubles the rest, up to this
-_TIMED_STEPS = 8  # while nobody looks, one in so many steps is timed
+_MOST_IDLE_STEPS = 64  # each look that finds nothing either doubles the rest, up to this
+_TIMED_STEPS = 8  # while nobody looks, one in so many steps is timed, and stands for all of them
 _LEAST_GAIN = 0.1  # where drafts that are always right would save a smaller share of the time, nobody looks
 _TRIAL_STEPS = 256  # a drafting model that does not pay is tried again after so many looks, then twice as many, …
 _MOST_TRIAL_STEPS = 4096
@@ -41,6 +41,7 @@ class _Step:
     count: int
     """Sequences that write."""
     looked: bool = False
+    timed: bool = True
     propose_s: float = 0.0
     """What looking for drafts and learning from them took."""
     writing: int = 0
@@ -89,26 +90,30 @@ class Speculator:
 
         `other_rows`: what else the step computes, prompt chunks above all.
         """
-        began = self._clock()
-        self._step = _Step(began, len(sequences))
+        count = len(sequences)
         self._steps += 1
-        if not self._may_look(len(sequences), other_rows):
+        stale = not self._rest and 0 < count <= _MOST_ROWS and not self._step_time.fresh(count, count)
+        if (stale and not other_rows) or not self._may_look(count):
+            timed = stale or self._steps % _TIMED_STEPS == 0
+            self._step = _Step(self._clock() if timed else 0.0, count, timed=timed)
             return [NOTHING for _ in sequences]
+        began = self._clock()
+        self._step = _Step(began, count)
         self._looks = dict.fromkeys(sequences)
         best = self._best(sequences, other_rows)
         drafts = [draft.cut(sequence.room) for sequence, draft in zip(sequences, best, strict=True)]
         for sequence, draft in zip(sequences, drafts, strict=True):
             self._look(sequence).verified = draft
         self._note(fruitful=any(draft.tokens for draft in drafts))
-        self._step = _Step(began, len(sequences), looked=True, propose_s=self._clock() - began)
+        self._step = _Step(began, count, looked=True, propose_s=self._clock() - began)
         return drafts
 
-    def _may_look(self, count: int, other_rows: int) -> bool:
+    def _may_look(self, count: int) -> bool:
         """Whether drafts are worth thinking of, told before anybody thinks."""
         if self._rest or not 0 < count <= _MOST_ROWS:
             self._rest = max(0, self._rest - 1)
             return False
-        if self._goodput.paused(count) or not (other_rows or self._step_time.fresh(count, count)):
+        if self._goodput.paused(count):
             return False
         most = self._most(count)
         ideal = self._goodput.best([float(count * (1 + length)) for length in range(most + 1)], count)
@@ -165,11 +170,12 @@ class Speculator:
         """The step of `rows` rows, which began with `propose`, is over."""
         step = self._step
         self._step = _Step(0.0, 0)
+        if not step.timed:
+            return
         seconds = self._clock() - step.began
         if not step.looked:
-            self._goodput.rest(seconds)
-            fresh = self._step_time.fresh(step.count, step.count)
-            if step.count and (not fresh or self._steps % _TIMED_STEPS == 0):
+            self._goodput.rest(seconds if self._steps % _TIMED_STEPS else _TIMED_STEPS * seconds)
+            if step.count:
                 self._step_time.observe(rows, seconds, step.count, mixed=rows > step.count)
             return
         others = rows - step.writing - step.verified
@@ -182,8 +188,6 @@ class Speculator:
         """The sequence ended, or was changed by another hand than `propose` and verification."""
         self._looks.pop(sequence, None)
         self._acceptance.forget(sequence)
-        self._idle_steps = _IDLE_STEPS  # the next one may be another matter
-        self._rest = min(self._rest, _IDLE_STEPS - 1)
         for proposer in self.proposers:
             proposer.forget(sequence)
 
