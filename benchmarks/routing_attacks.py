@@ -5,13 +5,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from results_file import Row
-from routing_data import MAX_TOKENS, Outcomes, hidden
+from routing_data import MAX_TOKENS, Outcomes, hidden, read_by_probe
 
 from probes.calibrate import Array
 from probes.evaluate import apgr, folds, interval, resamples
 from probes.extract import Encoder
 from probes.kernel import ProbeClassifier
 from probes.text import render
+from probes.train import DEFAULT_LAYERS
 
 QUERIES, TUNED_ON = 300, 6
 STRONG_SHARE = 0.3
@@ -30,13 +31,13 @@ ROUNDS = 3
 def attack_rows(table: Outcomes, encoder: Encoder, seed: int = 0) -> list[Row]:
     """The probe is fitted on four folds; queries are of the fifth, the suffix is tuned on others of the fifth."""
     seen, unseen = folds(len(table.prompts), seed)[0]
-    model = ProbeClassifier().fit(hidden(encoder, table.prompts)[seen], table.scores[seen])
+    model = ProbeClassifier().fit(read_by_probe(hidden(encoder, table.prompts)[seen]), table.scores[seen])
     rows = np.random.default_rng(seed).permutation(unseen)
     asked, tuned = rows[:QUERIES], rows[QUERIES : QUERIES + TUNED_ON]
     weak, strong = table.scores[asked].T
 
     def gaps(prompts: Sequence[str]) -> Array:
-        states = encoder.features(prompts, max_tokens=MAX_TOKENS).reshape(len(prompts), -1)
+        states = encoder.features(prompts, layers=DEFAULT_LAYERS, max_tokens=MAX_TOKENS).reshape(len(prompts), -1)
         p = model.predict_proba(states)
         return np.asarray(p[:, 1] - p[:, 0])
 

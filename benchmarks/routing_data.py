@@ -11,6 +11,7 @@ import pandas as pd
 
 from probes.calibrate import Array
 from probes.extract import Encoder, FloatArray
+from probes.train import DEFAULT_LAYERS
 
 KEPT = Path(__file__).parents[1] / ".bench" / "routing"
 MAX_TOKENS = 256
@@ -81,7 +82,7 @@ def llmrouter(data: Path) -> Outcomes:
 
 
 def hidden(encoder: Encoder, prompts: Sequence[str]) -> FloatArray:
-    """[n, layers * dims]; kept under a name that covers everything it depends on."""
+    """[n, layers * dims] of all layers; kept under a name that covers everything it depends on."""
     key = hashlib.sha256(repr((encoder.sha256, MAX_TOKENS, list(prompts))).encode()).hexdigest()[:16]
     path = KEPT / f"{key}.npy"
     if path.is_file():
@@ -91,3 +92,8 @@ def hidden(encoder: Encoder, prompts: Sequence[str]) -> FloatArray:
     path.parent.mkdir(parents=True, exist_ok=True)
     np.save(path, found)
     return found
+
+
+def read_by_probe(states: FloatArray, dims: int = 384) -> FloatArray:
+    """Of all layers' hidden states those that the shipped recipe reads, [n, DEFAULT_LAYERS * dims]."""
+    return states.reshape(len(states), -1, dims)[:, DEFAULT_LAYERS].reshape(len(states), -1)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from routing_data import Outcomes
+from routing_data import Outcomes, read_by_probe
 
 from probes.calibrate import Array
 from probes.extract import FloatArray
@@ -24,15 +24,16 @@ def probe(
     train: tuple[FloatArray, Array] | None = None,
     groups: npt.NDArray[np.object_] | None = None,
 ) -> Array:
-    """Calibrated P(good answer) of the shipped recipe; `train` adds rows to every fold's training set.
+    """Calibrated P(good answer) of the shipped recipe by all layers' hidden states, of which it reads its own; `train`
+    adds rows to every fold's training set.
 
     `groups` are told of training rows alone: those of test rows have to be recognised.
     """
-    out = np.empty_like(scores)
+    features, out = read_by_probe(features), np.empty_like(scores)
     for seen, unseen in splits:
         X, y = features[seen], scores[seen]
         if train is not None:
-            X, y = np.concatenate([X, train[0]]), np.concatenate([y, train[1]])
+            X, y = np.concatenate([X, read_by_probe(train[0])]), np.concatenate([y, train[1]])
         known = None if groups is None else groups[seen]
         out[unseen] = ProbeClassifier().fit(X, y, groups=known).predict_proba(features[unseen])
     return out

@@ -20,7 +20,7 @@ from probes.certify import ALPHAS, METHODS, issue, to_last
 from probes.cluster_table import ClusterTable
 from probes.errors import CertificateError, TableError
 from probes.evaluate import IntArray, Row, baselines, folds, head_rows, routing_rows
-from probes.extract import Encoder, FloatArray
+from probes.extract import DEFAULT_SHA256, Encoder, FloatArray
 from probes.heads import Heads
 from probes.kernel import ProbeClassifier
 from probes.kinds import Fits, LinearHeads, fit_dense, kind_rows
@@ -30,6 +30,9 @@ from probes.types import Kind, Tier
 
 LIBRARIES = ("numpy", "safetensors", "scikit-learn", "torch", "transformers")
 MIN_ROWS = 20
+DEFAULT_LAYERS = (0, 1, 2, 3, 4)
+"""What a probe reads of the default encoder: the two layers above cost a third of its time and add nothing that can be
+measured (docs/experiments.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +180,8 @@ def _binary(column: Any, path: Path, name: str) -> Array:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How features become heads. `layers` index hidden states (0: embeddings); None: all of them."""
+    """How features become heads. `layers` index hidden states (0: embeddings); None: DEFAULT_LAYERS of the default
+    encoder, all of any other."""
 
     layers: tuple[int, ...] | None = None
     max_tokens: int = 256
@@ -193,7 +197,9 @@ class Recipe:
     seed: int = 0
 
     def layers_of(self, encoder: "Reader") -> tuple[int, ...]:
-        return self.layers or tuple(range(encoder.layers))
+        if self.layers:
+            return self.layers
+        return DEFAULT_LAYERS if encoder.sha256 == DEFAULT_SHA256 else tuple(range(encoder.layers))
 
     def groups_of(self, table: "Table", rows: IntArray) -> npt.NDArray[np.object_] | None:
         """Those that are recognised, of these rows. Raises TableError where there are none."""

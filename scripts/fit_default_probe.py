@@ -196,18 +196,17 @@ class Asker:
 
 
 def cached_features(encoder: Encoder, prompts: list[str], recipe: Recipe, folder: Path | None) -> FloatArray:
-    """Features of one source, kept in `folder` under a name that covers everything they depend on."""
-    layers = recipe.layers_of(encoder)
-    key = repr((encoder.sha256, layers, recipe.max_tokens, prompts)).encode()
-    path = None if folder is None else folder / f"{hashlib.sha256(key).hexdigest()[:16]}.npy"
-    if path is not None and path.is_file():
-        kept: FloatArray = np.load(path)
-        return kept
-    features = layer_features(encoder, prompts, layers, recipe.max_tokens, progress=True)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, features)
-    return features
+    """Features of one source; all layers' are kept in `folder`, under a name that covers everything they depend on."""
+    layers, every = recipe.layers_of(encoder), tuple(range(encoder.layers))
+    if folder is None:
+        return layer_features(encoder, prompts, layers, recipe.max_tokens, progress=True)
+    key = repr((encoder.sha256, every, recipe.max_tokens, prompts)).encode()
+    path = folder / f"{hashlib.sha256(key).hexdigest()[:16]}.npy"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(path, layer_features(encoder, prompts, every, recipe.max_tokens, progress=True))
+    kept: FloatArray = np.load(path).reshape(len(prompts), len(every), encoder.dims)
+    return kept[:, layers].reshape(len(prompts), -1)
 
 
 if __name__ == "__main__":

@@ -4,15 +4,18 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from probes.artifact import Artifact, read
 from probes.errors import ArtifactError
 from probes.extract import Encoder
-from probes.manifest import ARTIFACTS, default_artifact_path
+from probes.manifest import ARTIFACTS, default_artifact_path, read_manifest
 from probes.runtime import EncoderProbe
+from probes.train import DEFAULT_LAYERS, Recipe
 
 EASY = "What is the capital of France?\nA. Berlin\nB. Paris\nC. Rome\nD. Madrid\nAnswer:"
 HARD = (
@@ -27,6 +30,24 @@ def _ask(text: str) -> list[dict[str, str]]:
 
 def test_the_shipped_artifact_is_small() -> None:
     assert sum(file.stat().st_size for file in default_artifact_path().iterdir()) < 1_000_000
+
+
+@pytest.mark.parametrize("name", ["default", "gsm8k", "llmrouter", "zeroeval"])
+def test_a_shipped_probe_leaves_the_upper_layers_out(name: str) -> None:
+    assert read_manifest(ARTIFACTS / name).layers == DEFAULT_LAYERS == (0, 1, 2, 3, 4)
+
+
+def test_a_recipe_leaves_out_layers_of_the_encoder_that_it_was_measured_on_alone(
+    encoder: Encoder, tmp_path: Path
+) -> None:
+    assert Recipe().layers_of(encoder) == DEFAULT_LAYERS
+    config = BertConfig(vocab_size=64, hidden_size=8, num_hidden_layers=6, num_attention_heads=2, intermediate_size=8)
+    BertModel(config).save_pretrained(tmp_path)
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n")
+    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    other = Encoder.load(str(tmp_path))
+    assert Recipe().layers_of(other) == tuple(range(7))
+    assert Recipe((2, 5)).layers_of(encoder) == Recipe((2, 5)).layers_of(other) == (2, 5)
 
 
 def test_probabilities_fall_with_difficulty(default_probe: EncoderProbe) -> None:
