@@ -1,7 +1,8 @@
 """What `bundled/base` gets right: `python scripts/label_arithmetic.py OUT.parquet`, a table for `leadline probe fit`.
 
 Held-out problems of every level, answered greedily at low effort by the engine itself; columns prompt, level, correct
-(the last number is right) and tokens (of the answer, thinking included).
+(the last number is right) and tokens (of the answer, thinking included). With `--beside`, questions that are no sums
+too: a probe that has never met one takes it for an easy sum.
 """
 
 import argparse
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from transformers import AutoTokenizer
 
 from local_engine.arithmetic import LEVELS, problems
+from local_engine.config import locate
 from local_engine.engine import Engine
 from local_engine.model import load_model
 from local_engine.types import Delta, Event, Failed, Finished, Generate, SamplingParams
@@ -27,6 +30,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--per-level", type=int, default=500)
     parser.add_argument("--seed", type=int, default=7100)
+    parser.add_argument(
+        "--beside", type=Path, help="answers.parquet that scripts/fit_default_probe.py --cache has kept"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     drawn = [problem for level in LEVELS for problem in problems(args.seed, level, args.per_level)]
@@ -43,8 +49,18 @@ def main() -> None:
             "tokens": tokens,
         }
     )
+    if args.beside is not None:
+        table = pd.concat([table, others(pd.read_parquet(args.beside))], ignore_index=True)
     table.to_parquet(args.out)
     print(table.groupby("level")["correct"].mean().to_string())
+
+
+def others(said: pd.DataFrame) -> pd.DataFrame:
+    """What base was asked that is no sum, and answered wrongly or refused; as much of it as base reads."""
+    asked = said[said["local"].notna() & (said["source"] != "arithmetic")].drop_duplicates("prompt")
+    tokenizer = AutoTokenizer.from_pretrained(locate("bundled/base")[0])
+    asked = asked[[len(tokenizer(prompt)["input_ids"]) <= 1000 for prompt in asked["prompt"]]]
+    return pd.DataFrame({"prompt": asked["prompt"], "level": asked["source"], "correct": asked["local"]})
 
 
 def answers(questions: list[str]) -> tuple[list[str], list[int]]:

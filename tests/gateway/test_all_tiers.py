@@ -143,3 +143,21 @@ def test_a_prompt_that_is_too_long_for_the_local_model_keeps_the_word_before(fol
     short, long = probe.sound([[{"role": "user", "content": text}] for text in ("hello", "hello " * 2000)], HEADS)
     assert short.probe == "ok"
     assert (long.probe, dict(long.p_success)) == ("unavailable", {})
+
+
+def test_the_shipped_tiers_send_no_general_question_to_the_model_of_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    file = Path(__file__).parents[2] / "policies/tiers.yaml"
+    probe = InOrder.of(load_policy(file), file.parent)
+    asked = (
+        "hello",
+        "Who wrote Hamlet?",
+        "Why is the sky blue?",
+        "Capital of France?",
+        "Largest planet?",
+        "12 + 13 - 4?",
+    )
+    heads = {name: name for name in ("local", "weak", "strong")}
+    said = probe.sound([[{"role": "user", "content": text}] for text in asked], heads)
+    *general, easy = (signals.p_success["local"].value for signals in said)
+    assert max(general) < 0.6 < 0.9 < easy
