@@ -340,8 +340,10 @@ async def test_a_draft_whose_engine_is_killed_mid_thought_leaves_the_base_alone(
             await engine.ready.wait()
 
         async def kill(upstream: Reasoner, request: web.Request, body: dict[str, Any]) -> None:
-            (child,) = psutil.Process().children()
-            child.kill()
+            (engine_process,) = [
+                child for child in psutil.Process().children() if "gateway.engine_main" in child.cmdline()
+            ]
+            engine_process.kill()
             await until(lambda: engine.client is None)
 
         far.hooks["base"] = [kill]
