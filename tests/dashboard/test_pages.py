@@ -11,7 +11,9 @@ import pytest
 from sqlalchemy import text
 
 from gateway.dashboard import session
-from tests.dashboard.conftest import FORMULA, XSS, Running, row
+from routers.explain import to_dict
+from routers.types import Accept, Cascade, Single
+from tests.dashboard.conftest import FORMULA, XSS, Running, decision, row
 
 PAGES = ["/dashboard", "/dashboard/requests", "/dashboard/requests.csv", "/dashboard/requests/req_x"]
 RANGES = {"24h": 24, "7d": 168, "30d": 720, "all": 24 * 366 * 50}
@@ -159,6 +161,20 @@ def test_the_page_of_a_request_says_what_its_plan_did(running: Running) -> None:
     assert kinds == [("first", "1"), ("verify", "1"), ("draft", "1")]
     assert receipt["plan"]["escalated_steps"] == 1
     assert "Plan:" not in without
+
+
+def test_the_page_of_a_cascade_blames_nobody(running: Running) -> None:
+    request, attempts = row(age_s=5)
+    decided = decision("cheap")
+    stages = tuple(Single(name) for name in ("cheap", str(request.model_served)))
+    request.decision = msgspec.json.encode(
+        to_dict(msgspec.structs.replace(decided, plan=Cascade(stages, Accept(agree=2))))
+    ).decode()
+    running.record((request, attempts))
+    with running.client("admin") as client:
+        page = client.get(f"/dashboard/requests/{request.id}").text
+    assert f"{request.model_served}</strong> of the cascade" in page
+    assert "which failed" not in page
 
 
 # what a page may do
