@@ -412,8 +412,13 @@ def _worst(call: ChatCall, target: Target) -> tuple[Usage, int | None]:
         reasoning=times * usage.reasoning,
     )
     cost = cost_nanousd(target.price, usage)
-    draft = 0 if planned.draft is None else cost_nanousd(planned.draft.price, usage)
-    return usage, None if cost is None or draft is None else cost + draft
+    if planned.draft is None or cost is None:
+        return usage, cost
+    # Which class is the dearer one is each price's own.
+    answers = msgspec.structs.replace(usage, output=usage.output + usage.reasoning, reasoning=0)
+    thoughts = msgspec.structs.replace(answers, output=0, reasoning=answers.output)
+    drafts = [cost_nanousd(planned.draft.price, written) for written in (answers, thoughts)]
+    return usage, None if None in drafts else cost + max(dear for dear in drafts if dear is not None)
 
 
 def _worst_usage(call: ChatCall, target: Target) -> Usage:

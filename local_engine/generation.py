@@ -158,4 +158,4 @@ class Generation:
 
 
 def _exit_use(answer: Answer, leaving: Leaving) -> PlanUse:
-    return leaving.use(answer.output_tokens, len(answer.prompt), answer.cached_tokens)
+    return leaving.use((answer.output_tokens, answer.reasoning_tokens), len(answer.prompt), answer.cached_tokens)

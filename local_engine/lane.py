@@ -423,6 +423,7 @@ class Lane:
     def _count(self, sequence: Sequence, window: Window, choices: list[Choice], predictions: list[int]) -> None:
         """What became of a draft, and what is to be learned from it."""
         if window.floor is not None:
+            sequence.given += len(window.drafted)
             return
         drafted, accepted = len(window.drafted), len(choices) - 1
         sequence.drafted += drafted

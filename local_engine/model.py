@@ -42,6 +42,10 @@ class LocalModel:
     exits: ExitArtifact | None = None
     """When its thoughts may be left, where that was fitted: it lies beside the weights."""
 
+    def thinks_after(self, token: int, before: bool) -> bool:
+        """Whether what comes after this token is of a thought; `before`: whether what comes before it is."""
+        return token == self.think_token or (before and token != self.end_think_token)
+
 
 def load_model(name: str, source: str, dtype: Dtype = "auto", device: Device = "auto") -> LocalModel:
     """Load the model `name` from `source`: `bundled/<name>`, a local folder, else a hub id.

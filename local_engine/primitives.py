@@ -115,6 +115,7 @@ class Primitives:
             raise ValueError(f"{len(tokens)} tokens after {len(sequence.ids)} are over the limit of {sequence.limit}")
         sequence.undraft()
         sequence.ids.extend(tokens)
+        sequence.given += len(tokens)
         sequence.at_rest = sequence.at_rest and not tokens
 
     def offer(self, sequence: Sequence, tokens: Tokens[int], floor: float) -> None:

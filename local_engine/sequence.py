@@ -63,6 +63,8 @@ class Sequence:
     """Tokens of drafts that were verified, so far."""
     accepted: int = 0
     """Of them, those that were kept."""
+    given: int = 0
+    """Tokens that it was given to read after its prompt: forced, or offered and verified."""
     rows: int = 0
     """Tokens that were computed for it in all: also what was rejected, or computed again."""
     expendable: bool = False
@@ -87,6 +89,11 @@ class Sequence:
     def pending(self) -> int:
         """Tokens to compute before it can write, score or rest; drafts are not counted."""
         return 0 if self.at_rest else len(self.ids) - (self.scored_from is not None) - self.computed
+
+    @property
+    def read(self) -> int:
+        """Tokens that it computed and did not write, each as often as it was given them; its own drafts are none."""
+        return 0 if self.cached is None else min(self.prompt_len - self.cached + self.given, self.rows)
 
     @property
     def room(self) -> int:

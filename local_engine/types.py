@@ -395,8 +395,13 @@ class ModelUse(msgspec.Struct, frozen=True):
     """Of them, those that the prefix store had."""
     output_tokens: int
     """Written by it, whether they were kept or not."""
+    reasoning_tokens: int
+    """Of the output tokens, those that were written for a thought."""
+    read_tokens: int
+    """Of what others wrote: the prompt but for its cached tokens, text and offers, also what was taken back; each as
+    often as it was given to read, whatever its own drafts, and preemption, had computed besides."""
     computed_tokens: int
-    """All that went through it: prompt, what it wrote, what others wrote and it read, also what was taken back."""
+    """All that went through it: what it read and wrote, wrong drafts, and what was computed again."""
 
 
 class PlanUse(msgspec.Struct, frozen=True):

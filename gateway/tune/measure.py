@@ -44,13 +44,12 @@ def uses(model: str, end: Finished) -> list[ModelUse]:
     """What each model did for one answer."""
     if end.plan is not None and end.plan.models:
         return end.plan.models
-    computed = end.input_tokens - end.cached_tokens + end.output_tokens
-    return [ModelUse(model, end.input_tokens, end.cached_tokens, end.output_tokens, computed)]
+    read, output = end.input_tokens - end.cached_tokens, end.output_tokens
+    return [ModelUse(model, end.input_tokens, end.cached_tokens, output, end.reasoning_tokens, read, read + output)]
 
 
 def _money(use: ModelUse, price: Price) -> float:
-    read = max(use.computed_tokens - use.output_tokens, 0)
-    paid = read * price.input + use.cached_tokens * price.cached_input + use.output_tokens * price.output
+    paid = use.read_tokens * price.input + use.cached_tokens * price.cached_input + use.output_tokens * price.output
     return paid / _PER_PRICE_UNIT
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from gateway.ledger.settle import Usage
 from gateway.upstream.local_params import DEFAULT_EFFORT, EFFORTS
 from gateway.upstream.types import ChatCall, Planned, PlanReport, Target
-from local_engine.types import Cascade, Exit, Finished, Plan, PlanUse, Vote
+from local_engine.types import Cascade, Exit, Finished, ModelUse, Plan, PlanUse, Vote
 from routers.types import Effort
 
 _Count = int | float | str
@@ -56,17 +56,14 @@ def report_of(plan: Plan, end: Finished, usage: Usage) -> tuple[PlanReport, Usag
     kind = "cascade" if isinstance(plan, Cascade) else "speculate"
     if not use.models:
         return PlanReport(kind, _stated(report)), usage
-    own = use.models[0]
-    reasoning = min(usage.reasoning, own.output_tokens)
-    read = max(own.computed_tokens - own.output_tokens, 0)
-    billed = Usage(read, own.cached_tokens, output=own.output_tokens - reasoning, reasoning=reasoning)
-    drafts = use.models[1:]
-    draft = Usage(
-        sum(max(d.computed_tokens - d.output_tokens, 0) for d in drafts),
-        sum(d.cached_tokens for d in drafts),
-        reasoning=sum(d.output_tokens for d in drafts),
-    )
-    return PlanReport(kind, _stated(report), draft), billed
+    own, draft = use.models
+    return PlanReport(kind, _stated(report), _billed(draft)), _billed(own)
+
+
+def _billed(use: ModelUse) -> Usage:
+    """What a model read and wrote; its tokens by what they were written for, thought or answer."""
+    answer = use.output_tokens - use.reasoning_tokens
+    return Usage(use.read_tokens, use.cached_tokens, output=answer, reasoning=use.reasoning_tokens)
 
 
 def agreeing(use: PlanUse) -> int:

@@ -46,7 +46,9 @@ class CascadeAnswer:
         self._watch = AnswerWatch()
         self._attempt: list[Choice] = []
         self._base: Sequence | None = None
-        self._base_tokens = self._kept = 0
+        self._thinks = self._answers[1].thinking
+        self._thought = 0  # of the attempt: tokens of its thought
+        self._base_tokens = self._base_thought = self._kept = 0
         self._offered: list[int] = []
         self._accepted: bool | None = None
         self._abandoned = False
@@ -82,6 +84,8 @@ class CascadeAnswer:
             self._look(turn.hidden)
         for choice in turn.choices:
             self._attempt.append(choice)
+            before, self._thinks = self._thinks, self._models[1].thinks_after(choice.token, self._thinks)
+            self._thought += before or self._thinks  # both markers are of the thought
             self._watch.push(choice.logprob, choice.entropy)
             if self._ends(choice):
                 self._p = p_correct(self._plan.accept, self._watch)
@@ -130,8 +134,15 @@ class CascadeAnswer:
             return [Failed(self._command.id, "context_length_exceeded", f"no room for the prompt in the KV of {model}")]
         kept = self._kept_of(turn.choices)
         self._kept += kept
-        self._base_tokens += len(turn.choices) - kept
-        events = answer.take_all(turn.choices, self._max_tokens[0])
+        events: list[Event] = []
+        for at, choice in enumerate(turn.choices):
+            if at >= kept:
+                before = answer.thinking
+                self._base_tokens += 1
+                self._base_thought += before or self._models[0].thinks_after(choice.token, before)
+            events += answer.take(choice, self._max_tokens[0])
+            if answer.over:
+                break
         if self._offered and not answer.over:
             self._engine.offer(self._base, self._offered, self._plan.floor)
         return events
@@ -166,9 +177,19 @@ class CascadeAnswer:
                     0 if base is None else len(self._prompts[0]),
                     0 if base is None else base.cached or 0,
                     self._base_tokens,
+                    self._base_thought,
+                    0 if base is None else base.read,
                     0 if base is None else base.rows,
                 ),
-                ModelUse(self._plan.draft, len(self._prompts[1]), self._draft.cached or 0, written, self._draft.rows),
+                ModelUse(
+                    self._plan.draft,
+                    len(self._prompts[1]),
+                    self._draft.cached or 0,
+                    written,
+                    self._thought,
+                    self._draft.read,
+                    self._draft.rows,
+                ),
             ],
             drafted_tokens=written,
             accepted_tokens=in_text,

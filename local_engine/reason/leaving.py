@@ -119,7 +119,7 @@ class Leaving:
             cues=plan.cues, max_tokens=plan.asked.max_thinking_tokens, hidden=self._hidden_at,
         )  # fmt: skip
         self._text = Detokenizer(plan.model.pieces)
-        self._rows = 0
+        self._rows = self._read = 0
         self._begin: int | None = len(prompt) if plan.model.think_token in prompt[-2:] else None
         """Where in the sequence the thought begins; None before it has."""
         self._over = plan.end_think in prompt[-4:]
@@ -142,10 +142,10 @@ class Leaving:
         """Whether what is written now is an answer that may be taken back."""
         return self._trial is not None
 
-    def use(self, answer_tokens: int, prompt_tokens: int, cached_tokens: int) -> PlanUse:
-        """What it took; `answer_tokens` were told."""
-        output = answer_tokens + self.discarded_tokens - self._forced_tokens
-        model = ModelUse(self._model.card.name, prompt_tokens, cached_tokens, output, self._rows)
+    def use(self, answer: tuple[int, int], prompt_tokens: int, cached_tokens: int) -> PlanUse:
+        """What it took; of `answer`, told: its tokens, and how many of them are of the thought."""
+        output, reasoning = (told + self.discarded_tokens - self._forced_tokens for told in answer)
+        model = ModelUse(self._model.card.name, prompt_tokens, cached_tokens, output, reasoning, self._read, self._rows)
         return PlanUse(
             [model],
             discarded_tokens=self.discarded_tokens,
@@ -162,7 +162,7 @@ class Leaving:
     def take(self, engine: Primitives, sequence: Sequence, at: int, choice: Choice) -> tuple[list[Choice], bool]:
         """The token at `at` of the sequence. (what is now certain to be told, whether later tokens are void)"""
         self._left -= 1
-        self._rows = sequence.rows
+        self._rows, self._read = sequence.rows, sequence.read
         if self._over:
             return [choice], False
         if self._trial is not None:

@@ -41,6 +41,7 @@ class _Sample:
     logprob: float = 0.0
     lowest: float = 0.0
     path: int = 0
+    given: int = 0
     rows: int = 0
     drafted: int = 0
     accepted: int = 0
@@ -106,7 +107,9 @@ class Samples:
             sample.lowest = min(sample.lowest, choice.logprob)
             sample.path = hash((sample.path, choice.token))
         told = sample.generation.stepped(turn)
-        sample.rows, sample.drafted, sample.accepted = turn.sequence.rows, turn.sequence.drafted, turn.sequence.accepted
+        sequence = turn.sequence
+        sample.given, sample.rows = sequence.given, sequence.rows
+        sample.drafted, sample.accepted = sequence.drafted, sequence.accepted
         for event in told:
             if isinstance(event, Failed):
                 self.done = True
@@ -198,8 +201,10 @@ class Samples:
                 own = sample.end
                 answers += own.output_tokens - own.reasoning_tokens
                 kept += own.output_tokens if at == shown else 0
-        computed = len(self._prompt) - self._cached_tokens + sum(sample.rows for sample in self._samples)
-        model = ModelUse(self._model.card.name, len(self._prompt), self._cached_tokens, output, computed)
+        prompt, cached = len(self._prompt), self._cached_tokens
+        read = prompt - cached + sum(sample.given for sample in self._samples)
+        computed = prompt - cached + sum(sample.rows for sample in self._samples)
+        model = ModelUse(self._model.card.name, prompt, cached, output, output - answers, read, computed)
         use = PlanUse(
             [model],
             discarded_tokens=output + forced - kept,

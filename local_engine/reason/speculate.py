@@ -53,6 +53,7 @@ class _Count:
     """What was done, by whom."""
 
     output: list[int] = field(default_factory=lambda: [0, 0])
+    reasoning: list[int] = field(default_factory=lambda: [0, 0])
     rows: list[int] = field(default_factory=lambda: [0, 0])
     accepted: dict[int | None, int] = field(default_factory=dict)
     drafted_steps: int = 0
@@ -103,6 +104,8 @@ class StepSpeculation:
         self._pending: list[Choice] = []  # what the draft wrote after it
         self._state: State = "base writes"
         self._closed = _is_closed(base, prompts[0])
+        self._draft_thinks = False
+        self._unused = [0, 0]  # of what each wrote last: what nobody looked at, as it was not its turn any more
         self._count = _Count()
         self._boundary = Boundary.INSIDE
         self._closed_by = self._degraded = ""
@@ -137,15 +140,15 @@ class StepSpeculation:
             return self._out_of_room()
         if self._state == "base judges":
             return self._judged(turn.choices)
-        self._count.output[BASE] += len(turn.choices)
         return self._rated(turn.choices[0]) if self._state == "base rates" else self._base_wrote(turn.choices)
 
     # ---- the draft writes -------------------------------------------------------------------------------------------
 
     def _draft_wrote(self, choices: Tokens[Choice]) -> list[Event]:
-        self._count.output[DRAFT] += len(choices)
         events: list[Event] = []
-        for choice in choices:
+        for at, choice in enumerate(choices):
+            self._unused[DRAFT] = len(choices) - 1 - at
+            self._draft_thinks = self._wrote(DRAFT, choice.token, self._draft_thinks)
             boundary = self._ahead.push(choice.token)
             self._count.drafted_steps += boundary is Boundary.STEP
             self._pending.append(choice)
@@ -181,6 +184,7 @@ class StepSpeculation:
             return self._go_alone(f"the window of {self._plan.draft} is full")
         self._engine.rest(self._base)
         self._state = "draft writes"
+        self._draft_thinks = self._answer.thinking
         self._ahead.follow(self._accepted)
         self._sync(self._draft, DRAFT)
         if self._draft.sampler is None:
@@ -220,7 +224,11 @@ class StepSpeculation:
         count = 0
         while count < min(len(choices) - 1, len(offered)) and choices[count].token == offered[count]:
             count += 1
-        self._count.output[BASE] += len(choices) - count
+        thinking = self._answer.thinking
+        for choice in choices[:count]:
+            thinking = self._models[BASE].thinks_after(choice.token, thinking)
+        for choice in choices[count:]:
+            thinking = self._wrote(BASE, choice.token, thinking)
         self._state = "base writes"
         if not self._method.accepts(choices[:count], len(offered)):
             return self._to_base()
@@ -254,6 +262,7 @@ class StepSpeculation:
         """The expected digit, of those among the likeliest tokens; none: 0."""
         shares = {self._digits[token]: math.exp(logprob) for token, logprob in choice.top if token in self._digits}
         rating = sum(digit * share for digit, share in shares.items()) / (sum(shares.values()) or 1.0)
+        self._wrote(BASE, choice.token, self._answer.thinking)
         written = self._taken_pending()
         good = self._method.rated(rating)
         self._engine.truncate(self._base, len(self._prompts[BASE]) + len(self._text) + good * len(written))
@@ -270,7 +279,9 @@ class StepSpeculation:
     def _base_wrote(self, choices: Tokens[Choice]) -> list[Event]:
         events: list[Event] = []
         first = not self._text
-        for choice in choices:
+        for at, choice in enumerate(choices):
+            self._unused[BASE] = len(choices) - 1 - at
+            self._wrote(BASE, choice.token, self._answer.thinking)
             events += self._accept([choice], BASE)
             if not self._goes_on:
                 return events
@@ -335,12 +346,20 @@ class StepSpeculation:
     def _sync(self, sequence: Sequence, whose: int) -> None:
         """Let it hold what is accepted: what it has besides is taken back, what it has not it will read."""
         start = len(self._prompts[whose])
-        have = sequence.ids[start:]
+        have = sequence.ids[start : len(sequence.ids) - self._unused[whose]]
+        self._unused[whose] = 0
         same = common_prefix(have, self._text)
-        if same < len(have):
+        if start + same < len(sequence.ids):
             self._engine.truncate(sequence, start + same)
         if same < len(self._text):
             self._engine.append(sequence, self._text[same:])
+
+    def _wrote(self, who: int, token: int, thinking: bool) -> bool:
+        """Count a token, written for the thought or the answer; whether what comes after it is of a thought."""
+        after = self._models[BASE].thinks_after(token, thinking)
+        self._count.output[who] += 1
+        self._count.reasoning[who] += thinking or after  # both markers are of the thought
+        return after
 
     def _taken_pending(self) -> list[Choice]:
         taken, self._pending = self._pending, []
@@ -369,7 +388,13 @@ class StepSpeculation:
         return PlanUse(
             [
                 ModelUse(
-                    names[whose], len(self._prompts[whose]), sequence.cached or 0, count.output[whose], rows[whose]
+                    names[whose],
+                    len(self._prompts[whose]),
+                    sequence.cached or 0,
+                    count.output[whose],
+                    count.reasoning[whose],
+                    sequence.read,
+                    rows[whose],
                 )
                 for whose, sequence in ((BASE, self._base), (DRAFT, self._draft))
             ],

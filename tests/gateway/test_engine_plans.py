@@ -38,6 +38,17 @@ models:
     context: 1024
     price: {input: $1/Mtok, output: $10/Mtok}
     plan: {speculate: {draft: small}}
+  apart:
+    provider: home
+    model: bundled/base
+    context: 1024
+    price: {input: $0/Mtok, output: $10/Mtok, reasoning: $1/Mtok}
+    plan: {speculate: {draft: told}}
+  told:
+    provider: home
+    model: bundled/draft
+    context: 1024
+    price: {input: $0/Mtok, output: $10/Mtok, reasoning: $1/Mtok}
   brief:
     provider: home
     model: bundled/base
@@ -122,13 +133,31 @@ async def test_a_smaller_model_writes_and_each_model_is_billed_for_what_it_did(h
     own, draft = row["attempt_rows"]
     assert (own["model"], own["kind"], draft["model"], draft["kind"]) == ("quick", "first", "small", "draft")
     assert own["cost_nanousd"] == 1000 * own["input_tokens"] + 10_000 * (own["output_tokens"] + own["reasoning_tokens"])
-    assert draft["reasoning_tokens"] == int(counts["drafted_tokens"])
-    assert draft["cost_nanousd"] == 100 * draft["input_tokens"] + 1000 * draft["reasoning_tokens"] > 0
+    drafted = draft["output_tokens"] + draft["reasoning_tokens"]
+    assert drafted == int(counts["drafted_tokens"])
+    assert draft["cost_nanousd"] == 100 * draft["input_tokens"] + 1000 * drafted > 0
     assert row["cost_nanousd"] == own["cost_nanousd"] + draft["cost_nanousd"] == int(headers["x-leadline-cost-nanousd"])
     assert row["cost_nanousd"] <= row["reserved_nanousd"]
     usage = answer["usage"]
     written = own["output_tokens"] + own["reasoning_tokens"]
     assert written < usage["completion_tokens"], "most of the thought was accepted, not written again"
+
+
+async def test_thoughts_and_answers_are_billed_as_what_they_are(home: Gateway) -> None:
+    _, headers, answer = await home.chat(ask("apart", seed=3))
+    row = (await home.rows())[0]
+    own, draft = row["attempt_rows"]
+    thought = answer["usage"]["completion_tokens_details"]["reasoning_tokens"]
+    shown = answer["usage"]["completion_tokens"] - thought
+    discarded = int(told(headers)[1].get("discarded_tokens", 0))
+    answers, thoughts = (own[kind] + draft[kind] for kind in ("output_tokens", "reasoning_tokens"))
+    assert shown <= answers <= shown + discarded
+    assert thought <= thoughts <= thought + discarded
+    assert answers + thoughts == shown + thought + discarded, "what was written, nothing twice"
+    assert draft["reasoning_tokens"] > 0
+    assert draft["output_tokens"] > 0, "it wrote of the answer, too"
+    for part in (own, draft):
+        assert part["cost_nanousd"] == 10_000 * part["output_tokens"] + 1000 * part["reasoning_tokens"]
 
 
 async def test_the_plan_of_an_effort_that_the_policy_decides_is_held_for_and_billed(home: Gateway) -> None:
@@ -222,7 +251,11 @@ async def test_a_cascade_answers_by_its_draft_or_escalates_and_bills_both(home: 
         own, draft = row["attempt_rows"]
         assert (own["model"], draft["model"], draft["kind"]) == (model, "small", "draft")
         read = draft["input_tokens"] + draft["cached_input_tokens"]
-        assert draft["cost_nanousd"] == 100 * read + 1000 * draft["reasoning_tokens"] > 0
+        drafted = draft["output_tokens"] + draft["reasoning_tokens"]
+        assert draft["cost_nanousd"] == 100 * read + 1000 * drafted > 0
+        assert draft["output_tokens"] > 0, "it answered, whether or not anybody was told"
+        if not stream:
+            assert read == answer["usage"]["prompt_tokens"], "read once, whatever was guessed of its answer"
         assert (own["output_tokens"] > 0) == (model == "never"), "who was not asked wrote nothing"
     assert {plan["kind"] for plan in told_plans.values()} == {"cascade"}
     assert "escalated" not in told_plans["first"]
@@ -246,7 +279,9 @@ async def test_what_no_plan_is_for_runs_without(home: Gateway) -> None:
 
 def test_every_name_of_a_model_is_away_with_its_engine() -> None:
     world = build_world(parse(POLICY), HttpClient(), NoEngine(), b"salt")
-    assert set(world.unavailable()) == {"local", "small", "quick", "brief", "sure", "first", "never", "both", "deep"}
+    assert set(world.unavailable()) == {
+        "local", "small", "quick", "apart", "told", "brief", "sure", "first", "never", "both", "deep",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

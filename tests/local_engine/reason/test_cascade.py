@@ -55,7 +55,10 @@ def test_an_accepted_answer_is_the_small_models_and_costs_nothing_else(
         did = use(finished)
         assert (got, finished.output_tokens, finished.finish_reason) == (text, alone.output_tokens, "stop")
         assert not did.escalated
-        assert (did.models[0].computed_tokens, did.models[0].input_tokens, did.discarded_tokens) == (0, 0, 0)
+        base, draft = did.models
+        assert (base.computed_tokens, base.read_tokens, base.input_tokens, did.discarded_tokens) == (0, 0, 0, 0)
+        assert draft.read_tokens + draft.cached_tokens == draft.input_tokens == alone.input_tokens
+        assert (draft.output_tokens, draft.reasoning_tokens) == (alone.output_tokens, alone.reasoning_tokens)
         assert did.accepted_tokens == did.drafted_tokens == alone.output_tokens
 
 
@@ -69,7 +72,10 @@ def test_an_attempt_that_is_not_accepted_is_not_seen(start_engines: StartEngines
         assert did.escalated
         assert did.p_correct == 0.0
         assert did.discarded_tokens == did.drafted_tokens == did.models[1].output_tokens > 0
-        assert did.models[0].computed_tokens <= alone.input_tokens + alone.output_tokens
+        base, _ = did.models
+        assert base.computed_tokens <= alone.input_tokens + alone.output_tokens
+        assert base.read_tokens + base.cached_tokens == base.input_tokens == alone.input_tokens
+        assert (base.output_tokens, base.reasoning_tokens) == (alone.output_tokens, alone.reasoning_tokens)
 
 
 def test_an_attempt_is_abandoned_where_it_is_not_worth_its_end(
@@ -139,6 +145,8 @@ def test_an_offered_attempt_is_read_in_one_pass_and_kept_as_far_as_it_is_good(
         # A slow machine reads a long offer in several steps, and writes a token in each of them.
         assert use(lax).accepted_tokens + base.output_tokens == lax.output_tokens
         assert base.output_tokens <= lax.output_tokens // 4
+        assert base.read_tokens == base.input_tokens + use(lax).accepted_tokens
+        assert base.reasoning_tokens <= min(base.output_tokens, lax.reasoning_tokens)
         assert base.computed_tokens == base.input_tokens + lax.output_tokens - 1
 
 

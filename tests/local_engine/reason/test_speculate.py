@@ -10,10 +10,16 @@ from local_engine.arithmetic import problems
 from local_engine.engine import Engine
 from local_engine.kv import KVCache
 from local_engine.model import LocalModel, load_model
+from local_engine.runner import Runner, new_kv
 from local_engine.spec.build import speculators
+from local_engine.spec.chain import ModelProposer
+from local_engine.spec.ngram import NGramProposer
+from local_engine.spec.recycle import RecycleProposer
+from local_engine.spec.speculator import Speculator
 from local_engine.types import Delta, Finished, PlanUse, SamplingParams, SpeculateSteps
 from tests.local_engine.engine_harness import GREEDY, Caller, Watch, WatchedRunner
 from tests.local_engine.small_tokenizers import byte_level
+from tests.local_engine.spec.spec_harness import flat_speculator
 
 StartEngines = Callable[..., Engine]
 QUESTIONS = [problem.question for level in (1, 3, 4) for problem in problems(5, level, 3)]
@@ -86,6 +92,9 @@ def test_each_model_reads_what_is_accepted_once(start_engines: StartEngines, pai
         rejected = did.drafted_tokens - did.accepted_tokens
         text = finished.output_tokens
         assert base.output_tokens + did.accepted_tokens == text
+        assert base.read_tokens + base.output_tokens - 1 <= base.computed_tokens
+        assert base.input_tokens + did.accepted_tokens <= base.read_tokens
+        assert base.read_tokens <= base.input_tokens + did.drafted_tokens
         assert base.input_tokens + text - 1 <= base.computed_tokens <= base.input_tokens + text + rejected
         assert draft.computed_tokens <= draft.input_tokens + text + rejected
         assert did.discarded_tokens == rejected
@@ -136,6 +145,33 @@ def test_it_composes_with_token_speculation(start_engines: StartEngines, pair: d
     )
     for question in QUESTIONS:
         assert ask(plain, question, plan=plan(repair="step"))[:2] == ask(both, question, plan=plan(repair="step"))[:2]
+
+
+@pytest.mark.parametrize("guesser", ["twin", "free"])
+@pytest.mark.parametrize("method", METHODS)
+def test_token_speculation_changes_nothing_of_what_is_paid_for(
+    start_engines: StartEngines, pair: dict[str, LocalModel], method: Any, guesser: str
+) -> None:
+    """Rows that verified guesses of the engine's own are nobody's text, whether they were right or wrong."""
+
+    def twin(name: str, model: LocalModel, kv: KVCache) -> Speculator:
+        return flat_speculator(drafter=ModelProposer("twin", Runner(model, new_kv(model, 1 << 26)), 512))
+
+    def free(name: str, model: LocalModel, kv: KVCache) -> Speculator:
+        return flat_speculator(NGramProposer(), RecycleProposer())
+
+    make = {"twin": twin, "free": free}[guesser]
+    plain = Caller(start_engines(pair, prefix_bytes=0))
+    both = Caller(start_engines(pair, prefix_bytes=0, make_speculator=make))
+    computed = 0
+    for question in QUESTIONS[:6]:
+        one, other = (use(ask(caller, question, plan=plan(method))[2]) for caller in (plain, both))
+        for quiet, guessed in zip(one.models, other.models, strict=True):
+            paid = [(did.read_tokens, did.output_tokens, did.reasoning_tokens) for did in (quiet, guessed)]
+            assert paid[0] == paid[1]
+            assert quiet.read_tokens >= quiet.input_tokens
+            computed += guessed.computed_tokens - quiet.computed_tokens
+    assert computed > 0, "guesses were verified"
 
 
 def test_many_at_a_time_in_little_room(start_engines: StartEngines, pair: dict[str, LocalModel]) -> None:
