@@ -48,7 +48,7 @@ models:
     provider: home
     model: bundled/draft
     context: 1024
-    price: {input: $0/Mtok, output: $10/Mtok, reasoning: $1/Mtok}
+    price: {input: $0/Mtok, output: $1/Mtok, reasoning: $10/Mtok}
   brief:
     provider: home
     model: bundled/base
@@ -144,7 +144,7 @@ async def test_a_smaller_model_writes_and_each_model_is_billed_for_what_it_did(h
 
 
 async def test_thoughts_and_answers_are_billed_as_what_they_are(home: Gateway) -> None:
-    _, headers, answer = await home.chat(ask("apart", seed=3))
+    _, headers, answer = await home.chat(ask("apart", max_tokens=200))
     row = (await home.rows())[0]
     own, draft = row["attempt_rows"]
     thought = answer["usage"]["completion_tokens_details"]["reasoning_tokens"]
@@ -156,8 +156,9 @@ async def test_thoughts_and_answers_are_billed_as_what_they_are(home: Gateway) -
     assert answers + thoughts == shown + thought + discarded, "what was written, nothing twice"
     assert draft["reasoning_tokens"] > 0
     assert draft["output_tokens"] > 0, "it wrote of the answer, too"
-    for part in (own, draft):
-        assert part["cost_nanousd"] == 10_000 * part["output_tokens"] + 1000 * part["reasoning_tokens"]
+    assert own["cost_nanousd"] == 10_000 * own["output_tokens"] + 1000 * own["reasoning_tokens"]
+    assert draft["cost_nanousd"] == 1000 * draft["output_tokens"] + 10_000 * draft["reasoning_tokens"]
+    assert row["reserved_nanousd"] == 2 * 200 * (10_000 + 10_000), "each at its own dearest class"
 
 
 async def test_the_plan_of_an_effort_that_the_policy_decides_is_held_for_and_billed(home: Gateway) -> None:
