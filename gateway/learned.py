@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlmodel import col
 
 from gateway import facts
-from gateway.ledger.outcomes import JUDGE
+from gateway.ledger.outcomes import JUDGE, decision_of
 from gateway.ledger.tables import OutcomeRow, RequestRow
 from gateway.telemetry.logs import get_logger
 from probes.drift import DriftAlarm
@@ -82,7 +82,7 @@ class Learned:
         return sorted(found, key=lambda one: not one.alarm)
 
     def arms(self, tenant: str, clusters: Clusters) -> Mapping[tuple[int, str], Arm]:
-        """What each model has earned in these clusters of queries, by this tenant's outcomes."""
+        """What each arm has earned in these clusters of queries, by this tenant's outcomes."""
         of_tenant = self._arms.get(tenant)
         if of_tenant is None:
             return {}
@@ -99,7 +99,7 @@ class Learned:
         for row in rows:
             self._after = (row.created_at_ms, row.request_id, row.source, row.model)
             if self._first(row.request_id, row.model, "arm"):
-                self._reward(row.tenant, facts.clusters_of(row.facts), row.model, row.score)
+                self._reward(row.tenant, facts.clusters_of(row.facts), _arm(row), row.score)
             by = JUDGE if row.source == JUDGE else "people"
             if row.p_success is None or row.probe_version is None or not self._first(row.request_id, row.model, by):
                 continue
@@ -116,11 +116,11 @@ class Learned:
             self._seen.popitem(last=False)
         return True
 
-    def _reward(self, tenant: str, clusters: Clusters, model: str, score: float) -> None:
+    def _reward(self, tenant: str, clusters: Clusters, arm: str, score: float) -> None:
         """A new table for each cluster: decisions may be reading the old one."""
         of_tenant = self._arms.setdefault(tenant, {})
         for at in clusters or EVERYWHERE:
-            of_tenant[at[0]] = updated(of_tenant.get(at[0], {}), (at,), model, score)
+            of_tenant[at[0]] = updated(of_tenant.get(at[0], {}), (at,), arm, score)
 
     def _batch(self, until_ms: int) -> Iterator[Any]:
         row = OutcomeRow
@@ -133,6 +133,8 @@ class Learned:
                 col(row.p_success),
                 col(row.probe_version),
                 col(RequestRow.facts),
+                col(RequestRow.decision),
+                col(RequestRow.model_served),
             )
             .join(RequestRow, col(RequestRow.id) == col(row.request_id))
             .where(tuple_(*order) > self._after, col(row.created_at_ms) < until_ms)
@@ -150,3 +152,14 @@ class Learned:
             except SQLAlchemyError as error:
                 log.warning("outcomes.unreadable", error=str(error)[:200])
             await asyncio.sleep(POLL_S)
+
+
+def _arm(row: Any) -> str:
+    """What earned a word on an answer: the plan that ran, where the answer is what was served and not a fallback's; a
+    fallback, or a shadow, earns for its model alone."""
+    decided = decision_of(row.decision) if row.model == row.model_served else None
+    if decided is None:
+        return str(row.model)
+    plan = decided.plan
+    answering = [stage.model for stage in plan.stages] if plan.kind == "cascade" else [plan.model]
+    return plan.name if row.model in answering else str(row.model)

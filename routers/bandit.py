@@ -1,10 +1,11 @@
 """A contextual bandit over the candidates of a route: what it has learned, and what it tries.
 
-The context is the query's clusters, or its likeliest domains; the table (`State.arms`) holds what each model has earned
-in each of them. Its means stand in for p_success where no probe speaks of a candidate, so every objective works with
-them. A capped share of requests is answered by another candidate than the best, drawn by `method`:
+The context is the query's clusters, or its likeliest domains; the table (`State.arms`) holds what each arm has earned
+in each of them. An arm is what runs: a model, a model at one effort (`local+high`), a cascade (`local>strong`). Its
+means stand in for p_success where no probe speaks of a candidate, so every objective works with them. A capped share of
+requests is answered by another candidate than the best, drawn by `method`:
 
-    thompson   by its chance of being the best one: Thompson sampling, with each model's mean taken as normal around
+    thompson   by its chance of being the best one: Thompson sampling, with each arm's mean taken as normal around
                its Beta posterior, and the chance integrated on a grid instead of sampled, so that it is known
     softmax    by exp(mean / temperature)
     uniform    each alike
@@ -28,7 +29,7 @@ EVERYWHERE = ((-1, 1.0),)
 """The one cluster of all queries, where nothing tells them apart."""
 SOURCE = "bandit"
 _PRIOR = Arm(2.0, 1.0)
-"""As if each model had been tried twice in each cluster, and been right once: Beta(1, 1)."""
+"""As if each arm had been tried twice in each cluster, and been right once: Beta(1, 1)."""
 _GRID = 48
 _NO_ARM = Arm(0.0, 0.0)
 
@@ -40,11 +41,11 @@ def context_of(domain: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
     return tuple([(crc32(name.encode()), p / total) for p, name in likeliest])
 
 
-def belief(arms: Mapping[tuple[int, str], Arm], clusters: Sequence[tuple[int, float]], model: str) -> Arm:
-    """What is known of a model for a query: the arms of its clusters, by weight, with the prior."""
+def belief(arms: Mapping[tuple[int, str], Arm], clusters: Sequence[tuple[int, float]], name: str) -> Arm:
+    """What is known of an arm for a query: what it earned in the query's clusters, by weight, with the prior."""
     pulls, reward = _PRIOR.pulls, _PRIOR.reward
     for cluster, weight in clusters or EVERYWHERE:
-        arm = arms.get((cluster, model), _NO_ARM)
+        arm = arms.get((cluster, name), _NO_ARM)
         pulls += weight * arm.pulls
         reward += weight * arm.reward
     return Arm(pulls, reward)
@@ -53,7 +54,7 @@ def belief(arms: Mapping[tuple[int, str], Arm], clusters: Sequence[tuple[int, fl
 def updated(
     arms: Mapping[tuple[int, str], Arm],
     clusters: Sequence[tuple[int, float]],
-    model: str,
+    name: str,
     reward: float,
     keep: float = 1.0,
 ) -> dict[tuple[int, str], Arm]:
@@ -65,56 +66,59 @@ def updated(
         raise ValueError(f"reward: {reward!r} is not between 0 and 1")
     table = dict(arms)
     for cluster, weight in clusters or EVERYWHERE:
-        arm = table.get((cluster, model), _NO_ARM)
-        table[cluster, model] = Arm(keep * arm.pulls + weight, keep * arm.reward + weight * reward)
+        arm = table.get((cluster, name), _NO_ARM)
+        table[cluster, name] = Arm(keep * arm.pulls + weight, keep * arm.reward + weight * reward)
     return table
 
 
-def learned(signals: Signals, state: State, models: Sequence[str]) -> Signals:
-    """The signals with the bandit's mean, and the 95% interval around it, for each model that no probe speaks of."""
+def learned(signals: Signals, state: State, runs: Mapping[str, str]) -> Signals:
+    """The signals with the bandit's mean, and the 95% interval around it, for each candidate that no probe speaks of.
+
+    `runs`: candidate → the arm that it is for this query.
+    """
     p = dict(signals.p_success)
-    for model in models:
-        if model in p:
+    for candidate, name in runs.items():
+        if candidate in p:
             continue
-        arm = belief(state.arms, signals.clusters, model)
+        arm = belief(state.arms, signals.clusters, name)
         if arm.pulls > _PRIOR.pulls:
             mean, sd = _posterior(arm)
-            p[model] = Estimate(mean, f"{SOURCE}/{model}", max(mean - 1.96 * sd, 0.0), min(mean + 1.96 * sd, 1.0))
+            p[candidate] = Estimate(mean, f"{SOURCE}/{name}", max(mean - 1.96 * sd, 0.0), min(mean + 1.96 * sd, 1.0))
     return replace(signals, p_success=p)
 
 
 def explore(
     explore: Explore, best: str, eligible: Sequence[str], signals: Signals, state: State, seed: int
 ) -> tuple[str, float]:
-    """(the model to run, the probability over seeds with which it is run).
+    """(the arm to run, the probability over seeds with which it is run).
 
     `best` with probability 1 - share, else one of the others, drawn by the method. Without others: `best`, for sure.
     """
-    others = [model for model in eligible if model != best]
+    others = [name for name in eligible if name != best]
     if not others:
         return best, 1.0
     if draw(seed, EXPLORE) >= explore.share:
         return best, 1.0 - explore.share
     chances = probabilities(explore, others, signals, state)
     left = draw(seed, EXPLORED_ARM)
-    for model, chance in zip(others, chances, strict=True):
+    for name, chance in zip(others, chances, strict=True):
         left -= chance
         if left < 0:
-            return model, explore.share * chance
+            return name, explore.share * chance
     return others[-1], explore.share * chances[-1]
 
 
-def probabilities(explore: Explore, models: Sequence[str], signals: Signals, state: State) -> list[float]:
-    """With which each of the models is drawn where one of them is; positive, and of sum 1."""
+def probabilities(explore: Explore, names: Sequence[str], signals: Signals, state: State) -> list[float]:
+    """With which each of the arms is drawn where one of them is; positive, and of sum 1."""
     if explore.method == "uniform":
-        return [1 / len(models)] * len(models)
-    beliefs = [_posterior(belief(state.arms, signals.clusters, model)) for model in models]
+        return [1 / len(names)] * len(names)
+    beliefs = [_posterior(belief(state.arms, signals.clusters, name)) for name in names]
     if explore.method == "softmax":
         highest = max(mean for mean, _ in beliefs)
         weights = [math.exp((mean - highest) / explore.temperature) for mean, _ in beliefs]
     else:
         weights = _chances_of_best(beliefs)
-    floor = 1e-3 / len(models)  # no model is ever out of reach: a propensity of zero could not be weighed
+    floor = 1e-3 / len(names)  # no arm is ever out of reach: a propensity of zero could not be weighed
     total = sum(weights)
     return [floor + (1 - 1e-3) * weight / total for weight in weights]
 

@@ -41,8 +41,9 @@ def decide(query: Query, signals: Signals, policy: Policy, state: State, seed: i
     if route is None:
         return _named(policy.models[targets[0]], query, signals, policy, state, seed)
     measured = signals
-    if route.affinity is not None or route.explore is not None:
-        signals = _remembered(route, targets, signals, state)
+    runs = {} if route.explore is None else _runs(route, targets, policy, query, signals)
+    if route.affinity is not None or runs:
+        signals = _remembered(route, runs, signals, state)
     options = _options(route, targets, policy, query, signals, state)
     by_name = {option.name: option for option in options}
     if route.guarantee is not None:
@@ -67,14 +68,19 @@ def decide(query: Query, signals: Signals, policy: Policy, state: State, seed: i
             degraded = "budget"
         else:
             degraded = _missed(route, options, chosen, query) or ("probe_unavailable" if guessed else "")
-        if route.explore is not None and len(satisfying) > 1:
-            among = tuple([option.name for option in satisfying])
-            name, propensity = explore(route.explore, chosen.name, among, signals, state, seed)
-            if name != chosen.name:
-                chosen.reason = f"the best, but this request explores {name}"
-                rule += f"; explored {name}, as {100 * route.explore.share:g}% of requests do ({route.explore.method})"
-                chosen, explored = by_name[name], True
-                chosen.reason = ""
+        if route.explore is not None:
+            arms = {runs[option.name]: option for option in (*reversed(satisfying), chosen)}
+            among = tuple([name for name in dict.fromkeys(runs[option.name] for option in satisfying)])
+            if len(among) > 1:
+                name, propensity = explore(route.explore, runs[chosen.name], among, signals, state, seed)
+                if arms[name] is not chosen:
+                    chosen.reason = f"the best, but this request explores {name}"
+                    share = f"{100 * route.explore.share:g}% of requests"
+                    rule += f"; explored {name}, as {share} do ({route.explore.method})"
+                    chosen, explored = arms[name], True
+                    chosen.reason = ""
+            else:
+                among = ()
     else:
         found = next((option for option in steps_in if option.obstacle is None), None)
         if found is None:
@@ -82,7 +88,7 @@ def decide(query: Query, signals: Signals, policy: Policy, state: State, seed: i
             raise NoCandidate(_closest(considered), "no model can run this", tuple(reasons.items()))
         chosen, rule, degraded = found, "first of on_failure, as no candidate can run", _closest(options)
 
-    plan = _plan(chosen, route, query, signals)
+    plan = _planned(chosen.plan, chosen.model, route, query, signals)
     alone = plan.model if plan.kind == "single" else None
     in_reserve: dict[str, tuple[str, ...]] = {
         cause: tuple([o.name for o in listed if o.obstacle is None and o is not chosen and o.name != alone])
@@ -113,10 +119,20 @@ def decide(query: Query, signals: Signals, policy: Policy, state: State, seed: i
     )
 
 
-def _remembered(route: Route, targets: Sequence[str], signals: Signals, state: State) -> Signals:
+def _runs(route: Route, targets: Sequence[str], policy: Policy, query: Query, signals: Signals) -> dict[str, str]:
+    """Candidate → what it runs as for this query, with the effort that it gets: the bandit's arm."""
+    runs = {}
+    for name in targets:
+        plan = route.plans.get(name)
+        model = policy.models[name if plan is None else plan.model]
+        runs[name] = _planned(plan, model, route, query, signals).name
+    return runs
+
+
+def _remembered(route: Route, runs: Mapping[str, str], signals: Signals, state: State) -> Signals:
     """The signals with what the bandit has learned and what the conversation so far holds on to."""
-    if route.explore is not None and state.arms:
-        signals = learned(signals, state, targets)
+    if runs and state.arms:
+        signals = learned(signals, state, runs)
     if route.affinity is not None and state.session_p:
         signals = held(signals, state.session_p, route.affinity.release)
     return signals
@@ -157,26 +173,26 @@ def _option(
 ) -> Option:
     if isinstance(plan, Cascade):
         stages = [Option(models[s.model], index, query, signals, state, s if s.effort else None) for s in plan.stages]
-        return CascadeOption(plan, index, stages, query)
+        return CascadeOption(plan, index, stages, query, signals.p_success.get(name))
     if isinstance(plan, Single):
         return Option(models[plan.model], index, query, signals, state, plan)
     return Option(models[name], index, query, signals, state)
 
 
-def _plan(chosen: Option, route: Route | None, query: Query, signals: Signals) -> Plan:
-    """The plan of the chosen option, with the effort that the route, the signals and the caller leave it."""
-    plan, thinking = chosen.plan, chosen.model.thinking
+def _planned(plan: Plan | None, model: Model, route: Route | None, query: Query, signals: Signals) -> Plan:
+    """The plan of a candidate, with the effort that the route, the signals and the caller leave it."""
+    thinking = model.thinking
     if isinstance(plan, Cascade):
         return plan
     if thinking is None or query.reasoning is not None:
-        return Single(chosen.model.name)
-    if plan is not None:
-        return Single(plan.model, plan.effort, budget(plan.effort, thinking))
+        return Single(model.name)
+    if plan is not None and plan.effort is not None:
+        return Single(model.name, plan.effort, budget(plan.effort, thinking))
     asked = route.effort if route is not None else None
     if asked == "auto":
-        return Single(chosen.model.name, *by_signals(query, signals, thinking))
+        return Single(model.name, *by_signals(query, signals, thinking))
     capped = at_most(asked, query.hints.effort if query.hints is not None else None)
-    return Single(chosen.model.name, capped, budget(capped, thinking))
+    return Single(model.name, capped, budget(capped, thinking))
 
 
 def _named(model: Model, query: Query, signals: Signals, policy: Policy, state: State, seed: int) -> Decision:
@@ -185,7 +201,7 @@ def _named(model: Model, query: Query, signals: Signals, policy: Policy, state: 
     if option.obstacle is not None:
         raise NoCandidate(option.obstacle, "no model can run this", ((model.name, option.reason),))
     return Decision(
-        plan=_plan(option, None, query, signals),
+        plan=_planned(None, model, None, query, signals),
         route="named",
         rule=f"the caller named {model.name}",
         candidates=(option.candidate(running=True),),

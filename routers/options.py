@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
+from probes.types import Estimate
 from routers.cascade import kept, p_accept, p_success
 from routers.cost import EXPECTED_OUTPUT_TOKENS, costs_nanousd, least_input_tokens
 from routers.effort import rank
@@ -169,13 +170,19 @@ class CascadeOption(Option):
 
     __slots__ = ()
 
-    def __init__(self, plan: Cascade, index: int, stages: Sequence[Option], query: Query) -> None:
+    def __init__(
+        self, plan: Cascade, index: int, stages: Sequence[Option], query: Query, whole: Estimate | None = None
+    ) -> None:
+        """`whole`: P(success) of all of it, where its own answers were rated; used where the stages' are not known."""
         first = stages[0]
         self.name, self.model, self.plan, self.index = plan.name, first.model, plan, index
         accept = plan.accept
         self.p = _folded([stage.p for stage in stages], accept)
         self.low = _folded([stage.low for stage in stages], accept)
         self.high = _folded([stage.high for stage in stages], accept)
+        self.measured_by = first.measured_by
+        if self.p is None and whole is not None:
+            self.p, self.low, self.high, self.measured_by = whole.value, whole.low, whole.high, whole.source
         asked = _asked(plan, [stage.p for stage in stages])
         self.switch, self.utility, self.violation = 0, None, ""
         expected = _expected([stage.expected for stage in stages], asked)
@@ -183,7 +190,6 @@ class CascadeOption(Option):
         low, high = (_expected([getattr(one, end) for one in stages], asked) for end in ("cost_low", "cost_high"))
         self.cost_low = None if low is None else round(low)
         self.cost_high = None if high is None else round(high)
-        self.measured_by = first.measured_by
         times = [_longest([one.expected_ms for one in beside]) for beside in _rounds(stages, plan)]
         self.expected_ms = _expected(times, [asked[at] for at in _begins(plan)])
         worst = [stage.worst for stage in stages]

@@ -129,11 +129,13 @@ def estimates(turns: list[Turn]) -> dict[str, Evaluation | None]:
             target[row, place[name]] = chance
         features[row, :, 1] = 0.5
         features[row, :, 3] = np.log1p(turn.tokens)
-        for candidate in turn.decision.candidates:
-            if candidate.model in place:
-                at = place[candidate.model]
-                features[row, at, 1] = 0.5 if candidate.p_success is None else candidate.p_success
-                features[row, at, 2] = candidate.expected_cost_nanousd or 0
+        told = {candidate.model: candidate for candidate in turn.decision.candidates}
+        for name in (turn.action, *turn.decision.among):
+            # A route's effort is no part of its candidates' names: `local+high` may have run for `local`.
+            candidate = told.get(name) or told.get(name.partition("+")[0])
+            if candidate is not None:
+                features[row, place[name], 1] = 0.5 if candidate.p_success is None else candidate.p_success
+                features[row, place[name], 2] = candidate.expected_cost_nanousd or 0
 
     def of(outcome: list[float]) -> Evaluation | None:
         action = np.array([place[turn.action] for turn in turns])
@@ -175,7 +177,7 @@ def _repriced(turn: Turn, policy: Policy) -> float:
     for name, chance in turn.target.items():
         if name == REFUSED:
             continue
-        model = policy.models.get(name)
+        model = policy.models.get(name.partition("+")[0]) if ">" not in name else None
         cost: float | None = turn.expected[name][1]  # of a plan that is more than a model: as the decision expects
         if model is not None:
             cost = cost_nanousd(model.price, turn.usage)

@@ -204,6 +204,33 @@ def test_arms_earn_by_tenant_and_by_the_clusters_of_the_query(engine: Engine) ->
     assert learned.arms("nobody", ((7, 1.0),)) == {}
 
 
+def test_an_answer_earns_for_what_ran_and_a_fallback_for_its_model_alone(engine: Engine) -> None:
+    fill(engine, 4)
+    plans = [
+        '{"kind":"single","model":"weak","effort":"high"}',
+        '{"kind":"cascade","stages":[{"kind":"single","model":"small"},{"kind":"single","model":"weak"}],"accept":{}}',
+        '{"kind":"single","model":"gone","effort":"low"}',
+        '{"kind":"single","model":"weak"}',
+    ]
+    with Session(engine) as session:
+        for row, plan in zip(session.exec(select(RequestRow).order_by(RequestRow.id)), plans, strict=True):
+            row.tenant, row.decision = "a", DECISION.replace('{"kind":"single","model":"weak"}', plan).replace("P", "0.7")
+            session.add(row)
+        session.commit()
+    for i in range(4):
+        say(engine, i, 1.0)
+    with engine.begin() as connection:
+        request = {"id": "req_0000", "tenant": "a", "key_id": "k", "decision": None}
+        outcomes.judge_says(connection, request, [outcomes.Verdict("strong", 0.0)], "", 9000)
+    learned = Learned(engine)
+    while learned.read(1 << 60):
+        pass
+    one = Arm(1.0, 1.0)
+    earned = {(-1, name): one for name in ("weak+high", "small>weak", "weak")}
+    # weak stood in for gone, and answered the last request by itself; nobody was served what the shadow said
+    assert learned.arms("a", ()) == earned | {(-1, "weak"): Arm(2.0, 2.0), (-1, "strong"): Arm(1.0, 0.0)}
+
+
 @pytest.mark.anyio
 async def test_a_bandit_turns_to_what_is_accepted(upstream: FakeUpstream, tmp_path: Path) -> None:
     route = "routes:\n  - {{name: try, when: {{model: try}}, candidates: [cheap, dear], objective: best, cache: off,"

@@ -6,7 +6,9 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
+from probes.types import Estimate
 from routers.aims import Explore
 from routers.bandit import EVERYWHERE, belief, context_of, explore, learned, probabilities, updated
 from routers.decide import decide
@@ -24,6 +26,7 @@ ARMS = st.dictionaries(
 )
 CLUSTERS = st.sampled_from([(), ((0, 1.0),), ((0, 0.7), (1, 0.3)), ((7, 0.5), (99, 0.5))])
 SEEDS = st.integers(0, 2**63)
+THEMSELVES = dict(zip(NAMES, NAMES, strict=True))
 
 
 def policy(share: str = "10%", method: str = "thompson", **lines: str) -> Policy:
@@ -143,13 +146,13 @@ def test_only_what_meets_the_constraints_is_explored(
 def test_what_is_learned_is_a_mean_between_its_bounds(
     arms: dict[tuple[int, str], Arm], clusters: tuple[tuple[int, float], ...]
 ) -> None:
-    signals = learned(Signals(clusters=clusters), State(arms=arms), NAMES)
+    signals = learned(Signals(clusters=clusters), State(arms=arms), THEMSELVES)
     for estimate in signals.p_success.values():
         assert estimate.low is not None
         assert estimate.high is not None
         assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
     probed = measured(0.9, None, None)
-    assert learned(probed, State(arms=arms), NAMES).p_success["weak"] == probed.p_success["weak"], (
+    assert learned(probed, State(arms=arms), THEMSELVES).p_success["weak"] == probed.p_success["weak"], (
         "a probe knows better"
     )
 
@@ -198,3 +201,66 @@ def test_domains_are_a_context_of_few_clusters(domain: dict[str, float]) -> None
 
 def test_a_domain_is_always_the_same_cluster() -> None:
     assert context_of({"maths": 0.75, "law": 0.25}) == ((context_of({"maths": 1.0})[0][0], 0.75), (202069295, 0.25))
+
+
+THINKS = HEAD.replace("model: w,", "model: w, thinking: {field: reasoning_effort},")
+
+
+def efforts(**lines: str) -> Policy:
+    fields = {"when": "{model: auto}", "explore": "{share: 40%, method: uniform}", "objective": "best"} | lines
+    return parse(THINKS + "  - name: auto\n" + "".join(f"    {key}: {value}\n" for key, value in fields.items()))
+
+
+def decided(of: Policy, arms: dict[tuple[int, str], Arm], signals: Signals = Signals(), query: Query = ASKED) -> str:
+    """The best, whatever is explored."""
+    seed = next(seed for seed in range(100) if draw(seed, EXPLORE) > 0.5)
+    return decide(query, signals, of, State(arms=arms), seed).plan.name
+
+
+def test_a_model_at_each_effort_is_an_arm_of_its_own() -> None:
+    of = efforts(candidates="[weak+none, weak+high, strong]")
+    good = {(-1, "weak+none"): Arm(20, 18), (-1, "weak+high"): Arm(20, 4), (-1, "strong"): Arm(20, 10)}
+    assert decided(of, good) == "weak+none"
+    assert decided(of, {**good, (-1, "weak+high"): Arm(20, 20)}) == "weak+high"
+    decision = decide(ASKED, Signals(), of, State(arms=good), 0)
+    assert decision.among == ("weak+none", "weak+high", "strong")
+    assert decision.candidates[0].measured_by == "bandit/weak+none"
+
+
+def test_the_arm_is_what_runs_whoever_chose_the_effort() -> None:
+    """A route's effort is no part of its candidates' names; what it makes of them earns under its own name."""
+    easy, hard = (Signals(difficulty=Estimate(value, "a@1/d")) for value in (0.1, 0.5))
+    of = efforts(candidates="[weak, strong]", effort="auto")
+    arms = {(-1, "weak+low"): Arm(20, 20), (-1, "weak+high"): Arm(20, 1), (-1, "strong"): Arm(20, 10)}
+    assert decided(of, arms, easy) == "weak+low"
+    assert decided(of, arms, hard) == "strong"
+    decisions = [decide(ASKED, easy, of, State(arms=arms), seed) for seed in range(2000)]
+    for decision in decisions:
+        assert decision.among == ("weak+low", "strong")
+        assert decision.plan.name in decision.among
+        assert decision.propensity == pytest.approx(0.4 if decision.explored else 0.6)
+    assert sum(decision.explored for decision in decisions) / 2000 == pytest.approx(0.4, abs=0.04)
+
+
+def test_candidates_that_run_alike_are_one_arm() -> None:
+    """Where the caller has said how much to think, `weak+none` and `weak+high` are the same call: between them there
+    is nothing to draw, and the propensity is that of the call."""
+    said = replace(ASKED, reasoning="medium")
+    of = efforts(candidates="[weak+none, weak+high]")
+    decision = decide(said, Signals(), of, State(), 0)
+    assert (decision.plan.name, decision.propensity, decision.among, decision.explored) == ("weak", 1.0, (), False)
+    three = efforts(candidates="[weak+none, weak+high, strong]")
+    chances = {(d.plan.name, d.propensity) for d in (decide(said, Signals(), three, State(), s) for s in range(200))}
+    assert chances == {("strong", 0.6), ("weak", 0.4)}
+
+
+def test_a_cascade_earns_as_a_whole() -> None:
+    accept = "{mean_logprob: 1, bias: 0, at_least: 0.5, keeps_right: 0.9, keeps_wrong: 0.2}"
+    of = efforts(candidates="[weak>strong, middle]", accept=accept)
+    arms = {(-1, "weak>strong"): Arm(20, 18), (-1, "middle"): Arm(20, 10)}
+    assert decided(of, arms) == "weak>strong"
+    assert decided(of, {**arms, (-1, "weak>strong"): Arm(20, 1)}) == "middle"
+    known = measured(0.2, 0.9, 0.3)
+    seed = next(seed for seed in range(100) if draw(seed, EXPLORE) > 0.5)
+    probed = decide(ASKED, known, of, State(arms=arms), seed)
+    assert probed.plan.name == "middle", "of stages that a probe speaks of, the cascade's P follows from theirs"
