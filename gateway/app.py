@@ -222,6 +222,12 @@ class App:
             learned=learned,
             sessions=sessions,
         )
+        if link is not None:
+            from gateway.shared_loads import SharedLoads
+
+            shared_loads = SharedLoads(link, lambda: lifecycle.world.loads)
+            shared_loads.start()
+            stack.push_async_callback(shared_loads.stop)
         peers: Peers | None = None
         if settings.peers is not None:
             peers = Peers(settings.peers, settings.worker, lambda: metrics.exposition(settings.worker))

@@ -136,6 +136,8 @@ def build_world(
             same_place = upstreams[target.provider] is before.upstreams.get(target.provider)
             if same_place and name in before.targets and before.targets[name].wire_model == target.wire_model:
                 world.breakers[name] = before.breakers[name]
+                if world.loads is not None and before.loads is not None:
+                    world.loads.keep(name, before.loads)
     return world
 
 

@@ -1,7 +1,7 @@
 """How long an answer will take at a target, from what the target does now: its queue, its speed, its free places.
 
 As in KAIROS (heterogeneous targets behind one name): a request waits for a place behind those already queued, its
-prompt is read at the target's prefill speed less what a kept prefix saves, and its answer is written at the speed of
+prompt, less what a kept prefix saves, is read at the target's prefill speed, and its answer is written at the speed of
 one stream. What a target has not told or shown is left out, and an expectation that would be a guess is None.
 """
 
@@ -19,10 +19,10 @@ def wait_ms(load: Load, answer_tokens: float) -> float:
 
 def ttft_ms(load: Load, new_tokens: int, answer_tokens: float) -> float | None:
     """Expected time to the first token of an answer. `new_tokens`: of the prompt, those that no kept prefix holds.
-    None: neither the speed of prefill nor any time to a first token is known."""
+    Where prompts have not yet told reading from the rest, as most first tokens came of late; None: none has come."""
     speed = load.prefill_tokens_per_s
     if speed is not None and speed > 0:
-        return wait_ms(load, answer_tokens) + new_tokens / speed * 1000
+        return wait_ms(load, answer_tokens) + load.start_ms + new_tokens / speed * 1000
     if load.ttft_ms_p50 is None:
         return None
     return max(load.ttft_ms_p50, wait_ms(load, answer_tokens))

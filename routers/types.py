@@ -105,6 +105,9 @@ class Load(Struct, frozen=True):
     tokens_per_s: float | None = None
     """Of one answer, while it is written."""
     prefill_tokens_per_s: float | None = None
+    """Of a prompt, while it is read."""
+    start_ms: float = 0.0
+    """Time to a first token beside the reading of the prompt and the wait; where the speed of prefill is known."""
     ttft_ms_p50: float | None = None
     """Time to the first token, queue included, of the last answers."""
     ttft_ms_p95: float | None = None
