@@ -224,6 +224,8 @@ def _mount_probe() -> None:
     except ModuleNotFoundError:
         return
     from gateway.score import score
+    from probes.accept_cli import accept
 
     probe_app.command("score")(score)
+    probe_app.command("accept")(accept)
     app.add_typer(probe_app, name="probe")

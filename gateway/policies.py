@@ -6,6 +6,7 @@ Relative paths in a policy (`probe: ./mine`, `model: ./checkpoint`) are relative
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,8 @@ from gateway.ledger import prices
 from local_engine.config import locate, read_speculation
 from local_engine.errors import ModelLoadError
 from local_engine.types import Exit
+from probes.accept_rule import read_rule
+from probes.errors import ArtifactError
 from routers.errors import PolicyError
 from routers.load import load, parse, preset
 from routers.plans import EFFORTS
@@ -38,9 +41,17 @@ def load_policy(path: Path | None, env: Mapping[str, str] | None = None) -> Poli
     env = os.environ if env is None else env
     lookup = prices.price_list(env).lookup
     if path is not None:
-        return load(path, prices=lookup)
+        return load(path, prices=lookup, rules=partial(accept_numbers, path.parent))
     name: Literal["openai", "default"] = "openai" if env.get("OPENAI_API_KEY") else "default"
     return parse(preset(name), file=f"the embedded policy {name!r}", prices=lookup)
+
+
+def accept_numbers(folder: Path, name: str) -> dict[str, float]:
+    """Of the accept rule in that file, relative to the policy's folder. Raises ValueError."""
+    try:
+        return read_rule(folder / Path(name).expanduser()).numbers()
+    except ArtifactError as error:
+        raise ValueError(str(error)) from None
 
 
 def checked_policy(file: Path | None, *, secrets: bool = True) -> tuple[Policy, Path]:

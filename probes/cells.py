@@ -15,6 +15,11 @@ class Unreadable(Exception):  # not an error of the run: one row of it
     """A cell that no probe can read; the message is the reason."""
 
 
+def at_row(number: object) -> str:
+    """A row of a table, the same in all messages, and in the column `row` of what is scored."""
+    return f"row {number} (the first is row 0)"
+
+
 def read_columns(path: Path, columns: Sequence[str]) -> dict[str, list[Any]]:
     """These columns of a .parquet, .csv or .jsonl table, as Python values; TableError names field, value and fix."""
     import pandas as pd

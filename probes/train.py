@@ -15,7 +15,7 @@ import pandas as pd
 
 from probes.artifact import Artifact, calibration_kind, sealed
 from probes.calibrate import Array
-from probes.cells import Unreadable, conversation, read_columns
+from probes.cells import Unreadable, at_row, conversation, read_columns
 from probes.certify import ALPHAS, METHODS, issue, to_last
 from probes.cluster_table import ClusterTable
 from probes.errors import CertificateError, TableError
@@ -149,7 +149,7 @@ def _text(cell: object, path: Path, column: str, row: object) -> str:
         return render(conversation(cell))
     except Unreadable as error:
         wrong = "is empty" if str(error) == "empty" else f"cannot be read ({error})"
-        raise TableError(f"{path}: column {column!r} {wrong} in row {row}; drop or fill such rows") from None
+        raise TableError(f"{path}: column {column!r} {wrong} in {at_row(row)}; drop or fill such rows") from None
 
 
 def _lengths(column: Any, path: Path, name: str) -> Array:
@@ -160,7 +160,7 @@ def _lengths(column: Any, path: Path, name: str) -> Array:
         row = int(np.flatnonzero(bad)[0])
         found = column.iloc[row : row + 1].tolist()[0]
         raise TableError(
-            f"{path}: column {name!r} holds {found!r} in row {column.index[row]}; lengths are tokens, 0 or more"
+            f"{path}: column {name!r} holds {found!r} in {at_row(column.index[row])}; lengths are tokens, 0 or more"
         )
     return np.asarray(numbers)
 
@@ -172,7 +172,7 @@ def _binary(column: Any, path: Path, name: str) -> Array:
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
         raise TableError(
-            f"{path}: column {name!r} holds {column.iloc[row : row + 1].tolist()[0]!r} in row {column.index[row]}; "
+            f"{path}: column {name!r} holds {column.iloc[row : row + 1].tolist()[0]!r} in {at_row(column.index[row])}; "
             "labels are 0 or 1 (or true, false), empty where unknown"
         )
     return np.asarray(numbers)

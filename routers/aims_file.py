@@ -1,6 +1,6 @@
 """What a route aims at beside its objective, as a policy file has it: shapes, and what they mean together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -15,7 +15,7 @@ from routers.aims import (
     ThinkingField,
     Worth,
 )
-from routers.fields import Duration, Money, Share
+from routers.fields import Duration, Money, Share, Text
 from routers.plans import MAX_STAGES, models_of, plan_name
 from routers.policy import Model
 from routers.shape import Strict
@@ -80,7 +80,10 @@ class ThinkingFile(Strict):
 
 class AcceptFile(Strict):
     """When the answer of a cascade's earlier stage is sent: as several stages agree, or by its P(correct), a logistic
-    regression over the answer. `probes.accept.fit_accept` fits the latter."""
+    regression over the answer, as `leadline probe accept` fits it."""
+
+    rule: Text | None = None
+    """A file that `leadline probe accept` wrote, beside this policy or by its path; all numbers below are in it."""
 
     agree: Annotated[int, Field(ge=2, le=MAX_STAGES - 1)] | None = None
     """So many stages must give the same final answer: `accept: agree` is `accept: {agree: 2}`. What cannot be compared
@@ -103,6 +106,28 @@ class AcceptFile(Strict):
     unaccepted: Literal["send", "fail"] = "send"
     """Where no later stage answers, as time, money or its provider is gone: `send` the best answer so far, marked
     `not_accepted`, or `fail`. Default: send."""
+
+
+_NUMBERS = ("mean_logprob", "min_logprob", "log_tokens", "bias", "at_least", "keeps_right", "keeps_wrong")
+RuleLookup = Callable[[str], Mapping[str, float]]
+"""The file of an accept rule → its numbers, by the names of `AcceptFile`. Raises ValueError, which says why and the
+fix."""
+
+
+def with_rule(document: Document, part: AcceptFile, path: Path, lookup: RuleLookup) -> AcceptFile:
+    """With the numbers of the file that it names, if it does."""
+    if part.rule is None:
+        return part
+    for key in ("agree", *_NUMBERS):
+        if key in part.model_fields_set:
+            fix = f"remove it, or remove `rule`, which says {'when' if key == 'agree' else 'it'}"
+            document.report((*path, key), "the rule's file says when an answer is accepted", fix)
+    try:
+        numbers = lookup(part.rule)
+    except ValueError as error:
+        document.report((*path, "rule"), *str(error).rsplit("; ", 1))
+        return part
+    return part.model_copy(update={**numbers, "agree": None})
 
 
 def accept_of(part: AcceptFile | None) -> Accept:
@@ -202,7 +227,8 @@ def _check_plans(
     cascades = [stages for stages in plans.values() if len(stages) > 1]
     if cascades and part.accept is None:
         fix = (
-            "add `accept: agree`, or `accept: {mean_logprob: …, bias: …, at_least: …, keeps_right: …, keeps_wrong: …}`"
+            "add `accept: {rule: FILE}`, with a file that `leadline probe accept` wrote, `accept: agree`, or `accept: "
+            "{mean_logprob: …, bias: …, at_least: …, keeps_right: …, keeps_wrong: …}`"
         )
         document.report((*path, "candidates"), "a cascade, and it is not said which answers are good enough", fix)
     if cascades and part.hedge is not None:
@@ -241,6 +267,8 @@ def _check_plans(
 
 def _check_accept(document: Document, part: AcceptFile, path: Path, cascades: Sequence[tuple[Single, ...]]) -> None:
     features = ("mean_logprob", "min_logprob", "log_tokens")
+    if part.rule is not None and part.at_least is None:
+        return  # its file could not be read, which has been said
     if part.agree is None:
         for key in ("at_least", "keeps_right", "keeps_wrong"):
             if getattr(part, key) is None:

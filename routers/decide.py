@@ -70,7 +70,7 @@ def decide(query: Query, signals: Signals, policy: Policy, state: State, seed: i
             degraded = _missed(route, options, chosen, query) or ("probe_unavailable" if guessed else "")
         if route.explore is not None:
             arms = {runs[option.name]: option for option in (*reversed(satisfying), chosen)}
-            among = tuple([name for name in dict.fromkeys(runs[option.name] for option in satisfying)])
+            among = tuple(dict.fromkeys(runs[option.name] for option in satisfying))
             if len(among) > 1:
                 name, propensity = explore(route.explore, runs[chosen.name], among, signals, state, seed)
                 if arms[name] is not chosen:

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Literal, get_args
 
 from routers.aims import TOLD_BY_EFFORT
-from routers.aims_file import thinking_of
+from routers.aims_file import RuleLookup, thinking_of
 from routers.canonical import canonical
 from routers.errors import PolicyError, Problem
 from routers.fields import NAME_PATTERN
@@ -52,20 +52,25 @@ PresetName = Literal["default", "openai"]
 _NAME = re.compile(NAME_PATTERN)
 
 
-def parse(text: str, *, file: str = "policy.yaml", prices: PriceLookup | None = None) -> Policy:
-    """The policy in `text`. `file` is the name to show in problems. Raises PolicyError with all of them."""
+def parse(
+    text: str, *, file: str = "policy.yaml", prices: PriceLookup | None = None, rules: RuleLookup | None = None
+) -> Policy:
+    """The policy in `text`. `file` is the name to show in problems. Raises PolicyError with all of them.
+
+    `rules`: how files of accept rules are read; without, none can be.
+    """
     document = read(text, file)
-    policy = _Loader(document, prices or (lambda provider, model: None)).run()
+    policy = _Loader(document, prices or (lambda provider, model: None), rules or _no_rule).run()
     if document.problems:
         raise PolicyError(document.problems)
     return policy
 
 
-def load(path: FilePath | str, *, prices: PriceLookup | None = None) -> Policy:
+def load(path: FilePath | str, *, prices: PriceLookup | None = None, rules: RuleLookup | None = None) -> Policy:
     """The policy in a UTF-8 file. Raises PolicyError, and OSError where the file cannot be read."""
     content = FilePath(path).read_bytes()
     try:
-        return parse(content.decode(), file=str(path), prices=prices)
+        return parse(content.decode(), file=str(path), prices=prices, rules=rules)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
     raise PolicyError([Problem(str(path), line, "", "not UTF-8", "save the file as UTF-8")])
@@ -78,11 +83,16 @@ def preset(name: PresetName) -> str:
     return resources.files("routers").joinpath("presets", f"{name}.yaml").read_text(encoding="utf-8")
 
 
+def _no_rule(name: str) -> dict[str, float]:
+    raise ValueError("no files are read here; write its numbers")
+
+
 class _Loader:
     """Validates each entry by itself, so that a broken one does not hide the problems of the others."""
 
-    def __init__(self, document: Document, prices: PriceLookup) -> None:
+    def __init__(self, document: Document, prices: PriceLookup, rules: RuleLookup) -> None:
         self._document = document
+        self._rules = rules
         self._prices = prices
         self._providers: dict[str, Provider] = {}
         self._models: dict[str, Model] = {}
@@ -95,7 +105,7 @@ class _Loader:
         self._read_models()
         self._read_signals()
         routes = RoutesReader(
-            self._document, self._models, self._names("models"), self._difficulty, self._signals_read
+            self._document, self._models, self._names("models"), self._difficulty, self._signals_read, self._rules
         ).read(self._items("routes"))
         limits = read_limits(self._document, self._items("limits"))
         content = {

@@ -7,7 +7,16 @@ from types import MappingProxyType
 from typing import get_args
 
 from routers.aims import Shadow
-from routers.aims_file import accept_of, affinity_of, check_aims, explore_of, guarantee_of, worth_of
+from routers.aims_file import (
+    RuleLookup,
+    accept_of,
+    affinity_of,
+    check_aims,
+    explore_of,
+    guarantee_of,
+    with_rule,
+    worth_of,
+)
 from routers.cost import least_nanousd
 from routers.plans import models_of, parse_plan, plan_name
 from routers.policy import (
@@ -41,8 +50,10 @@ class RoutesReader:
         model_names: list[str],
         difficulty: Difficulty | None,
         signals_read: bool,
+        rules: RuleLookup,
     ) -> None:
         self._document = document
+        self._rules = rules
         self._models = models
         self._model_names = model_names  # also of models that did not load: a broken model is not an unknown one
         self._difficulty = difficulty
@@ -59,6 +70,9 @@ class RoutesReader:
             part = validated(self._document, RouteFile, value, path)
             if part is None:
                 continue
+            if part.accept is not None:
+                accept = with_rule(self._document, part.accept, (*path, "accept"), self._rules)
+                part = part.model_copy(update={"accept": accept})
             if part.name == "named" or part.name in names:
                 taken = f"the name of routes[{names[part.name]}] too" if part.name in names else "a reserved name"
                 self._document.report((*path, "name"), taken, "give this route a name of its own")

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from probes.cells import at_row
 from probes.errors import TableError
 
 Array = npt.NDArray[np.float64]
@@ -109,7 +110,7 @@ def _outcomes(
     blank = frame[columns.prompt].isna().to_numpy()
     if (blank & known).any():
         row = frame.index[np.flatnonzero(blank & known)[0]]
-        raise TableError(f"{path}: column {columns.prompt!r} is empty in row {row}; drop or fill such rows")
+        raise TableError(f"{path}: column {columns.prompt!r} is empty in {at_row(row)}; drop or fill such rows")
     if known.sum() < MIN_ROWS:
         raise TableError(
             f"{path}: {int(known.sum())} of {len(frame)} queries have an outcome of every model named; a comparison "
@@ -203,7 +204,7 @@ def _numbers(column: Any, path: Path, name: str, low: float, high: float) -> Arr
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
         raise TableError(
-            f"{path}: column {name!r} holds {column.iloc[row : row + 1].tolist()[0]!r} in row {column.index[row]}; "
+            f"{path}: column {name!r} holds {column.iloc[row : row + 1].tolist()[0]!r} in {at_row(column.index[row])}; "
             f"it takes numbers from {low:g} to {high:g}, and is empty where nothing is known"
         )
     return np.asarray(numbers)

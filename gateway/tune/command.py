@@ -49,7 +49,7 @@ def tune(
 
     Cost is money where the policy gives the model a price, and processor time where it is free.
     """
-    from gateway.policies import local_models
+    from gateway.policies import accept_numbers, local_models
     from gateway.policy_commands import load, stop
     from gateway.tune.choose import choose
     from gateway.tune.write import CannotWrite, with_field
@@ -85,7 +85,7 @@ def tune(
     try:
         text = with_field(text, model, "plan", None)
         text = with_field(text, model, "plans", plans or None, f"leadline tune, {prefer}")
-        parse(text, file=str(file))
+        parse(text, file=str(file), rules=partial(accept_numbers, file.parent))
     except (CannotWrite, PolicyError) as error:
         stop(f"nothing was written: {error}")
     beside = file.with_name(f".{file.name}.tuned")
@@ -154,8 +154,7 @@ def _cascade(
     except TableError as error:
         typer.echo(f"no cascade of {draft[1]} at effort {sampling.effort}: {error}")
         return None
-    accept = {"weights": {name: round(weight, 4) for name, weight in rule.weights.items()}, "bias": round(rule.bias, 4)}
-    return {"cascade": {"draft": draft[1], "accept": {**accept, "at_least": round(rule.at_least, 4)}}}
+    return {"cascade": {"draft": draft[1], "accept": rule.planned()}}
 
 
 def candidates(model: "LocalModel", drafts: Sequence[str]) -> dict[str, dict[str, Any] | None]:

@@ -214,7 +214,8 @@ def test_an_answer_earns_for_what_ran_and_a_fallback_for_its_model_alone(engine:
     ]
     with Session(engine) as session:
         for row, plan in zip(session.exec(select(RequestRow).order_by(RequestRow.id)), plans, strict=True):
-            row.tenant, row.decision = "a", DECISION.replace('{"kind":"single","model":"weak"}', plan).replace("P", "0.7")
+            decision = DECISION.replace('{"kind":"single","model":"weak"}', plan)
+            row.tenant, row.decision = "a", decision.replace("P", "0.7")
             session.add(row)
         session.commit()
     for i in range(4):
