@@ -83,7 +83,7 @@ class SharedLoads:
                 await self._link.call(lambda redis: redis.hdel(_KEY, *silent))
 
     def _still_there(self, told: Mapping[bytes, bytes], now: float) -> list[Mapping[str, Told]]:
-        found = []
+        found: list[Mapping[str, Told]] = []
         for key, text in told.items():
             name = key.decode()
             if name == self._worker:

@@ -42,7 +42,8 @@ class FittedAccept:
 
     def __str__(self) -> str:
         """As a route of a policy writes it."""
-        numbers = {**self.weights, "bias": self.bias, "at_least": self.at_least}
+        numbers: dict[str, float] = {str(name): weight for name, weight in self.weights.items()}
+        numbers |= {"bias": self.bias, "at_least": self.at_least}
         numbers |= {"keeps_right": self.keeps_right, "keeps_wrong": self.keeps_wrong}
         return "accept: {" + ", ".join(f"{name}: {value:.4g}" for name, value in numbers.items()) + "}"
 

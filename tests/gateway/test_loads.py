@@ -154,6 +154,7 @@ async def test_a_worker_sees_the_queue_that_another_one_made(
         running(policy, tmp_path / "two", redis_url=redis_url) as two,
     ):
         for gateway in (one, two):
+            assert gateway.app.state.redis is not None
             gateway.app.state.redis.timeout_s = 30
         asked = [asyncio.create_task(one.stream(ask(model="first", max_tokens=50))) for _ in range(3)]
         seen = two.app.state.lifecycle.world.loads
