@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from probes.errors import CertificateError, ProbeError, TableError
-from probes.manifest import BELOW_ALL, Manifest, default_artifact_path
+from probes.manifest import BELOW_ALL, Manifest, artifact_folder, default_artifact_path
 
 if TYPE_CHECKING:
     from probes.score import Decide, Prober
@@ -32,7 +32,12 @@ def score(
     table: Annotated[Path, typer.Argument(help="A .parquet, .csv or .jsonl file.")],
     column: Annotated[str, typer.Option(help="Column of prompts: texts, or conversations as lists or JSON.")],
     out: Annotated[Path, typer.Option(help="The .parquet file to write; a run that was killed goes on beside it.")],
-    probe: Annotated[Path | None, typer.Option(help="Artifact folder; without it, the shipped one.")] = None,
+    probe: Annotated[
+        Path | None,
+        typer.Option(
+            parser=artifact_folder, metavar="ARTIFACT", help="Artifact folder, or a shipped one by name; `default`."
+        ),
+    ] = None,
     encoder: Annotated[str, typer.Option(help="`default`, a folder, or a hub id.")] = "default",
     policy: Annotated[Path | None, typer.Option(help="A policy, whose probe scores and whose routes decide.")] = None,
     at_most: Annotated[
@@ -88,19 +93,25 @@ def score(
     except OSError as error:
         typer.echo(f"error: {error.filename or out}: {error.strerror}; run it again to go on", err=True)
         raise typer.Exit(2) from None
-    reasons: dict[str, int] = {}
-    for row in rows:
-        if row.reason is not None:
-            reasons[row.reason] = reasons.get(row.reason, 0) + 1
     typer.echo(f"{len(rows)} rows by {sounding.version}: {decider.says}")
-    for name, count in sorted(counts.items(), key=lambda item: -item[1]):
-        typer.echo(f"  {count:>8}  {name}")
-    for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
-        typer.echo(f"  {count:>8}  not scored: {reason}", err=True)
+    for (name, reason), count in sorted(counts.items(), key=lambda item: (item[0][1] is not None, -item[1])):
+        typer.echo(f"  {count:>8}  {name}{'' if reason is None else f', not scored: {reason}'}")
     typer.echo(f"wrote {out}")
     if json_out is not None:
-        told = {**facts, "rows": len(rows), "decisions": counts, "not_scored": reasons, "by_policy": with_policy}
+        decisions, reasons = _sums(counts)
+        told = {**facts, "rows": len(rows), "decisions": decisions, "not_scored": reasons, "by_policy": with_policy}
         write_whole(json_out, (json.dumps(told, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _sums(counts: Mapping[tuple[str, str | None], int]) -> tuple[dict[str, int], dict[str, int]]:
+    """(rows by decision, rows by the reason why they were not scored)."""
+    decisions: dict[str, int] = {}
+    reasons: dict[str, int] = {}
+    for (name, reason), count in counts.items():
+        decisions[name] = decisions.get(name, 0) + count
+        if reason is not None:
+            reasons[reason] = reasons.get(reason, 0) + count
+    return decisions, reasons
 
 
 def _by_threshold(

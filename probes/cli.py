@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from probes.manifest import artifact_folder
+
 if TYPE_CHECKING:
     from probes.evaluate import Row
     from probes.train import Fitted, Recipe, Table
@@ -182,7 +184,14 @@ def _fit_network(
 @app.command("eval")
 def evaluate(
     table: TablePath,
-    artifact: Annotated[list[Path], typer.Argument(help="Artifact folders to compare; the first is the reference.")],
+    artifact: Annotated[
+        list[Path],
+        typer.Argument(
+            parser=artifact_folder,
+            metavar="ARTIFACT...",
+            help="Artifact folders, or shipped ones by name, such as `default`; the first is the reference.",
+        ),
+    ],
     prompt: Prompt,
     head: Head,
     drop_if: DropIf = None,
@@ -271,11 +280,9 @@ def _write_report(path: Path, text: str) -> None:
 
 
 def _show(title: str, rows: Sequence["Row"], json_out: Path | None) -> None:
-    from rich.console import Console
+    from probes.report import console, render_rows
 
-    from probes.report import render_rows
-
-    Console().print(render_rows(title, rows))
+    console().print(render_rows(title, rows))
     if json_out is not None:
         with _explained():
             json_out.write_text(json.dumps([row.to_json() for row in rows], indent=2) + "\n", encoding="utf-8")

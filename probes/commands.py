@@ -20,6 +20,7 @@ from probes.cli import (
     _write_report,
     app,
 )
+from probes.manifest import ARTIFACTS, artifact_folder
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -34,7 +35,9 @@ SHARED = 0.05
 """Of the rows, the share that an artifact may have been fitted on: real tables hold repetitions."""
 
 
-ArtifactPath = Annotated[Path, typer.Argument(help="Folder of a fitted artifact.")]
+ArtifactPath = Annotated[
+    Path, typer.Argument(parser=artifact_folder, metavar="ARTIFACT", help="Folder of a fitted artifact.")
+]
 CertifiedHeads = Annotated[
     list[str],
     typer.Option(
@@ -72,16 +75,20 @@ def certify(
 ) -> None:
     """Certify thresholds on rows that the artifact was not fitted on, and store them in its probe.json."""
     with _explained():
-        from rich.console import Console
-
         from probes.certify import ALPHAS, METHODS, issue, require_rows, to_last
         from probes.errors import CertificateError, TableError
         from probes.manifest import write_manifest
+        from probes.report import console
         from probes.scored import opened, scored
         from probes.train import read_table
 
         heads = _parse_heads(head)
         probe = opened(artifact)
+        if artifact.parent == ARTIFACTS:
+            raise TableError(
+                f"{artifact.name} ships with Leadline, and an update would take your certificates away: copy {artifact}"
+                " to a folder of your own, certify that, and name it in the policy"
+            )
         data = read_table(table, prompt, heads, drop_if=drop_if)
         if known_only:
             data = data.labelled()
@@ -113,7 +120,12 @@ def certify(
         if not promises:
             raise CertificateError("nothing can be certified; see the reasons above")
         said = scored(data, probe, encoder, progress=True)
-        if silent := int((said != said).any(1).sum()):
+        if (silent := int((said != said).any(1).sum())) == len(said):
+            raise CertificateError(
+                f"{probe.version} abstains from all {silent} rows: there is no answer of it to prove anything of; "
+                "certify on rows like those that it was fitted on"
+            )
+        if silent:
             typer.echo(f"note: {probe.version} abstains from {silent} rows, which stay with the last head", err=True)
         p = to_last(said)
         issued = [
@@ -135,7 +147,7 @@ def certify(
                     certificates=issued,
                 ),
             )  # fmt: skip
-    Console().print(_certificate_table(f"{probe.version}, certified on {len(data.prompts)} rows", issued))
+    console().print(_certificate_table(f"{probe.version}, certified on {len(data.prompts)} rows", issued))
     if json_out is not None:
         rows = [one.model_dump(mode="json") for one in issued]
         json_out.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
@@ -159,7 +171,14 @@ def _certificate_table(title: str, certificates: "list[Certificate]") -> "RichTa
 @app.command()
 def compare(
     table: TablePath,
-    artifact: Annotated[list[Path], typer.Argument(help="Artifact folders; each is held against the first.")],
+    artifact: Annotated[
+        list[Path],
+        typer.Argument(
+            parser=artifact_folder,
+            metavar="ARTIFACT...",
+            help="Artifact folders, or shipped ones by name, such as `default`; each is held against the first.",
+        ),
+    ],
     prompt: Prompt,
     head: Head,
     at_most: Annotated[float, typer.Option(help="Also compare what their certificates for this loss keep.")] = 0.05,
@@ -170,10 +189,9 @@ def compare(
 ) -> None:
     """Put several artifacts side by side on rows that none was fitted on, with paired intervals."""
     with _explained():
-        from rich.console import Console
-
         from probes.compare import compare as compared
         from probes.errors import TableError
+        from probes.report import console
         from probes.scored import opened, scored
         from probes.train import read_table
 
@@ -188,7 +206,7 @@ def compare(
         seen = [probe.version for probe in probes if probe.manifest.seen(data.prompts)]
     if seen:
         typer.echo(f"warning: {', '.join(seen)} was fitted on some of these prompts: this flatters it", err=True)
-    Console().print(_comparison(f"{len(data.prompts)} prompts of {table.name}", versions, rows))
+    console().print(_comparison(f"{len(data.prompts)} prompts of {table.name}", versions, rows))
     if json_out is not None:
         told = {"artifacts": versions, "measures": [row.to_json() for row in rows]}
         json_out.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")

@@ -30,6 +30,12 @@ def default_artifact_path() -> Path:
     return ARTIFACTS / "default"
 
 
+def artifact_folder(name: str) -> Path:
+    """The folder of that name; where there is none, the artifact that ships under it, such as `default`."""
+    shipped = ARTIFACTS / name
+    return shipped if name and "/" not in name and not Path(name).exists() and shipped.is_dir() else Path(name)
+
+
 class HeadInfo(BaseModel):
     """One head: what a label meant, and on how many labels it was fitted."""
 
@@ -222,7 +228,11 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
     except OSError as error:
-        raise ArtifactError(f"no probe artifact in {folder}: {error.strerror} ({error.filename})") from None
+        shipped = ", ".join(sorted(path.name for path in ARTIFACTS.iterdir() if path.is_dir()))
+        raise ArtifactError(
+            f"no probe artifact in {folder}: {error.strerror} ({error.filename}); give a folder that `leadline probe "
+            f"fit` wrote, or one that ships: {shipped}"
+        ) from None
     try:
         found = json.loads(text)
     except ValueError as error:

@@ -3,10 +3,21 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
     from probes.evaluate import Row
+
+
+PIPED_COLUMNS = 160
+"""Where nobody's window says how wide a line may be: a file, a pipe, a log."""
+
+
+def console() -> Console:
+    """Tables are as wide as the window; where there is none, wide enough that no number is cut or folded."""
+    found = Console()
+    return found if found.is_terminal else Console(width=PIPED_COLUMNS)
 
 
 def render_rows(title: str, rows: Sequence["Row"]) -> Table:

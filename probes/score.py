@@ -147,8 +147,9 @@ def write_scores(
     decide: Decide,
     kept: Mapping[str, list[Any]],
     facts: Mapping[str, object],
-) -> dict[str, int]:
-    """Write OUT whole and remove its parts; returns how often each decision was taken.
+) -> dict[tuple[str, str | None], int]:
+    """Write OUT whole and remove its parts; returns how often each decision was taken, apart by the reason why a row
+    was not scored (None: it was).
 
     Columns: `row`, those kept, `p_<head>`, what `decide` says, `reason` (null where the row could be read).
     """
@@ -171,9 +172,9 @@ def write_scores(
     parquet.write_table(table, part, compression="zstd")
     os.replace(part, out)
     shutil.rmtree(_folder(out), ignore_errors=True)
-    counts: dict[str, int] = {}
-    for one in decided:
-        choice = str(one.get("decision"))
+    counts: dict[tuple[str, str | None], int] = {}
+    for row, one in zip(rows, decided, strict=True):
+        choice = str(one.get("decision")), row.reason
         counts[choice] = counts.get(choice, 0) + 1
     return counts
 

@@ -5,6 +5,7 @@ gateway over calls that go on from the thought so far (`gateway.stepping`): both
 only rules that need no hidden states and no scores of given tokens are for them.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,14 @@ from routers.yaml import Document, Path, concealed
 WAYS = ("exit", "speculate", "cascade", "vote")
 _NEEDS_LOGPROBS = {"specreason": "model", "glimprouter": "draft", "entropy": "both"}
 """Which side has to return log probabilities, by method."""
+_THRESHOLDS = {
+    "score": (-math.inf, 0.0, "the log probability of a token"),
+    "specreason": (0.0, 9.0, "a rating"),
+    "glimprouter": (0.0, 3.0, "the entropy of a first token's 20 likeliest, in nats"),
+    "entropy": (0.0, 15.0, "the mean entropy of the last tokens, in nats"),
+    "speculative_thinking": (-math.inf, math.inf, ""),
+}
+"""Method → (the least, the most that a threshold can mean, what is held against it)."""
 _REMOTE_METHODS = "specreason, glimprouter, speculative_thinking or entropy"
 
 
@@ -131,6 +140,12 @@ def _remote_problem(file: PlanFile, part: ModelFile, prefix: bool) -> tuple[Path
 def _unfinished(file: PlanFile) -> list[tuple[Path, str, str]]:
     """(field, what is wrong, the fix) of what a plan says by half."""
     found: list[tuple[Path, str, str]] = []
+    if file.speculate is not None and (threshold := file.speculate.threshold) is not None:
+        least, most, what = _THRESHOLDS[file.speculate.method]
+        if not least <= threshold <= most:
+            bounds = f"at most {most:g}" if least == -math.inf else f"from {least:g} to {most:g}"
+            message = f"`{file.speculate.method}` holds {what} against it, which is {bounds}"
+            found.append((("speculate", "threshold"), message, f"write a number {bounds}, or leave it out"))
     if file.cascade is not None:
         rule, path = file.cascade.accept, ("cascade", "accept")
         if rule.go_on_above > 0 and rule.prospect_weights is None:

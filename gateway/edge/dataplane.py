@@ -13,7 +13,7 @@ from gateway.edge.headers import read_headers
 from gateway.edge.prompts import read_completion, read_embedding
 from gateway.edge.recorded import RecordedReply, replay
 from gateway.edge.wire import read_chat
-from gateway.errors import LeadlineError, MethodNotAllowed
+from gateway.errors import InvalidRequest, LeadlineError, MethodNotAllowed
 from gateway.lifecycle import Lifecycle, new_ledger_id
 from gateway.upstream.types import CallHeaders, ChatCall
 
@@ -83,10 +83,22 @@ class Endpoint:
             await reply.release()
 
 
+def _read_chat(body: bytes, headers: CallHeaders) -> ChatCall:
+    """An engine takes a plan with a call; here the policy states it, and what it may cost is held before it runs."""
+    call = read_chat(body, headers)
+    if "plan" in call.fields:
+        raise InvalidRequest(
+            "plan: how a model works on an answer is the policy's to say (`models.NAME.plan`); leave it out. "
+            "x-leadline-effort asks for less thought.",
+            param="plan",
+        )
+    return call
+
+
 def data_plane(lifecycle: Lifecycle, idempotency: IdempotencyStore, max_body_bytes: int) -> Mapping[str, Endpoint]:
     """Path → who answers it."""
     readers: dict[str, Reader] = {
-        "/v1/chat/completions": read_chat,
+        "/v1/chat/completions": _read_chat,
         "/v1/completions": read_completion,
         "/v1/embeddings": read_embedding,
     }

@@ -51,13 +51,13 @@ def simulate(
 
     Nothing is called but the probe. Its scores are kept, so that a run that was broken off goes on.
     """
-    from rich.console import Console
 
     from gateway.policies import CannotServe, checked_policy
     from gateway.settings import Settings, SettingsError
     from gateway.simulate import run
     from gateway.simulate.routed import Caller
     from gateway.simulate.table import Columns, Long, read_outcomes
+    from probes.report import console
 
     try:
         policy, folder = checked_policy(file, secrets=False)
@@ -82,12 +82,12 @@ def simulate(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     title = f"{file.name} {policy.version_hash} on {table.name}"
-    console = Console()
+    shown = console()
     for fact in found.facts:
-        console.print(fact, highlight=False, markup=False)
-    console.print(run.rendered(title, found.measured))
+        shown.print(fact, highlight=False, markup=False)
+    shown.print(run.rendered(title, found.measured))
     for rule, count in found.rules:
-        console.print(f"  {count:>7}  {rule}", highlight=False, markup=False)
+        shown.print(f"  {count:>7}  {rule}", highlight=False, markup=False)
     if json_out is not None:
         told = run.as_json(policy, file, table, len(outcomes.prompts), found)
         json_out.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -212,8 +212,9 @@ def _engine(sources: dict[str, str]) -> "Iterator[tuple[Engine, dict[str, LocalM
 
 
 def _show(title: str, rows: "Sequence[Measured]", chosen: str) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from probes.report import console
 
     table = Table(title=title)
     for head in ("plan", "accuracy", "gain", "tokens computed", "cost", ""):
@@ -227,4 +228,4 @@ def _show(title: str, rows: "Sequence[Measured]", chosen: str) -> None:
             "{:.2f} [{:.2f}, {:.2f}]".format(*row.cost),
             "chosen" if row.name == chosen else "",
         )
-    Console().print(table)
+    console().print(table)

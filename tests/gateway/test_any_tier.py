@@ -1,6 +1,7 @@
 """Every kind of artifact goes through `leadline probe fit, score, eval, certify, compare`: words and tables, too."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from probes.certify import to_last
 from probes.cluster_table import ClusterTable
 from probes.commands import app as probe_app
 from probes.errors import ArtifactError
-from probes.manifest import read_manifest
+from probes.manifest import ARTIFACTS, artifact_folder, read_manifest
 from probes.runtime import EncoderProbe
 from probes.scored import opened, scored
 from probes.static import StaticProbe
@@ -77,6 +78,41 @@ def test_words_are_measured_and_what_they_do_not_read_is_told(folder: Path) -> N
     assert rows["table", "APGR"] > 0.6
     assert "Whether its numbers are true" in page.read_text()
     assert "Whether its numbers are true" in (folder / "words.html").read_text()
+
+
+def test_rows_that_a_probe_says_nothing_of_prove_nothing(folder: Path, tmp_path: Path) -> None:
+    pd.DataFrame({"q": UNREAD * 60, "cheap": [0.0, 1.0] * 120, "dear": [1.0] * 240}).to_parquet(tmp_path / "t.parquet")
+    before = read_manifest(folder / "words").certificates
+    done = CliRunner().invoke(
+        app, ["certify", str(folder / "words"), str(tmp_path / "t.parquet"), *HEADS, "--alpha", "0.2"]
+    )
+    assert done.exit_code == 2
+    assert "abstains from all 240 rows" in done.output
+    assert read_manifest(folder / "words").certificates == before
+
+
+def test_piped_tables_hold_every_number(folder: Path) -> None:
+    """A pipe has no width: nothing is cut, folded or replaced by an ellipsis."""
+    out = run("compare", str(folder / "fresh.parquet"), str(folder / "words"), str(folder / "table"), *HEADS)
+    rows = [line for line in out.splitlines() if re.search(r"[+-]0\.\d{4} \[[+-]\d\.\d{4}, [+-]\d\.\d{4}\]", line)]
+    assert len(rows) == 11, "Brier, ECE and AUC of each head, three of routing, two of their certificates"
+    assert "…" not in out
+
+
+def test_shipped_artifacts_go_by_their_names(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert artifact_folder("static") == ARTIFACTS / "static"
+    assert artifact_folder(str(folder / "words")) == folder / "words"
+    with pytest.raises(ArtifactError, match="or one that ships: default, "):
+        opened(artifact_folder("mine"))
+    fresh = str(folder / "fresh.parquet")
+    out = run("eval", fresh, "static", *HEADS)
+    assert "static@" in out
+    done = CliRunner().invoke(app, ["certify", "static", fresh, *HEADS, "--alpha", "0.2"])
+    assert done.exit_code == 2
+    assert "static ships with Leadline" in done.output
+    (tmp_path / "static").mkdir()
+    assert artifact_folder("static") == Path("static"), "a folder that is here goes first"
 
 
 def test_who_says_nothing_of_a_row_leaves_it_to_the_last(folder: Path) -> None:

@@ -53,6 +53,16 @@ def test_a_malformed_request_names_what_is_wrong(body: bytes, param: str | None,
     assert len(caught.value.message) < 300
 
 
+@anyio
+@pytest.mark.parametrize("plan", [{"type": "vote", "most": 16}, None, "exit"])
+async def test_a_plan_is_the_policys_to_state(gateway: Gateway, upstream: FakeUpstream, plan: object) -> None:
+    """An engine behind would run it, at a cost that nobody has held."""
+    status, _, body = await gateway.chat({**ask(), "plan": plan})
+    assert (status, body["error"]["param"]) == (400, "plan")
+    assert "`models.NAME.plan`" in body["error"]["message"]
+    assert upstream.requests == []
+
+
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [

@@ -314,6 +314,12 @@ def test_every_name_of_a_model_is_away_with_its_engine() -> None:
         ("{exit: {rule: budget, agree: 3}}", "or write `rule: convergence` or `redundancy`"),
         ("{exit: {budget: 50}}", "plan.exit.budget: `rule: probe` does not read it (got `50`)"),
         ("{speculate: {draft: small, method: speculative_thinking, threshold: 1}}", "does not read it"),
+        ("{speculate: {draft: small, threshold: 9}}", "the log probability of a token against it, which is at most 0"),
+        (
+            "{speculate: {draft: small, method: specreason, threshold: 9.5}}",
+            "a rating against it, which is from 0 to 9",
+        ),
+        ("{speculate: {draft: small, method: glimprouter, threshold: 4}}", "write a number from 0 to 3"),
         ("{vote: {stop: agreement, bound: 0.5}}", "plan.vote.bound: `stop: agreement` does not read it"),
     ],
 )

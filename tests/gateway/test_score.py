@@ -92,6 +92,9 @@ def test_every_kind_of_cell_is_scored_or_says_why_not(tmp_path: Path) -> None:
     (talk,) = probe.probe([TALK])
     assert rows[6]["p_weak"] == pytest.approx(talk["weak"], abs=1e-5)
     assert rows[7]["p_weak"] == pytest.approx(talk["weak"], abs=1e-5)
+    lines = [line for line in done.output.splitlines() if line.startswith("    ")]
+    assert sum(int(line.split()[0]) for line in lines) == len(cells), "each row is counted once"
+    assert "         2  strong, not scored: empty" in lines
     told = json.loads((tmp_path / "c.json").read_text())
     assert told["not_scored"]["empty"] == 2
     assert sum(told["decisions"].values()) == len(cells)
