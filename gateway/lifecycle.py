@@ -7,12 +7,9 @@ the answer is streamed or whole, served, failed, or abandoned by its caller.
 """
 
 import asyncio
-import os
-import random
 import time
-from collections.abc import AsyncGenerator, Coroutine, Mapping
-from contextlib import aclosing
-from typing import Any, Protocol, TypeVar
+from collections.abc import Coroutine, Mapping
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -35,12 +32,13 @@ from gateway.errors import (
     UpstreamRateLimited,
 )
 from gateway.facts import hash_secret, prompt_hash, written
+from gateway.ids import new_ledger_id, new_seed
 from gateway.learned import Learned
-from gateway.ledger.records import AttemptRecord, RequestRecord
+from gateway.ledger.records import RequestRecord
 from gateway.ledger.settle import NO_USAGE, cost_nanousd
 from gateway.ledger.store import LedgerStore
 from gateway.query import must_know, query_of
-from gateway.resume import Transcript, resumable
+from gateway.relay import Relay, Reply, casts_shadows, last_events
 from gateway.sessions import Conversation, Store, after, conversation_key, is_bound
 from gateway.shadow import Shadows
 from gateway.signals import SignalReader
@@ -49,9 +47,9 @@ from gateway.stepping.thinking import thinking_of
 from gateway.telemetry.logs import get_logger
 from gateway.telemetry.metrics import Metrics
 from gateway.ticket import Ticket
-from gateway.upstream.gather import as_stream, gather, replay, usage_of
-from gateway.upstream.sse import DONE, write_event
-from gateway.upstream.types import Answer, AnswerStream, ChatCall, Event, UpstreamError
+from gateway.upstream.gather import gather, replay, usage_of
+from gateway.upstream.sse import write_event
+from gateway.upstream.types import Answer, ChatCall, Event, UpstreamError
 from gateway.world import World
 from routers.bandit import context_of
 from routers.decide import decide
@@ -62,27 +60,8 @@ from routers.types import Cascade, Decision, Load, Query, Signals, State
 
 log = get_logger(__name__)
 
-MAX_KEPT_BYTES = 2 << 20
-"""A longer stream is not kept for the cache."""
-
 _T = TypeVar("_T")
 _encode = msgspec.json.Encoder().encode
-
-
-class Reply(Protocol):
-    """The caller's end of the request. `headers` are lines (`gateway.header_lines`)."""
-
-    async def whole(self, status: int, headers: bytes, body: bytes) -> None: ...
-
-    async def start_stream(self, headers: bytes) -> None: ...
-
-    async def send(self, data: bytes) -> None: ...
-
-    async def end(self) -> None: ...
-
-    async def fail(self, error: LeadlineError, headers: bytes) -> None:
-        """An error body, or an error event when a stream has begun: never a success terminator."""
-        ...
 
 
 class Lifecycle:
@@ -236,7 +215,7 @@ class Lifecycle:
         await self._settle(ticket, "ok", 200)
         if call.stream:
             await reply.start_stream(ticket.headers(final=True))
-            await reply.send(b"".join(map(write_event, events[:-1])) + _last_events(ticket, Event(events[-1], True)))
+            await reply.send(b"".join(map(write_event, events[:-1])) + last_events(ticket, Event(events[-1], True)))
             await reply.end()
         else:
             await reply.whole(200, ticket.headers(final=True), answer.body)
@@ -260,7 +239,7 @@ class Lifecycle:
         if ticket.route is not None and ticket.route.affinity is not None:
             ticket.conversation_key = key = conversation_key(self._cache_secret, ticket.record.tenant, call)
             ticket.conversation = await self._sessions.get(key) if key is not None else None
-        decision, facts = await self._decide(ticket.query, ticket.world, messages, _seed(), ticket, *asked)
+        decision, facts = await self._decide(ticket.query, ticket.world, messages, new_seed(), ticket, *asked)
         ticket.decision = decision
         ticket.record.facts = facts
         if facts is not None:
@@ -331,7 +310,7 @@ class Lifecycle:
     async def _run(self, ticket: Ticket, reply: Reply) -> None:
         """Once the row is settled as a success, no deadline turns the answer into an error."""
         if ticket.call.stream:
-            relay = _Relay(ticket, reply)
+            relay = Relay(ticket, reply)
             try:
                 await self._within_deadline(ticket, self._stream(ticket, relay))
             except LeadlineError:
@@ -345,7 +324,7 @@ class Lifecycle:
                 await self._remember(ticket, whole)
                 if casts_shadows(ticket):
                     ticket.served = whole
-            await reply.send(_last_events(ticket, relay.usage_event))
+            await reply.send(last_events(ticket, relay.usage_event))
             await reply.end()
         else:
             try:
@@ -398,7 +377,7 @@ class Lifecycle:
             return None, errors
         return await climb(self._attempts, ticket, plan, errors), errors
 
-    async def _stream(self, ticket: Ticket, relay: "_Relay") -> None:
+    async def _stream(self, ticket: Ticket, relay: Relay) -> None:
         accepted, errors = await self._climb(ticket)
         if accepted is not None:
             await relay.replay(accepted)
@@ -432,157 +411,6 @@ class Lifecycle:
                 return
 
 
-class _Relay:
-    """Hands a stream on to the caller, and bills its attempt when it ends, however it ends."""
-
-    def __init__(self, ticket: Ticket, reply: Reply) -> None:
-        self._ticket = ticket
-        self._reply = reply
-        route = ticket.route
-        resumes = route is not None and route.on_stream_failure == "resume" and resumable(ticket.call)
-        self._transcript = Transcript() if resumes else None
-        self._keeping = ticket.cache_key is not None or casts_shadows(ticket)
-        self._kept_bytes = 0
-        self.started = False
-        self._metered = False
-        self.kept: list[bytes] = []
-        self.usage_event: Event | None = None
-
-    @property
-    def complete(self) -> bool:
-        """Whether `kept` is the whole answer, of one model, with its usage."""
-        return self._keeping and self._metered
-
-    def continued(self) -> ChatCall | None:
-        """The call for the rest of an answer that broke off; None where the route or the request allows none."""
-        return self._transcript.continued(self._ticket.call) if self._transcript is not None else None
-
-    def resumes(self) -> None:
-        """Another target goes on with it."""
-        assert self._transcript is not None
-        self._transcript.resumed = self._ticket.resumed = True
-        self._keeping = False
-
-    async def run(self, stream: AnswerStream, attempt: AttemptRecord) -> None:
-        ticket, reply, state, transcript = self._ticket, self._reply, stream.state, self._transcript
-        outcome = ""
-        try:
-            await self._start()
-            async for events in stream:
-                out = b""
-                for event in events:
-                    if transcript is not None:
-                        event = transcript.renamed(event) if transcript.resumed else event
-                        transcript.note(event)
-                    if self._keeping:
-                        self._keep(event)
-                    if event.usage_only:
-                        self.usage_event = event
-                    else:
-                        out += write_event(event.data)
-                if out:
-                    await reply.send(out)
-            outcome = "ok"
-            self._metered = state.usage is not None
-        except UpstreamError as error:
-            outcome = error.cause
-            attempt.error = error.kept
-            raise
-        except Exception:
-            outcome = "error"
-            raise
-        finally:
-            # Billed before anything is awaited: a second cancel must not find the attempt open. A count that came
-            # before the end of the stream is not the whole count.
-            try:
-                usage = state.usage if state.done else None
-                outcome = outcome or ticket.interruption()
-                ticket.end_attempt(
-                    attempt,
-                    outcome,
-                    usage,
-                    delivered_bytes=state.delivered_bytes,
-                    deltas=state.deltas,
-                    plan=state.plan if state.done else None,
-                )
-            finally:
-                await stream.close()
-
-    async def tell(self, groups: AsyncGenerator[list[Event]]) -> None:
-        """What a plan of several calls says, which bills them itself."""
-        async with aclosing(groups):
-            async for events in groups:
-                await self._start()
-                out = b""
-                for event in events:
-                    if self._keeping:
-                        self._keep(event)
-                    if event.usage_only:
-                        self.usage_event = event
-                    else:
-                        out += write_event(event.data)
-                await self._reply.send(out)
-        self._metered = True
-
-    async def _start(self) -> None:
-        if not self.started:
-            self.started = True
-            await self._reply.start_stream(self._ticket.headers(final=False))
-
-    async def replay(self, answer: Answer) -> None:
-        """A whole answer, whose attempt has been billed, as the stream that its caller asked for."""
-        chunks = as_stream(answer.body)
-        events = [Event(chunk, False) for chunk in chunks[:-1]]
-        self.usage_event = Event(chunks[-1], True)
-        for event in (*events, self.usage_event):
-            if self._keeping:
-                self._keep(event)
-        self._metered = answer.usage is not None
-        self.started = True
-        await self._reply.start_stream(self._ticket.headers(final=False))
-        await self._reply.send(b"".join(write_event(event.data) for event in events))
-
-    def _keep(self, event: Event) -> None:
-        self._kept_bytes += len(event.data)
-        self._keeping = self._kept_bytes <= MAX_KEPT_BYTES
-        self.kept.append(event.data)
-
-
-def casts_shadows(ticket: Ticket) -> bool:
-    return ticket.decision is not None and bool(ticket.decision.shadow)
-
-
-def _last_events(ticket: Ticket, usage_event: Event | None) -> bytes:
-    """The receipt, to those who asked for usage; the cost as a comment, which every client ignores; the end."""
-    out = b""
-    if ticket.call.include_usage and usage_event is not None:
-        fields = msgspec.json.decode(usage_event.data, type=dict[str, msgspec.Raw])
-        fields["leadline"] = msgspec.Raw(_encode(ticket.receipt()))
-        out = write_event(_encode(fields))
-    if ticket.resumed:
-        out += b": leadline-resumed\n\n"
-    cost = ticket.record.cost_nanousd
-    return out + b": leadline-cost-nanousd " + (b"unpriced" if cost is None else b"%d" % cost) + b"\n\n" + DONE
-
-
-_ids = random.Random(os.urandom(32))
-os.register_at_fork(after_in_child=lambda: _ids.seed(os.urandom(32)))
-
-
-_last_id = (0, 0)
-"""Millisecond and random part."""
-
-
-def new_ledger_id(now_ms: int) -> str:
-    """Sorts by time, and within a millisecond by the order in which this worker made them (RFC 9562, 6.2, method 2).
-    Unique, not secret: whose request it is decides who may see it."""
-    global _last_id
-    ms, random = _last_id
-    random = random + 1 + _ids.getrandbits(32) if ms == now_ms else _ids.getrandbits(63)
-    _last_id = (now_ms, random)
-    return f"req_{now_ms:011x}{random:016x}"
-
-
 def _going_on(ticket: Ticket, before: Conversation, signals: Signals, state: State) -> tuple[Signals, State]:
     """With what is remembered of the conversation, for a route that has affinity."""
     assert ticket.route is not None
@@ -593,11 +421,6 @@ def _going_on(ticket: Ticket, before: Conversation, signals: Signals, state: Sta
         msgspec.structs.replace(signals, cached_tokens=before.cached_tokens(state.now_ms, affinity.ttl_ms)),
         msgspec.structs.replace(state, session_model=before.model, session_p=before.p_success, bound_to=bound),
     )
-
-
-def _seed() -> int:
-    """Of one decision: its ledger row has it. Any JSON reader holds it exactly."""
-    return _ids.getrandbits(53)
 
 
 def _known(error: Exception, request_id: str) -> LeadlineError:

@@ -14,7 +14,8 @@ from gateway.edge.prompts import read_completion, read_embedding
 from gateway.edge.recorded import RecordedReply, replay
 from gateway.edge.wire import read_chat
 from gateway.errors import InvalidRequest, LeadlineError, MethodNotAllowed
-from gateway.lifecycle import Lifecycle, new_ledger_id
+from gateway.ids import new_ledger_id
+from gateway.lifecycle import Lifecycle
 from gateway.upstream.types import CallHeaders, ChatCall
 
 LONG_BODY_BYTES = 64 << 10
