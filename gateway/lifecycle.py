@@ -320,7 +320,7 @@ class Lifecycle:
                 await relay.replay(less)
             await self._settle(ticket, "ok", 200)
             if relay.complete:
-                whole = gather(relay.kept)
+                whole = gather(relay.kept.chunks())
                 await self._remember(ticket, whole)
                 if casts_shadows(ticket):
                     ticket.served = whole

@@ -10,7 +10,7 @@ from gateway.errors import LeadlineError
 from gateway.ledger.records import AttemptRecord
 from gateway.resume import Transcript, resumable
 from gateway.ticket import Ticket
-from gateway.upstream.gather import as_stream
+from gateway.upstream.gather import Kept, as_stream
 from gateway.upstream.sse import DONE, write_event
 from gateway.upstream.types import Answer, AnswerStream, ChatCall, Event, UpstreamError
 
@@ -29,6 +29,15 @@ class Reply(Protocol):
 
     async def send(self, data: bytes) -> None: ...
 
+    @property
+    def ready(self) -> bool:
+        """Whether a stream that has begun may go on by `send_now`."""
+        ...
+
+    def send_now(self, data: bytes) -> None:
+        """As `send`, without waiting for anything; only while `ready`."""
+        ...
+
     async def end(self) -> None: ...
 
     async def fail(self, error: LeadlineError, headers: bytes) -> None:
@@ -46,10 +55,9 @@ class Relay:
         resumes = route is not None and route.on_stream_failure == "resume" and resumable(ticket.call)
         self._transcript = Transcript() if resumes else None
         self._keeping = ticket.cache_key is not None or casts_shadows(ticket)
-        self._kept_bytes = 0
         self.started = False
         self._metered = False
-        self.kept: list[bytes] = []
+        self.kept = Kept()
         self.usage_event: Event | None = None
 
     @property
@@ -73,6 +81,7 @@ class Relay:
         outcome = ""
         try:
             await self._start()
+            stream.listen(self._tell_now)
             async for events in stream:
                 if told := self._told(events):
                     await reply.send(told)
@@ -111,6 +120,15 @@ class Relay:
                     await self._reply.send(told)
         self._metered = True
 
+    def _tell_now(self, events: list[Event]) -> bool:
+        """Tell them within the read that brought them, if the caller keeps up: no task is woken for it."""
+        reply = self._reply
+        if not reply.ready:
+            return False
+        if told := self._told(events):
+            reply.send_now(told)
+        return True
+
     def _told(self, events: list[Event]) -> bytes:
         """As the caller gets them. A last chunk of usage alone waits for the receipt."""
         transcript, told = self._transcript, b""
@@ -145,9 +163,8 @@ class Relay:
         await self._reply.send(b"".join(write_event(event.data) for event in events))
 
     def _keep(self, event: Event) -> None:
-        self._kept_bytes += len(event.data)
-        self._keeping = self._kept_bytes <= MAX_KEPT_BYTES
-        self.kept.append(event.data)
+        self.kept.add(event)
+        self._keeping = self.kept.size <= MAX_KEPT_BYTES
 
 
 def casts_shadows(ticket: Ticket) -> bool:

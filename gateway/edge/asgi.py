@@ -132,6 +132,16 @@ class AsgiReply:
         self.exchange = None  # it has to tell that it closes: all of the answer goes by `send`
         await self._send({"type": "http.response.start", "status": 200, "headers": pairs_of(headers)})
 
+    @property
+    def ready(self) -> bool:
+        """Whether a stream that has begun may go on by `send_now`."""
+        return self.exchange is not None and self.exchange.ready
+
+    def send_now(self, data: bytes) -> None:
+        """As `send`, without waiting for anything; only while `ready`."""
+        assert self.exchange is not None
+        self.exchange.write_now(data)
+
     async def send(self, data: bytes) -> None:
         if self.exchange is not None:
             await self.exchange.write_chunk(data)

@@ -59,9 +59,17 @@ class Exchange(RequestResponseCycle):
             self.chunked_encoding = True
             self.transport.write(b"%b%btransfer-encoding: chunked\r\n\r\n" % (STATUS_LINE[200], headers))
 
+    @property
+    def ready(self) -> bool:
+        """Whether the caller takes its answer as fast as it is written."""
+        return not self.flow.write_paused
+
     async def write_chunk(self, data: bytes) -> None:
         if self.flow.write_paused:
             await self.flow.drain()
+        self.write_now(data)
+
+    def write_now(self, data: bytes) -> None:
         if data and not self.disconnected:  # an empty chunk would be the end
             self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 

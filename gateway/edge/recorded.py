@@ -26,11 +26,18 @@ class RecordedReply(AsgiReply):
             await self.release()
         await super().whole(status, headers, body)
 
+    def send_now(self, data: bytes) -> None:
+        self._keep(data)
+        super().send_now(data)
+
     async def send(self, data: bytes) -> None:
+        self._keep(data)
+        await super().send(data)
+
+    def _keep(self, data: bytes) -> None:
         self._size += len(data)
         if self._size <= MAX_BODY_BYTES:
             self._parts.append(data)
-        await super().send(data)
 
     async def end(self) -> None:
         await self._finish(200, STREAM_TYPE, b"".join(self._parts) if self._size <= MAX_BODY_BYTES else None)

@@ -89,6 +89,7 @@ class Connection(asyncio.Protocol):
         self.status = 0
         self.head = b""
         self.parts: list[bytes] = []
+        self.taker: Callable[[bytes], bool] | None = None
         self.error: HttpError | None = None
 
     # the exchange ---------------------------------------------------------------------------------------------------
@@ -120,6 +121,11 @@ class Connection(asyncio.Protocol):
             self._sent_at = self._loop.time()
             self._transport.write(view[at : at + WRITE_BYTES])
         self._uploading = False
+
+    def hand_over(self, take: Callable[[bytes], bool]) -> asyncio.Future[None]:
+        """`take` gets what arrives instead of whoever waits, until it returns False; raises what it raises."""
+        self.taker = take
+        return self.wait()
 
     def wait(self) -> asyncio.Future[None]:
         """The next thing that happens here: a read, the end, an error, room to write."""
@@ -218,7 +224,7 @@ class Connection(asyncio.Protocol):
             self.fail(HeadersTooLarge(f"more than {MAX_HEAD_BYTES} bytes of headers", reused=self.reused))
         elif self._drain_until != math.inf:
             self._drained(len(data))
-        else:
+        elif self.taker is None or not self._taken(self.taker):
             self._wake()
 
     def on_message_begin(self) -> None:
@@ -305,6 +311,17 @@ class Connection(asyncio.Protocol):
             self.error = error
         self.abort()
         self._wake()
+
+    def _taken(self, take: Callable[[bytes], bool]) -> bool:
+        """Whether what has arrived was handed on, and whoever waits may go on waiting."""
+        waiter = self._waiter
+        if waiter is None or waiter.done() or not self.parts or self.error is not None:
+            return False
+        try:
+            return take(self.take()) and not self.complete
+        except Exception as error:
+            waiter.set_exception(error)
+            return False
 
     def _wake(self) -> None:
         waiter = self._waiter

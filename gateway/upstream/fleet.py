@@ -20,7 +20,7 @@ from gateway.upstream.engines import CAPABILITIES, load_of_body
 from gateway.upstream.http import HttpClient, RequestHead
 from gateway.upstream.http_errors import HttpError
 from gateway.upstream.openai import OpenAIUpstream
-from gateway.upstream.types import Answer, AnswerStream, ChatCall, Event, StreamState, Target, UpstreamError
+from gateway.upstream.types import Answer, AnswerStream, ChatCall, Event, Hear, StreamState, Target, UpstreamError
 from routers.policy import Server
 
 log = get_logger(__name__)
@@ -186,6 +186,9 @@ class _Counted:
         self.state: StreamState = stream.state
         self._stream = stream
         self._replica: Replica | None = replica
+
+    def listen(self, hear: Hear) -> None:
+        self._stream.listen(hear)
 
     def __aiter__(self) -> AsyncIterator[list[Event]]:
         return self._stream.__aiter__()

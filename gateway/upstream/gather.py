@@ -5,6 +5,7 @@ from typing import Any
 import msgspec
 
 from gateway.ledger.settle import Usage, WireUsage
+from gateway.upstream.types import Event, Pattern
 
 _encode = msgspec.json.Encoder().encode
 
@@ -85,6 +86,39 @@ class Gathered:
         choice["finish_reason"] = piece.finish_reason or choice["finish_reason"]
         if piece.stop_reason is not msgspec.UNSET:
             choice["stop_reason"] = piece.stop_reason
+
+
+class Kept:
+    """The chunks of a stream, as few as say the same: of those that differ in a word alone, one with all the words."""
+
+    def __init__(self) -> None:
+        self._chunks: list[bytes] = []
+        self._pattern: Pattern | None = None
+        self._words: list[bytes] = []
+        self.size = 0
+        """Bytes."""
+
+    def add(self, event: Event) -> None:
+        pattern = event.pattern
+        if pattern is None or pattern is not self._pattern:
+            self._close()
+            self._pattern = pattern
+        if pattern is None:
+            self._chunks.append(event.data)
+            self.size += len(event.data)
+        else:
+            words = pattern.words(event.data)
+            self._words.append(words)
+            self.size += len(words)
+
+    def chunks(self) -> list[bytes]:
+        self._close()
+        return self._chunks
+
+    def _close(self) -> None:
+        if self._pattern is not None and self._words:
+            self._chunks.append(self._pattern.around(b"".join(self._words)))
+            self._words = []
 
 
 def _merge_tool_calls(calls: list[dict[str, Any]], pieces: list[dict[str, Any]]) -> None:

@@ -96,6 +96,23 @@ class HttpResponse:
                 raise
         return connection.take()
 
+    async def hand_over(self, take: Callable[[bytes], bool]) -> None:
+        """Have `take` called with what arrives, in the very callback that read it, until it returns False, the body
+        ends or breaks off: `read_some` says which. Raises what `take` raises."""
+        connection = self._live()
+        while connection.parts:
+            if not take(connection.take()):
+                return
+        if connection.complete or connection.error is not None:
+            return
+        try:
+            await connection.hand_over(take)
+        except BaseException:
+            self.abort()
+            raise
+        finally:
+            connection.taker = None
+
     async def read(self, max_bytes: int) -> bytes:
         """The whole body. Raises HttpError, BodyTooLarge (and closes the connection) beyond `max_bytes`."""
         connection = self._live()

@@ -17,7 +17,7 @@ from gateway.upstream.embed import embed
 from gateway.upstream.gather import Gathered
 from gateway.upstream.local_params import sampling_params, tool_choice
 from gateway.upstream.local_plans import planned_for, report_of
-from gateway.upstream.types import Answer, Cause, ChatCall, Event, StreamState, Target, UpstreamError
+from gateway.upstream.types import Answer, Cause, ChatCall, Event, Hear, StreamState, Target, UpstreamError
 from local_engine.client import EngineClient
 from local_engine.errors import EngineFailure, EngineGone
 from local_engine.types import Delta, Finished, TokenLogprob, ToolCallDelta
@@ -122,6 +122,9 @@ class LocalStream:
     async def read_first(self) -> None:
         self._first = [self._chunk(choice, {"role": "assistant", "content": ""}) for choice in range(self._choices)]
         self._first.extend(await self._read_group())
+
+    def listen(self, hear: Hear) -> None:
+        """Its tokens come through a task of their own: all are yielded."""
 
     async def __aiter__(self) -> AsyncIterator[list[Event]]:
         yield self._first

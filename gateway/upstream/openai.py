@@ -8,13 +8,14 @@ import msgspec
 
 from gateway.ledger.settle import Usage, WireUsage
 from gateway.upstream.begun import begun
+from gateway.upstream.chunks import ABSENT, Timings, error_message, read_chunk, read_usage
 from gateway.upstream.connection import Timeouts
 from gateway.upstream.engines import CAPABILITIES, LOAD_HEADER, load_of_header, tenant_salt
 from gateway.upstream.http import HttpClient, HttpResponse, RequestHead
 from gateway.upstream.http_errors import BadResponse, ConnectError, ExchangeTimeout, FirstByteTimeout, HttpError
 from gateway.upstream.refusals import error_object, refusal
-from gateway.upstream.sse import ABSENT, SseReader, Timings, error_message, read_chunk, read_usage
-from gateway.upstream.types import Answer, ChatCall, Event, StreamState, Target, UpstreamError
+from gateway.upstream.sse import SseReader
+from gateway.upstream.types import Answer, ChatCall, Event, Hear, StreamState, Target, UpstreamError
 from routers.policy import PREFIX_STYLES, Server
 from routers.types import Endpoint
 
@@ -191,6 +192,8 @@ class OpenAIStream:
         self._secret = secret
         self._reader = SseReader()
         self._first: list[Event] = []
+        self._hear: Hear | None = None
+        self._unheard: list[Event] = []
         self._ended = False
 
     async def read_first(self) -> None:
@@ -199,10 +202,19 @@ class OpenAIStream:
         if not self._first:
             raise UpstreamError("cut", f"{self._provider} ended the stream before its first event", may_be_billed=True)
 
+    def listen(self, hear: Hear) -> None:
+        self._hear = hear
+
     async def __aiter__(self) -> AsyncIterator[list[Event]]:
         yield self._first
         while not self._ended:
-            events = await self._read_group()
+            if self._hear is not None:
+                await self._response.hand_over(self._heard)
+                events, self._unheard = self._unheard, []
+            else:
+                events = []
+            if not events and not self._ended:
+                events = await self._read_group()
             if events:
                 yield events
         if not self.state.done:
@@ -222,8 +234,18 @@ class OpenAIStream:
             chunk = await self._response.read_some()
         except HttpError as error:
             raise _broken(self._provider, error, "stalled in the middle of its stream", "cut the stream") from error
-        payloads = self._reader.feed(chunk) if chunk else self._reader.close()
         self._ended = not chunk
+        return self._events(self._reader.feed(chunk) if chunk else self._reader.close())
+
+    def _heard(self, chunk: bytes) -> bool:
+        """Whether it may be given more at once."""
+        events = self._events(self._reader.feed(chunk))
+        if events and self._hear is not None and not self._hear(events):
+            self._unheard = events
+            return False
+        return not self._ended
+
+    def _events(self, payloads: list[bytes]) -> list[Event]:
         events = []
         for payload in payloads:
             try:

@@ -1,6 +1,6 @@
 """What lifecycle knows of an upstream: a target, a call, an answer, an error."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -194,6 +194,21 @@ class Answer(msgspec.Struct):
     plan: PlanReport | None = None
 
 
+class Pattern(msgspec.Struct, frozen=True, gc=False):
+    """What the chunks of a stream have in common that differ in a word of their text alone."""
+
+    head: bytes
+    tail: bytes
+
+    def words(self, data: bytes) -> bytes:
+        """What stands between head and tail."""
+        return data[len(self.head) : -len(self.tail)]
+
+    def around(self, words: bytes) -> bytes:
+        """The chunk that says all these words."""
+        return b"%b%b%b" % (self.head, words, self.tail)
+
+
 @dataclass(slots=True)
 class StreamState:
     """How far a stream has come; read by the ledger when it ends, however it ends."""
@@ -205,24 +220,39 @@ class StreamState:
     finished_choices: set[int] = field(default_factory=set)
     tool_calls: dict[int, ToolCallOrder] = field(default_factory=dict)
     """By choice."""
+    pattern: Pattern | None = None
+    """That of the last chunk of text."""
+    patterns_left: int = 8
+    """How often another may be looked for."""
     done: bool = False
     """The terminator came, or a finish reason for every choice: nothing is missing."""
     plan: PlanReport | None = None
 
 
-class Event(msgspec.Struct, frozen=True):
+class Event(msgspec.Struct, frozen=True, gc=False):
     """One server-sent event, ready to be forwarded."""
 
     data: bytes
     """The JSON after `data: `."""
     usage_only: bool = False
     """A last chunk that carries usage and no choices."""
+    pattern: Pattern | None = None
+    """The one that it follows, where that is known."""
+
+
+Hear = Callable[[list[Event]], bool]
+"""Takes a group of events at once, or says that it cannot."""
 
 
 class AnswerStream(Protocol):
     """A running stream whose first event has arrived. Iterating raises UpstreamError(`cut`) if it ends too soon."""
 
     state: StreamState
+
+    def listen(self, hear: Hear) -> None:
+        """Whoever iterates may be given groups by `hear`, in the callback that read them; what it does not take, and
+        what a stream has no use to give so, is yielded."""
+        ...
 
     def __aiter__(self) -> AsyncIterator[list[Event]]:
         """Events in the groups in which they arrived."""

@@ -22,7 +22,7 @@ from gateway.engine_alone import run_alone
 from gateway.engine_door import MAX_BODY_BYTES, Door
 from gateway.engine_service import EventStream
 from gateway.policies import CannotServe
-from gateway.upstream.types import Event, StreamState
+from gateway.upstream.types import Event, Hear, StreamState
 from tests.conftest import free_port, stop
 from tests.gateway.conftest import running
 
@@ -287,6 +287,8 @@ class Waiting:
     def __init__(self) -> None:
         self.state = StreamState()
         self.closed = False
+
+    def listen(self, hear: Hear) -> None: ...
 
     async def __aiter__(self) -> AsyncIterator[list[Event]]:
         yield [Event(b"{}")]

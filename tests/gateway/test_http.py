@@ -357,6 +357,91 @@ async def test_a_slow_reader_makes_a_fast_server_wait(client: HttpClient) -> Non
         assert client.statistics().idle == 1
 
 
+async def test_what_arrives_is_handed_over_in_the_read_itself_as_long_as_it_is_taken(client: HttpClient) -> None:
+    pieces = [b"%d," % number for number in range(40)]
+    asked = asyncio.Event()
+
+    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(OK + b"Transfer-Encoding: chunked\r\n\r\n")
+        for number, piece in enumerate(pieces):
+            if number == 20:
+                await asked.wait()
+            writer.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+            await writer.drain()
+            await asyncio.sleep(0.001)
+        writer.write(b"0\r\n\r\n")
+
+    taken: list[bytes] = []
+
+    def take(data: bytes) -> bool:
+        taken.append(data)
+        return b"9," not in data
+
+    async with raw_server(drip) as server:
+        response = await client.request(to(server), b"", PATIENT)
+        while not b"".join(taken).endswith(b"19,"):
+            await response.hand_over(take)
+        asked.set()
+        taken.append(await response.read_some())  # by turns with reads of the other kind
+        while rest := await response.read_some():
+            taken.append(rest)
+            await response.hand_over(take)
+        response.release()
+        assert b"".join(taken) == b"".join(pieces)
+        assert client.statistics().idle == 1
+
+
+async def test_who_takes_and_fails_or_leaves_costs_the_connection(client: HttpClient) -> None:
+    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(OK + b"Content-Length: 1000000\r\n\r\n")
+        while True:
+            writer.write(b"x")
+            await writer.drain()
+            await asyncio.sleep(0.001)
+
+    taken = 0
+
+    def fails(data: bytes) -> bool:
+        raise KeyError("no place for it")
+
+    def counts(data: bytes) -> bool:
+        nonlocal taken
+        taken += len(data)
+        return True
+
+    async with raw_server(drip) as server:
+        response = await client.request(to(server), b"", PATIENT)
+        with pytest.raises(KeyError, match="no place for it"):
+            await response.hand_over(fails)
+        response.release()
+        response = await client.request(to(server), b"", PATIENT)
+        handing = asyncio.create_task(response.hand_over(counts))
+        await until(lambda: taken > 3)
+        handing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await handing
+        at_the_end = taken
+        await until(lambda: server.left == 2)
+        assert taken == at_the_end
+        assert client.statistics() == NOTHING
+
+
+async def test_a_body_that_breaks_off_is_handed_over_up_to_there(client: HttpClient) -> None:
+    taken: list[bytes] = []
+
+    def take(data: bytes) -> bool:
+        taken.append(data)
+        return True
+
+    async with raw_server(then_close(START)) as server:
+        response = await client.request(to(server), b"", PATIENT)
+        await response.hand_over(take)
+        with pytest.raises(errors.TruncatedBody):
+            await response.read_some()
+        response.release()
+        assert taken == [b"hel"]
+
+
 async def test_a_long_request_goes_out_whole(client: HttpClient) -> None:
     body, seen = bytes(range(256)) * (1 << 15), b""
 

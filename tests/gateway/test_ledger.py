@@ -18,13 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlmodel import SQLModel
 
+from gateway.ids import new_ledger_id
 from gateway.ledger import browse, report
 from gateway.ledger.journal import Journal, JournalError
 from gateway.ledger.records import AttemptRecord, RequestRecord
 from gateway.ledger.settle import Usage, WireUsage, cost_nanousd, worst_case_usage
 from gateway.ledger.store import LedgerStore, connect
 from gateway.ledger.tables import AttemptRow, RequestRow
-from gateway.ids import new_ledger_id
 from routers.policy import Price
 from tests.conftest import free_port, wait_for_port
 from tests.gateway import fake_upstream as fake

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.ledger.settle import Usage
-from gateway.upstream.sse import SseReader, read_chunk, write_event
+from gateway.upstream.chunks import read_chunk
+from gateway.upstream.sse import SseReader, write_event
 from gateway.upstream.types import StreamState, UpstreamError
 
 NEWLINES = st.sampled_from(["\n", "\r\n", "\r"])

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.upstream.chunks import read_chunk
 from gateway.upstream.gather import gather
-from gateway.upstream.sse import read_chunk
 from gateway.upstream.types import StreamState
 
 Piece = tuple[int | None, str | None, str]
