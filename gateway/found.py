@@ -4,10 +4,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from probes.types import Estimate
+from probes.types import Bands, Estimate, interval
 from routers.types import Signals
 
 NOBODY: Final[Mapping[str, str]] = {}
+NOTHING: Final[Mapping[str, Bands]] = {}
 
 
 class Said(Protocol):
@@ -50,19 +51,28 @@ class Found:
         return len(self.p_success) < len(self.heads) or bool(self.undecided)
 
     def add(
-        self, said: Said, version: str, cost_us: int, *, beside: bool = False, by: Mapping[str, str] = NOBODY
+        self,
+        said: Said,
+        version: str,
+        cost_us: int,
+        *,
+        beside: bool = False,
+        by: Mapping[str, str] = NOBODY,
+        bands: Mapping[str, Bands] = NOTHING,
     ) -> None:
         """`beside`: where the tier before was undecided, its word counts as much as this one's. `by`: of heads that
-        one of several probes spoke of, which; `version` names them all."""
+        one of several probes spoke of, which; `version` names them all. `bands`: what is known of each head's word."""
         self.answered = True
         for model, head in self.heads.items():
             p = said.p_success.get(head)
             if p is not None and (model not in self.p_success or model in self.undecided):
                 source, cost = f"{by.get(head, version)}/{head}", cost_us
+                low, high = interval(bands.get(head, ()), p) or (None, None)
                 if beside and (before := self.p_success.get(model)) is not None:
                     p = (p + before.value) / 2
+                    low, high = _mean(low, before.low), _mean(high, before.high)
                     source, cost = f"{before.source.rpartition('/')[0]}+{source}", cost + before.cost_us
-                self.p_success[model] = Estimate(p, source=source, cost_us=cost)
+                self.p_success[model] = Estimate(p, source, low, high, cost)
                 self.undecided.discard(model)
                 if head in said.undecided:
                     self.undecided.add(model)
@@ -85,3 +95,8 @@ class Found:
             domain=self.domain,
             needs_reasoning=self.needs_reasoning,
         )
+
+
+def _mean(one: float | None, other: float | None) -> float | None:
+    """Of the ends of two intervals around two words that are averaged: as wide as both err alike."""
+    return None if one is None or other is None else (one + other) / 2

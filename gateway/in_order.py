@@ -15,7 +15,7 @@ from gateway.policies import encoder, local_models
 from probes.artifact import Artifact, read
 from probes.errors import TableError
 from probes.listen import ListenedModel
-from probes.manifest import reading_of
+from probes.manifest import bands_of, reading_of
 from probes.runtime import EncoderProbe
 from probes.scored import listened
 from probes.static import StaticProbe
@@ -85,18 +85,18 @@ class InOrder:
             for one, conversation in zip(found, conversations, strict=True):
                 said = self._static.read(render(conversation))
                 if said.p_success:
-                    one.add(said, self._static.version, 0)
+                    one.add(said, self._static.version, 0, bands=bands_of(self._static.manifest))
         left = [row for row, one in enumerate(found) if one.open]
         if self._encoder is not None and left:
             for row, dense in zip(left, self._encoder.sound([conversations[row] for row in left]), strict=True):
-                found[row].add(dense, self._encoder.version, 0, beside=True)
+                found[row].add(dense, self._encoder.version, 0, beside=True, bands=self._encoder.bands)
         for probe in self._heard:
             if heads.keys() & probe.speaks_of:
                 for row, one in enumerate(found):
                     if one.open:
                         heard = probe.read(conversations[row])
                         if heard is not None:
-                            one.add(heard, probe.artifact.version, 0)
+                            one.add(heard, probe.artifact.version, 0, bands=bands_of(probe.artifact.manifest))
         return [one.signals() for one in found]
 
     def probe(self, conversations: Sequence[Conversation]) -> list[dict[str, float]]:

@@ -71,7 +71,8 @@ class SignalReader:
             began = time.perf_counter_ns()
             reading = static.read(_text(messages))
             if reading.p_success:
-                found.add(reading, static.version, (time.perf_counter_ns() - began) // 1000)
+                cost_us = (time.perf_counter_ns() - began) // 1000
+                found.add(reading, static.version, cost_us, bands=world.probes.bands["static"])
         if found.open and (client := self._engine.client) is not None:
             try:
                 async with asyncio.timeout(difficulty.timeout_ms / 1000):
@@ -94,7 +95,7 @@ class SignalReader:
         if world.probes.encoder:
             result = await self._asked(tenant, "", messages, lambda: client.probe(messages))
             # Words and hidden states err differently: their mean routes better than either (docs/experiments.md).
-            self._take(result, client.hello.probe_version or "probe", found, world, beside=True)
+            self._take(result, client.hello.probe_version or "probe", "encoder", found, world, beside=True)
         for name in world.probes.heard:
             version = client.hello.readers.get(name)
             if version is None or not found.open or not found.heads.keys() & world.local_models.get(name, ()):
@@ -108,7 +109,8 @@ class SignalReader:
                 salt=tenant,
                 ttl_s=KEPT_S,
             )
-            self._take(await self._asked(tenant, f"{name} {effort} {tools!r}", messages, hear), version, found, world)
+            heard = await self._asked(tenant, f"{name} {effort} {tools!r}", messages, hear)
+            self._take(heard, version, f"heard:{name}", found, world)
 
     async def _asked(
         self, tenant: str, what: str, messages: bytes, ask: Callable[[], Awaitable[ProbeResult]]
@@ -126,8 +128,12 @@ class SignalReader:
                 self._remembered.popitem(last=False)
         return result
 
-    def _take(self, result: ProbeResult, version: str, found: Found, world: World, *, beside: bool = False) -> None:
-        found.add(result, version, result.cost_us, beside=beside, by=result.by)
+    def _take(
+        self, result: ProbeResult, version: str, tier: str, found: Found, world: World, *, beside: bool = False
+    ) -> None:
+        """`tier`: whose word it is, as `Tiers.bands` has it."""
+        bands = world.probes.bands[tier]
+        found.add(result, version, result.cost_us, beside=beside, by=result.by, bands=bands)
         for name, tokens in result.input_tokens.items():
             for model in world.local_models.get(name, ()):
                 found.input_tokens[model] = tokens

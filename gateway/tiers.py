@@ -1,15 +1,16 @@
 """The probes that a policy names, in order, each read for what it is. Light: no torch, no numpy."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Final
 
 from probes.errors import ArtifactError
-from probes.manifest import ARTIFACTS, Manifest, read_manifest
+from probes.manifest import ARTIFACTS, Manifest, bands_of, read_manifest
 from probes.static import StaticProbe
-from probes.types import Tier
+from probes.types import Bands, Tier
 from routers.policy import Policy
 
 ORDER: Final[tuple[Tier, ...]] = ("static", "encoder", "prefill", "self")
@@ -36,6 +37,8 @@ class Tiers:
     encoder: bool = False
     heard: tuple[str, ...] = ()
     """Local models, by the engine's name, that a probe hears read."""
+    bands: Mapping[str, Mapping[str, Bands]] = field(default_factory=dict)
+    """By tier, `static` or `encoder`, or `heard:` and the local model; then by head."""
 
     def __bool__(self) -> bool:
         return self.static is not None or self.encoder or bool(self.heard)
@@ -43,12 +46,24 @@ class Tiers:
 
 def load(policy: Policy, folder: Path, sources: Mapping[str, str]) -> Tiers:
     """Raises ArtifactError. `sources`: of local models, by the engine's name."""
-    place = artifact(policy, folder, "static")
+    words, dense = artifact(policy, folder, "static"), artifact(policy, folder, "encoder")
+    heard = readers(policy, folder, sources)
+    own = {"static": [words], "encoder": [dense], **{f"heard:{name}": [*map(Path, at)] for name, at in heard.items()}}
     return Tiers(
-        StaticProbe.load(place) if place is not None else None,
-        artifact(policy, folder, "encoder") is not None,
-        tuple(readers(policy, folder, sources)),
+        StaticProbe.load(words) if words is not None else None,
+        dense is not None,
+        tuple(heard),
+        {name: _bands([place for place in found if place is not None]) for name, found in own.items()},
     )
+
+
+def _bands(found: Sequence[Path]) -> dict[str, Bands]:
+    """Of artifacts that speak of different heads. One that cannot be read has none: who loads it says what is wrong."""
+    bands: dict[str, Bands] = {}
+    for place in found:
+        with suppress(ArtifactError):
+            bands |= bands_of(read_manifest(place))
+    return bands
 
 
 def readers(policy: Policy, folder: Path, sources: Mapping[str, str]) -> dict[str, list[str]]:

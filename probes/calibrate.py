@@ -212,6 +212,24 @@ def _wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
     return weight * (share + z * z / (2 * n)), reach
 
 
+BAND_ROWS = 50
+"""Fewer than this tell little of a share."""
+MAX_BANDS = 20
+
+
+def bands(probabilities: Array, labels: Array) -> tuple[tuple[float, float, float], ...]:
+    """(up to this probability, low, high), as `HeadInfo.bands` keeps them, of rows that have both; bins of equal count,
+    rows of one probability in one bin. Empty for too few rows."""
+    known = ~(np.isnan(probabilities) | np.isnan(labels))
+    p, y = probabilities[known], labels[known]
+    count = min(MAX_BANDS, len(p) // BAND_ROWS)
+    if count == 0:
+        return ()
+    found = reliability(p, y, count)
+    ends = [*(one.high for one in found[:-1]), 1.0]
+    return tuple((end, max(0.0, one.share_low), min(1.0, one.share_high)) for end, one in zip(ends, found, strict=True))
+
+
 def ece(probabilities: Array, labels: Array, bins: int = BINS) -> float:
     """Expected calibration error over bins of equal count: mean |mean probability - share correct|."""
     found = reliability(probabilities, labels, bins)

@@ -30,7 +30,6 @@ import numpy as np
 import numpy.typing as npt
 
 from probes.calibrate import Array
-from probes.cells import at_row
 from probes.errors import CertificateError
 from probes.manifest import BELOW_ALL, Certificate, Manifest
 
@@ -350,7 +349,7 @@ def _finite(what: str, values: Array) -> None:
     bad = np.argwhere(~np.isfinite(values))
     if len(bad):
         raise CertificateError(
-            f"{what} of {at_row(bad[0][0])} is {values[tuple(bad[0])]}: {len(bad)} such values; "
+            f"{what} of row {bad[0][0]} is {values[tuple(bad[0])]}: {len(bad)} such values; "
             "label or score these rows, or leave them out if that does not depend on the answer"
         )
 
@@ -359,4 +358,4 @@ def _share(what: str, values: Array) -> None:
     _finite(what, values)
     bad = np.argwhere((values < 0) | (values > 1))
     if len(bad):
-        raise CertificateError(f"{what} of {at_row(bad[0][0])} is {values[tuple(bad[0])]:g}: it must lie in [0, 1]")
+        raise CertificateError(f"{what} of row {bad[0][0]} is {values[tuple(bad[0])]:g}: it must lie in [0, 1]")

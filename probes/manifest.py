@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from probes.errors import ArtifactError
-from probes.types import Kind, Reading, Tier
+from probes.types import Bands, Kind, Reading, Tier
 
 FORMAT = 1
 MANIFEST = "probe.json"
@@ -54,6 +54,9 @@ class HeadInfo(BaseModel):
     """Between these two it knows hardly more than the base rate."""
     spread: tuple[float, float] | None = None
     """Of a head for tokens: four of five answers lie within these multiples of the value."""
+    bands: tuple[tuple[float, float, float], ...] = ()
+    """Of P(correct): (up to this value, low, high), the 95% interval of the share of right answers where it was such a
+    value, out of fold; empty: not measured."""
 
 
 class SimilarityInfo(BaseModel):
@@ -266,11 +269,19 @@ def read_manifest(folder: Path) -> Manifest:
 
 def version_of(manifest: Manifest, tensors: bytes) -> str:
     """Name and content hash; equal versions answer alike. What is only said of an artifact does not enter."""
-    unsaid = {"created", "versions", "metrics", "tensors_sha256", "certificates", "prompts_sketch"}
+    unsaid: dict[str, Any] = dict.fromkeys(
+        ("created", "versions", "metrics", "tensors_sha256", "certificates", "prompts_sketch"), True
+    )
+    unsaid["heads"] = {"__all__": {"bands"}}
     if manifest.clusters is None:
-        unsaid.add("clusters")
+        unsaid["clusters"] = True
     meaning = manifest.model_dump_json(exclude=unsaid)
     return f"{manifest.name}@{hashlib.sha256(meaning.encode() + tensors).hexdigest()[:8]}"
+
+
+def bands_of(manifest: Manifest) -> dict[str, Bands]:
+    """By head of P(correct), where it was measured."""
+    return {head.name: head.bands for head in manifest.heads if head.kind == "correct" and head.bands}
 
 
 def reading_of(heads: Sequence[HeadInfo], values: Sequence[float]) -> Reading:

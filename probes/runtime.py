@@ -7,9 +7,9 @@ from typing import Any, Self
 
 from probes.artifact import Artifact, read
 from probes.extract import Encoder
-from probes.manifest import default_artifact_path, reading_of
+from probes.manifest import bands_of, default_artifact_path, reading_of
 from probes.text import render
-from probes.types import Reading
+from probes.types import Bands, Reading
 
 
 class EncoderProbe:
@@ -37,6 +37,11 @@ class EncoderProbe:
     @property
     def heads(self) -> tuple[str, ...]:
         return self._artifact.heads.names
+
+    @property
+    def bands(self) -> dict[str, Bands]:
+        """Of its heads, what is known of their words."""
+        return bands_of(self._artifact.manifest)
 
     def probe(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, float]]:
         """Calibrated P(correct) per head for each conversation, read whole; one batch."""

@@ -125,7 +125,7 @@ def fit_static(table: Table, *, seed: int = 0, answers: float = 0.5, progress: b
     for at, head in fit_others(X, table.labels, table.kinds, seed).items():
         coefs[at], intercepts[at], spreads[at] = head.coef, head.intercept, head.spread
     infos = tuple(
-        head_info(table, at, undecided=undecided(out[:, at], answers), spread=spreads.get(at))
+        head_info(table, at, undecided=undecided(out[:, at], answers), spread=spreads.get(at), out_of_fold=out[:, at])
         for at in range(len(table.names))
     )
     words = np.zeros((len(table.names), BUCKETS))

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from probes.artifact import Artifact, calibration_kind, sealed
-from probes.calibrate import Array
+from probes.calibrate import Array, bands
 from probes.cells import Unreadable, at_row, conversation, read_columns
 from probes.certify import ALPHAS, METHODS, issue, to_last
 from probes.cluster_table import ClusterTable
@@ -224,8 +224,9 @@ def head_info(
     calibration: Literal["platt", "isotonic", "rate"] = "platt",
     undecided: tuple[float, float] | None = None,
     spread: tuple[float, float] | None = None,
+    out_of_fold: Array,
 ) -> HeadInfo:
-    """What the manifest says of the head in column `at`."""
+    """What the manifest says of the head in column `at`, whose probabilities [n] are `out_of_fold`."""
     kind, labels = table.kinds[at], table.labels[:, at]
     known = labels[~np.isnan(labels)]
     others: Mapping[Kind, Literal["exp", "softmax"]] = {"out_tokens": "exp", "domain": "softmax"}
@@ -238,6 +239,7 @@ def head_info(
         kind=kind,
         undecided=undecided if kind == "correct" else None,
         spread=spread,
+        bands=bands(out_of_fold, labels) if kind == "correct" else (),
     )
 
 
@@ -326,6 +328,7 @@ def fit_probe(
             calibration="rate" if isinstance(heads, ClusterTable) else calibration_kind(heads.calibrators[at]),
             undecided=undecided(probabilities[:, at], answers),
             spread=spreads.get(at),
+            out_of_fold=probabilities[:, at],
         )
         for at in range(len(table.names))
     ]

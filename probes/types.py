@@ -1,6 +1,6 @@
 """The words of the probes that cross a border. No torch, no numpy: routers and gateway workers import this."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -22,6 +22,18 @@ class Estimate:
     high: float | None = None
     """Interval at the artifact's stated level; None where it states none."""
     cost_us: int = 0
+
+
+Bands = Sequence[tuple[float, float, float]]
+"""(up to this probability, low, high), rising: what is true of a head's word, in 95% of cases."""
+
+
+def interval(bands: Bands, p: float) -> tuple[float, float] | None:
+    """The interval around a probability that a head gives, which it always holds; None: nothing is known of it."""
+    for most, low, high in bands:
+        if p <= most:
+            return min(low, p), max(high, p)
+    return None
 
 
 @dataclass(frozen=True, slots=True)

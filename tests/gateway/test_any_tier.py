@@ -11,6 +11,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from gateway.cli import app as gateway_app
+from gateway.found import Found
 from gateway.score import score
 from gateway.tiers import problems
 from probes.artifact import read
@@ -18,16 +20,27 @@ from probes.certify import to_last
 from probes.cluster_table import ClusterTable
 from probes.commands import app as probe_app
 from probes.errors import ArtifactError
-from probes.manifest import ARTIFACTS, artifact_folder, read_manifest
+from probes.manifest import ARTIFACTS, artifact_folder, bands_of, read_manifest, version_of
 from probes.runtime import EncoderProbe
 from probes.scored import opened, scored
 from probes.static import StaticProbe
 from probes.train import read_table
+from probes.types import Estimate, Reading, interval
 from routers.load import parse
 
 HEADS = ["--prompt", "q", "--head", "weak=cheap", "--head", "strong=dear"]
 UNREAD = ["请问有多少种不同的放法", "この本は何ページありますか", "오늘 날씨가 어떻습니까", "Какой сегодня день недели"]
-
+TIERED = """
+version: 1
+providers: {p: {base_url: "http://127.0.0.1:9/v1"}}
+models:
+  cheap: {provider: p, model: m, price: {input: $1/Mtok, output: $1/Mtok}}
+  dear: {provider: p, model: n, price: {input: $10/Mtok, output: $10/Mtok}}
+signals:
+  difficulty: {probe: PROBES, heads: {cheap: weak, dear: strong}}
+routes:
+  - {name: auto, when: {model: auto}, candidates: [cheap, dear], subject_to: {p_success: ">= 0.6"}}
+"""
 
 app = typer.Typer()
 app.add_typer(probe_app)
@@ -115,6 +128,36 @@ def test_shipped_artifacts_go_by_their_names(folder: Path, tmp_path: Path, monke
     assert artifact_folder("static") == Path("static"), "a folder that is here goes first"
 
 
+def test_a_probe_says_how_well_it_is_known_and_explain_shows_it(folder: Path) -> None:
+    manifest = read_manifest(folder / "words")
+    known = bands_of(manifest)
+    assert set(known) == {"weak", "strong"}
+    stripped = manifest.model_copy(
+        update={"heads": tuple(head.model_copy(update={"bands": ()}) for head in manifest.heads)}
+    )
+    assert version_of(stripped, b"") == version_of(manifest, b""), "what is only said of it does not make it another"
+    (folder / "words.yaml").write_text(TIERED.replace("PROBES", "./words"))
+    done = CliRunner().invoke(gateway_app, ["explain", str(folder / "words.yaml"), "What is 12 plus 30?"])
+    assert done.exit_code == 0, done.output
+    p = opened(folder / "words").read("What is 12 plus 30?").p_success["weak"]  # type: ignore[union-attr]
+    found = interval(known["weak"], p)
+    assert found is not None
+    assert f"P(success) {p:.2f} ({found[0]:.2f} to {found[1]:.2f}) by words@" in done.output
+
+
+def test_two_tiers_that_are_averaged_err_between_them() -> None:
+    first, second = Reading({"weak": 0.4}, frozenset({"weak"})), Reading({"weak": 0.8})
+    found = Found({"cheap": "weak"})
+    found.add(first, "a@1", 0, bands={"weak": ((0.5, 0.3, 0.5), (1.0, 0.6, 0.9))})
+    assert found.p_success["cheap"] == Estimate(0.4, "a@1/weak", 0.3, 0.5)
+    found.add(second, "b@1", 0, beside=True, bands={"weak": ((1.0, 0.5, 0.7),)})
+    one = found.p_success["cheap"]
+    assert (one.value, one.low, one.high) == pytest.approx((0.6, 0.4, 0.65))  # of 0.5 to 0.8, which holds its word
+    unknown = Found({"cheap": "weak"})
+    unknown.add(second, "b@1", 0)
+    assert unknown.p_success["cheap"] == Estimate(0.8, "b@1/weak")
+
+
 def test_who_says_nothing_of_a_row_leaves_it_to_the_last(folder: Path) -> None:
     probe = opened(folder / "words")
     assert isinstance(probe, StaticProbe)
@@ -162,17 +205,7 @@ def test_a_table_of_clusters_is_an_artifact_that_an_engine_reads(folder: Path) -
 
 
 def test_a_policy_names_a_table_of_clusters_like_any_probe(folder: Path) -> None:
-    text = """
-version: 1
-providers: {p: {base_url: "http://127.0.0.1:9/v1"}}
-models:
-  cheap: {provider: p, model: m, price: {input: $1/Mtok, output: $1/Mtok}}
-  dear: {provider: p, model: n, price: {input: $10/Mtok, output: $10/Mtok}}
-signals:
-  difficulty: {probe: ./table, heads: {cheap: weak, dear: strong}}
-routes:
-  - {name: auto, when: {model: auto}, candidates: [cheap, dear], subject_to: {p_success: ">= 0.6"}}
-"""
+    text = TIERED.replace("PROBES", "./table")
     (folder / "policy.yaml").write_text(text)
     assert problems(parse(text), folder, {}) == []
     out = folder / "out.parquet"

@@ -15,6 +15,7 @@ from probes.calibrate import (
     Isotonic,
     Platt,
     _smoothed,
+    bands,
     brier,
     ece,
     fit_calibrator,
@@ -24,6 +25,7 @@ from probes.calibrate import (
     reliability,
     sigmoid,
 )
+from probes.types import interval
 
 SAMPLES = st.lists(st.tuples(st.floats(-30, 30, allow_subnormal=False), st.booleans()), min_size=2, max_size=60).map(
     lambda pairs: (np.array([z for z, _ in pairs]), np.array([float(y) for _, y in pairs]))
@@ -177,3 +179,27 @@ def test_wilsons_interval() -> None:
     """10 of 100: 5.5% to 17.4%, as published tables have it."""
     (one,) = reliability(np.full(100, 0.1), np.repeat([1.0, 0.0], [10, 90]), 1)
     assert (one.share_low, one.share_high) == pytest.approx((0.0552, 0.1744), abs=1e-4)
+
+
+def test_bands_hold_the_truth_of_most_words_and_say_nothing_of_few_rows() -> None:
+    """Of 4,000 rows whose truth is p squared: an overconfident word is outside of its band, the truth within."""
+    rng = np.random.default_rng(0)
+    p = rng.random(4000)
+    found = bands(p, (rng.random(4000) < p**2).astype(float))
+    assert len(found) == 20
+    assert [most for most, _, _ in found] == sorted(most for most, _, _ in found)
+    assert found[-1][0] == 1.0
+    held = 0
+    for at, (most, low, high) in enumerate(found):
+        inside = p[(p <= most) & (p > (found[at - 1][0] if at else -1))]
+        held += low <= (inside**2).mean() <= high
+        assert low < high
+    assert held >= 17
+    middle = interval(found, 0.5)
+    assert middle is not None
+    assert middle[0] < 0.25 < middle[1] == 0.5, "stretched to hold the word itself"
+    assert bands(p[:49], np.ones(49)) == ()
+    assert interval((), 0.5) is None
+    holes = np.where(np.arange(4000) % 2, p, np.nan)
+    assert len(bands(holes, np.ones(4000))) == 20
+    assert bands(np.full(200, 0.5), np.ones(200)) == ((1.0, pytest.approx(0.981, abs=0.001), pytest.approx(1.0)),)

@@ -58,7 +58,7 @@ def test_a_complaint_names_the_row_of_the_file_and_not_its_index(sums_and_essays
     table = tmp_path / "outcomes.parquet"
     sums_and_essays.loc[30, "cheap"] = 7
     sums_and_essays.set_index(np.arange(7000, 7080)).to_parquet(table)
-    with pytest.raises(TableError, match="holds 7 in row 30;"):
+    with pytest.raises(TableError, match="holds 7 in row 30 "):
         read_table(table, "question", {"weak": "cheap"})
 
 
@@ -95,7 +95,7 @@ def test_the_same_seed_gives_the_same_version(sums_and_essays: pd.DataFrame, tmp
     [
         ({}, ["--head", "other=nowhere"], "no column 'nowhere' for --head other; it has question, cheap"),
         ({}, ["--drop-if", "nowhere"], "no column 'nowhere' for --drop-if"),
-        ({"cheap": 0.5}, [], "column 'cheap' holds 0.5 in row 0; labels are 0 or 1"),
+        ({"cheap": 0.5}, [], "column 'cheap' holds 0.5 in row 0 (the first is row 0); labels are 0 or 1"),
         ({"cheap": "yes"}, [], "column 'cheap' holds 'yes' in row 0"),
         ({"cheap": np.nan}, [], "column 'cheap' holds no label for head 'weak'"),
         ({"question": None}, [], "column 'question' is empty in row 0"),
