@@ -48,7 +48,8 @@ def load(policy: Policy, folder: Path, sources: Mapping[str, str]) -> Tiers:
     """Raises ArtifactError. `sources`: of local models, by the engine's name."""
     words, dense = artifact(policy, folder, "static"), artifact(policy, folder, "encoder")
     heard = readers(policy, folder, sources)
-    own = {"static": [words], "encoder": [dense], **{f"heard:{name}": [*map(Path, at)] for name, at in heard.items()}}
+    own: dict[str, list[Path | None]] = {"static": [words], "encoder": [dense]}
+    own |= {f"heard:{name}": [*map(Path, at)] for name, at in heard.items()}
     return Tiers(
         StaticProbe.load(words) if words is not None else None,
         dense is not None,
