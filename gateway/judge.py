@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 
 from gateway.ledger.outcomes import Verdict
-from gateway.upstream.types import CallHeaders, ChatCall, Sampling
+from gateway.upstream.types import ChatCall, Sampling
 
 Better = Literal["A", "B", "tie"]
 MAX_JUDGED_BYTES = 64 << 10
@@ -59,8 +59,9 @@ def text_of(completion: bytes) -> str | None:
     return None if message.tool_calls else message.content or None
 
 
-def question(messages: bytes, a: str, b: str, *, tenant: str, headers: CallHeaders) -> ChatCall:
-    """The call that asks which of two answers to a conversation (its messages as JSON) is better."""
+def question(messages: bytes, a: str, b: str, asked: ChatCall) -> ChatCall:
+    """The call that asks which of two answers to a conversation (its messages as JSON) is better. `asked`: whose
+    tenant, headers and priority it has."""
     mark = f"<<<{secrets.token_hex(8)}"
     parts = (("conversation", messages.decode()), ("answer A", a), ("answer B", b), ("end", ""))
     user = "\n".join(f"{mark} {name}>>>\n{text}" for name, text in parts) + "Which answer is better? One JSON object."
@@ -85,8 +86,9 @@ def question(messages: bytes, a: str, b: str, *, tenant: str, headers: CallHeade
         has_format=False,
         text_only=True,
         sampling=sampling,
-        headers=headers,
-        tenant=tenant,
+        headers=asked.headers,
+        tenant=asked.tenant,
+        priority=asked.priority,
     )
 
 

@@ -37,6 +37,7 @@ from gateway.learned import Learned
 from gateway.ledger.records import RequestRecord
 from gateway.ledger.settle import NO_USAGE, cost_nanousd
 from gateway.ledger.store import LedgerStore
+from gateway.priority import priority_of
 from gateway.query import must_know, query_of
 from gateway.relay import Relay, Reply, casts_shadows, last_events
 from gateway.sessions import Conversation, Store, after, conversation_key, is_bound
@@ -170,6 +171,7 @@ class Lifecycle:
         query = query_of(call, principal, at_ms=now_ms, request_id=request_id)
         ticket = Ticket(call, query, world, account, grant, record, self.ledger, self.metrics)
         route = ticket.route = world.policy.route_for(query)
+        call.priority = priority_of(call.priority, route)
         ticket.deadline_s = call.headers.timeout_s
         if route is not None and route.deadline_ms is not None:
             allowed = route.deadline_ms / 1000

@@ -29,6 +29,7 @@ from gateway.ledger import outcomes, report
 from gateway.ledger.records import AttemptKind, RequestRecord
 from gateway.ledger.store import LedgerStore
 from gateway.ledger.tables import SampleRow, insert_into
+from gateway.priority import beside
 from gateway.telemetry.logs import get_logger
 from gateway.telemetry.metrics import Metrics
 from gateway.ticket import Ticket
@@ -122,6 +123,7 @@ class Shadows:
             include_usage=False,
             choices=1,
             headers=headers,
+            priority=beside(asked.call),
         )
         account = await self._budgets.find(
             self._limits.budgets(world.policy, principal, asked.call.headers), now_ms, request_id
@@ -199,7 +201,7 @@ class Shadows:
         """What the judge says in both orders; None where it does not keep to its form, or cannot be asked."""
         found: list[Better] = []
         for a, b in ((served, shadow), (shadow, served)):
-            call = question(messages, a, b, tenant=ticket.call.tenant, headers=ticket.call.headers)
+            call = question(messages, a, b, ticket.call)
             if call.body_bytes > MAX_JUDGED_BYTES:  # as it goes out: JSON in JSON can be several times as long
                 return None
             try:
@@ -252,7 +254,7 @@ def _affordable(ticket: Ticket, account: Account, rule: Shadow, models: tuple[st
     targets = ticket.world.targets
     costs = [ticket.worst_cost(targets[model]) for model in models]
     if rule.judge is not None:
-        ask = question(b"x" * MAX_JUDGED_BYTES, "", "", tenant=ticket.call.tenant, headers=ticket.call.headers)
+        ask = question(b"x" * MAX_JUDGED_BYTES, "", "", ticket.call)
         costs += [ticket.worst_cost(targets[rule.judge], ask)] * (2 * len(models))
     if any(cost is None for cost in costs):
         return False

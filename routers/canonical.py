@@ -29,6 +29,7 @@ def canonical(route: Route) -> dict[str, object]:
         "explore": route.explore and asdict(route.explore),
         "affinity": route.affinity and asdict(route.affinity),
         "effort": route.effort,
+        "priority": route.priority,
         "plans": {name: to_builtins(plan) for name, plan in route.plans.items()},
         "guarantee": route.guarantee and asdict(route.guarantee),
         "shadow": route.shadow and asdict(route.shadow),

@@ -19,6 +19,8 @@ Degrade = Literal["cheaper", "local"]
 LimitScope = Literal["key", "team", "tenant", "run"]
 
 DEFAULT_CACHE_TTL_MS = 3_600_000
+PRIORITIES = range(-100, 101)
+"""Of requests; larger is more urgent."""
 DEFAULT_CONNECT_TIMEOUT_MS = 10_000
 
 
@@ -270,6 +272,8 @@ class Route:
     affinity: Affinity | None = None
     effort: Effort | Literal["auto"] | None = None
     """How much models that can be told think; None: as they do by themselves, or as the caller says."""
+    priority: int = 0
+    """Of its requests at targets that have a line; their callers may ask for less."""
     plans: Mapping[str, Plan] = field(default_factory=dict)
     """Of those candidates that are more than a model: `strong+high`, `weak>strong`."""
     rule: str = field(init=False)

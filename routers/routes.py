@@ -267,6 +267,7 @@ class RoutesReader:
             guarantee=guarantee_of(part.guarantee),
             affinity=affinity_of(part.affinity),
             effort=part.effort,
+            priority=part.priority,
             plans=MappingProxyType(plans),
             heads=MappingProxyType({s.name: heads[s.name] for of in stages.values() for s in of if s.name in heads}),
         )

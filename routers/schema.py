@@ -25,7 +25,7 @@ from routers.fields import (
     Tokens,
     WholePercent,
 )
-from routers.policy import Degrade, Objective, OnStreamFailure, Otherwise, PrefixStyle, Server
+from routers.policy import PRIORITIES, Degrade, Objective, OnStreamFailure, Otherwise, PrefixStyle, Server
 from routers.shape import Strict
 from routers.types import EngineFeature
 from routers.units import UnitError
@@ -400,6 +400,9 @@ class RouteFile(Strict):
     causes, or a list by cause."""
     on_stream_failure: OnStreamFailure = "error"
     """When an answer breaks after its first word: end it with an error, or let another model go on from there."""
+    priority: Annotated[int, Field(ge=PRIORITIES.start, lt=PRIORITIES.stop)] = 0
+    """Of its requests at the local engine and at servers that have priorities: larger goes first, and ten seconds of
+    waiting are worth one. The most that its callers may have: they may ask for less."""
     deadline: Duration | None = None
     """From admission to the end of the answer, all attempts and waits included. Default: none."""
     hedge: HedgeFile | None = None

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from gateway.admission.limits import MAX_PATH, MAX_SEGMENTS, valid_run
 from gateway.edge.hints import HINTS, dollars, read_hints
 from gateway.errors import InvalidRequest, UnsupportedEncoding
+from gateway.priority import check_priority
 from gateway.upstream.types import CallHeaders
 
 _SESSION_HEADERS = (b"x-session-id", b"x-claude-code-session-id", b"session-id", b"thread-id")
@@ -19,11 +20,14 @@ _READ = frozenset(
 )  # fmt: skip
 """Beside those of our own, `x-leadline-…`."""
 _OURS = (
-    "x-leadline-scope", "x-leadline-scope-budget", "x-leadline-tags", "x-leadline-timeout", *(h.decode() for h in HINTS)
+    "x-leadline-priority", "x-leadline-scope", "x-leadline-scope-budget", "x-leadline-tags", "x-leadline-timeout",
+    *(h.decode() for h in HINTS),
 )  # fmt: skip
 
 SECONDS_PATTERN = r"^([1-9][0-9]{0,5}(\.[0-9]{1,6})?|0\.[0-9]{0,5}[1-9][0-9]{0,5})$"
 _SECONDS = re.compile(SECONDS_PATTERN)
+PRIORITY_PATTERN = r"^(0|-?[1-9][0-9]?|-?100)$"
+_WHOLE = re.compile(r"0|-?[1-9][0-9]{0,8}")
 
 
 def read_headers(raw: Iterable[tuple[bytes, bytes]]) -> CallHeaders:
@@ -39,6 +43,7 @@ def read_headers(raw: Iterable[tuple[bytes, bytes]]) -> CallHeaders:
     timeout_s: float | None = None
     parent_agent: str | None = None
     traceparent: str | None = None
+    priority: int | None = None
     authorized = False
     hints: dict[bytes, str] = {}
     for name, value in raw:
@@ -76,6 +81,8 @@ def read_headers(raw: Iterable[tuple[bytes, bytes]]) -> CallHeaders:
                 scope_budget = dollars("x-leadline-scope-budget", text)
             elif name == b"x-leadline-timeout":
                 timeout_s = _seconds(text)
+            elif name == b"x-leadline-priority":
+                priority = _priority(text)
             elif name in HINTS:
                 if name in hints:
                     raise InvalidRequest(f"{name.decode()}: was sent twice; send one.")
@@ -93,6 +100,7 @@ def read_headers(raw: Iterable[tuple[bytes, bytes]]) -> CallHeaders:
         parent_agent,
         traceparent,
         read_hints(hints) if hints else None,
+        priority,
     )  # fmt: skip
 
 
@@ -109,6 +117,12 @@ def _idempotency_key(text: str) -> str:
     if not 0 < len(text) <= 255 or not text.isascii() or not text.isprintable():
         raise InvalidRequest("idempotency-key: use 1 to 255 printable ASCII characters.")
     return text
+
+
+def _priority(text: str) -> int:
+    if not _WHOLE.fullmatch(text):
+        raise InvalidRequest(f"x-leadline-priority: {text[:40]!r} is not a whole number such as 5 or -5.")
+    return check_priority("x-leadline-priority", int(text))
 
 
 def _seconds(text: str) -> float:

@@ -16,6 +16,7 @@ from gateway.edge.wire import (
     check_sampling,
     check_tokens,
     decode_body,
+    read_priority,
     stops,
 )
 from gateway.errors import InvalidRequest
@@ -43,6 +44,7 @@ class _CompletionRequest(msgspec.Struct):
     stop: str | list[str] | None = None
     logprobs: int | None = None
     service_tier: str | None = None
+    priority: int | None = None
 
 
 class _EmbeddingRequest(msgspec.Struct):
@@ -51,6 +53,7 @@ class _EmbeddingRequest(msgspec.Struct):
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
     stream: bool | None = False
+    priority: int | None = None
 
 
 _completion_decoder = msgspec.json.Decoder(_CompletionRequest)
@@ -100,6 +103,7 @@ def read_completion(body: bytes, headers: CallHeaders) -> ChatCall:
         choices=tried * prompts,
         stream=bool(request.stream),
         include_usage=bool(request.stream_options and request.stream_options.include_usage),
+        priority=read_priority(fields, request.priority, headers),
     )
 
 
@@ -118,7 +122,8 @@ def read_embedding(body: bytes, headers: CallHeaders) -> ChatCall:
         max_tokens=0, temperature=1.0, top_p=1.0, seed=None, stop=(), logprobs=False, top_logprobs=0,
         reasoning_effort=None,
     )  # fmt: skip
-    return _call(fields, body, request.model, headers, no_output, endpoint="embeddings", inputs=inputs)
+    asked = read_priority(fields, request.priority, headers)
+    return _call(fields, body, request.model, headers, no_output, endpoint="embeddings", inputs=inputs, priority=asked)
 
 
 def count_texts(name: Literal["prompt", "input"], raw: bytes) -> int:

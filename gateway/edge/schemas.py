@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, get_args
 
 from gateway.admission.limits import MAX_PATH, RUN_PATTERN
-from gateway.edge.headers import SECONDS_PATTERN
+from gateway.edge.headers import PRIORITY_PATTERN, SECONDS_PATTERN
 from gateway.edge.hints import MODELS_PATTERN, QUALITY_PATTERN
 from gateway.edge.prompts import MAX_DIMENSIONS, MAX_INPUTS
 from gateway.edge.wire import FOREIGN_FIELDS, MAX_CHOICES, MAX_MESSAGES, MAX_STOPS, MAX_TOKENS, SEEDS
+from routers.policy import PRIORITIES
 from routers.types import Effort
 
 Schema = dict[str, Any]
@@ -99,6 +100,12 @@ _SAMPLING: Schema = {
         "enum": ["auto", "default", None],
     },
 }
+_PRIORITY: Schema = {
+    "priority": {
+        **_integer(PRIORITIES.start, PRIORITIES.stop - 1),
+        "description": "Larger goes first where targets have a line; at most what the policy's route allows.",
+    }
+}
 _FOREIGN: Schema = dict.fromkeys(sorted(FOREIGN_FIELDS), False)
 """Where a call goes, and with which key, is the policy's to say."""
 
@@ -133,6 +140,7 @@ CHAT_REQUEST: Schema = {
         "functions": _nullable({"type": "array", "items": {"type": "object"}}),
         "response_format": _nullable(_TYPED),
         "reasoning_effort": _nullable({"type": "string"}),
+        **_PRIORITY,
         **_FOREIGN,
     },
     "if": {"required": ["top_logprobs"], "properties": {"top_logprobs": {"type": "integer"}}},
@@ -148,6 +156,7 @@ COMPLETION_REQUEST: Schema = {
         **_SAMPLING,
         "best_of": {**_integer(1, MAX_CHOICES), "description": "At least `n`."},
         "logprobs": _integer(0, 20),
+        **_PRIORITY,
         **_FOREIGN,
     },
 }
@@ -161,6 +170,7 @@ EMBEDDING_REQUEST: Schema = {
         "encoding_format": {"enum": ["float", "base64", None]},
         "dimensions": _integer(1, MAX_DIMENSIONS),
         "stream": {"description": "Embeddings come whole.", "enum": [False, None]},
+        **_PRIORITY,
         **_FOREIGN,
     },
 }
@@ -259,6 +269,11 @@ HEADERS: list[Schema] = [
             "x-leadline-timeout",
             "How many seconds the answer may take.",
             {"pattern": SECONDS_PATTERN, "examples": ["30"]},
+        ),
+        (
+            "x-leadline-priority",
+            "Larger goes first where targets have a line; at most what the policy's route allows.",
+            {"pattern": PRIORITY_PATTERN, "examples": ["-5"]},
         ),
         (
             "x-leadline-max-cost",

@@ -11,6 +11,7 @@ from typing import TypeVar
 import msgspec
 
 from gateway.errors import InvalidRequest
+from gateway.priority import check_priority
 from gateway.upstream.types import CallHeaders, ChatCall, Sampling
 
 MAX_CHOICES = 128
@@ -59,6 +60,7 @@ class _ChatRequest(msgspec.Struct):
     response_format: _ResponseFormat | None = None
     reasoning_effort: str | None = None
     service_tier: str | None = None
+    priority: int | None = None
 
 
 _fields_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -133,7 +135,16 @@ def read_chat(body: bytes, headers: CallHeaders) -> ChatCall:
             reasoning_effort=request.reasoning_effort,
         ),
         headers=headers,
+        priority=read_priority(fields, request.priority, headers),
     )
+
+
+def read_priority(fields: dict[str, msgspec.Raw], given: int | None, headers: CallHeaders) -> int | None:
+    """What the caller asks for; taken out of the fields, as each target is told in its own way."""
+    fields.pop("priority", None)
+    if given is not None:
+        check_priority("priority", given)
+    return given if headers.priority is None else headers.priority
 
 
 def _is_text(contents: list[list[_Part]]) -> bool:

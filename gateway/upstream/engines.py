@@ -24,15 +24,17 @@ class Capabilities:
     """Takes `cache_salt`: prefixes are shared within one salt only. Without it, tenants of one engine share them."""
     load_header: bool = False
     """Tells its load with every answer that is asked for with `LOAD_HEADER`-format."""
+    priority: int = 0
+    """Takes `priority`: 1 where larger goes first, -1 where smaller does, 0 where it is not taken."""
     load_path: str | None = None
     """Where it tells its load, at its root."""
 
 
 CAPABILITIES: dict[Server, Capabilities] = {
     "openai": Capabilities(),
-    "leadline": Capabilities(salt=True, load_header=True),
-    "vllm": Capabilities(salt=True, load_header=True),
-    "sglang": Capabilities(salt=True, load_path="/v1/loads?include=core"),
+    "leadline": Capabilities(salt=True, load_header=True, priority=1),
+    "vllm": Capabilities(salt=True, load_header=True, priority=-1),
+    "sglang": Capabilities(salt=True, priority=1, load_path="/v1/loads?include=core"),
     "llamacpp": Capabilities(load_path="/slots"),
 }
 

@@ -91,6 +91,7 @@ class LocalUpstream:
             tools_json=bytes(tools) if tools is not None else None,
             prefix=call.prefix,
             n=call.choices,
+            priority=call.priority or 0,
             deadline_s=target.timeout_s,
             salt=call.tenant,
             tool_choice=choice.mode,

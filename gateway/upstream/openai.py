@@ -65,6 +65,7 @@ class OpenAIUpstream:
     ) -> None:
         offers = CAPABILITIES[server]
         self._salt = salt if offers.salt else None
+        self._priority = offers.priority
         self.on_load: Callable[[float], None] | None = None
         """Hears how many requests wait at the server, where answers tell."""
         self._client = client
@@ -148,6 +149,8 @@ class OpenAIUpstream:
             fields["stream_options"] = _INCLUDE_USAGE
         if self._salt is not None:
             fields["cache_salt"] = msgspec.Raw(_encode(tenant_salt(self._salt, call.tenant)))
+        if call.priority and self._priority:
+            fields["priority"] = msgspec.Raw(b"%d" % (self._priority * call.priority))
         timeouts = Timeouts(
             target.connect_timeout_s, target.first_byte_timeout_s, target.idle_timeout_s, target.timeout_s
         )

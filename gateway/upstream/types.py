@@ -152,6 +152,8 @@ class ChatCall(msgspec.Struct):
     """Texts to complete or to embed, each with a context window of its own; a conversation is one."""
     tenant: str = ""
     """Whose it is: set at admission, and by nobody after. Engines keep the prefixes of tenants apart by it."""
+    priority: int | None = None
+    """Larger goes first (`gateway.priority`); None: none is asked for. After admission what the policy allows."""
     request_id: str | None = None
     """Given at the edge where it must be known before admission."""
 
@@ -179,6 +181,8 @@ class CallHeaders(msgspec.Struct, frozen=True):
     """The caller's span (W3C Trace Context), as it was sent; it goes into traces and nowhere else."""
     hints: Hints | None = None
     """What the caller asks of the decision, within what the policy allows."""
+    priority: int | None = None
+    """What the caller asks for; stands before the body's own."""
 
     def __repr__(self) -> str:
         return f"CallHeaders(session={self.session!r}, scope={self.scope!r})"  # never the token

@@ -110,7 +110,8 @@ def test_every_header_that_is_described_is_read() -> None:
     described = {header["name"].lower() for header in schemas.HEADERS}
     refused = {
         "idempotency-key": b"\xe9", "x-leadline-scope": b"/", "x-leadline-timeout": b"0", "x-leadline-max-cost": b"-1",
-        "x-leadline-min-quality": b"90%", "x-leadline-effort": b"huge", "x-leadline-models": b"a,,b",
+        "x-leadline-priority": b"101", "x-leadline-min-quality": b"90%", "x-leadline-effort": b"huge",
+        "x-leadline-models": b"a,,b",
     }  # fmt: skip
     assert described == {"x-leadline-tags", *refused}
     for name, bad in refused.items():

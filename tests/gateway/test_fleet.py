@@ -170,6 +170,15 @@ async def test_tenants_share_no_prefix_where_the_engine_has_salts(engines: Engin
 
 
 @anyio
+async def test_a_priority_is_told_in_the_words_of_each_server(engines: Engines) -> None:
+    for body, header in (({"priority": -5}, {}), ({}, {"x-leadline-priority": "-5"}), ({"priority": 9}, {})):
+        await engines.served_by({**conversation("a"), **body}, **header)
+    sent = [body.get("priority") for server in engines.servers for body in server.bodies]
+    told = {"vllm": 5, "sglang": -5, "llamacpp": None}[engines.servers[0].kind]
+    assert sent == [told, told, None], "nothing is said of what is as all are; nobody raises itself"
+
+
+@anyio
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_caller_who_leaves_ends_the_generation(engines: Engines, stream: bool) -> None:
     at = await engines.served_by(conversation("a"))
