@@ -6,8 +6,10 @@ Relative paths in a policy (`probe: ./mine`, `model: ./checkpoint`) are relative
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from msgspec import convert
@@ -67,7 +69,7 @@ def checked_policy(file: Path | None, *, secrets: bool = True) -> tuple[Policy, 
         raise CannotServe(f"{file}: cannot be read ({error.strerror})") from error
     folder = file.parent.absolute() if file is not None else Path.cwd()
     wrong = (missing_secrets(policy) if secrets else []) + unloadable(policy, folder)
-    policy, unproven = with_certificates(policy, folder)
+    policy, unproven = with_certificates(with_windows(policy, folder), folder)
     wrong += unproven
     if wrong:
         raise CannotServe("\n".join(located(wrong, file)))
@@ -192,7 +194,7 @@ def _undraftable(speculation: Mapping[str, str], models: Mapping[str, str], fiel
             wanted = read_speculation(how)
             if wanted.draft is not None:
                 locate(wanted.draft)
-            layers = _layers_of(models[name]) if wanted.exit_layer is not None else None
+            layers = _stated(models[name], "num_hidden_layers") if wanted.exit_layer is not None else None
         except (ModelLoadError, ValueError) as error:
             found.append(f"{field}: {error}")
             continue
@@ -243,12 +245,28 @@ def _no_exits(stated: Mapping[str, object], source: str) -> str | None:
     return None
 
 
-def _layers_of(source: str) -> int | None:
-    """Decoder layers of a model; None where its files do not say so, or are not here."""
+def with_windows(policy: Policy, folder: Path) -> Policy:
+    """The policy with the context window of each local model that it says none of, where the model's files say it.
+
+    Without, the longest that is assumed of any model would be held for each of its calls.
+    """
+    sources = local_models(policy, folder)
+    models = {
+        name: replace(model, context=window)
+        for name, model in policy.models.items()
+        if model.context is None and not model.embeds and model.upstream in sources
+        and policy.providers[model.provider].engine is not None
+        and (window := _stated(sources[model.upstream], "max_position_embeddings")) is not None
+    }  # fmt: skip
+    return replace(policy, models=MappingProxyType({**policy.models, **models})) if models else policy
+
+
+def _stated(source: str, field: str) -> int | None:
+    """A number of a model's configuration; None where its files do not say so, or are not here."""
     try:
         path, here = locate(source)
         config = json.loads((Path(path) / "config.json").read_bytes()) if here else {}
-        layers = config.get("num_hidden_layers")
+        number = config.get(field)
     except (ModelLoadError, OSError, ValueError, AttributeError):
         return None
-    return layers if isinstance(layers, int) else None
+    return number if isinstance(number, int) and number > 0 else None

@@ -9,7 +9,7 @@ import msgspec
 
 from gateway import tiers
 from gateway.loads import Loads
-from gateway.policies import local_models, missing_secrets
+from gateway.policies import local_models, missing_secrets, with_windows
 from gateway.upstream.breaker import Breaker
 from gateway.upstream.fleet import Fleet
 from gateway.upstream.http import HttpClient
@@ -104,6 +104,8 @@ def build_world(
                 if provider.server == "openai" and len(urls) == 1
                 else Fleet(client, provider.name, provider.server, urls, key, salt)
             )
+    place = folder or Path.cwd()
+    policy = with_windows(policy, place)
     targets = {}
     for model in policy.models.values():
         provider = policy.providers[model.provider]
@@ -129,7 +131,6 @@ def build_world(
             plans = {effort: plan for effort, plan in planned.items() if effort not in apart}
             steps = {effort: plan for effort, plan in planned.items() if effort in apart}
             targets[model.name] = replace(targets[model.name], plans=plans, steps=steps)
-    place = folder or Path.cwd()
     world = World(policy, targets, upstreams, tiers.load(policy, place, local_models(policy, place)))
     if before is not None:
         for name, target in targets.items():
