@@ -98,7 +98,7 @@ class Relay:
             # Billed before anything is awaited: a second cancel must not find the attempt open. A count that came
             # before the end of the stream is not the whole count.
             try:
-                usage = state.usage if state.done else None
+                usage = state.usage if state.done else state.so_far()
                 outcome = outcome or ticket.interruption()
                 ticket.end_attempt(
                     attempt,

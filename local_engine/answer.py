@@ -49,6 +49,8 @@ class Answer:
     output_tokens: int = 0
     reasoning_tokens: int = 0
     _untold_tokens: int = 0
+    _untold_reasoning: int = 0
+    _prompt_told: bool = False
     _untold_logprobs: list[TokenLogprob] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -102,6 +104,7 @@ class Answer:
         self._untold_tokens += 1
         if was_thinking or self._text.thinking:  # both markers count as thinking
             self.reasoning_tokens += 1
+            self._untold_reasoning += 1
         wanted = self._shows_thought or not (was_thinking or self._text.thinking)
         if wanted and self._params.logprobs and not ended and choice.token not in self.model.special_tokens:
             self._untold_logprobs.append(self._logprob(choice))
@@ -144,8 +147,12 @@ class Answer:
             self.choice,
             self.tapped,
             list(piece.tool_calls),
+            self._untold_reasoning,
+            0 if self._prompt_told else len(self.prompt),
+            0 if self._prompt_told else self.cached_tokens,
         )
-        self._untold_tokens, self._untold_logprobs, self.tapped = 0, [], []
+        self._untold_tokens, self._untold_reasoning, self._prompt_told = 0, 0, True
+        self._untold_logprobs, self.tapped = [], []
         return [delta]
 
     def reveal(self, hidden: Hidden) -> None:

@@ -308,4 +308,7 @@ def _merged(first: Delta, then: Delta) -> Delta:
         first.choice,
         [*first.tapped, *then.tapped],
         [*first.tool_calls, *then.tool_calls],
+        first.reasoning_tokens + then.reasoning_tokens,
+        first.input_tokens,
+        first.cached_tokens,
     )

@@ -345,7 +345,7 @@ class Tapped(msgspec.Struct, frozen=True):
     """float16, little endian, row major."""
 
 
-class Delta(msgspec.Struct, frozen=True, tag="delta"):
+class Delta(msgspec.Struct, frozen=True, tag="delta", omit_defaults=True):
     """New text of one choice of a running command; either part may be empty. Never half a character."""
 
     id: int
@@ -358,6 +358,12 @@ class Delta(msgspec.Struct, frozen=True, tag="delta"):
     tapped: list[Tapped] = []
     """Where taps were asked for: a generated token's states come with the step after it, so the last token has none."""
     tool_calls: list[ToolCallDelta] = []
+    reasoning_tokens: int = 0
+    """Of its tokens, those inside the thinking block."""
+    input_tokens: int = 0
+    """Of the prompt: in the first delta of each choice, so that one which is cut off can be billed."""
+    cached_tokens: int = 0
+    """As in Finished, likewise."""
 
 
 class CueSeen(msgspec.Struct, frozen=True):

@@ -190,6 +190,10 @@ class LocalStream:
         self.state.delivered_bytes += len(delta.reasoning.encode()) + len(delta.content.encode())
         self.state.delivered_bytes += sum(len(call.arguments.encode()) for call in delta.tool_calls)
         self.state.deltas += delta.tokens
+        self.state.thought += delta.reasoning_tokens
+        if delta.input_tokens and self._planned is None:  # of what a plan's models did, its end tells
+            cached = self.state.prompt[1] if self.state.prompt is not None else 0
+            self.state.prompt = delta.input_tokens, max(cached, delta.cached_tokens)
         logprobs = {"content": [_logprob(token) for token in delta.logprobs]} if self._wants_logprobs else None
         return self._chunk(delta.choice, fields, logprobs=logprobs)
 

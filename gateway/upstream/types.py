@@ -231,6 +231,17 @@ class StreamState:
     done: bool = False
     """The terminator came, or a finish reason for every choice: nothing is missing."""
     plan: PlanReport | None = None
+    prompt: tuple[int, int] | None = None
+    """Tokens of the prompt, and the cached ones, where the engine counts as it goes: then `deltas` are tokens."""
+    thought: int = 0
+    """Of those tokens, the ones inside the thinking block."""
+
+    def so_far(self) -> Usage | None:
+        """What the engine has counted of an answer that is cut off here; None: it does not count as it goes."""
+        if self.prompt is None:
+            return None
+        tokens, cached = self.prompt
+        return Usage(tokens - cached, cached, output=self.deltas - self.thought, reasoning=self.thought)
 
 
 class Event(msgspec.Struct, frozen=True, gc=False):

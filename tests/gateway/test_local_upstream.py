@@ -1,6 +1,7 @@
 """The local engine as an upstream: whose prefix is whose, what is billed as cached, and when time is up."""
 
 import asyncio
+import dataclasses
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,13 +13,13 @@ import pytest
 from gateway.edge.wire import read_chat
 from gateway.ledger.settle import Usage
 from gateway.upstream.local import LocalStream, LocalUpstream
-from gateway.upstream.types import CallHeaders, ChatCall, Target, UpstreamError
+from gateway.upstream.types import CallHeaders, ChatCall, Planned, Target, UpstreamError
 from local_engine.client import EngineClient
 from local_engine.engine import Engine
 from local_engine.errors import EngineGone
 from local_engine.model import LocalModel, load_model
 from local_engine.server import serve
-from local_engine.types import SamplingParams
+from local_engine.types import Exit, SamplingParams
 
 pytestmark = pytest.mark.anyio
 
@@ -96,4 +97,28 @@ async def test_an_answer_that_is_late_is_a_timeout(client: EngineClient) -> None
     with pytest.raises(UpstreamError) as late:
         await stream.read_first()
     assert late.value.cause == "timeout"
+    await stream.close()
+
+
+async def test_what_is_cut_off_is_counted_as_far_as_it_came(upstream: LocalUpstream) -> None:
+    """By the engine's own count, which is that of the whole answer but for the token that ends the turn."""
+    await upstream.complete(TARGET, call())  # what is cached now is in the count, too
+    stream = await upstream.stream(TARGET, call())
+    counts = [stream.state.so_far() async for _ in stream]
+    await stream.close()
+    usage, last = stream.state.usage, counts[-1]
+    assert usage is not None
+    assert last is not None
+    assert (last.input, last.cached_input, last.reasoning) == (usage.input, usage.cached_input, usage.reasoning)
+    assert usage.output - last.output == 1
+    written = [0 if count is None else count.output + count.reasoning for count in counts]
+    assert written == sorted(written)
+    assert len(set(written)) > 5
+
+
+async def test_an_answer_with_a_plan_is_counted_at_its_end_alone(upstream: LocalUpstream) -> None:
+    planned = dataclasses.replace(TARGET, plans={"low": Planned(Exit(rule="budget", budget=16))})
+    stream = await upstream.stream(planned, call())
+    assert [stream.state.so_far() async for _ in stream][-1] is None
+    assert stream.state.usage is not None
     await stream.close()
