@@ -4,16 +4,16 @@ This process holds no model: it supervises the engine process and speaks HTTP. W
 ends with a typed error (`engine_gone`), what comes meanwhile is a 503 with `Retry-After`, and a new engine is started.
 
 Beside chat, embeddings and models: `/score` (how probable are these continuations), `/probe` (how likely is a good
-answer), `/hidden` (hidden states of chosen layers at chosen tokens), `/embed`, `/health`, `/metrics`, and the load of
-the engine in the answer's `endpoint-load-metrics` header (ORCA) where a request asks for it. Chat takes a `plan` beside
-OpenAI's fields (`local_engine.types.Plan`, told apart by `type`), and `usage.plan` says what each of its models did.
+answer), `/hidden` (hidden states of chosen layers at chosen tokens), `/prefix/…` (what is kept of prompts:
+`gateway.engine_prefixes`), `/embed`, `/health`, `/metrics`, and the load of the engine in the answer's
+`endpoint-load-metrics` header (ORCA) where a request asks for it. Chat takes a `plan` beside OpenAI's fields
+(`local_engine.types.Plan`, told apart by `type`), and `usage.plan` says what each of its models did.
 """
 
 import asyncio
 import base64
-import json
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,20 +30,14 @@ from gateway.edge.asgi import Receive, Scope, Send
 from gateway.edge.prompts import read_embedding
 from gateway.edge.refused import tell_refusals
 from gateway.edge.wire import read_chat
+from gateway.engine_answers import answered, attempted, bytes_of, error_of, gone, until_gone
 from gateway.engine_door import Door
 from gateway.engine_link import EngineConnection
 from gateway.engine_metrics import EngineMetrics
 from gateway.engine_needs import EngineNeeds
+from gateway.engine_prefixes import add_prefix_routes
 from gateway.engine_process import EngineProcess
-from gateway.errors import (
-    ContextLengthExceeded,
-    InternalError,
-    InvalidRequest,
-    LeadlineError,
-    Unavailable,
-    UnknownModel,
-    UpstreamTimeout,
-)
+from gateway.errors import InvalidRequest, UnknownModel
 from gateway.upstream.begun import read_begun
 from gateway.upstream.engines import LOAD_HEADER
 from gateway.upstream.local import LocalUpstream
@@ -52,13 +46,13 @@ from gateway.upstream.local_plans import planned_for
 from gateway.upstream.sse import write_event
 from gateway.upstream.types import AnswerStream, CallHeaders, ChatCall, Planned, Target, UpstreamError
 from local_engine.client import EngineClient
-from local_engine.errors import EngineFailure, EngineGone
 from local_engine.types import Delta, EngineStats, Finished, Plan, SamplingParams, TapSpec
+from routers.policy import PRIORITIES
 
 ANSWER_TIMEOUT_S = 600.0
+"""The whole of one answer."""
 MAX_HIDDEN_STATES = 8192
 """In one answer: tokens times layers."""
-"""The whole of one answer."""
 _json = msgspec.json.Encoder().encode
 _T = TypeVar("_T")
 _Small = Annotated[int, Field(ge=0, lt=1 << 31)]
@@ -117,6 +111,7 @@ class EngineService:
         app.add_api_route("/score", self._score, methods=["POST"])
         app.add_api_route("/probe", self._probe, methods=["POST"])
         app.add_api_route("/hidden", self._hidden, methods=["POST"])
+        add_prefix_routes(app, self._client)
         tell_refusals(app)
         return app
 
@@ -129,7 +124,7 @@ class EngineService:
 
     async def _show_metrics(self) -> Response:
         client = self._link.client
-        self._metrics.stats = await _asked(client.stats()) if client is not None else None
+        self._metrics.stats = await answered(client.stats()) if client is not None else None
         return Response(generate_latest(self._registry), media_type="text/plain; version=0.0.4")
 
     async def _models(self) -> dict[str, Any]:
@@ -151,16 +146,16 @@ class EngineService:
         target = _planned(self._target(call.model), call)
         headers = await self._load_headers(request)
         if call.stream:
-            stream = await _until_gone(request, _attempted(self._upstream.stream(target, call)))
+            stream = await until_gone(request, attempted(self._upstream.stream(target, call)))
             return EventStream(stream, include_usage=call.include_usage, headers=headers)
-        answer = await _until_gone(request, _attempted(self._upstream.complete(target, call)))
+        answer = await until_gone(request, attempted(self._upstream.complete(target, call)))
         return Response(answer.body, media_type="application/json", headers=headers)
 
     async def _embeddings(self, request: Request) -> Response:
         call = await self._read(request, read_embedding)
         target = Target(call.model, "engine", call.model, None, 0, 0, ANSWER_TIMEOUT_S, 0)
         self._client()
-        answer = await _attempted(self._upstream.complete(target, call))
+        answer = await attempted(self._upstream.complete(target, call))
         return Response(answer.body, media_type="application/json")
 
     async def _read(self, request: Request, read: Callable[[bytes, CallHeaders], ChatCall]) -> ChatCall:
@@ -178,12 +173,13 @@ class EngineService:
     async def _score(self, asked: "ScoreRequest", request: Request) -> dict[str, Any]:
         """Logprobs and entropies of each candidate's tokens, after the conversation."""
         self._target(asked.model)
-        result = await _asked(
-            _until_gone(
+        result = await answered(
+            until_gone(
                 request,
                 self._client().score(
-                    asked.model, _bytes_of(asked.messages), asked.candidates,
-                    prefix=asked.prefix, deadline_s=ANSWER_TIMEOUT_S, salt=asked.cache_salt or "",
+                    asked.model, bytes_of(asked.messages), asked.candidates,
+                    prefix=asked.prefix, priority=asked.priority, deadline_s=ANSWER_TIMEOUT_S,
+                    salt=asked.cache_salt or "",
                 ),
             )
         )  # fmt: skip
@@ -203,7 +199,7 @@ class EngineService:
 
     async def _probe(self, asked: "ProbeRequest") -> dict[str, Any]:
         """Calibrated chances of a good answer, and the prompt's length for each model."""
-        result = await _asked(self._client().probe(_bytes_of(asked.messages)))
+        result = await answered(self._client().probe(bytes_of(asked.messages)))
         return {"p_success": result.p_success, "prompt_tokens": result.input_tokens, "cost_us": result.cost_us}
 
     async def _hidden(self, asked: "HiddenRequest", request: Request) -> dict[str, Any]:
@@ -228,7 +224,7 @@ class EngineService:
             tapped: list[dict[str, Any]] = []
             async with aclosing(
                 self._client().generate(
-                    asked.model, _bytes_of(asked.messages), sampling,
+                    asked.model, bytes_of(asked.messages), sampling, priority=asked.priority,
                     deadline_s=ANSWER_TIMEOUT_S, salt=asked.cache_salt or "", taps=taps,
                 )
             ) as events:  # fmt: skip
@@ -246,14 +242,14 @@ class EngineService:
                 "finish_reason": end.finish_reason, "layers": asked.layers, "hidden": tapped,
             }  # fmt: skip
 
-        return await _asked(_until_gone(request, gather()))
+        return await answered(until_gone(request, gather()))
 
     # the engine ----------------------------------------------------------------------------------------------------
 
     def _client(self) -> EngineClient:
         client = self._link.client
         if client is None:
-            raise _gone("The engine is being started; retry shortly.")
+            raise gone("The engine is being started; retry shortly.")
         return client
 
     def _target(self, model: str) -> Target:
@@ -270,7 +266,7 @@ class EngineService:
     async def _load_headers(self, request: Request) -> dict[str, str]:
         if request.headers.get("endpoint-load-metrics-format", "").upper() != "JSON":
             return {}
-        return {LOAD_HEADER.decode(): f"JSON {_json(load_of(await _asked(self._client().stats()))).decode()}"}
+        return {LOAD_HEADER.decode(): f"JSON {_json(load_of(await answered(self._client().stats()))).decode()}"}
 
 
 class EventStream(StreamingResponse):
@@ -296,7 +292,7 @@ class EventStream(StreamingResponse):
                     if not event.usage_only or self._include_usage:
                         yield write_event(event.data)
         except UpstreamError as error:
-            yield write_event(_json(_error_of(error).body()))
+            yield write_event(_json(error_of(error).body()))
         else:
             yield b"data: [DONE]\n\n"
 
@@ -306,6 +302,7 @@ class _Asked(BaseModel):
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     cache_salt: str | None = None
+    priority: Annotated[int, Field(ge=PRIORITIES.start, lt=PRIORITIES.stop)] = 0
 
 
 class ScoreRequest(_Asked):
@@ -359,74 +356,3 @@ def load_of(stats: EngineStats) -> dict[str, dict[str, float]]:
             "num_requests_running": stats.running, "num_requests_waiting": stats.waiting, "kv_cache_usage_perc": share,
         }
     }  # fmt: skip
-
-
-def _bytes_of(messages: list[dict[str, Any]]) -> bytes:
-    """As JSON, whatever stands in it: what cannot be read of it, the engine refuses by its place."""
-    return json.dumps(messages).encode()
-
-
-class EngineAway(Unavailable):
-    code = "engine_gone"
-
-
-def _gone(message: str) -> EngineAway:
-    return EngineAway(message, retry_after_s=1)
-
-
-def _error_of(error: UpstreamError) -> LeadlineError:
-    if error.cause == "context_length":
-        return ContextLengthExceeded(error.message, param="messages")
-    if error.cause == "refused":
-        return InvalidRequest(error.message, param=str((error.error or {}).get("param") or "") or None)
-    if error.cause == "engine_gone":
-        return _gone(f"The engine is gone: {error.message}; it is being started again.")
-    if error.cause == "timeout":
-        return UpstreamTimeout(error.message)
-    return InternalError(error.message)
-
-
-async def _attempted(work: Awaitable[_T]) -> _T:
-    try:
-        return await work
-    except UpstreamError as error:
-        raise _error_of(error) from error
-
-
-async def _asked(work: Awaitable[_T]) -> _T:
-    """`work` of the engine's client. Raises LeadlineError for what it raises."""
-    try:
-        return await work
-    except EngineGone as error:
-        raise _gone(f"The engine is gone: {error}; it is being started again.") from error
-    except EngineFailure as error:
-        if error.code == "context_length_exceeded":
-            raise ContextLengthExceeded(error.message, param="messages") from error
-        if error.code == "model_not_found":
-            raise UnknownModel(error.message, param="model") from error
-        if error.code == "deadline":
-            raise UpstreamTimeout(error.message) from error
-        if error.code == "invalid_request":
-            message, param = error.message.removeprefix("taps."), error.param.removeprefix("taps.")  # the body, here
-            raise InvalidRequest(message, param=param) from error
-        raise InternalError(error.message) from error
-
-
-async def _until_gone(request: Request, work: Awaitable[_T]) -> _T:
-    """`work`, cancelled when the caller hangs up: the engine stops computing for nobody within a step."""
-    working = asyncio.ensure_future(work)
-    hearing = asyncio.ensure_future(_hang_up(request))
-    try:
-        await asyncio.wait((working, hearing), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise InvalidRequest("The caller hung up.")
-        return await working
-    finally:
-        working.cancel()
-        hearing.cancel()
-        await asyncio.gather(working, hearing, return_exceptions=True)
-
-
-async def _hang_up(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -50,9 +50,14 @@ def parse_tools(tools_json: bytes | None) -> list[Tool] | None:
 
 
 def prompt_tokens(
-    tokenizer: Any, messages: list[Message], tools: list[Tool] | None = None, effort: Effort = "low"
+    tokenizer: Any,
+    messages: list[Message],
+    tools: list[Tool] | None = None,
+    effort: Effort = "low",
+    *,
+    opened: bool = True,
 ) -> list[int]:
-    """The prompt's tokens by the model's own chat template, ready for the assistant's turn.
+    """The prompt's tokens by the model's own chat template, ready for the assistant's turn where that is `opened`.
 
     Control tokens written by a user (`<|im_end|>` and such) are read as plain text, so nobody can forge a turn.
     Templates without effort modes ignore `effort`; Qwen3's know `enable_thinking`.
@@ -61,7 +66,7 @@ def prompt_tokens(
         encoded = tokenizer.apply_chat_template(
             messages,
             tools=tools,
-            add_generation_prompt=True,
+            add_generation_prompt=opened,
             sanitize_control_tokens=True,
             effort=effort,
             enable_thinking=effort != "none",

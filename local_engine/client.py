@@ -5,11 +5,12 @@ import contextlib
 import itertools
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
 from local_engine.errors import EngineFailure, EngineGone
+from local_engine.prefix_types import KVEvent, PrefixStats
 from local_engine.types import (
     Cancel,
     Command,
@@ -21,9 +22,13 @@ from local_engine.types import (
     Event,
     Failed,
     Finished,
+    Follow,
     Generate,
     Hello,
     Plan,
+    Prefix,
+    PrefixEvents,
+    PrefixResult,
     Probe,
     ProbeResult,
     SamplingParams,
@@ -35,6 +40,8 @@ from local_engine.types import (
     ThoughtSoFar,
 )
 from local_engine.wire import FrameError, decode_event, encode_frame, read_frame
+
+MAX_UNREAD: Final = 10_000
 
 
 class EngineClient:
@@ -212,6 +219,50 @@ class EngineClient:
         assert isinstance(event, StatsResult)
         return event.stats
 
+    async def prefix_stats(self) -> dict[str, PrefixStats]:
+        """What each model's prefix store has done. Raises as `generate` does."""
+        event = await self._ask(Stats)
+        assert isinstance(event, StatsResult)
+        return event.prefixes
+
+    async def prefix(
+        self,
+        model: str,
+        action: Literal["lookup", "pin", "unpin", "evict"],
+        messages_json: bytes | None = None,
+        tools_json: bytes | None = None,
+        *,
+        effort: Effort = "low",
+        salt: str = "",
+        deadline_s: float | None = None,
+    ) -> PrefixResult:
+        """See `local_engine.types.Prefix`. Raises as `generate` does."""
+        event = await self._ask(
+            lambda id: Prefix(id, model, action, messages_json, tools_json, effort, salt, deadline_s)
+        )
+        assert isinstance(event, PrefixResult)
+        return event
+
+    async def prefix_events(self, model: str) -> AsyncGenerator[list[KVEvent], None]:
+        """What the model's prefix store has, block by block, and from then on what comes and goes, until it is left.
+
+        Raises as `generate` does, and EngineFailure where its reader has fallen MAX_UNREAD messages behind: what it
+        knows is not true any more.
+        """
+        with self._asking() as (id, inbox):
+            self._send(Follow(id, model))
+            try:
+                while True:
+                    event = await inbox.get()
+                    if isinstance(event, Finished):  # cancelled, and not by us
+                        raise EngineGone("the engine stopped")
+                    assert isinstance(event, PrefixEvents)
+                    if inbox.unread > MAX_UNREAD:
+                        raise EngineFailure("internal", f"more than {MAX_UNREAD} messages were not read; begin anew")
+                    yield event.events
+            finally:
+                self._cancel(id)
+
     async def _ask(self, command: Callable[[int], Command]) -> Event:
         with self._asking() as (id, inbox):
             self._send(command(id))
@@ -271,6 +322,10 @@ class _Inbox:
         self._events: deque[Event] = deque()
         self._closed: EngineGone | None = None
         self._changed = asyncio.Event()
+
+    @property
+    def unread(self) -> int:
+        return len(self._events)
 
     def put(self, event: Event) -> None:
         if isinstance(event, Delta):

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -23,10 +24,11 @@ from local_engine.generation import Generation
 from local_engine.kv import KVCache
 from local_engine.lane import Lane, Runs, Turn
 from local_engine.model import LocalModel
+from local_engine.pinning import Pinning
 from local_engine.prefix import PrefixStore
 from local_engine.prefix_identity import KVIdentity, KVLayout, weights_fingerprint
 from local_engine.prefix_tiers import SlowTiers
-from local_engine.prefix_types import PrefixStats
+from local_engine.prefix_types import KVEvent, PrefixStats
 from local_engine.primitives import Controller, Primitives
 from local_engine.reason.plans import shared
 from local_engine.reason.samples import Samples
@@ -48,9 +50,13 @@ from local_engine.types import (
     FailureCode,
     Finished,
     FinishReason,
+    Follow,
     Generate,
     Hello,
     Message,
+    Prefix,
+    PrefixEvents,
+    PrefixResult,
     Probe,
     Prober,
     ProbeResult,
@@ -67,6 +73,8 @@ from local_engine.types import (
 
 MAX_CHOICES = 128
 MAX_CANDIDATES = 256
+MAX_EVENTS = 10_000
+"""Of one message about stored prefixes."""
 MAX_BYTES_PER_TOKEN = 64
 """Messages with more bytes than this per token of a model's window are not even counted: they cannot fit."""
 
@@ -81,7 +89,7 @@ class _Job:
     """A command on its way."""
 
     link: "Link"
-    command: Generate | Score | Probe | Embed
+    command: Generate | Score | Probe | Embed | Prefix | Follow
     cancelled: bool = False
     since: float = field(default_factory=time.perf_counter)
     deadline: float = float("inf")
@@ -106,12 +114,13 @@ class Link:
     def submit(self, command: Command) -> None:
         """Start a command, or cancel one; its events arrive at `deliver`."""
         if isinstance(command, Stats):
-            self.deliver([StatsResult(command.id, self._engine.stats())])
+            self.deliver([StatsResult(command.id, self._engine.stats(), self._engine.prefix_stats())])
             return
         if isinstance(command, Cancel):
             job = self._live.get(command.id)
             if job is not None:
                 job.cancelled = True
+                self._engine._nudge()
             return
         job = self._live[command.id] = _Job(self, command)
         self._engine._enqueue(job)
@@ -121,6 +130,7 @@ class Link:
         self.deliver = _ignore
         for job in list(self._live.values()):
             job.cancelled = True
+        self._engine._nudge()
 
     def _settle(self, id: int) -> None:
         self._live.pop(id, None)
@@ -171,6 +181,9 @@ class Engine:
         self._stopping = False
         self._jobs: dict[_Job, None] = {}
         """Those with a controller, in the order in which they came."""
+        self._followers: dict[_Job, str] = {}
+        """Who is told what comes and goes in the prefix store of which model."""
+        self._nudged = False
         self._serials = itertools.count()
         self._cancelled = 0
         self._outbox: dict[Link, list[Event]] = {}
@@ -246,10 +259,17 @@ class Engine:
             self._inbox.append(job)
             self._wake.notify()
 
+    def _nudge(self) -> None:
+        """Something was cancelled: followers are looked at, though nothing is computed."""
+        with self._wake:
+            self._nudged = True
+            self._wake.notify()
+
     def _run(self) -> None:
         with torch.inference_mode():
             while self._await_work():
                 self._take_commands()
+                self._leave_followers()
                 self._flush()  # probes and refusals do not wait for the step
                 for lane in self._lanes.values():
                     self._reap()
@@ -258,21 +278,23 @@ class Engine:
                     self._flush()
                 self._fail_the_idle()
             self._take_commands()
-            for job in self._jobs:
+            for job in (*self._jobs, *self._followers):
                 job.cancelled = True
             self._reap()
+            self._leave_followers()
             for lane in self._lanes.values():
                 lane.expire(float("inf"))
             self._flush()
 
     def _await_work(self) -> bool:
         with self._wake:
-            while not (self._stopping or self._inbox or self._jobs):
+            while not (self._stopping or self._inbox or self._jobs or self._nudged):
                 ends = min((lane.held.next_end for lane in self._lanes.values()), default=float("inf"))
                 now = time.perf_counter()
                 if ends <= now:
                     break
                 self._wake.wait(None if ends == float("inf") else ends - now)
+            self._nudged = False
             return not self._stopping
 
     def _take_commands(self) -> None:
@@ -287,6 +309,10 @@ class Engine:
                     self._guarded(job, self._prepare_sounding if command.model else self._prepare_probe, command)
                 case Embed() as command:
                     self._guarded(job, self._prepare_embed, command)
+                case Prefix() as command:
+                    self._guarded(job, self._prepare_prefix, command)
+                case Follow() as command:
+                    self._guarded(job, self._follow, command)
         now = time.perf_counter()
         for lane in self._lanes.values():
             lane.expire(now)
@@ -339,6 +365,44 @@ class Engine:
         self._check_room(lane, command.model, len(prompt) + max(map(len, candidates)))
         self._begin(job, command, Scoring(command, prompt, candidates))
 
+    def _prepare_prefix(self, job: _Job, command: Prefix) -> None:
+        lane, salt = self._lane(command.model), command.salt.encode()
+        store = _store_of(lane)
+        if command.messages_json is None:
+            if command.action != "evict":
+                raise InvalidRequest(f"messages is missing: say what to {command.action}")
+            self._end(job, PrefixResult(command.id, store.evict(salt), 0))
+            return
+        tools = parse_tools(command.tools_json)
+        prompt = self._prompt(lane, command, tools, command.effort, opened=command.action == "lookup")
+        if command.action == "pin":
+            self._check_room(lane, command.model, len(prompt) + 1)
+            self._begin(job, command, Pinning(command, prompt, store))
+            return
+        act = {"lookup": store.peek, "unpin": store.unpin, "evict": store.evict}[command.action]
+        self._end(job, PrefixResult(command.id, act(salt, prompt), len(prompt)))
+
+    def _follow(self, job: _Job, command: Follow) -> None:
+        store = _store_of(self._lane(command.model))
+        events = list(store.inventory())
+        for start in range(0, len(events), MAX_EVENTS):
+            self._outbox.setdefault(job.link, []).append(PrefixEvents(command.id, events[start : start + MAX_EVENTS]))
+        self._followers[job] = command.model
+        store.on_event = partial(self._tell_followers, command.model)
+
+    def _tell_followers(self, model: str, event: KVEvent) -> None:
+        for job, followed in self._followers.items():
+            if followed == model:
+                self._outbox.setdefault(job.link, []).append(PrefixEvents(job.command.id, [event]))
+
+    def _leave_followers(self) -> None:
+        for job in [job for job in self._followers if job.cancelled]:
+            model = self._followers.pop(job)
+            store = self._lanes[model].store
+            if store is not None and model not in self._followers.values():
+                store.on_event = None
+            self._end(job, Finished(job.command.id, "cancelled", 0, 0, 0))
+
     def _lane(self, name: str) -> Lane:
         lane = self._lanes.get(name)
         if lane is None:
@@ -346,17 +410,24 @@ class Engine:
         return lane
 
     def _prompt(
-        self, lane: Lane, command: Generate | Score | Probe, tools: list[Tool] | None, effort: Effort
+        self,
+        lane: Lane,
+        command: Generate | Score | Probe | Prefix,
+        tools: list[Tool] | None,
+        effort: Effort,
+        *,
+        opened: bool = True,
     ) -> list[int]:
+        assert command.messages_json is not None, "only `Prefix` may go without, and is asked before"
         messages = parse_messages(command.messages_json)
         window = lane.model.card.context_window
         if len(command.messages_json) > window * MAX_BYTES_PER_TOKEN:
             reason = f"{len(command.messages_json)} bytes of messages cannot fit the {window} tokens of {command.model}"
             raise _Refused("context_length_exceeded", reason)
-        prompt = prompt_tokens(lane.model.tokenizer, messages, tools, effort)
+        prompt = prompt_tokens(lane.model.tokenizer, messages, tools, effort, opened=opened)
         if isinstance(command, Generate) and command.thought is not None:
             prompt = _with_thought(lane.model, prompt, command.thought)
-        prefix = "" if isinstance(command, Probe) else command.prefix
+        prefix = "" if isinstance(command, Probe | Prefix) else command.prefix
         return prompt + _plain_tokens(lane.model, prefix) if prefix else prompt
 
     def _check_room(self, lane: Lane, name: str, tokens: int) -> None:
@@ -372,7 +443,7 @@ class Engine:
             )
             raise _Refused("context_length_exceeded", reason)
 
-    def _begin(self, job: _Job, command: Generate | Score | Probe, controller: Controller) -> None:
+    def _begin(self, job: _Job, command: Generate | Score | Probe | Prefix, controller: Controller) -> None:
         if command.deadline_s is not None:
             job.deadline = job.since + command.deadline_s
         job.engine = Primitives(
@@ -532,6 +603,12 @@ class _Refused(Exception):
     def __init__(self, code: FailureCode, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+def _store_of(lane: Lane) -> PrefixStore:
+    if lane.store is None:
+        raise InvalidRequest("model: this engine stores no prefixes; start it with prefix_bytes above 0", "model")
+    return lane.store
 
 
 def _prefix_store(name: str, model: LocalModel, kv: KVCache, prefix_bytes: int, tiers: SlowTiers | None) -> PrefixStore:

@@ -18,7 +18,7 @@ Owned by the engine's thread. Everything is O(blocks of the prefix); one evictio
 import math
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import torch
@@ -64,7 +64,8 @@ class PrefixStore:
         self.block_tokens = block_tokens
         self.bytes_limit = bytes_limit
         self.slow = slow
-        self._on_event = on_event
+        self.on_event = on_event
+        """Hears of blocks that come and go; None: nobody does, and nothing is put into words."""
         self._roots: dict[bytes, Root] = {}
         self._free: OrderedDict[Block, None] = OrderedDict()
         """Blocks that nobody holds, the next to be evicted first."""
@@ -192,14 +193,14 @@ class PrefixStore:
             self._pins[salt, data] = pinned
         return len(pinned) * self.block_tokens
 
-    def unpin(self, salt: bytes, tokens: Sequence[int]) -> bool:
-        """Undo `pin` of the same tokens; whether there was one."""
+    def unpin(self, salt: bytes, tokens: Sequence[int]) -> int:
+        """Undo `pin` of the same tokens; how many were pinned by it."""
         pinned = self._pins.pop((salt, token_bytes(tokens)), [])
         for block in pinned:
             block.pins -= 1
             self._pinned_blocks -= block.pins == 0
         self._release(pinned)
-        return bool(pinned)
+        return len(pinned) * self.block_tokens
 
     def evict(self, salt: bytes, tokens: Sequence[int] = ()) -> int:
         """Forget what continues `tokens`, and of `tokens` what nothing else continues; how many tokens that were.
@@ -209,10 +210,10 @@ class PrefixStore:
         """
         count = len(tokens) // self.block_tokens
         path = self._walk(salt, token_bytes(tokens), count)
-        if len(path) < count:
-            return 0
         top = path[-1] if path else self._roots.get(salt)
-        doomed = [*below(top), *reversed(path)] if top is not None else []
+        if tokens and not path:
+            return 0
+        doomed = [*(below(top) if top is not None and len(path) == count else ()), *reversed(path)]
         before = self._evicted
         gone = []
         for block in doomed:
@@ -221,8 +222,14 @@ class PrefixStore:
                 self._remove(block)
                 gone.append(block.digest)
         if self.slow is not None:
-            self.slow.forget(self.identity.root(salt, self.block_tokens), gone if count else None)
+            self.slow.forget(self.identity.root(salt, self.block_tokens), gone if tokens else None)
         return self._evicted - before
+
+    def inventory(self) -> Iterator[KVEvent]:
+        """All that is in memory, as it would have been told; each block after the one that it continues."""
+        for salt, root in self._roots.items():
+            for block in reversed(list(below(root))):
+                yield self._stored_event(salt, [block])
 
     def stats(self) -> PrefixStats:
         return PrefixStats(
@@ -322,7 +329,7 @@ class PrefixStore:
             node = path[-1] if path else root
             path.append(self._add(node, data[i * size : (i + 1) * size], part, sums[i - start] if sums else None))
         self._stored += (stop - start) * tokens
-        self._tell_stored(path[start:])
+        self._tell_stored(salt, path[start:])
 
     def _add(self, parent: Node, tokens: bytes, data: torch.Tensor, taps: torch.Tensor | None) -> Block:
         """A new block, held once."""
@@ -368,7 +375,7 @@ class PrefixStore:
                 elif self._make_room(1, loaded.taps is not None):
                     block = self._add(path[-1] if path else self._root(salt), loaded.tokens, loaded.data, loaded.taps)
                     self._promoted += self.block_tokens
-                    self._tell_stored([block])
+                    self._tell_stored(salt, [block])
                 else:
                     break
                 path.append(block)
@@ -405,23 +412,24 @@ class PrefixStore:
         self._evicted += self.block_tokens
         if isinstance(parent, Root) and not parent.children:
             del self._roots[parent.salt]
-        if self._on_event is not None:
-            self._on_event(BlockRemoved([block.name], MEMORY))
+        if self.on_event is not None:
+            self.on_event(BlockRemoved([block.name], MEMORY))
 
     def _size(self, block: Block) -> int:
         return self._bare_block_bytes + (0 if block.taps is None else self.identity.layout.tap_bytes)
 
-    def _tell_stored(self, added: list[Block]) -> None:
-        if self._on_event is None:
-            return
+    def _tell_stored(self, salt: bytes, added: list[Block]) -> None:
+        if self.on_event is not None:
+            self.on_event(self._stored_event(salt, added))
+
+    def _stored_event(self, salt: bytes, added: list[Block]) -> BlockStored:
         parent = added[0].parent
-        self._on_event(
-            BlockStored(
-                [block.name for block in added],
-                parent.name if isinstance(parent, Block) else None,
-                array("I", b"".join(block.tokens for block in added)).tolist(),
-                self.block_tokens,
-                medium=MEMORY,
-                lora_name=self.identity.adapter or None,
-            )
+        return BlockStored(
+            [block.name for block in added],
+            parent.name if isinstance(parent, Block) else None,
+            array("I", b"".join(block.tokens for block in added)).tolist(),
+            self.block_tokens,
+            medium=MEMORY,
+            lora_name=self.identity.adapter or None,
+            salt=salt.decode(errors="replace"),
         )

@@ -21,6 +21,8 @@ class BlockStored(msgspec.Struct, frozen=True, array_like=True, omit_defaults=Tr
     lora_id: int | None = None
     medium: str | None = None
     lora_name: str | None = None
+    salt: str = ""
+    """The tenant that finds them."""
 
 
 class BlockRemoved(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, gc=False, tag=True):

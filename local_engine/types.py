@@ -6,12 +6,15 @@ every event names the command it answers. `Generate` is answered, for each of it
 and then one `Finished`, or, for all of them together, by one `Failed`; `Probe`, `Embed` and `Score` by one result or
 one `Failed`. `Cancel` has no answer of its own: the cancelled command ends with `Finished(finish_reason="cancelled")`,
 one for each choice that is not over, within one engine step; so does, with `"deadline"`, a command whose time is up.
+`Prefix` and `Stats` are answered by one result; `Follow` by events until it is cancelled.
 """
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import msgspec
+
+from local_engine.prefix_types import KVEvent, PrefixStats
 
 if TYPE_CHECKING:
     import numpy as np
@@ -292,6 +295,34 @@ class Embed(msgspec.Struct, frozen=True, tag="embed"):
     texts: list[str]
 
 
+class Prefix(msgspec.Struct, frozen=True, tag="prefix"):
+    """Work on what a tenant has of stored prefixes. Answered by one PrefixResult or one Failed.
+
+    `lookup`: tokens of the prompt that a request would find now. `pin`: the conversation so far is kept from eviction,
+    and read first where it is not stored. `unpin`: no more. `evict`: it is forgotten with all that continues it, but
+    for what is pinned or just being loaded.
+    """
+
+    id: int
+    model: str
+    action: Literal["lookup", "pin", "unpin", "evict"]
+    messages_json: bytes | None = None
+    """None: of `evict`, all that the tenant has, in every tier."""
+    tools_json: bytes | None = None
+    effort: Effort = "low"
+    """Of `lookup`: as the request would have it."""
+    salt: str = ""
+    deadline_s: float | None = None
+
+
+class Follow(msgspec.Struct, frozen=True, tag="follow"):
+    """Tell what a model's prefix store has and, from then on, what comes and goes: PrefixEvents, until it is cancelled
+    and ends with one Finished."""
+
+    id: int
+    model: str
+
+
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     id: int
     """The command to cancel."""
@@ -303,7 +334,7 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
     id: int
 
 
-Command = Generate | Score | Probe | Embed | Cancel | Stats
+Command = Generate | Score | Probe | Embed | Prefix | Follow | Cancel | Stats
 
 
 class ModelCard(msgspec.Struct, frozen=True):
@@ -549,6 +580,22 @@ class EngineStats(msgspec.Struct, frozen=True):
 class StatsResult(msgspec.Struct, frozen=True, tag="stats_result"):
     id: int
     stats: EngineStats
+    prefixes: dict[str, PrefixStats] = {}
+    """Of each model that stores prefixes."""
+
+
+class PrefixResult(msgspec.Struct, frozen=True, tag="prefix_result"):
+    id: int
+    tokens: int
+    """Found, pinned, or forgotten; of `unpin` those that were pinned."""
+    prompt_tokens: int
+    """Of the conversation that was asked about."""
+
+
+class PrefixEvents(msgspec.Struct, frozen=True, tag="prefix_events"):
+    id: int
+    events: list[KVEvent]
+    """In their order; the first ones name all blocks that there are, each after the one that it continues."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -559,7 +606,18 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """Of an `invalid_request`: the field at fault."""
 
 
-Event = Hello | Delta | Finished | ScoreResult | ProbeResult | EmbedResult | StatsResult | Failed
+Event = (
+    Hello
+    | Delta
+    | Finished
+    | ScoreResult
+    | ProbeResult
+    | EmbedResult
+    | StatsResult
+    | PrefixResult
+    | PrefixEvents
+    | Failed
+)
 
 
 class Sounding(Protocol):
