@@ -38,11 +38,14 @@ class Line:
         self.gateway, self.engine, self.gate = gateway, engine, gate
         self.tasks: dict[str, asyncio.Task[Any]] = {}
 
-    async def ask(self, name: str, model: str = "auto", *, priority: int | None = None, **headers: Any) -> None:
+    async def ask(
+        self, name: str, model: str = "auto", *, priority: int | None = None, tag: str = "", header: str = ""
+    ) -> None:
         """Send it, and wait until it stands in the engine's line. Its first pass is known by the length of `name`."""
         before = self.engine.stats()
         asked = {"model": model, "messages": [{"role": "user", "content": name}], "temperature": 0, "max_tokens": 1}
         asked["reasoning_effort"] = "none"  # the one token is a word of the answer
+        headers = {"x-leadline-tags": tag} | ({"x-leadline-priority": header} if header else {})
         self.tasks[name] = asyncio.create_task(self.gateway.chat({**asked, "priority": priority}, **headers))
         await until(lambda: sum(self.now) > before.running + before.waiting)
 
@@ -92,10 +95,10 @@ async def test_the_more_urgent_overtakes_and_nobody_raises_itself(line: Line) ->
     await line.ask(words(1))  # holds the engine's one place
     line.gate.wait_for_pass(1)
     await line.ask(words(10), priority=-5)
-    await line.ask(words(20), **{"x-leadline-priority": "50"})
+    await line.ask(words(20), header="50")
     await line.ask(words(30))
-    await line.ask(words(40), **{"x-leadline-tags": "urgent"})
-    await line.ask(words(50), priority=3, **{"x-leadline-tags": "urgent", "x-leadline-priority": "4"})
+    await line.ask(words(40), tag="urgent")
+    await line.ask(words(50), priority=3, tag="urgent", header="4")
     line.gate.allow(1_000_000)
     answers = await asyncio.gather(*line.tasks.values())
     assert [status for status, _, _ in answers] == [200] * 6, (answers, line.gate.sizes)
