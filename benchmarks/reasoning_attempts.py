@@ -11,12 +11,13 @@ import torch
 from local_engine.chat import prompt_tokens
 from local_engine.lane import Lane
 from local_engine.model import LocalModel
+from local_engine.plan_types import AnswerFeature
 from local_engine.primitives import Primitives
 from local_engine.reason.accept import AnswerWatch
 from local_engine.reason.trajectories import Question, is_right
 from local_engine.runner import Runner, new_kv
 from local_engine.sampler import Sampler
-from local_engine.types import AnswerFeature, SamplingParams, TapSpec
+from local_engine.types import SamplingParams, TapSpec
 
 BATCH: Final = 32
 MOST_TOKENS: Final = 400

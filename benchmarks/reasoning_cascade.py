@@ -27,9 +27,9 @@ from reasoning_run import Kind, Outcome, draw
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
+from local_engine.plan_types import AcceptRule, AnswerFeature, Cascade
 from local_engine.reason.accept import FIRST_LOOK, price_of_going_on
 from local_engine.reason.trajectories import Question
-from local_engine.types import AcceptRule, AnswerFeature, Cascade
 from probes.certify import accept_losses, certify
 
 ALPHA: Final = 0.005

@@ -16,8 +16,9 @@ from reasoning_run import Kind, Outcome
 from gateway.exits.compare import METHODS
 from gateway.exits.fitting import proofs
 from local_engine.engine import Engine
+from local_engine.plan_types import Exit
 from local_engine.reason.trajectories import Question, arithmetic_questions, kept, trace
-from local_engine.types import Exit, SamplingParams
+from local_engine.types import SamplingParams
 
 DELTAS: Final = (0.01, 0.05, 0.1)
 MAX_TOKENS: Final = 600

@@ -22,10 +22,11 @@ from local_engine.arithmetic import problems
 from local_engine.config import locate
 from local_engine.engine import Engine
 from local_engine.model import LocalModel, load_model
+from local_engine.plan_types import Plan, PlanUse
 from local_engine.reason.artifact import weights_sha256
 from local_engine.reason.trajectories import Question, is_right
 from local_engine.spec.build import speculators
-from local_engine.types import Delta, Effort, Event, Failed, Finished, Generate, Plan, PlanUse, SamplingParams
+from local_engine.types import Delta, Effort, Event, Failed, Finished, Generate, SamplingParams
 
 NAMES: Final = ("nano", "draft", "base")
 CHUNK: Final = 8

@@ -15,9 +15,10 @@ from reasoning_bench import PART_FOR_OTHERS, Bench
 from reasoning_exits import questions, tell_time
 from reasoning_run import Kind, Outcome
 
+from local_engine.plan_types import Sampled, Vote, VoteStop, VoteWeight
 from local_engine.reason.trajectories import Question, is_right
 from local_engine.reason.voting import Ballot, least_more, winner
-from local_engine.types import Effort, Sampled, Vote, VoteStop, VoteWeight
+from local_engine.types import Effort
 
 EFFORTS: Final[tuple[Effort, ...]] = ("low", "high")
 TEMPERATURE: Final = 0.7

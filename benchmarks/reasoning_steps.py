@@ -22,9 +22,9 @@ from reasoning_bench import Bench
 from reasoning_run import Kind, Outcome, draw
 
 from local_engine.model import LocalModel
+from local_engine.plan_types import SpeculateSteps
 from local_engine.reason.trajectories import Question
 from local_engine.runner import Runner, Segment, new_kv
-from local_engine.types import SpeculateSteps
 
 DEARER: Final = 10.0
 DRAFTS: Final = ("draft", "nano")

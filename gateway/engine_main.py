@@ -12,8 +12,8 @@ from gateway.engine_needs import EngineNeeds
 from gateway.settings import KVSettings, SettingsError
 from local_engine.config import EngineConfig, configure_process, locate
 from local_engine.errors import ConfigError, ModelLoadError
+from local_engine.probe_types import Prober, PromptReader
 from local_engine.server import run_engine
-from local_engine.types import Prober, PromptReader
 from probes.errors import ArtifactError, ProbeError
 
 _VARIABLES = {"prefix_disk": "LEADLINE_KV_DISK", "prefix_redis": "LEADLINE_KV_REDIS"}

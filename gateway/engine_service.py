@@ -7,7 +7,7 @@ Beside chat, embeddings and models: `/score` (how probable are these continuatio
 answer), `/hidden` (hidden states of chosen layers at chosen tokens), `/prefix/…` (what is kept of prompts:
 `gateway.engine_prefixes`), `/embed`, `/health`, `/metrics`, and the load of the engine in the answer's
 `endpoint-load-metrics` header (ORCA) where a request asks for it. Chat takes a `plan` beside OpenAI's fields
-(`local_engine.types.Plan`, told apart by `type`), and `usage.plan` says what each of its models did.
+(`local_engine.plan_types.Plan`, told apart by `type`), and `usage.plan` says what each of its models did.
 """
 
 import asyncio
@@ -46,7 +46,8 @@ from gateway.upstream.local_plans import planned_for
 from gateway.upstream.sse import write_event
 from gateway.upstream.types import AnswerStream, CallHeaders, ChatCall, Planned, Target, UpstreamError
 from local_engine.client import EngineClient
-from local_engine.types import Delta, EngineStats, Finished, Plan, SamplingParams, TapSpec
+from local_engine.plan_types import Plan
+from local_engine.types import Delta, EngineStats, Finished, SamplingParams, TapSpec
 from routers.policy import PRIORITIES
 
 ANSWER_TIMEOUT_S = 600.0

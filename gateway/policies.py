@@ -20,7 +20,7 @@ from gateway.guarantees import with_certificates
 from gateway.ledger import prices
 from local_engine.config import locate, read_speculation
 from local_engine.errors import ModelLoadError
-from local_engine.types import Exit
+from local_engine.plan_types import Exit
 from probes.accept_rule import read_rule
 from probes.errors import ArtifactError
 from routers.errors import PolicyError

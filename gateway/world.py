@@ -16,7 +16,7 @@ from gateway.upstream.http import HttpClient
 from gateway.upstream.local import EngineLink, LocalUpstream
 from gateway.upstream.openai import OpenAIUpstream
 from gateway.upstream.types import Planned, Target, Upstream
-from local_engine.types import Plan
+from local_engine.plan_types import Plan
 from routers.cost import ASSUMED_CONTEXT, ASSUMED_MAX_OUTPUT_TOKENS, over_calls
 from routers.plans import models_of
 from routers.policy import EnginePlan, Policy, Price

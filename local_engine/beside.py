@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from local_engine.types import Message, Prober, Sounding
+from local_engine.probe_types import Prober, Sounding
+from local_engine.types import Message
 
 MOST_PROBES: Final = 16
 """Of one batch: a longer one would keep its first longer than it saves its last."""

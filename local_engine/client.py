@@ -10,6 +10,7 @@ from typing import Final, Literal
 import msgspec
 
 from local_engine.errors import EngineFailure, EngineGone
+from local_engine.plan_types import Plan
 from local_engine.prefix_types import KVEvent, PrefixStats
 from local_engine.types import (
     Cancel,
@@ -25,7 +26,6 @@ from local_engine.types import (
     Follow,
     Generate,
     Hello,
-    Plan,
     Prefix,
     PrefixEvents,
     PrefixResult,

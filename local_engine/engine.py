@@ -25,11 +25,13 @@ from local_engine.kv import KVCache
 from local_engine.lane import Lane, Runs, Turn
 from local_engine.model import LocalModel
 from local_engine.pinning import Pinning
+from local_engine.plan_types import Cascade, SpeculateSteps, Vote
 from local_engine.prefix import PrefixStore
 from local_engine.prefix_identity import KVIdentity, KVLayout, weights_fingerprint
 from local_engine.prefix_tiers import SlowTiers
 from local_engine.prefix_types import KVEvent, PrefixStats
 from local_engine.primitives import Controller, Primitives
+from local_engine.probe_types import Prober, PromptReader, Sounding
 from local_engine.reason.plans import shared
 from local_engine.reason.samples import Samples
 from local_engine.runner import Runner, new_kv
@@ -39,7 +41,6 @@ from local_engine.sounding import PromptSounding
 from local_engine.spec.build import MakeSpeculator, without_speculation
 from local_engine.types import (
     Cancel,
-    Cascade,
     Command,
     Effort,
     Embed,
@@ -58,17 +59,12 @@ from local_engine.types import (
     PrefixEvents,
     PrefixResult,
     Probe,
-    Prober,
     ProbeResult,
-    PromptReader,
     Score,
-    Sounding,
-    SpeculateSteps,
     Stats,
     StatsResult,
     TapSpec,
     ThoughtSoFar,
-    Vote,
 )
 
 MAX_CHOICES = 128

@@ -12,7 +12,8 @@ import msgspec
 
 from local_engine.config import EngineConfig, configure_process, read_speculation
 from local_engine.errors import EngineError
-from local_engine.types import Event, Failed, Prober, PromptReader
+from local_engine.probe_types import Prober, PromptReader
+from local_engine.types import Event, Failed
 from local_engine.wire import FrameError, decode_command, encode_frame, read_frame
 
 if TYPE_CHECKING:

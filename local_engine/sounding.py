@@ -20,19 +20,9 @@ from torch import Tensor
 from local_engine.lane import Lane, Turn
 from local_engine.model import LocalModel
 from local_engine.primitives import Primitives
+from local_engine.probe_types import PromptReader, Rating, Sounding
 from local_engine.sequence import Sequence
-from local_engine.types import (
-    Event,
-    Failed,
-    Finished,
-    FinishReason,
-    Probe,
-    ProbeResult,
-    PromptReader,
-    Rating,
-    Sounding,
-    TapSpec,
-)
+from local_engine.types import Event, Failed, Finished, FinishReason, Probe, ProbeResult, TapSpec
 
 END_TOKENS: Final = 4
 """The last tokens of the question at which layers are read."""

@@ -124,7 +124,7 @@ def compare(
     from gateway.exits.compare import METHODS
     from gateway.exits.compare import compare as compared
     from gateway.exits.page import HEADS, aligned, cells, compare_page
-    from local_engine.types import Exit
+    from local_engine.plan_types import Exit
 
     with _errors(), _loaded(model, together) as (engine, local, _):
         asked = questions_of(questions, seed, per_level, "test")

@@ -9,8 +9,9 @@ import msgspec
 import numpy as np
 
 from local_engine.engine import Engine
+from local_engine.plan_types import Exit, Plan
 from local_engine.reason.trajectories import Question, ask, is_right
-from local_engine.types import Effort, Exit, Plan, SamplingParams
+from local_engine.types import Effort, SamplingParams
 
 CHUNK = 60
 """Questions that each method is asked before the next one has its turn, so that a slow minute hits all alike."""

@@ -18,6 +18,7 @@ from gateway.stepping.calls import Calls, Gone
 from gateway.stepping.following import Following, Heard
 from gateway.stepping.said import STEP_END
 from gateway.upstream.types import Event, PlanReport
+from local_engine.plan_types import Exit
 from local_engine.reason.budget import TokenBudget
 from local_engine.reason.convergence import Convergence
 from local_engine.reason.guards import LoopGuard
@@ -25,7 +26,6 @@ from local_engine.reason.momentum import Momentum
 from local_engine.reason.redundancy import Redundancy
 from local_engine.reason.thought import Moment, Rule, Verdict
 from local_engine.reason.watch import Notice, Watch
-from local_engine.types import Exit
 from routers.cost import MOST_LOOKS
 
 LOOK_TOKENS: Final = 64

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from gateway.stepping.said import Said
+from local_engine.plan_types import SpeculateSteps
 from local_engine.reason import entropy, glimprouter, specreason
 from local_engine.reason.entropy import EntropySwitch
 from local_engine.reason.method import Do
 from local_engine.reason.speculative_thinking import LOOK, SpeculativeThinking
 from local_engine.reason.steps import Boundary
-from local_engine.types import SpeculateSteps
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ from gateway.stepping.following import Following
 from gateway.stepping.methods import method_of
 from gateway.stepping.said import STEP_END, Said, rating_of
 from gateway.upstream.types import Event, PlanReport
+from local_engine.plan_types import SpeculateSteps
 from local_engine.reason.guards import LoopGuard
-from local_engine.types import SpeculateSteps
 from routers.cost import MOST_STEP_TOKENS, MOST_STEPS
 
 

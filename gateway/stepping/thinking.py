@@ -14,7 +14,7 @@ from gateway.ticket import Ticket
 from gateway.upstream.gather import Gathered
 from gateway.upstream.local_plans import planned_among
 from gateway.upstream.types import Answer, ChatCall, Event, PlanReport, UpstreamError
-from local_engine.types import Exit, SpeculateSteps
+from local_engine.plan_types import Exit, SpeculateSteps
 from routers.types import Single
 
 

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from gateway.tune.choose import Measured
     from local_engine.engine import Engine
     from local_engine.model import LocalModel
+    from local_engine.plan_types import Plan
     from local_engine.reason.trajectories import Question
-    from local_engine.types import Plan, SamplingParams
+    from local_engine.types import SamplingParams
     from routers.policy import Model, Policy
 
 WITHOUT = "no plan"

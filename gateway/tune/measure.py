@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from gateway.tune.choose import Measured, measured
 from local_engine.engine import Engine
+from local_engine.plan_types import ModelUse, Plan
 from local_engine.reason.trajectories import Question, ask, is_right
-from local_engine.types import Finished, ModelUse, Plan, SamplingParams
+from local_engine.types import Finished, SamplingParams
 from routers.policy import FREE, Price
 
 _PER_PRICE_UNIT = 1_000_000

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from gateway.ledger.settle import Usage
 from gateway.upstream.local_params import DEFAULT_EFFORT, EFFORTS
 from gateway.upstream.types import ChatCall, Planned, PlanReport, Target
-from local_engine.types import Cascade, Exit, Finished, ModelUse, Plan, PlanUse, Vote
+from local_engine.plan_types import Cascade, Exit, ModelUse, Plan, PlanUse, Vote
+from local_engine.types import Finished
 from routers.types import Effort
 
 _Count = int | float | str

@@ -8,7 +8,8 @@ import msgspec
 
 from gateway.ledger.settle import Usage
 from gateway.upstream.tool_calls import ToolCallOrder
-from local_engine.types import Plan, ThoughtSoFar
+from local_engine.plan_types import Plan
+from local_engine.types import ThoughtSoFar
 from routers.policy import PrefixStyle, Price
 from routers.types import Effort, Endpoint, Hints
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from operator import mul
 from typing import Final
 
-from local_engine.types import AcceptRule, AnswerFeature
+from local_engine.plan_types import AcceptRule, AnswerFeature
 
 FIRST_LOOK: Final = 4
 """Tokens before which no attempt is abandoned: the first ones are certain in every answer."""

@@ -12,10 +12,10 @@ from typing import Any, Final
 import msgspec
 
 from local_engine.errors import ModelLoadError
+from local_engine.plan_types import ExitForm, ExitLoss
 from local_engine.reason.budget import BudgetLine
 from local_engine.reason.cues import CUES
 from local_engine.reason.thought import FEATURES
-from local_engine.types import ExitForm, ExitLoss
 
 FORMAT: Final = 1
 MANIFEST: Final = "exits.json"

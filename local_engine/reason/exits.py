@@ -9,13 +9,13 @@ above the threshold that this allows. The threshold is fitted elsewhere and read
 
 from dataclasses import dataclass
 
+from local_engine.plan_types import Exit
 from local_engine.reason.artifact import ExitArtifact, ExitProbe
 from local_engine.reason.budget import TokenBudget
 from local_engine.reason.convergence import Convergence
 from local_engine.reason.momentum import Momentum
 from local_engine.reason.redundancy import Redundancy
 from local_engine.reason.thought import Kind, Moment, Rule, Verdict, features
-from local_engine.types import Exit
 
 MAX_AGREE = 16
 

@@ -16,6 +16,7 @@ from local_engine.chat import InvalidRequest
 from local_engine.detok import Detokenizer
 from local_engine.lane import Hidden
 from local_engine.model import LocalModel
+from local_engine.plan_types import CueSeen, Exit, ModelUse, PlanUse
 from local_engine.primitives import Primitives
 from local_engine.reason.cues import CUES
 from local_engine.reason.exits import ProbeExit, make_rule
@@ -23,7 +24,7 @@ from local_engine.reason.thought import Moment, Verdict, features
 from local_engine.reason.watch import Watch
 from local_engine.sampler import Choice
 from local_engine.sequence import Sequence
-from local_engine.types import CueSeen, Exit, ModelUse, PlanUse, SamplingParams, TapSpec
+from local_engine.types import SamplingParams, TapSpec
 
 TRIED_TOKENS: Final = 64
 """An answer that is tried out is looked at after so many, ended or not."""

@@ -5,6 +5,7 @@ from functools import lru_cache
 
 from local_engine.chat import InvalidRequest
 from local_engine.model import LocalModel
+from local_engine.plan_types import AcceptRule, Cascade, SpeculateSteps
 from local_engine.primitives import Controller
 from local_engine.reason import entropy, glimprouter, score, specreason
 from local_engine.reason.cascade import CascadeAnswer
@@ -15,7 +16,7 @@ from local_engine.reason.score import Scored
 from local_engine.reason.specreason import SpecReason
 from local_engine.reason.speculate import StepSpeculation
 from local_engine.reason.speculative_thinking import SpeculativeThinking
-from local_engine.types import AcceptRule, Cascade, Generate, SpeculateSteps
+from local_engine.types import Generate
 
 
 def shared(

@@ -14,8 +14,9 @@ import msgspec
 
 from local_engine.arithmetic import LEVELS, problems
 from local_engine.engine import Engine
+from local_engine.plan_types import Exit, Plan
 from local_engine.reason.answers import answer_class
-from local_engine.types import Delta, Event, Exit, Failed, Finished, Generate, Plan, SamplingParams
+from local_engine.types import Delta, Event, Failed, Finished, Generate, SamplingParams
 
 _DIGITS: Final = 6
 

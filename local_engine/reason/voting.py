@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from local_engine.types import VoteStop, VoteWeight
+from local_engine.plan_types import VoteStop, VoteWeight
 
 
 @dataclass(frozen=True, slots=True)

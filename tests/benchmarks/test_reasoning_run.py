@@ -9,8 +9,8 @@ from reasoning_run import Kind, Run, TimeIsUp, draw, load
 from reasoning_samples import RULES, replay
 
 from local_engine.model import LocalModel
+from local_engine.plan_types import SpeculateSteps
 from local_engine.reason.voting import Ballot
-from local_engine.types import SpeculateSteps
 
 ALONE, SHARED = Kind("alone"), Kind("shared", plan=SpeculateSteps(draft="nano"))
 NEVER = float("-inf")

@@ -14,7 +14,7 @@ from gateway.upstream.http import HttpClient
 from gateway.world import build_world, engine_plan
 from local_engine.arithmetic import problems
 from local_engine.client import EngineClient
-from local_engine.types import AcceptRule, Cascade, Exit, SpeculateSteps, Vote
+from local_engine.plan_types import AcceptRule, Cascade, Exit, SpeculateSteps, Vote
 from routers.decide import decide
 from routers.errors import PolicyError
 from routers.explain import to_lines

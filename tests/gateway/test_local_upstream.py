@@ -18,8 +18,9 @@ from local_engine.client import EngineClient
 from local_engine.engine import Engine
 from local_engine.errors import EngineGone
 from local_engine.model import LocalModel, load_model
+from local_engine.plan_types import Exit
 from local_engine.server import serve
-from local_engine.types import Exit, SamplingParams
+from local_engine.types import SamplingParams
 
 pytestmark = pytest.mark.anyio
 

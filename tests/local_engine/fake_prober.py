@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from local_engine.types import Message, Rating
+from local_engine.probe_types import Rating
+from local_engine.types import Message
 
 
 @dataclass(frozen=True)

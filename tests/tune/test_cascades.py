@@ -12,8 +12,9 @@ from gateway.tune.cascades import fitted_cascade
 from gateway.world import engine_plan
 from local_engine.engine import Engine
 from local_engine.model import load_model
+from local_engine.plan_types import Cascade
 from local_engine.reason.trajectories import Question, arithmetic_questions, ask, is_right
-from local_engine.types import Cascade, SamplingParams
+from local_engine.types import SamplingParams
 from probes.errors import TableError
 from routers.plan_files import read_plan
 

@@ -10,8 +10,9 @@ import pytest
 from local_engine.arithmetic import problems
 from local_engine.engine import Engine
 from local_engine.model import LocalModel, load_model
+from local_engine.plan_types import AcceptRule, Cascade, PlanUse
 from local_engine.reason.accept import AnswerWatch, abandons, accepts, p_correct, price_of_going_on
-from local_engine.types import AcceptRule, Cascade, Delta, Finished, PlanUse, SamplingParams, TapSpec
+from local_engine.types import Delta, Finished, SamplingParams, TapSpec
 from tests.local_engine.engine_harness import GREEDY, Caller, Watch
 from tests.local_engine.reason.test_speculate import watched
 

@@ -10,10 +10,11 @@ import torch
 
 from local_engine.kv import KVCache
 from local_engine.model import LocalModel
+from local_engine.plan_types import Exit, PlanUse
 from local_engine.reason.artifact import Certified
 from local_engine.runner import Runner, Segment, StepOutput
 from local_engine.spec.build import speculators
-from local_engine.types import Exit, Finished, PlanUse, SamplingParams, TapSpec, TextFormat
+from local_engine.types import Finished, SamplingParams, TapSpec, TextFormat
 from tests.local_engine.engine_harness import Caller, StartEngine, Watch
 from tests.local_engine.reason.test_rules import artifact
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from local_engine.plan_types import Exit
 from local_engine.reason.artifact import Certified, ExitArtifact, ExitManifest, ExitProbe
 from local_engine.reason.convergence import Convergence
 from local_engine.reason.exits import ProbeExit, make_rule
@@ -12,7 +13,6 @@ from local_engine.reason.momentum import Momentum
 from local_engine.reason.redundancy import Redundancy
 from local_engine.reason.thought import FEATURES, Kind, Moment, Rule, Verdict, features
 from local_engine.reason.watch import Notice, Watch
-from local_engine.types import Exit
 
 PASSES = ["2 + 2 = 5", "\n\n", "Wait", ",", " 2 + 2 = 4", "\n\n", "Wait", ",", " yes: ", "4", "\n\n", "Hmm", ".", " "]
 

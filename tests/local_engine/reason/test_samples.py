@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from local_engine.model import LocalModel
-from local_engine.types import Exit, Finished, PlanUse, SamplingParams, TapSpec, TextFormat, Vote
+from local_engine.plan_types import Exit, PlanUse, Vote
+from local_engine.types import Finished, SamplingParams, TapSpec, TextFormat
 from tests.local_engine.engine_harness import Caller, StartEngine, Watch
 
 ASKED = "What is 83 * 7 + 45?"

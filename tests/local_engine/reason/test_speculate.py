@@ -10,13 +10,14 @@ from local_engine.arithmetic import problems
 from local_engine.engine import Engine
 from local_engine.kv import KVCache
 from local_engine.model import LocalModel, load_model
+from local_engine.plan_types import PlanUse, SpeculateSteps
 from local_engine.runner import Runner, new_kv
 from local_engine.spec.build import speculators
 from local_engine.spec.chain import ModelProposer
 from local_engine.spec.ngram import NGramProposer
 from local_engine.spec.recycle import RecycleProposer
 from local_engine.spec.speculator import Speculator
-from local_engine.types import Delta, Finished, PlanUse, SamplingParams, SpeculateSteps
+from local_engine.types import Delta, Finished, SamplingParams
 from tests.local_engine.engine_harness import GREEDY, Caller, Watch, WatchedRunner
 from tests.local_engine.small_tokenizers import byte_level
 from tests.local_engine.spec.spec_harness import flat_speculator
