@@ -57,6 +57,7 @@ from routers.decide import decide
 from routers.errors import NoCandidate
 from routers.plans import models_of
 from routers.policy import DEFAULT_CACHE_TTL_MS
+from routers.seeds import UNEXPLORED
 from routers.types import Cascade, Decision, Load, Query, Signals, State
 
 log = get_logger(__name__)
@@ -303,9 +304,9 @@ class Lifecycle:
         await self._sessions.put(key, now)
 
     async def explain(self, query: Query, messages: bytes) -> Decision:
-        """The decision that this query would get now (seed 0). Nothing runs or is written. Raises LeadlineError."""
+        """The decision that this query would get now, unexplored. Nothing runs or is written. Raises LeadlineError."""
         must_know(self.world.policy, query.hints)
-        return (await self._decide(query, self.world, messages, 0, None))[0]
+        return (await self._decide(query, self.world, messages, UNEXPLORED, None))[0]
 
     # run ------------------------------------------------------------------------------------------------------------
 

@@ -84,6 +84,7 @@ def explain(
         _explain_past(policy, request, as_json)
         return
     from routers.cost import PROMPT_MARGIN
+    from routers.seeds import UNEXPLORED
     from routers.types import Query, State
 
     sent = _sent(header, policy) if header else None
@@ -105,7 +106,7 @@ def explain(
     )
     assert prompt is not None
     signals = _probe_signals(policy, query, prompt, file.parent)
-    _say(_told(policy, query, signals, State(now_ms=query.at_ms)), as_json)
+    _say(_told(policy, query, signals, State(now_ms=query.at_ms), UNEXPLORED), as_json)
 
 
 def diff(
@@ -216,6 +217,7 @@ def _explain_past(policy: "Policy", request_id: str, as_json: bool) -> None:
     from gateway.history import APPROXIMATE, AS_THEN, past_request
     from gateway.settings import Settings, SettingsError
     from routers.explain import to_dict, to_lines
+    from routers.seeds import UNEXPLORED
 
     try:
         past = past_request(Settings.from_env(), request_id)
@@ -223,7 +225,7 @@ def _explain_past(policy: "Policy", request_id: str, as_json: bool) -> None:
         stop(str(error))
     if past is None:
         stop(f"--request {request_id!r}: the ledger has no such request")
-    seed = past.decision.seed if past.decision is not None else 0
+    seed = past.decision.seed if past.decision is not None else UNEXPLORED
     told = _told(policy, past.query, past.signals, past.state, seed)
     how = AS_THEN if past.exact else APPROXIMATE
     if as_json:
@@ -247,7 +249,7 @@ class _Told(NamedTuple):
     decided: bool
 
 
-def _told(policy: "Policy", query: "Query", signals: "Signals", state: "State", seed: int = 0) -> _Told:
+def _told(policy: "Policy", query: "Query", signals: "Signals", state: "State", seed: int) -> _Told:
     """The decision with all that led to it, for people and for programs."""
     from routers.decide import decide
     from routers.errors import NoCandidate

@@ -12,7 +12,8 @@ from routers.cost import costs_nanousd
 from routers.decide import decide
 from routers.errors import NoCandidate
 from routers.policy import Policy, Price, Route
-from routers.types import Plan, Query, Signals, State
+from routers.seeds import UNEXPLORED
+from routers.types import Cascade, Plan, Query, Signals, State
 from routers.units import Budget, Rate, format_duration, format_money
 from routers.when import Schedule, When
 
@@ -84,8 +85,23 @@ def _of_one(field: str, before: Any, after: Any) -> Iterator[Change]:
         return
     for part in fields(before):
         old, new = getattr(before, part.name), getattr(after, part.name)
-        if part.name not in _DERIVED and old != new:
+        if isinstance(before, Route) and part.name == "plans":
+            if (accepted := _accept(old)) != (accepts := _accept(new)):
+                yield Change(f"{field}.accept", accepted, accepts)
+        elif part.name not in _DERIVED and old != new:
             yield Change(f"{field}.{_written(part.name)}", _shown(old, part.name), _shown(new, part.name))
+
+
+def _accept(plans: Mapping[str, Plan]) -> str | None:
+    """The accept rule of a route's cascades in words, which their names do not tell; None: it has no cascade."""
+    rule = next((plan.accept for plan in plans.values() if isinstance(plan, Cascade)), None)
+    if rule is None:
+        return None
+    told = {**dict(rule.weights), "bias": rule.bias, "at_least": rule.at_least} if not rule.agree else {}
+    told |= {"agree": rule.agree} if rule.agree else {}
+    measured = {"keeps_right": rule.keeps_right, "keeps_wrong": rule.keeps_wrong}
+    told |= {name: share for name, share in measured.items() if share is not None}
+    return ", ".join(f"{name} {value:.4g}" for name, value in told.items()) + f", unaccepted {rule.unaccepted}"
 
 
 def _shown(value: Any, name: str = "") -> str:
@@ -154,9 +170,9 @@ def sample_changes(before: Policy, after: Policy) -> tuple[list[Moved], int]:
 
 
 def outcome(policy: Policy, query: Query, signals: Signals, state: State) -> str:
-    """The plan that this policy chooses, or why there is none."""
+    """The plan that this policy holds for best, or why there is none."""
     try:
-        return decide(query, signals, policy, state, seed=0).plan.name
+        return decide(query, signals, policy, state, UNEXPLORED).plan.name
     except NoCandidate as error:
         return f"refused ({error.kind})"
 

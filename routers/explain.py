@@ -21,6 +21,9 @@ def to_lines(decision: Decision, asked: Asked | None = None) -> list[str]:
     lines = [f"{decision.plan.name}, by route {decision.route}: {decision.rule}"]
     if decision.degraded:
         lines.append(f"degraded: {decision.degraded}")
+    if decision.among and not decision.explored:
+        others = ", ".join(name for name in decision.among if name != decision.plan.name)
+        lines.append(f"explores: {100 * (1 - decision.propensity):g}% of such requests are answered by {others}")
     if isinstance(decision.plan, Single) and decision.plan.max_thinking_tokens is not None:
         lines.append(f"thinks at most {decision.plan.max_thinking_tokens} tokens (effort {decision.plan.effort})")
     lines += [

@@ -20,3 +20,5 @@ def _mixed(value: int) -> int:
 
 EXPLORE, EXPLORED_ARM, SHADOW = 1, 2, 3
 """Purposes; each draw has one of its own."""
+UNEXPLORED = 7254
+"""For who asks what a policy holds for best: its draw, 0.9999, explores for no smaller share."""

@@ -12,9 +12,10 @@ from probes.types import Estimate
 from routers.aims import Explore
 from routers.bandit import EVERYWHERE, belief, context_of, explore, learned, probabilities, updated
 from routers.decide import decide
+from routers.explain import to_lines
 from routers.load import parse
 from routers.policy import Policy
-from routers.seeds import EXPLORE, EXPLORED_ARM, SHADOW, draw
+from routers.seeds import EXPLORE, EXPLORED_ARM, SHADOW, UNEXPLORED, draw
 from routers.types import Arm, Query, Signals, State
 from tests.routers.test_aims import HEAD, NAMES, measured
 
@@ -264,3 +265,11 @@ def test_a_cascade_earns_as_a_whole() -> None:
     seed = next(seed for seed in range(100) if draw(seed, EXPLORE) > 0.5)
     probed = decide(ASKED, known, of, State(arms=arms), seed)
     assert probed.plan.name == "middle", "of stages that a probe speaks of, the cascade's P follows from theirs"
+
+
+def test_who_asks_is_told_what_is_best_and_what_is_explored_beside_it() -> None:
+    decision = decide(ASKED, Signals(), policy("90%", "uniform"), State(), UNEXPLORED)
+    assert (decision.plan.name, decision.explored) == ("weak", False)
+    assert "explores: 90% of such requests are answered by middle, strong" in to_lines(decision)
+    explored = next(d for d in (decide(ASKED, Signals(), policy(), State(), seed) for seed in range(100)) if d.explored)
+    assert not any(line.startswith("explores") for line in to_lines(explored)), "its rule says so"

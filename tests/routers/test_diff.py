@@ -105,3 +105,27 @@ def test_a_schedule_is_sampled_on_both_sides() -> None:
     )
     assert {one.after for one in moved if "at the weekend" in one.query and one.query.startswith("auto")} == {"local"}
     assert not [one for one in moved if one.query == "auto"]
+
+
+CASCADE = "[weak>strong]\n    accept: {mean_logprob: 2, bias: 1, at_least: 0.8, keeps_right: 0.9, keeps_wrong: 0.1}"
+
+
+def test_another_accept_rule_is_told_and_a_plans_own_name_is_not() -> None:
+    before = changed(("[weak, strong]", CASCADE))
+    after = changed(("[weak, strong]", CASCADE.replace("0.8", "0.7")))
+    words = "mean_logprob 2, bias 1, at_least 0.8, keeps_right 0.9, keeps_wrong 0.1, unaccepted send"
+    assert [str(change) for change in changes(before, after)] == [
+        f"~ routes.auto.accept: {words} -> {words.replace('0.8', '0.7')}"
+    ]
+    agreed = changed(("[weak, strong]", '[weak, "weak&local>strong"]\n    accept: agree'))
+    (_, rule) = changes(before, agreed)
+    assert rule.after == "agree 2, unaccepted send"
+    assert [change.field for change in changes(changed(), after)] == ["routes.auto.candidates", "routes.auto.accept"]
+
+
+def test_what_is_explored_by_chance_is_no_change() -> None:
+    """Both hold `weak` for best; a share of either goes to `strong`."""
+    before, after = (
+        changed(("[weak, strong]", f"[weak, strong]\n    explore: {{share: {share}}}")) for share in ("90%", "1%")
+    )
+    assert sample_changes(before, after)[0] == []
