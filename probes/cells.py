@@ -38,6 +38,8 @@ def read_columns(path: Path, columns: Sequence[str]) -> dict[str, list[Any]]:
             frame = pd.read_csv(path, dtype=str, encoding_errors="surrogateescape")
         else:
             frame = pd.DataFrame([json.loads(line) for line in path.read_bytes().splitlines() if line.strip()])
+    except FileNotFoundError:
+        raise TableError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
         raise TableError(f"{path}: cannot be read: {error}") from None
     _require(path, columns, list(map(str, frame.columns)))

@@ -97,6 +97,8 @@ def read_table(
     try:
         # Labels from pandas. Prompts as they stand: a conversation stays one, "007" stays a text.
         frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+    except FileNotFoundError:
+        raise TableError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
         raise TableError(f"{path}: cannot be read: {error}") from None
     # A stored index is not the file's row, which complaints name.

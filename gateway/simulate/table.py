@@ -134,6 +134,8 @@ def _read(path: Path) -> Any:
         raise TableError(f"{path}: unknown table type {path.suffix!r}; give a .parquet or .csv file")
     try:
         frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+    except FileNotFoundError:
+        raise TableError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
         raise TableError(f"{path}: cannot be read: {error}") from None
     if not len(frame):

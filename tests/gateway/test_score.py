@@ -277,7 +277,7 @@ def test_bad_input_says_what_to_do(tmp_path: Path, options: list[str], complaint
         ("t.parquet", b"nothing", "cannot be read"),
         ("t.txt", b"prompt\na\n", "unknown table type '.txt'"),
         ("t.jsonl", b"{", "cannot be read"),
-        ("missing.csv", None, "cannot be read"),
+        ("missing.csv", None, "no such file"),
         ("empty.csv", b"", "cannot be read"),
     ],
 )
