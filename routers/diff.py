@@ -97,8 +97,8 @@ def _accept(plans: Mapping[str, Plan]) -> str | None:
     rule = next((plan.accept for plan in plans.values() if isinstance(plan, Cascade)), None)
     if rule is None:
         return None
-    told = {**dict(rule.weights), "bias": rule.bias, "at_least": rule.at_least} if not rule.agree else {}
-    told |= {"agree": rule.agree} if rule.agree else {}
+    told: dict[str, float] = {str(name): weight for name, weight in rule.weights}
+    told |= {"agree": rule.agree} if rule.agree else {"bias": rule.bias, "at_least": rule.at_least}
     measured = {"keeps_right": rule.keeps_right, "keeps_wrong": rule.keeps_wrong}
     told |= {name: share for name, share in measured.items() if share is not None}
     return ", ".join(f"{name} {value:.4g}" for name, value in told.items()) + f", unaccepted {rule.unaccepted}"
