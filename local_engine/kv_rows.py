@@ -5,8 +5,11 @@ Rows of one capacity live side by side in a pool, without holes, so that decode 
 pool and layer, padded to the longest of them. Capacities double, which bounds both the padding and the unused part.
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum, auto
+from functools import cached_property
 from itertools import count
 from typing import Final
 
@@ -16,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from local_engine import kernels
 from local_engine.kv import KVFull, KVShape, Span, check_range, check_spans
+from local_engine.pages import advise
 from local_engine.simd import LANES
 
 SMALLEST_ROW: Final = 256
@@ -33,15 +37,18 @@ class _Pool:
         self.members: list[_Row] = []
         self._size = (shape.kv_heads, capacity, shape.head_dim)
         self.layers = [torch.empty(2, 0, *self._size, dtype=shape.dtype) for _ in range(shape.layers)]
+        self.addresses = array("q")
+        """Of each layer's keys, then its values."""
 
     def resize(self, rows: int) -> None:
         """One layer after the other, so that no more than one layer is ever held twice."""
         kept = min(rows, len(self.members))
         for index, old in enumerate(self.layers):
             # Zeros, never whatever the memory held: a masked key may be anything but NaN.
-            new = torch.zeros(2, rows, *self._size, dtype=old.dtype)
+            new = advise(torch.zeros(2, rows, *self._size, dtype=old.dtype))
             new[:, :kept] = old[:, :kept]
             self.layers[index] = new
+        self.addresses = array("q", [part.data_ptr() for layer in self.layers for part in layer])
         self.rows = rows
 
     def copy(self, source: "_Row", target: int, length: int) -> None:
@@ -360,6 +367,45 @@ def _attend_rows(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Non
     return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(query.shape)
 
 
+class GroupWord(IntEnum):
+    """The words of neighbouring tokens whose keys are in one pool, as `Reading.groups` has them."""
+
+    FIRST = 0
+    TOKENS = auto()
+    CAPACITY = auto()
+    ADDRESSES = auto()
+
+
+GROUP_WORDS: Final = len(GroupWord)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Where the packed tokens of a step go and what they attend to, in words for a kernel."""
+
+    rows: "array[int]"
+    """Of each token, in its pool."""
+    positions: "array[int]"
+    groups: "array[int]"
+    """GROUP_WORDS for each run of tokens of one pool."""
+
+    @classmethod
+    def of(cls, packed: Sequence[tuple[Span, _Row]]) -> "Reading":
+        """Good until a pool is resized."""
+        rows, positions, groups = array("q"), array("q"), array("q")
+        last: _Pool | None = None
+        for span, row in packed:
+            pool = row.pool
+            if pool is not last:
+                groups.extend((len(rows), 0, pool.capacity, pool.addresses.buffer_info()[0]))
+                last = pool
+            for at in range(span.count):
+                rows.append(row.index)
+                positions.append(span.start + at)
+            groups[GroupWord.TOKENS - GROUP_WORDS] += span.count
+        return cls(rows, positions, groups)
+
+
 class RowsPlan:
     """StepPlan over rows."""
 
@@ -368,17 +414,28 @@ class RowsPlan:
             range(len(spans)), key=lambda index: (spans[index].count, rows[index].pool.capacity, rows[index].index)
         )
         self.order: Sequence[int] = places
-        self._groups: list[_Group] = []
+        self._shape = shape
+        self._packed = [(spans[index], rows[index]) for index in places]
+
+    @cached_property
+    def reading(self) -> "Reading | None":
+        """What our own kernels need to attend to all tokens of the step; None where some span is too long for them."""
+        if self._packed[-1][0].count > BATCHED_SPAN:  # the longest come last
+            return None
+        return Reading.of(self._packed)
+
+    @cached_property
+    def _groups(self) -> "list[_Group]":
+        groups: list[_Group] = []
         run: list[tuple[Span, _Row]] = []
         offset = 0
-        for index in places:
-            span, row = spans[index], rows[index]
-            if run and not _joins(run[-1], (span, row)):
-                self._groups.append(_Group(shape, run, offset))
-                offset = self._groups[-1].tokens.stop
+        for member in self._packed:
+            if run and not _joins(run[-1], member):
+                groups.append(_Group(self._shape, run, offset))
+                offset = groups[-1].tokens.stop
                 run = []
-            run.append((span, row))
-        self._groups.append(_Group(shape, run, offset))
+            run.append(member)
+        return [*groups, _Group(self._shape, run, offset)]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         parts = []

@@ -41,13 +41,13 @@ def best_norm(module: Any) -> Norm:
     """What computes what one of transformers' RMS norm modules does."""
     weight, epsilon = module.weight.detach(), module.variance_epsilon
     if weight.shape[0] % LANES == 0 and kernels.usable(weight.dtype, weight.device):
-        return _KernelNorm(weight, epsilon)
+        return KernelNorm(weight, epsilon)
     return _TorchNorm(weight, epsilon)
 
 
 def best_turn(shape: KVShape, norms: HeadNorms | None) -> Turn:
     if shape.head_dim % (2 * LANES) == 0 and kernels.usable(shape.dtype, shape.device):
-        return _KernelTurn(shape, norms)
+        return KernelTurn(shape, norms)
     return _TorchTurn(shape, norms)
 
 
@@ -60,16 +60,16 @@ class _TorchNorm:
         return rms_norm(x, self._weight.shape, self._weight, self._epsilon)
 
 
-class _KernelNorm:
+class KernelNorm:
     def __init__(self, weight: Tensor, epsilon: float) -> None:
-        self._weight = weight
-        self._epsilon = epsilon
+        self.weight = weight
+        self.epsilon = epsilon
         self._run = kernels.rms_norm(weight.shape[0], weight.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         out = torch.empty_like(x)
-        self._run(x.data_ptr(), self._weight.data_ptr(), out.data_ptr(), x.shape[0], self._epsilon)
+        self._run(x.data_ptr(), self.weight.data_ptr(), out.data_ptr(), x.shape[0], self.epsilon)
         return out
 
 
@@ -85,18 +85,18 @@ class _TorchTurn:
         return torch.addcmul(heads * cos, heads.roll(self._dim // 2, -1), sin)
 
 
-class _KernelTurn:
+class KernelTurn:
     """In place."""
 
     def __init__(self, shape: KVShape, norms: HeadNorms | None) -> None:
         self._rotated = shape.query_heads + shape.kv_heads
-        self._weights = None if norms is None else norms.weights
-        self._epsilon = 0.0 if norms is None else norms.epsilon
+        self.weights = None if norms is None else norms.weights
+        self.epsilon = 0.0 if norms is None else norms.epsilon
         self._run = kernels.rotate(shape.head_dim, shape.dtype, normed=norms is not None)
 
     def __call__(self, heads: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         cos, sin = rotary
-        weights = None if self._weights is None else self._weights.data_ptr()
+        weights = None if self.weights is None else self.weights.data_ptr()
         places = heads.data_ptr(), weights, cos.data_ptr(), sin.data_ptr()
-        self._run(*places, heads.shape[0], self._rotated, heads.stride(0), self._epsilon)
+        self._run(*places, heads.shape[0], self._rotated, heads.stride(0), self.epsilon)
         return heads

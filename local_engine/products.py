@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
 from local_engine import kernels
-from local_engine.simd import LANES
+from local_engine.simd import LANES, Kernel
 
 SMALLEST_REPACKED: Final = {torch.float32: 1 << 17, torch.bfloat16: 1 << 14}
 """Weights of a product. With fewer, starting oneDNN (12 µs) costs more than it saves at one row; torch's own bfloat16
@@ -24,6 +24,8 @@ _SMALLEST_SHARED: Final = 1 << 19
 _EXPECTED_ROWS: Final = 8
 _COPIED_SHARE: Final = 0.1
 """Most of a model's weights that a tied head may be held twice with; repacked, its product takes half the time."""
+_COPIED_BYTES: Final = 1 << 20
+"""A head of fewer may be, whatever its share."""
 
 
 class Product(Protocol):
@@ -87,9 +89,9 @@ class KernelProduct:
     """Our own kernel's product; `pack` copies the weights."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._packed = kernels.pack(weight)
-        self._outputs, self._inputs = weight.shape
-        self._bias = bias
+        self.packed = kernels.pack(weight)
+        self.outputs, self.inputs = weight.shape
+        self.bias = bias
         self._plain = kernels.product(weight.dtype, "plain" if bias is None else "bias")
         self._sum = kernels.product(weight.dtype, "sum")
 
@@ -99,19 +101,21 @@ class KernelProduct:
         return outputs % kernels.PANEL == 0 and inputs % 2 == 0 and kernels.usable(weight.dtype, weight.device)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._run(self._plain, x, self._bias)
+        return self._run(self._plain, x, self.bias)
 
     def plus(self, x: Tensor, term: Tensor) -> Tensor:
-        if self._bias is not None:
+        if self.bias is not None:
             return self(x).add_(term)
         return self._run(self._sum, x, term.contiguous())
 
-    def _run(self, kernel: kernels.Kernel, x: Tensor, other: Tensor | None) -> Tensor:
+    def _run(self, kernel: Kernel, x: Tensor, other: Tensor | None) -> Tensor:
         x = x.contiguous()
         rows = x.shape[0]
-        out = x.new_empty(rows, self._outputs)
+        out = x.new_empty(rows, self.outputs)
         place = None if other is None else other.data_ptr()
-        kernel(x.data_ptr(), self._packed.data_ptr(), place, out.data_ptr(), rows, self._inputs, self._outputs)
+        weights = self.packed.data_ptr()
+        sizes = rows, self.inputs, self.outputs
+        kernel(x.data_ptr(), weights, place, out.data_ptr(), *sizes, weights)
         return out
 
 
@@ -119,27 +123,29 @@ class KernelGated:
     """Our own kernel for both products of a gate; their columns take turns in its weights."""
 
     def __init__(self, gate: Tensor, up: Tensor) -> None:
-        outputs, self._inputs = gate.shape
-        self._packed = kernels.pack(
-            torch.stack((gate.view(-1, LANES, self._inputs), up.view(-1, LANES, self._inputs)), 1).flatten(0, 2)
+        outputs, self.inputs = gate.shape
+        self.packed = kernels.pack(
+            torch.stack((gate.view(-1, LANES, self.inputs), up.view(-1, LANES, self.inputs)), 1).flatten(0, 2)
         )
-        self._outputs = 2 * outputs
+        self.outputs = 2 * outputs
         self._gated = kernels.product(gate.dtype, "gated")
         self._plain = kernels.product(gate.dtype, "plain")
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._run(self._gated, x, self._outputs // 2)
+        return self._run(self._gated, x, self.outputs // 2)
 
     def part(self, which: int, x: Tensor) -> Tensor:
         """The gate's product alone, or, for 1, the other's."""
-        out = self._run(self._plain, x, self._outputs)
+        out = self._run(self._plain, x, self.outputs)
         return out.view(x.shape[0], -1, 2, LANES)[:, :, which].flatten(1)
 
-    def _run(self, kernel: kernels.Kernel, x: Tensor, columns: int) -> Tensor:
+    def _run(self, kernel: Kernel, x: Tensor, columns: int) -> Tensor:
         x = x.contiguous()
         rows = x.shape[0]
         out = x.new_empty(rows, columns)
-        kernel(x.data_ptr(), self._packed.data_ptr(), None, out.data_ptr(), rows, self._inputs, self._outputs)
+        weights = self.packed.data_ptr()
+        sizes = rows, self.inputs, self.outputs
+        kernel(x.data_ptr(), weights, None, out.data_ptr(), *sizes, weights)
         return out
 
 
@@ -240,7 +246,7 @@ def shared_product(weight: Tensor, share: float) -> Product:
 
     They are copied where the copy is little; else they are used where they are.
     """
-    if share <= _COPIED_SHARE:
+    if share <= _COPIED_SHARE or weight.nbytes <= _COPIED_BYTES:
         return best_product(weight, None)
     gains = weight.dtype == torch.float32 and weight.numel() >= _SMALLEST_SHARED
     return (

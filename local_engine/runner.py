@@ -6,6 +6,7 @@ the last one, too, is taken before the final norm.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from local_engine.errors import ModelLoadError
 from local_engine.fused import CHECK_TOKENS, fuse, fused_rotary
 from local_engine.kv import KVCache, KVShape, Span, StepPlan
 from local_engine.kv_paged import PagedKV
-from local_engine.kv_rows import RowsKV
+from local_engine.kv_rows import RowsKV, RowsPlan
 from local_engine.model import LocalModel
 from local_engine.norms import best_norm
 from local_engine.products import shared_product
+from local_engine.whole import PackedRows, WholeForward
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,11 @@ class Runner:
             if tied and self._fused
             else network.lm_head
         )
+        self._whole = (
+            WholeForward.of(self._body.embed_tokens.weight.detach(), self._fused, self._norm, self._head)
+            if self._fused
+            else None
+        )
 
     def run(
         self,
@@ -99,18 +106,24 @@ class Runner:
         packing = _Packing(segments, plan, self._device)
         self.rotary.reach(packing.furthest)
         # Outside of inference mode, because what is made in it may not be changed outside.
-        taps = {layer: self._like(len(packing.tap_rows)) for layer in set(tap_layers)}
-        with torch.inference_mode():
-            hidden = self._body.embed_tokens(packing.tokens) if state is None else packing.packed(state)
-            hidden = self._forward(hidden, packing, plan, range(first, last), taps)
-            if last in taps:
-                torch.index_select(hidden, 0, packing.tap_rows, out=taps[last])
-            logits = self._head(self._norm(hidden[packing.logit_rows]))
+        taps = {layer: self._like(packing.tapped) for layer in set(tap_layers)}
+        reading = plan.reading if self._whole is not None and isinstance(plan, RowsPlan) else None
+        if self._whole is not None and reading is not None:
+            with torch.no_grad():
+                given = None if state is None else packing.packed(state)
+                logits, hidden = self._whole.run(packing.lists, reading, self.rotary.turned, (first, last), taps, given)
+        else:
+            with torch.inference_mode():
+                hidden = self._body.embed_tokens(packing.tokens) if state is None else packing.packed(state)
+                hidden = self._forward(hidden, packing, plan, range(first, last), taps)
+                if last in taps:
+                    torch.index_select(hidden, 0, packing.tap_rows, out=taps[last])
+                logits = self._head(self._norm(hidden[packing.logit_rows]))
         if first == 0:
             for segment in segments:
                 self.kv.commit(segment.slot, segment.start + len(segment.tokens))
         return StepOutput(
-            logits=logits.to(torch.float32, copy=True),
+            logits=logits.to(torch.float32, copy=logits.is_inference()),
             hidden=taps,
             state=packing.unpacked(hidden) if last < self.layers else None,
         )
@@ -186,12 +199,31 @@ class _Packing:
             logit_rows.extend(range(end - segment.logits, end))
             tap_rows.extend(offset + tap for tap in segment.taps)
         self.furthest = max(positions)
-        self.tokens = torch.tensor(tokens, device=device)
-        self.positions = torch.tensor(positions, device=device)
-        self.logit_rows = torch.tensor(logit_rows, dtype=torch.int64, device=device)
-        self.tap_rows = torch.tensor(tap_rows, dtype=torch.int64, device=device)
+        self.tapped = len(tap_rows)
+        self.lists = PackedRows(tokens, logit_rows, tap_rows)
+        self._positions = positions
+        self._device = device
         self._segments = segments
         self._offsets = offsets
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        return self._tensor(self.lists.tokens)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        return self._tensor(self._positions)
+
+    @cached_property
+    def logit_rows(self) -> Tensor:
+        return self._tensor(self.lists.logit_rows)
+
+    @cached_property
+    def tap_rows(self) -> Tensor:
+        return self._tensor(self.lists.tap_rows)
+
+    def _tensor(self, numbers: Sequence[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int64, device=self._device)
 
     def unpacked(self, hidden: Tensor) -> Tensor:
         """From packed order to segment order."""
@@ -207,7 +239,7 @@ class _Packing:
     def _rows(self) -> Tensor:
         pairs = zip(self._offsets, self._segments, strict=True)
         rows = [row for offset, segment in pairs for row in range(offset, offset + len(segment.tokens))]
-        return torch.tensor(rows, device=self.tokens.device)
+        return self._tensor(rows)
 
 
 class _RotaryTable:
@@ -223,6 +255,8 @@ class _RotaryTable:
         self._like = torch.empty(0, dtype=shape.dtype, device=shape.device)
         self._context = shape.context
         self._cos = self._sin = self._like
+        self.turned = self._like, self._like
+        """The same by position, as `fused_rotary` gives them."""
         self._grow(256)
 
     def first(self, tokens: int) -> tuple[Tensor, Tensor]:
@@ -242,3 +276,5 @@ class _RotaryTable:
         places = torch.arange(min(length, self._context), device=self._like.device)
         cos, sin = self._module(self._like, places.unsqueeze(0))
         self._cos, self._sin = cos[0], sin[0]
+        turned = fused_rotary(self._cos, self._sin)
+        self.turned = turned[0].contiguous(), turned[1].contiguous()

@@ -5,7 +5,7 @@ installed. Vectors have 16 float32 lanes; bfloat16 is widened when it is loaded 
 """
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -70,7 +70,14 @@ class Writer:
         return self._builder.sub(left, right)
 
     def half(self, value: Any) -> Any:
-        return self._builder.lshr(value, self.whole(1))
+        return self.part(value, 2)
+
+    def part(self, value: Any, divisor: Any) -> Any:
+        """value / divisor, rounded down, for numbers that are not negative."""
+        return self._builder.udiv(value, self.whole(divisor) if isinstance(divisor, int) else divisor)
+
+    def either(self, left: Any, relation: str, right: Any, then: Any, otherwise: Any) -> Any:
+        return self._builder.select(self._builder.icmp_signed(relation, left, right), then, otherwise)
 
     def greater(self, left: Any, right: Any) -> Any:
         return self._builder.select(self._builder.icmp_signed(">", left, right), left, right)
@@ -128,9 +135,14 @@ class Writer:
 
     def prefetch(self, base: Any, offset: Any, count: int, dtype: torch.dtype) -> None:
         """Have `count` elements from there on fetched into the caches; the address may be of nothing."""
+        address = self.address(self.place(base, offset, dtype.itemsize))
         for line in range(0, count * dtype.itemsize, 64):
-            place = self.place(self.place(base, offset, dtype.itemsize), self.whole(line), 1)
-            self._call("llvm.prefetch.p0", ir.VoidType(), place, *(ir.Constant(I32, number) for number in (0, 3, 1)))
+            self.prefetch_from(self.add(address, line), soon=True)
+
+    def prefetch_from(self, address: Any, *, soon: bool) -> None:
+        """Have one line fetched from an address, a whole number; not into the first cache if it is not needed soon."""
+        numbers = (ir.Constant(I32, number) for number in (0, 3 if soon else 2, 1))
+        self._call("llvm.prefetch.p0", ir.VoidType(), self._builder.inttoptr(address, PTR), *numbers)
 
     def copy(self, source: Any, at: Any, target: Any, to: Any, dtype: torch.dtype) -> None:
         """LANES elements as they are."""
@@ -196,6 +208,15 @@ class Writer:
         zero = ir.Constant(F32, -0.0)
         return self._call("llvm.vector.reduce.fadd.v16f32", F32, zero, vector, fast=("reassoc",))
 
+    def halved(self, left: Any, right: Any, width: int) -> Any:
+        """Sums of neighbouring groups of `width` lanes: of each pair of groups the left vector's, then the right's."""
+        pairs = [(begin, half) for begin in range(0, LANES, 2 * width) for half in (0, LANES)]
+        lanes = [begin + half + lane for begin, half in pairs for lane in range(width)]
+        return self.plus(self._picked(left, right, lanes), self._picked(left, right, [lane + width for lane in lanes]))
+
+    def _picked(self, left: Any, right: Any, lanes: Sequence[int]) -> Any:
+        return self._builder.shuffle_vector(left, right, ir.Constant(_VEC32, list(lanes)))
+
     def top(self, vector: Any) -> Any:
         return self._call("llvm.vector.reduce.fmax.v16f32", F32, vector, fast=("nnan", "nsz"))
 
@@ -231,10 +252,65 @@ class Writer:
 
     # ---- the end ----------------------------------------------------------------------------------------------------
 
-    def compiled(self) -> Callable[..., None]:
-        """The function, callable with addresses, whole numbers and floats; it holds no lock of Python's."""
+    def call(self, kernel: "Kernel", *values: Any) -> None:
+        """Run another kernel; addresses may be given as whole numbers."""
+        typ = ir.FunctionType(ir.VoidType(), kernel.types)
+        function = self._builder.inttoptr(self.whole(kernel.address), typ.as_pointer())
+        self._builder.call(function, [self._given(value, to) for value, to in zip(values, kernel.types, strict=True)])
+
+    def address(self, place: Any) -> Any:
+        """A pointer as a whole number."""
+        return self._builder.ptrtoint(place, I64)
+
+    def pointer(self, address: Any) -> Any:
+        return self._builder.inttoptr(address, PTR)
+
+    def _given(self, value: Any, typ: ir.Type) -> Any:
+        if isinstance(value, int | float):
+            value = ir.Constant(F32 if typ is F32 else I64, value)
+        is_number = isinstance(typ, ir.PointerType) and not isinstance(value.type, ir.PointerType)
+        return self._builder.inttoptr(value, PTR) if is_number else value
+
+    def compiled(self) -> "Kernel":
         self._builder.ret_void()
-        return _compile(str(self._module), self._function.name, [_CTYPES[typ] for typ in self._types])
+        return Kernel(_compile(str(self._module), self._function.name), self._types)
+
+
+class Kernel:
+    """A compiled function of addresses, whole numbers and floats; it holds no lock of Python's."""
+
+    def __init__(self, address: int, types: Sequence[ir.Type]) -> None:
+        self.address = address
+        self.types = types
+        self._function = ctypes.CFUNCTYPE(None, *[_CTYPES[typ] for typ in types])(address)
+
+    def __call__(self, *values: int | float | None) -> None:
+        self._function(*values)
+
+
+SUMMED_IN_ORDER: Final = [int(f"{lane:04b}"[::-1], 2) for lane in range(LANES)]
+"""The order in which vectors are given to `Sums`."""
+
+
+class Sums:
+    """The sums of the lanes of LANES vectors, each in its own lane: a tree, of which few vectors are held at a time."""
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+        self._held: list[tuple[int, Any]] = []
+
+    def add(self, vector: Any) -> None:
+        width = LANES // 2
+        while self._held and self._held[-1][0] == width:
+            vector = self._writer.halved(self._held.pop()[1], vector, width)
+            width //= 2
+        self._held.append((width, vector))
+
+    @property
+    def all(self) -> Any:
+        """When all have been added."""
+        ((_, vector),) = self._held
+        return vector
 
 
 class Variable:
@@ -258,7 +334,8 @@ _engines: list[Any] = []
 """What was compiled lives as long as the process."""
 
 
-def _compile(text: str, name: str, types: Sequence[Any]) -> Callable[..., None]:
+def _compile(text: str, name: str) -> int:
+    """Where the function begins."""
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     machine = binding.Target.from_default_triple().create_target_machine(
@@ -272,5 +349,5 @@ def _compile(text: str, name: str, types: Sequence[Any]) -> Callable[..., None]:
     engine = binding.create_mcjit_compiler(module, machine)
     engine.finalize_object()
     _engines.append(engine)
-    function: Callable[..., None] = ctypes.CFUNCTYPE(None, *types)(engine.get_function_address(name))
-    return function
+    address: int = engine.get_function_address(name)
+    return address

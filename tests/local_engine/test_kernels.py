@@ -9,7 +9,7 @@ from local_engine import kernels
 from local_engine.fused import fused_rotary
 from local_engine.kv import KVShape, Span
 from local_engine.kv_rows import RowsKV
-from local_engine.norms import HeadNorms, _KernelNorm, _KernelTurn, _TorchTurn
+from local_engine.norms import HeadNorms, KernelNorm, KernelTurn, _TorchTurn
 from local_engine.products import KernelGated, KernelProduct
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def test_products_are_torchs(dtype: torch.dtype, rows: int) -> None:
 def test_norms_and_turns_are_torchs(dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     x, weight = torch.randn(5, 80).to(dtype), torch.randn(80).to(dtype)
-    assert near(_KernelNorm(weight, 1e-6)(x), rms_norm(x.float(), (80,), weight.float(), 1e-6))
+    assert near(KernelNorm(weight, 1e-6)(x), rms_norm(x.float(), (80,), weight.float(), 1e-6))
     shape = KVShape(1, 4, 2, 32, 256, dtype, CPU)
     wide = KVShape(1, 4, 2, 32, 256, torch.float32, CPU)
     heads, angles = torch.randn(5, 8, 32).to(dtype), torch.randn(5, 32)
@@ -61,7 +61,7 @@ def test_norms_and_turns_are_torchs(dtype: torch.dtype) -> None:
     for norms, wide_norms in ((None, None), (HeadNorms(weights, 1e-6), HeadNorms(weights.float(), 1e-6))):
         expected = _TorchTurn(wide, wide_norms)(heads[:, :6].float(), fused_rotary(cos.float(), sin.float()))
         ours = heads.clone()
-        assert near(_KernelTurn(shape, norms)(ours[:, :6], fused_rotary(cos, sin)), expected)
+        assert near(KernelTurn(shape, norms)(ours[:, :6], fused_rotary(cos, sin)), expected)
         assert torch.equal(ours[:, 6:], heads[:, 6:])
 
 

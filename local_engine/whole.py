@@ -1,0 +1,330 @@
+"""The decoder layers of a step in one call of our own kernels: what Python does between them took up to a fifth of it.
+
+Layers, norms and products are those of the fused forward pass (`fused.py`), which checked them; here their kernels are
+called one after the other by a kernel, over buffers that stay. Each product is told whose weights come next, so that
+memory does not wait for norms and attention.
+"""
+
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum, auto
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from local_engine import kernels
+from local_engine.fused import FusedLayer
+from local_engine.kv_rows import GROUP_WORDS, GroupWord, Reading
+from local_engine.norms import KernelNorm, KernelTurn
+from local_engine.products import KernelGated, KernelProduct, Product
+from local_engine.simd import I64, LANES, PTR, Kernel, Writer
+
+
+class _Step(IntEnum):
+    """The words of what a step is told."""
+
+    ROWS = 0
+    HIDDEN = auto()
+    NORMED = auto()
+    HEADS = auto()
+    SEEN = auto()
+    GATED = auto()
+    SCORES = auto()
+    COS = auto()
+    SIN = auto()
+    PLACES = auto()
+    POSITIONS = auto()
+    GROUPS = auto()
+    GROUP_COUNT = auto()
+    TAPS = auto()
+    TAP_ROWS = auto()
+    TAP_COUNT = auto()
+
+
+class _Layer(IntEnum):
+    """The words of what a layer is."""
+
+    INPUT_NORM = 0
+    QKV = auto()
+    QKV_BIAS = auto()
+    HEAD_NORMS = auto()
+    OUTPUT = auto()
+    MLP_NORM = auto()
+    GATED = auto()
+    DOWN = auto()
+    WINDOW = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """What all layers of a model have in common."""
+
+    width: int
+    inner: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    scale: float
+    epsilon: float
+    head_epsilon: float
+    normed: bool
+    biased: bool
+
+    @property
+    def heads_width(self) -> int:
+        return (self.query_heads + 2 * self.kv_heads) * self.head_dim
+
+    @property
+    def seen_width(self) -> int:
+        return self.query_heads * self.head_dim
+
+
+@cache
+def _decode(sizes: _Sizes) -> Kernel:
+    """(step, layers, first, last): layers first to last - 1 over the hidden states, in place."""
+    dtype, width, stride, itemsize = sizes.dtype, sizes.width, sizes.heads_width, sizes.dtype.itemsize
+    tap, norm = kernels.take(width, dtype), kernels.rms_norm(width, dtype)
+    turn = kernels.rotate(sizes.head_dim, dtype, normed=sizes.normed)
+    attend = kernels.attend(sizes.head_dim, sizes.query_heads // sizes.kv_heads, dtype)
+    first_product = kernels.product(dtype, "bias" if sizes.biased else "plain")
+    gate, add = kernels.product(dtype, "gated"), kernels.product(dtype, "sum")
+
+    w = Writer("decode", [PTR, PTR, I64, I64])
+    step, layers, first, last = w.arguments
+    told = {word: w.load_int(step, w.whole(word)) for word in _Step}
+    rows, hidden, normed = told[_Step.ROWS], told[_Step.HIDDEN], told[_Step.NORMED]
+    heads, seen, gated, groups = (told[word] for word in (_Step.HEADS, _Step.SEEN, _Step.GATED, _Step.GROUPS))
+
+    def of_group(base: Any, word: GroupWord) -> Any:
+        return w.load_int(w.pointer(groups), w.add(base, word))
+
+    def keys_of(base: Any, layer: Any, which: int) -> Any:
+        """The address of the keys (0) or values (1) of a layer."""
+        return w.load_int(w.pointer(of_group(base, GroupWord.ADDRESSES)), w.add(w.times(layer, 2), which))
+
+    def tapped(layer: Any) -> None:
+        target = w.load_int(w.pointer(told[_Step.TAPS]), layer)
+        with w.where(target, "!=", w.whole(0)):
+            w.call(tap, hidden, told[_Step.TAP_ROWS], target, told[_Step.TAP_COUNT])
+
+    with w.loop(first, last) as layer:
+        base = w.times(layer, len(_Layer))
+        own = {word: w.load_int(layers, w.add(base, word)) for word in _Layer}
+        next_qkv = w.load_int(layers, w.add(base, len(_Layer) + _Layer.QKV))
+        tapped(layer)
+        w.call(norm, hidden, own[_Layer.INPUT_NORM], normed, rows, sizes.epsilon)
+        sides = own[_Layer.QKV], own[_Layer.QKV_BIAS], heads
+        w.call(first_product, normed, *sides, rows, width, stride, own[_Layer.OUTPUT])
+        rotated = sizes.query_heads + sizes.kv_heads
+        places = heads, own[_Layer.HEAD_NORMS], told[_Step.COS], told[_Step.SIN]
+        w.call(turn, *places, rows, rotated, stride, sizes.head_epsilon)
+        with w.loop(w.whole(0), told[_Step.GROUP_COUNT]) as index:
+            group = w.times(index, GROUP_WORDS)
+            offset = of_group(group, GroupWord.FIRST)
+            query = w.add(heads, w.times(offset, stride * itemsize))
+            key = w.add(query, sizes.seen_width * itemsize)
+            value = w.add(key, sizes.kv_heads * sizes.head_dim * itemsize)
+            held = keys_of(group, layer, 0), keys_of(group, layer, 1)
+            out = w.add(seen, w.times(offset, sizes.seen_width * itemsize))
+            at = w.times(offset, 8)
+            which = w.add(told[_Step.PLACES], at), w.add(told[_Step.POSITIONS], at), told[_Step.SCORES]
+            counts = of_group(group, GroupWord.TOKENS), sizes.kv_heads, of_group(group, GroupWord.CAPACITY)
+            w.call(
+                attend, query, key, value, *held, out, *which, *counts, stride, stride, stride, sizes.scale,
+                own[_Layer.WINDOW],
+            )  # fmt: skip
+        w.call(add, seen, own[_Layer.OUTPUT], hidden, hidden, rows, sizes.seen_width, width, own[_Layer.GATED])
+        w.call(norm, hidden, own[_Layer.MLP_NORM], normed, rows, sizes.epsilon)
+        w.call(gate, normed, own[_Layer.GATED], 0, gated, rows, width, 2 * sizes.inner, own[_Layer.DOWN])
+        w.call(add, gated, own[_Layer.DOWN], hidden, hidden, rows, sizes.inner, width, next_qkv)
+    tapped(last)
+    return w.compiled()
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRows:
+    """The tokens of a step, and for which of them logits and hidden states are wanted."""
+
+    tokens: Sequence[int]
+    logit_rows: Sequence[int]
+    tap_rows: Sequence[int]
+
+
+class WholeForward:
+    """Runs steps of few tokens per sequence through the decoder layers of one model. One thread only."""
+
+    def __init__(self, embedding: Tensor, layers: Sequence[FusedLayer], norm: KernelNorm, head: Any) -> None:
+        """`head`: what gives logits of normed states; a product of our own has them computed in the same call."""
+        one = layers[0]
+        assert isinstance(one.input_norm, KernelNorm)
+        assert isinstance(one.turn, KernelTurn)
+        shape = one.shape
+        self._shape = shape
+        self._embedding = embedding
+        self._norm = norm
+        self._head = head
+        self._kept = layers
+        self._sizes = _Sizes(
+            width=embedding.shape[1],
+            inner=_gated(one).outputs // 2,
+            query_heads=shape.query_heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            dtype=shape.dtype,
+            scale=one.scale,
+            epsilon=one.input_norm.epsilon,
+            head_epsilon=one.turn.epsilon,
+            normed=one.turn.weights is not None,
+            biased=_product(one.qkv).bias is not None,
+        )
+        self._decode = _decode(self._sizes)
+        self._take = kernels.take(self._sizes.width, shape.dtype)
+        self._angles = kernels.take(shape.head_dim, shape.dtype)
+        self._run_norm = kernels.rms_norm(self._sizes.width, shape.dtype)
+        self._layers = array("q")
+        for layer in layers:
+            self._layers.extend(self._words(layer))
+        last = head if isinstance(head, KernelProduct) else layers[0].qkv
+        self._layers.extend([0] * _Layer.QKV + [_product(last).packed.data_ptr()])
+        self._no_taps = array("q", [0] * (len(layers) + 1))
+        self._scores = torch.empty(shape.query_heads // shape.kv_heads * (shape.context + LANES))
+        self._rows = 0
+        self._reach(1)
+
+    @classmethod
+    def of(cls, embedding: Tensor, layers: Sequence[FusedLayer], norm: Any, head: Any) -> "WholeForward | None":
+        """None where a part of some layer is not by a kernel of ours, or layers differ in what they should share."""
+        if not isinstance(norm, KernelNorm) or not all(map(_by_kernels, layers)):
+            return None
+        return cls(embedding, layers, norm, head) if len({_common(layer) for layer in layers}) == 1 else None
+
+    def _words(self, layer: FusedLayer) -> list[int]:
+        qkv = _product(layer.qkv)
+        assert isinstance(layer.input_norm, KernelNorm)
+        assert isinstance(layer.mlp_norm, KernelNorm)
+        assert isinstance(layer.turn, KernelTurn)
+        found = {
+            _Layer.INPUT_NORM: layer.input_norm.weight,
+            _Layer.QKV: qkv.packed,
+            _Layer.QKV_BIAS: qkv.bias,
+            _Layer.HEAD_NORMS: layer.turn.weights,
+            _Layer.OUTPUT: _product(layer.output).packed,
+            _Layer.MLP_NORM: layer.mlp_norm.weight,
+            _Layer.GATED: _gated(layer).packed,
+            _Layer.DOWN: _product(layer.down).packed,
+        }
+        addresses = [0 if tensor is None else tensor.data_ptr() for _, tensor in sorted(found.items())]
+        return [*addresses, layer.window or self._shape.context]
+
+    def run(
+        self,
+        packed: "PackedRows",
+        reading: Reading,
+        angles: tuple[Tensor, Tensor],
+        layers: tuple[int, int],
+        taps: Mapping[int, Tensor],
+        state: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """(logits, in the model's type; hidden states of all tokens, until the next run).
+
+        All in packed order: `angles` are tables by position, as `fused.fused_rotary` gives them; `state` resumes.
+        """
+        count = len(packed.tokens)
+        self._reach(count)
+        hidden = self._hidden[:count]
+        if state is None:
+            named = array("q", packed.tokens)
+            self._take(self._embedding.data_ptr(), _at(named), hidden.data_ptr(), count)
+        else:
+            hidden.copy_(state)
+        for table, target in zip(angles, (self._cos, self._sin), strict=True):
+            self._angles(table.data_ptr(), _at(reading.positions), target.data_ptr(), count)
+        tapped, targets = array("q", packed.tap_rows), self._no_taps
+        if taps:
+            targets = array("q", self._no_taps)
+            for layer, out in taps.items():
+                targets[layer] = out.data_ptr()
+        step = self._step(count, reading, targets, tapped)
+        self._decode(_at(step), _at(self._layers), *layers)
+        return self._logits(array("q", packed.logit_rows)), hidden
+
+    def _step(self, count: int, reading: Reading, targets: "array[int]", tapped: "array[int]") -> "array[int]":
+        """What `_decode` is told of a step."""
+        buffers = (self._hidden, self._normed, self._heads, self._seen, self._gated, self._scores)
+        return array(
+            "q",
+            [
+                count,
+                *(buffer.data_ptr() for buffer in buffers),
+                self._cos.data_ptr(),
+                self._sin.data_ptr(),
+                _at(reading.rows),
+                _at(reading.positions),
+                _at(reading.groups),
+                len(reading.groups) // GROUP_WORDS,
+                _at(targets),
+                _at(tapped),
+                len(tapped),
+            ],
+        )
+
+    def _logits(self, rows: "array[int]") -> Tensor:
+        normed = self._normed[: len(rows)]
+        place = normed.data_ptr()
+        self._take(self._hidden.data_ptr(), _at(rows), place, len(rows))
+        self._run_norm(place, self._norm.weight.data_ptr(), place, len(rows), self._norm.epsilon)
+        logits: Tensor = self._head(normed)
+        return logits
+
+    def _reach(self, count: int) -> None:
+        """Buffers for so many tokens."""
+        if count <= self._rows:
+            return
+        self._rows = max(32, 1 << (count - 1).bit_length())
+        sizes, like = self._sizes, self._embedding
+        widths = sizes.width, sizes.width, sizes.heads_width, sizes.seen_width, sizes.inner
+        self._hidden, self._normed, self._heads, self._seen, self._gated = (
+            like.new_empty(self._rows, width) for width in widths
+        )
+        self._cos, self._sin = (like.new_empty(self._rows, sizes.head_dim) for _ in range(2))
+
+
+def _at(words: "array[int]") -> int:
+    """The address of an array's first element."""
+    return words.buffer_info()[0]
+
+
+def _product(product: Product) -> KernelProduct:
+    assert isinstance(product, KernelProduct), "it was looked at before"
+    return product
+
+
+def _gated(layer: FusedLayer) -> KernelGated:
+    assert isinstance(layer.gated, KernelGated), "it was looked at before"
+    return layer.gated
+
+
+def _by_kernels(layer: FusedLayer) -> bool:
+    """Whether all that `_decode` calls is there, and nothing that it does not."""
+    products = (layer.qkv, layer.output, layer.down)
+    return (
+        isinstance(layer.input_norm, KernelNorm)
+        and isinstance(layer.mlp_norm, KernelNorm)
+        and layer.input_norm.epsilon == layer.mlp_norm.epsilon
+        and isinstance(layer.turn, KernelTurn)
+        and isinstance(layer.gated, KernelGated)
+        and all(isinstance(product, KernelProduct) for product in products)
+        and all(_product(product).bias is None for product in products[1:])
+    )
+
+
+def _common(layer: FusedLayer) -> tuple[float, ...]:
+    """What is written into the code of `_decode`, so that no layer may differ in it."""
+    assert isinstance(layer.input_norm, KernelNorm)
+    assert isinstance(layer.turn, KernelTurn)
+    biased, normed = _product(layer.qkv).bias is not None, layer.turn.weights is not None
+    return layer.scale, layer.input_norm.epsilon, layer.turn.epsilon, biased, normed

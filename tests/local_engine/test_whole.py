@@ -1,0 +1,69 @@
+"""The decoder layers in one call: what the same layers give one by one, whatever a step asks for."""
+
+import pytest
+import torch
+
+from local_engine import kernels
+from local_engine.kv import KVCache
+from local_engine.model import LocalModel
+from local_engine.runner import Runner, Segment, StepOutput, new_kv
+from tests.local_engine.runner_harness import BUDGET, FAMILIES, LAYERS, text, tiny_model
+
+pytestmark = pytest.mark.skipif(
+    not kernels.made_for(torch.float32), reason="this CPU is not one that our float32 kernels are for"
+)
+WIDTH = 192  # six heads of 32
+HELD = (40, 33, 12, 30)
+LONG = 3  # this one has a row of its own size
+
+
+@pytest.fixture(params=[family for family in FAMILIES if family != "qwen3"])  # whose tiny heads are too short for it
+def runner(request: pytest.FixtureRequest, bundled: LocalModel) -> Runner:
+    torch.set_num_threads(1)
+    model = tiny_model(request.param, bundled, WIDTH)
+    model.network.config.max_position_embeddings = 1024
+    runner = Runner(model, new_kv(model, BUDGET))
+    assert runner._whole is not None
+    return runner
+
+
+def slots(kv: KVCache, runner: Runner) -> list[int]:
+    found = [kv.open(600 if at == LONG else 64) for at in range(len(HELD))]
+    runner.run([Segment(slot, 0, text(held, seed=held)) for slot, held in zip(found, HELD, strict=True)])
+    return found
+
+
+def near(left: StepOutput, right: StepOutput) -> None:
+    torch.testing.assert_close(left.logits, right.logits, rtol=0, atol=1e-5)
+    assert left.hidden.keys() == right.hidden.keys()
+    for layer, states in left.hidden.items():
+        torch.testing.assert_close(states, right.hidden[layer], rtol=0, atol=1e-5)
+
+
+def test_a_step_gives_what_its_layers_give_one_by_one(runner: Runner) -> None:
+    """Windows of several tokens, rows of two sizes, taps of every layer, more tokens than are multiplied together."""
+    kv, whole = runner.kv, runner._whole
+    own = slots(kv, runner)
+    for counts in ((1, 1, 1, 1), (1, 5, 2, 16), (9, 9, 9, 9)):
+        segments = [
+            Segment(slot, held, text(count, seed=count + held), logits=1 + held % count, taps=(0, count - 1))
+            for slot, held, count in zip(own, HELD, counts, strict=True)
+        ]
+        outputs = []
+        for way in (whole, None):
+            runner._whole = way
+            outputs.append(runner.run(segments, tap_layers=range(LAYERS + 1)))
+            for slot, held in zip(own, HELD, strict=True):
+                kv.truncate(slot, held)
+        near(*outputs)
+        runner._whole = whole
+
+
+def test_it_stops_at_a_layer_and_goes_on_there(runner: Runner) -> None:
+    own = slots(runner.kv, runner)
+    segments = [Segment(slot, held, [held, 7], logits=1, taps=(1,)) for slot, held in zip(own, HELD, strict=True)]
+    straight = runner.run(segments, tap_layers=[2])
+    for slot, held in zip(own, HELD, strict=True):
+        runner.kv.truncate(slot, held)
+    begun = runner.run(segments, layers=(0, 1))
+    near(straight, runner.run(segments, layers=(1, LAYERS), state=begun.state, tap_layers=[2]))
