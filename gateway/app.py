@@ -236,6 +236,7 @@ class App:
         idempotency = IdempotencyStore(database, pepper)
         idempotency.start()
         stack.push_async_callback(idempotency.close)
+        stack.push_async_callback(lambda: lifecycle.world.close())
         stack.push_async_callback(lifecycle.shadows.close)
         self._state = state = State(lifecycle, learned, pepper, settings.shared, redis=link, peers=peers)
         self._data_plane = data_plane(lifecycle, idempotency, settings.max_body_bytes)

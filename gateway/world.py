@@ -64,6 +64,12 @@ class World:
                 found.update(dict.fromkeys(names, reason))
         return found
 
+    async def close(self) -> None:
+        """End what its upstreams do beside calls."""
+        for upstream in self.upstreams.values():
+            if isinstance(upstream, Fleet):
+                await upstream.close()
+
     def dearest(self, models: tuple[str, ...]) -> Price | None:
         """The price that repricing compares with: of `models` (or plans of several), the dearest by output token. None:
         all are unpriced."""

@@ -126,6 +126,13 @@ class Fleet:
                 return answer
         raise AssertionError("a fleet has a replica")
 
+    async def close(self) -> None:
+        """End what is asked beside calls."""
+        asking = [replica.asking for replica in self.replicas if replica.asking is not None]
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+
     def _ranked(self, keys: Sequence[int]) -> list[int]:
         """Replicas by score, best first; those that did not serve of late come last."""
         now = time.monotonic()

@@ -29,6 +29,8 @@ class FakeEngine:
         self.starting = False
         """It listens, and its engine is not there: 503, at once."""
         self.loads_asked = 0
+        self.tells_load = asyncio.Event()
+        self.tells_load.set()
         self.aborted = asyncio.Event()
         self.hold = asyncio.Event()
         self.hold.set()
@@ -108,11 +110,13 @@ class FakeEngine:
 
     async def loads(self, request: web.Request) -> web.Response:
         self.loads_asked += 1
+        await self.tells_load.wait()
         rank = {"dp_rank": 0, "num_running_reqs": self.running, "num_waiting_reqs": self.waiting, "token_usage": 0.1}
         return web.json_response({"timestamp": "now", "version": "0", "loads": [rank]})
 
     async def slots(self, request: web.Request) -> web.Response:
         self.loads_asked += 1
+        await self.tells_load.wait()
         busy = self.running + self.waiting
         return web.json_response([{"id": n, "n_ctx": 4096, "is_processing": n < busy} for n in range(8)])
 

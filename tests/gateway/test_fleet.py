@@ -252,3 +252,18 @@ async def test_one_server_of_a_kind_needs_no_replicas(tmp_path: Path) -> None:
             assert (await gateway.chat(ask(model="big")))[0] == 200
     assert server.bodies[0]["cache_salt"]
     assert server.headers[0]["endpoint-load-metrics-format"] == "JSON"
+
+
+@anyio
+async def test_a_gateway_that_ends_asks_nobody_for_a_load_any_more(tmp_path: Path) -> None:
+    async with engine("sglang") as first, engine("sglang") as second:
+        first.tells_load.clear()
+        second.tells_load.clear()
+        policy = POLICY.format(server="sglang", first=first.url, replicas=f'replicas: ["{second.url}"],')
+        async with running(policy, tmp_path / "home") as gateway:
+            assert (await gateway.chat(conversation("a")))[0] == 200
+            await until(lambda: first.loads_asked == second.loads_asked == 1)
+            fleet = Engines(gateway, [first, second]).fleet
+            asking = [replica.asking for replica in fleet.replicas if replica.asking is not None]
+            assert [task.done() for task in asking] == [False, False]
+        assert [task.cancelled() for task in asking] == [True, True]
