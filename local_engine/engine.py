@@ -18,31 +18,22 @@ from functools import partial
 import torch
 
 from local_engine.beside import Asker, Beside, Vectors
-from local_engine.chat import InvalidRequest, Tool, parse_messages, parse_tools, prompt_tokens
-from local_engine.errors import ConfigError
-from local_engine.generation import Generation
+from local_engine.chat import InvalidRequest, parse_messages, parse_tools
+from local_engine.controllers import Controllers, Refused
 from local_engine.kv import KVCache
 from local_engine.lane import Lane, Runs, Turn
 from local_engine.model import LocalModel
-from local_engine.pinning import Pinning
-from local_engine.plan_types import Cascade, SpeculateSteps, Vote
 from local_engine.prefix import PrefixStore
 from local_engine.prefix_identity import KVIdentity, KVLayout, weights_fingerprint
 from local_engine.prefix_tiers import SlowTiers
 from local_engine.prefix_types import KVEvent, PrefixStats
 from local_engine.primitives import Controller, Primitives
 from local_engine.probe_types import Prober, PromptReader, Sounding
-from local_engine.reason.plans import shared
-from local_engine.reason.samples import Samples
 from local_engine.runner import Runner, new_kv
-from local_engine.sampler import sampling_problem
-from local_engine.scoring import Scoring
-from local_engine.sounding import PromptSounding
 from local_engine.spec.build import MakeSpeculator, without_speculation
 from local_engine.types import (
     Cancel,
     Command,
-    Effort,
     Embed,
     EmbedResult,
     EngineStats,
@@ -54,7 +45,6 @@ from local_engine.types import (
     Follow,
     Generate,
     Hello,
-    Message,
     Prefix,
     PrefixEvents,
     PrefixResult,
@@ -63,16 +53,10 @@ from local_engine.types import (
     Score,
     Stats,
     StatsResult,
-    TapSpec,
-    ThoughtSoFar,
 )
 
-MAX_CHOICES = 128
-MAX_CANDIDATES = 256
 MAX_EVENTS = 10_000
 """Of one message about stored prefixes."""
-MAX_BYTES_PER_TOKEN = 64
-"""Messages with more bytes than this per token of a model's window are not even counted: they cannot fit."""
 
 logger = logging.getLogger(__name__)
 
@@ -184,8 +168,7 @@ class Engine:
         self._cancelled = 0
         self._outbox: dict[Link, list[Event]] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        for name, found in self._readers.items():
-            self._check_readers(name, found)
+        self._controllers = Controllers(self._lanes, self._readers)
 
     def start(self) -> None:
         self._thread.start()
@@ -297,89 +280,33 @@ class Engine:
         while self._inbox:
             job = self._inbox.popleft()
             match job.command:
-                case Generate() as command:
-                    self._guarded(job, self._prepare_generate, command)
-                case Score() as command:
-                    self._guarded(job, self._prepare_score, command)
-                case Probe() as command:
-                    self._guarded(job, self._prepare_sounding if command.model else self._prepare_probe, command)
+                case Probe(model="") as command:
+                    self._guarded(job, self._probe, command)
                 case Embed() as command:
-                    self._guarded(job, self._prepare_embed, command)
-                case Prefix() as command:
-                    self._guarded(job, self._prepare_prefix, command)
+                    self._guarded(job, self._embed, command)
+                case Prefix(action="lookup" | "unpin" | "evict") as command:
+                    self._guarded(job, self._prefix, command)
+                case Generate() | Score() | Probe() | Prefix() as command:
+                    self._guarded(job, self._begin, command)
                 case Follow() as command:
                     self._guarded(job, self._follow, command)
         now = time.perf_counter()
         for lane in self._lanes.values():
             lane.expire(now)
 
-    def _prepare_generate(self, job: _Job, command: Generate) -> None:
-        """Check everything that can be checked before work is spent, and join the line."""
-        lane = self._lane(command.model)
-        model = lane.model
-        sizes = model.network.config
-        problem = sampling_problem(command.sampling, sizes.vocab_size) or _tap_problem(
-            command.taps, sizes.num_hidden_layers, sizes.vocab_size
-        )
-        if problem is not None:
-            raise InvalidRequest(problem, problem.split()[0])
-        if not 1 <= command.n <= MAX_CHOICES:
-            raise InvalidRequest(f"n must be from 1 to {MAX_CHOICES}, not {command.n}", "n")
-        tools = parse_tools(command.tools_json) if command.tool_choice != "none" else None
-        if command.plan is not None and command.thought is not None:
-            raise InvalidRequest("plan: the thought has begun already; leave out the plan, or the thought", "plan")
-        prompt = self._prompt(lane, command, tools, _effort(command))
-        self._check_room(lane, command.model, len(prompt) + 1)
-        if isinstance(command.plan, SpeculateSteps | Cascade):
-            controller = self._shared(command, command.plan, lane, prompt)
-        elif isinstance(command.plan, Vote):
-            controller = Samples(command, command.plan, model, prompt, tools, lane.most_tokens)
-        else:
-            controller = Generation(command, model, prompt, tools, lane.most_tokens)
-        self._begin(job, command, controller)
-
-    def _shared(self, command: Generate, plan: SpeculateSteps | Cascade, lane: Lane, prompt: list[int]) -> Controller:
-        """By two models."""
-        draft = self._lanes.get(plan.draft)
-        if draft is None:
-            raise InvalidRequest(f"plan.draft: no local model {plan.draft!r}; there are {self._names()}", "plan")
-        draft_prompt = self._prompt(draft, command, None, _effort(command))
-        models, rooms = (lane.model, draft.model), (lane.most_tokens, draft.most_tokens)
-        return shared(command, plan, models, (prompt, draft_prompt), rooms)
-
-    def _prepare_score(self, job: _Job, command: Score) -> None:
-        lane = self._lane(command.model)
-        if not 1 <= len(command.candidates) <= MAX_CANDIDATES:
-            raise InvalidRequest(
-                f"candidates must hold 1 to {MAX_CANDIDATES} texts, not {len(command.candidates)}", "candidates"
-            )
-        prompt = self._prompt(lane, command, parse_tools(command.tools_json), "none")
-        candidates = [_plain_tokens(lane.model, text) for text in command.candidates]
-        for at, tokens in enumerate(candidates):
-            if not tokens:
-                raise InvalidRequest(f"candidates[{at}] has no tokens: there is nothing to score", "candidates")
-        self._check_room(lane, command.model, len(prompt) + max(map(len, candidates)))
-        self._begin(job, command, Scoring(command, prompt, candidates))
-
-    def _prepare_prefix(self, job: _Job, command: Prefix) -> None:
-        lane, salt = self._lane(command.model), command.salt.encode()
-        store = _store_of(lane)
-        if command.messages_json is None:
-            if command.action != "evict":
-                raise InvalidRequest(f"messages is missing: say what to {command.action}")
+    def _prefix(self, job: _Job, command: Prefix) -> None:
+        """What needs no step."""
+        store, salt = self._controllers.store(command.model), command.salt.encode()
+        if command.messages_json is None and command.action == "evict":
             self._end(job, PrefixResult(command.id, store.evict(salt), 0))
             return
-        tools = parse_tools(command.tools_json)
-        prompt = self._prompt(lane, command, tools, command.effort, opened=command.action == "lookup")
-        if command.action == "pin":
-            self._check_room(lane, command.model, len(prompt) + 1)
-            self._begin(job, command, Pinning(command, prompt, store))
-            return
+        tools, opened = parse_tools(command.tools_json), command.action == "lookup"
+        prompt = self._controllers.prompt(command, tools, command.effort, opened=opened)
         act = {"lookup": store.peek, "unpin": store.unpin, "evict": store.evict}[command.action]
         self._end(job, PrefixResult(command.id, act(salt, prompt), len(prompt)))
 
     def _follow(self, job: _Job, command: Follow) -> None:
-        store = _store_of(self._lane(command.model))
+        store = self._controllers.store(command.model)
         events = list(store.inventory())
         for start in range(0, len(events), MAX_EVENTS):
             self._outbox.setdefault(job.link, []).append(PrefixEvents(command.id, events[start : start + MAX_EVENTS]))
@@ -399,47 +326,9 @@ class Engine:
                 store.on_event = None
             self._end(job, Finished(job.command.id, "cancelled", 0, 0, 0))
 
-    def _lane(self, name: str) -> Lane:
-        lane = self._lanes.get(name)
-        if lane is None:
-            raise _Refused("model_not_found", f"no local model {name!r}; there are {self._names()}")
-        return lane
-
-    def _prompt(
-        self,
-        lane: Lane,
-        command: Generate | Score | Probe | Prefix,
-        tools: list[Tool] | None,
-        effort: Effort,
-        *,
-        opened: bool = True,
-    ) -> list[int]:
-        assert command.messages_json is not None, "only `Prefix` may go without, and is asked before"
-        messages = parse_messages(command.messages_json)
-        window = lane.model.card.context_window
-        if len(command.messages_json) > window * MAX_BYTES_PER_TOKEN:
-            reason = f"{len(command.messages_json)} bytes of messages cannot fit the {window} tokens of {command.model}"
-            raise _Refused("context_length_exceeded", reason)
-        prompt = prompt_tokens(lane.model.tokenizer, messages, tools, effort, opened=opened)
-        if isinstance(command, Generate) and command.thought is not None:
-            prompt = _with_thought(lane.model, prompt, command.thought)
-        prefix = "" if isinstance(command, Probe | Prefix) else command.prefix
-        return prompt + _plain_tokens(lane.model, prefix) if prefix else prompt
-
-    def _check_room(self, lane: Lane, name: str, tokens: int) -> None:
-        """Refuse at once what could never be computed."""
-        window = lane.model.card.context_window
-        if tokens > window:
-            reason = f"the prompt has {tokens - 1} tokens, and {name} has a context window of {window}"
-            raise _Refused("context_length_exceeded", reason)
-        if tokens > lane.most_tokens:
-            reason = (
-                f"the prompt has {tokens - 1} tokens, and the KV budget of {name} ({lane.kv.bytes_limit} bytes) holds"
-                f" {lane.most_tokens}: raise kv_bytes"
-            )
-            raise _Refused("context_length_exceeded", reason)
-
-    def _begin(self, job: _Job, command: Generate | Score | Probe | Prefix, controller: Controller) -> None:
+    def _begin(self, job: _Job, command: Generate | Score | Probe | Prefix) -> None:
+        """Join the line."""
+        controller = self._controllers.of(command)
         if command.deadline_s is not None:
             job.deadline = job.since + command.deadline_s
         job.engine = Primitives(
@@ -450,36 +339,16 @@ class Engine:
         self._jobs[job] = None
         controller.begin(job.engine)
 
-    def _check_readers(self, name: str, readers: Sequence[PromptReader]) -> None:
-        """Raises ConfigError where one wants what the model does not have."""
-        if name not in self._lanes:
-            raise ConfigError("readers", f"a probe reads the prompts of {name!r}, and there are {self._names()} here")
-        most = int(self._lanes[name].model.network.config.num_hidden_layers)
-        for reader in readers:
-            if not all(0 <= layer <= most for layer in reader.layers):
-                raise ConfigError(
-                    "readers", f"probe {reader.version} wants layers {list(reader.layers)}; {name} has 0 to {most}"
-                )
-
-    def _prepare_sounding(self, job: _Job, command: Probe) -> None:
-        lane = self._lane(command.model)
-        readers = self._readers.get(command.model)
-        if not readers:
-            raise InvalidRequest(f"no probe reads the prompts of {command.model!r}; name one in the policy", "model")
-        prompt = self._prompt(lane, command, parse_tools(command.tools_json), command.effort)
-        self._check_room(lane, command.model, len(prompt) + 1)
-        self._begin(job, command, PromptSounding(command, prompt, lane.model, lane, readers))
-
-    def _prepare_probe(self, job: _Job, command: Probe) -> None:
+    def _probe(self, job: _Job, command: Probe) -> None:
         messages = parse_messages(command.messages_json)
-        job.counts = self._counts(messages, len(command.messages_json))
+        job.counts = self._controllers.counts(messages, len(command.messages_json))
         if self._beside is not None:
             self._beside.probe(job, messages)
         else:
             cost_us = int((time.perf_counter() - job.since) * 1e6)
             self._end(job, ProbeResult(command.id, {}, job.counts, cost_us))
 
-    def _prepare_embed(self, job: _Job, command: Embed) -> None:
+    def _embed(self, job: _Job, command: Embed) -> None:
         if self._beside is None:
             problem = "this engine has no embedding model; load one, by a policy with a model that `embeds`"
             raise InvalidRequest(problem, "model")
@@ -503,23 +372,6 @@ class Engine:
                 event = ProbeResult(id, *found, dict(said.out_tokens), dict(said.domain), said.needs_reasoning)
         asker.link._settle(id)
         asker.link.deliver([event])
-
-    def _counts(self, messages: list[Message], size: int) -> dict[str, int]:
-        """Exact prompt tokens per model for messages of `size` bytes.
-
-        Left out are models whose template refuses these messages, and those that they cannot possibly fit: counting
-        would hold up everybody else for nothing.
-        """
-        counts: dict[str, int] = {}
-        for name, lane in self._lanes.items():
-            model = lane.model
-            if size > model.card.context_window * MAX_BYTES_PER_TOKEN:
-                continue
-            try:
-                counts[name] = len(prompt_tokens(model.tokenizer, messages))
-            except InvalidRequest:
-                logger.debug("no token count for %s: its template refuses the messages", name)
-        return counts
 
     def _tell(self, turns: list[Turn]) -> None:
         """Hand each turn to the controller whose sequence it is."""
@@ -564,7 +416,7 @@ class Engine:
         """Do `work(job, *args)`. Whatever goes wrong in it ends that command, not the engine."""
         try:
             work(job, *args)
-        except _Refused as refusal:
+        except Refused as refusal:
             self._fail(job, refusal.code, str(refusal))
         except InvalidRequest as error:
             self._fail(job, "invalid_request", str(error), error.param)
@@ -589,65 +441,7 @@ class Engine:
                 link.deliver(events)
         self._outbox.clear()
 
-    def _names(self) -> str:
-        return ", ".join(sorted(self._lanes))
-
-
-class _Refused(Exception):
-    """A command cannot be run; `code` says why, the message says it to the caller."""
-
-    def __init__(self, code: FailureCode, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-def _store_of(lane: Lane) -> PrefixStore:
-    if lane.store is None:
-        raise InvalidRequest("model: this engine stores no prefixes; start it with prefix_bytes above 0", "model")
-    return lane.store
-
 
 def _prefix_store(name: str, model: LocalModel, kv: KVCache, prefix_bytes: int, tiers: SlowTiers | None) -> PrefixStore:
     weights = weights_fingerprint(model.network) if tiers is not None else "of this process"
     return PrefixStore(KVIdentity(name, weights, KVLayout.of(kv.shape)), bytes_limit=prefix_bytes, slow=tiers)
-
-
-def _effort(command: Generate) -> Effort:
-    """What the prompt says of thinking: nothing is thought before words of the answer, unless the thought is given."""
-    if command.thought is None:
-        return "none" if command.prefix else command.sampling.effort
-    return "low" if command.sampling.effort == "none" else command.sampling.effort
-
-
-def _with_thought(model: LocalModel, prompt: list[int], thought: ThoughtSoFar) -> list[int]:
-    """The prompt, and the thought after it in the model's own markers."""
-    if model.think_token is None or model.end_think_token is None:
-        raise InvalidRequest(f"thought: {model.card.name} has no thinking tags; leave it out", "thought")
-    opened = prompt if model.think_token in prompt[-2:] else [*prompt, model.think_token]
-    begin = "\n" if opened[-1] == model.think_token else ""
-    if not thought.over:
-        return opened + _plain_tokens(model, begin + thought.text)
-    text = begin + thought.text
-    line = "" if text.endswith("\n") else "\n"
-    closing = [model.end_think_token, *_plain_tokens(model, "\n\n")]
-    return opened + _plain_tokens(model, text + line) + closing
-
-
-def _plain_tokens(model: LocalModel, text: str) -> list[int]:
-    """The tokens of a piece of text; control tokens written in it are read as plain text."""
-    tokens: list[int] = model.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-    return tokens
-
-
-def _tap_problem(taps: TapSpec | None, layers: int, vocabulary: int) -> str | None:
-    if taps is None:
-        return None
-    if not taps.layers or not all(0 <= layer <= layers for layer in taps.layers):
-        return f"taps.layers must name layers from 0 (the embeddings) to {layers}, not {list(taps.layers)}"
-    if len(set(taps.layers)) < len(taps.layers):
-        return f"taps.layers names a layer twice: {list(taps.layers)}; name each once"
-    if taps.where == "tokens" and not taps.tokens:
-        return "taps.tokens is empty: name the token ids whose hidden states are wanted"
-    if strange := [token for token in taps.tokens if not 0 <= token < vocabulary]:
-        return f"taps.tokens names token {strange[0]}, and the model has tokens 0 to {vocabulary - 1}"
-    return None
