@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 import torch
 
 from local_engine.detok import Piece, TextStream
-from local_engine.lane import Hidden
 from local_engine.model import LocalModel
 from local_engine.plan_types import PlanUse
 from local_engine.reason.leaving import Leaving
 from local_engine.sampler import Choice, Sampler
 from local_engine.tool_calls import ToolCallParser
+from local_engine.turns import Hidden
 from local_engine.types import Delta, Event, Finished, FinishReason, Generate, SamplingParams, Tapped, TokenLogprob
 
 

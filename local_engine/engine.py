@@ -21,7 +21,7 @@ from local_engine.beside import Asker, Beside, Vectors
 from local_engine.chat import InvalidRequest, parse_messages, parse_tools
 from local_engine.controllers import Controllers, Refused
 from local_engine.kv import KVCache
-from local_engine.lane import Lane, Runs, Turn
+from local_engine.lane import Lane, Runs
 from local_engine.model import LocalModel
 from local_engine.prefix import PrefixStore
 from local_engine.prefix_identity import KVIdentity, KVLayout, weights_fingerprint
@@ -31,6 +31,7 @@ from local_engine.primitives import Controller, Primitives
 from local_engine.probe_types import Prober, PromptReader, Sounding
 from local_engine.runner import Runner, new_kv
 from local_engine.spec.build import MakeSpeculator, without_speculation
+from local_engine.turns import Turn
 from local_engine.types import (
     Cancel,
     Command,

@@ -8,13 +8,13 @@ from local_engine.answer import Answer
 from local_engine.chat import InvalidRequest, Tool
 from local_engine.constrain import GrammarConstraint
 from local_engine.detok import Piece
-from local_engine.lane import Turn
 from local_engine.model import LocalModel
 from local_engine.plan_types import Exit, PlanUse
 from local_engine.primitives import Primitives
 from local_engine.reason.leaving import ExitPlan, Leaving
 from local_engine.sampler import Sampler
 from local_engine.sequence import Sequence
+from local_engine.turns import Turn
 from local_engine.types import Event, Failed, FinishReason, Generate
 
 

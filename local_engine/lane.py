@@ -6,10 +6,8 @@ that write (`sampler.py`), and a `Turn` for each sequence that has something to 
 
 import logging
 import time
-from bisect import bisect_right
 from collections.abc import Callable
 from collections.abc import Sequence as Sized
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, Protocol
 
@@ -23,10 +21,12 @@ from local_engine.prefix import PrefixStore
 from local_engine.runner import Segment, StepOutput
 from local_engine.sampler import Choice
 from local_engine.scheduler import Scheduler
+from local_engine.segments import segment_of, window_of
 from local_engine.sequence import Scores, Sequence, common_prefix
 from local_engine.spec.draft import NOTHING
 from local_engine.spec.speculator import Speculator
 from local_engine.spec.verify import Window, verify
+from local_engine.turns import Hidden, Turn
 
 WORTH_WAITING: Final = 32
 """Tokens that are worth waiting for while another sequence computes them."""
@@ -45,38 +45,6 @@ class Runs(Protocol):
     def run(self, segments: Sized[Segment], *, tap_layers: Sized[int] = ()) -> StepOutput: ...
 
     def logits(self, states: Tensor) -> Tensor: ...
-
-
-@dataclass(slots=True)
-class Hidden:
-    """Hidden states of some of a sequence's tokens."""
-
-    positions: list[int]
-    states: Tensor
-    """[positions, layers asked for, width], as the model computed them."""
-
-    def split(self, position: int) -> "tuple[Hidden, Hidden]":
-        """(those up to `position`, those after it)."""
-        at = bisect_right(self.positions, position)
-        return Hidden(self.positions[:at], self.states[:at]), Hidden(self.positions[at:], self.states[at:])
-
-
-@dataclass(slots=True)
-class Turn:
-    """What a step meant for one sequence."""
-
-    sequence: Sequence
-    choices: list[Choice] = field(default_factory=list)
-    """Tokens that it wrote: now the end of its `ids`."""
-    hidden: Hidden | None = None
-    scores: Scores | None = None
-    """Of a sequence that scores: it is done, and closed."""
-    rested: bool = False
-    """It has read all that it was given, and has no sampler."""
-    out_of_room: bool = False
-    """All KV there is does not hold it; it is computed no further."""
-    error: Exception | None = None
-    """Its part of the step failed."""
 
 
 class Pace:
@@ -359,7 +327,7 @@ class Lane:
 
     def _compute(self, work: list[tuple[Sequence, int]]) -> list[Turn]:
         """One forward pass; where it fails, one for each, so that a failure ends nothing but what caused it."""
-        segments = [_segment(sequence, count) for sequence, count in work]
+        segments = [segment_of(sequence, count) for sequence, count in work]
         tapped = [w[0].taps for w, segment in zip(work, segments, strict=True) if segment.taps]
         layers = sorted({layer for taps in tapped if taps is not None for layer in taps.layers})
         try:
@@ -404,7 +372,7 @@ class Lane:
 
     def _write(self, turns: list[Turn], logits: Tensor) -> None:
         """What comes next in every sequence that writes, all at once: what is kept of its draft, and one token more."""
-        windows = [_window(turn.sequence) for turn in turns]
+        windows = [window_of(turn.sequence) for turn in turns]
         learns = self.speculator is not None and self.speculator.learns
         predictions = logits.argmax(-1).tolist() if learns else []
         row = 0
@@ -471,42 +439,3 @@ class Lane:
         logprobs = torch.log_softmax(logits, -1)
         scores.logprobs += logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1).tolist()
         scores.entropies += torch.special.entr(logprobs.exp()).sum(-1).tolist()
-
-
-def _segment(sequence: Sequence, count: int) -> Segment:
-    """The next `count` tokens of a sequence, and what is wanted of them."""
-    assert sequence.slot is not None, "only those with a slot are planned"
-    start, stop = sequence.computed, sequence.computed + count
-    tokens = sequence.ids[start:stop]
-    tokens.extend(sequence.draft[: stop - start - len(tokens)])
-    if sequence.scored_from is not None and sequence.scores is not None:
-        due = sequence.scored_from - 1 + len(sequence.scores.logprobs)  # what was scored before a preemption stays
-        logits = max(0, stop - max(start, due))
-    else:
-        logits = stop - len(sequence.ids) + 1 if sequence.sampler is not None and stop >= len(sequence.ids) else 0
-    return Segment(sequence.slot, start, tokens, logits, _taps(sequence, start, tokens))
-
-
-def _window(sequence: Sequence) -> Window:
-    assert sequence.sampler is not None, "only those with a sampler write"
-    drawn_from = sequence.drawn_from
-    return Window(
-        sequence.sampler,
-        sequence.ids,
-        list(sequence.draft),
-        None if drawn_from is None else drawn_from[: len(sequence.draft)],
-        sequence.floor,
-    )
-
-
-def _taps(sequence: Sequence, start: int, tokens: Sized[int]) -> list[int]:
-    """Which of `tokens`, at positions from `start`, are tapped and have not been told yet."""
-    spec = sequence.taps
-    if spec is None:
-        return []
-    stop = start + len(tokens)
-    if spec.where == "prompt":
-        last = sequence.prompt_len - 1
-        return [last - start] if max(start, sequence.tapped) <= last < stop else []
-    new = range(max(start, sequence.tapped, sequence.prompt_len), stop)
-    return [at - start for at in new if spec.where == "generated" or tokens[at - start] in spec.tokens]

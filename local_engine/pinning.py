@@ -1,8 +1,8 @@
 """One `Prefix` command that pins: what is not stored of a prompt is read first, so that all of it can be kept."""
 
-from local_engine.lane import Turn
 from local_engine.prefix import PrefixStore
 from local_engine.primitives import Primitives
+from local_engine.turns import Turn
 from local_engine.types import Event, Failed, Finished, FinishReason, Prefix, PrefixResult
 
 

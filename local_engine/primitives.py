@@ -19,9 +19,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from local_engine.lane import Lane, Turn
+from local_engine.lane import Lane
 from local_engine.sampler import Sampler
 from local_engine.sequence import Scores, Sequence, place, token_ids
+from local_engine.turns import Turn
 from local_engine.types import Event, FinishReason, TapSpec
 
 

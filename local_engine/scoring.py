@@ -1,8 +1,8 @@
 """One `Score`: candidates after one prompt, which is read once and forked for each of them."""
 
-from local_engine.lane import Turn
 from local_engine.primitives import Primitives
 from local_engine.sequence import Scores, Sequence
+from local_engine.turns import Turn
 from local_engine.types import CandidateScore, Event, Failed, Finished, FinishReason, Score, ScoreResult
 
 

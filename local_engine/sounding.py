@@ -17,11 +17,12 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from local_engine.lane import Lane, Turn
+from local_engine.lane import Lane
 from local_engine.model import LocalModel
 from local_engine.primitives import Primitives
 from local_engine.probe_types import PromptReader, Rating, Sounding
 from local_engine.sequence import Sequence
+from local_engine.turns import Turn
 from local_engine.types import Event, Failed, Finished, FinishReason, Probe, ProbeResult, TapSpec
 
 END_TOKENS: Final = 4

@@ -8,13 +8,13 @@ answer as well, in one pass, keeps it up to the first token that it finds too im
 from collections.abc import Sequence as Tokens
 
 from local_engine.answer import Answer
-from local_engine.lane import Hidden, Turn
 from local_engine.model import LocalModel
 from local_engine.plan_types import Cascade, ModelUse, PlanUse
 from local_engine.primitives import Primitives
 from local_engine.reason.accept import AnswerWatch, abandons, accepts, p_correct
 from local_engine.sampler import Choice, Sampler
 from local_engine.sequence import Sequence
+from local_engine.turns import Hidden, Turn
 from local_engine.types import Event, Failed, FinishReason, Generate, TapSpec
 
 

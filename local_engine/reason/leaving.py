@@ -14,7 +14,6 @@ from torch import Tensor
 
 from local_engine.chat import InvalidRequest
 from local_engine.detok import Detokenizer
-from local_engine.lane import Hidden
 from local_engine.model import LocalModel
 from local_engine.plan_types import CueSeen, Exit, ModelUse, PlanUse
 from local_engine.primitives import Primitives
@@ -24,6 +23,7 @@ from local_engine.reason.thought import Moment, Verdict, features
 from local_engine.reason.watch import Watch
 from local_engine.sampler import Choice
 from local_engine.sequence import Sequence
+from local_engine.turns import Hidden
 from local_engine.types import SamplingParams, TapSpec
 
 TRIED_TOKENS: Final = 64

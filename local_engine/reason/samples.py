@@ -12,13 +12,13 @@ import msgspec
 
 from local_engine.chat import InvalidRequest, Tool
 from local_engine.generation import Generation
-from local_engine.lane import Turn
 from local_engine.model import LocalModel
 from local_engine.plan_types import ModelUse, PlanUse, Sampled, Vote
 from local_engine.primitives import Primitives
 from local_engine.reason.answers import answer_class
 from local_engine.reason.voting import Ballot, least_more, winner
 from local_engine.sequence import Sequence
+from local_engine.turns import Turn
 from local_engine.types import Delta, Event, Failed, Finished, FinishReason, Generate
 
 MOST_SAMPLES = 128

@@ -20,7 +20,6 @@ from typing import Final, Literal
 import msgspec
 
 from local_engine.answer import Answer
-from local_engine.lane import Turn
 from local_engine.model import LocalModel
 from local_engine.plan_types import ModelUse, PlanUse, SpeculateSteps
 from local_engine.primitives import Primitives
@@ -31,6 +30,7 @@ from local_engine.reason.specreason import RATINGS
 from local_engine.reason.steps import Boundary, StepSplitter
 from local_engine.sampler import Choice, Sampler
 from local_engine.sequence import Sequence, common_prefix
+from local_engine.turns import Turn
 from local_engine.types import Event, Failed, FinishReason, Generate, SamplingParams
 
 BASE: Final = 0

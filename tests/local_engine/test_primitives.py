@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from local_engine.kv import KVShape
-from local_engine.lane import Lane, Turn
+from local_engine.lane import Lane
 from local_engine.model import LocalModel
 from local_engine.prefix import PrefixStore
 from local_engine.prefix_identity import KVIdentity, KVLayout
@@ -20,6 +20,7 @@ from local_engine.primitives import Primitives
 from local_engine.runner import Runner, Segment, new_kv
 from local_engine.sampler import Sampler
 from local_engine.sequence import Sequence
+from local_engine.turns import Turn
 from local_engine.types import SamplingParams, TapSpec
 from tests.conftest import Size
 from tests.local_engine.runner_harness import CONTEXT, text, tiny_model, tiny_network

@@ -1,0 +1,46 @@
+"""What a step computes of one sequence: the segment that the model runs, and the window that is then verified."""
+
+from collections.abc import Sequence as Sized
+
+from local_engine.runner import Segment
+from local_engine.sequence import Sequence
+from local_engine.spec.verify import Window
+
+
+def segment_of(sequence: Sequence, count: int) -> Segment:
+    """The next `count` tokens of a sequence, and what is wanted of them."""
+    assert sequence.slot is not None, "only those with a slot are planned"
+    start, stop = sequence.computed, sequence.computed + count
+    tokens = sequence.ids[start:stop]
+    tokens.extend(sequence.draft[: stop - start - len(tokens)])
+    if sequence.scored_from is not None and sequence.scores is not None:
+        due = sequence.scored_from - 1 + len(sequence.scores.logprobs)  # what was scored before a preemption stays
+        logits = max(0, stop - max(start, due))
+    else:
+        logits = stop - len(sequence.ids) + 1 if sequence.sampler is not None and stop >= len(sequence.ids) else 0
+    return Segment(sequence.slot, start, tokens, logits, _taps(sequence, start, tokens))
+
+
+def window_of(sequence: Sequence) -> Window:
+    assert sequence.sampler is not None, "only those with a sampler write"
+    drawn_from = sequence.drawn_from
+    return Window(
+        sequence.sampler,
+        sequence.ids,
+        list(sequence.draft),
+        None if drawn_from is None else drawn_from[: len(sequence.draft)],
+        sequence.floor,
+    )
+
+
+def _taps(sequence: Sequence, start: int, tokens: Sized[int]) -> list[int]:
+    """Which of `tokens`, at positions from `start`, are tapped and have not been told yet."""
+    spec = sequence.taps
+    if spec is None:
+        return []
+    stop = start + len(tokens)
+    if spec.where == "prompt":
+        last = sequence.prompt_len - 1
+        return [last - start] if max(start, sequence.tapped) <= last < stop else []
+    new = range(max(start, sequence.tapped, sequence.prompt_len), stop)
+    return [at - start for at in new if spec.where == "generated" or tokens[at - start] in spec.tokens]
