@@ -59,6 +59,23 @@ def test_it_hears_what_taps_tell(bundled: LocalModel, start_engine: StartEngine)
     assert (rating.p_true, rating.internal_confidence) == (None, None)
 
 
+def test_where_a_prefix_is_stored_only_the_rest_is_read_and_the_same_is_heard(
+    bundled: LocalModel, start_engine: StartEngine
+) -> None:
+    """What a probe reads, the last token's states, is computed in any case: a hit takes nothing from it."""
+    cold, warm = FakeReader((0, 3, 6)), FakeReader((0, 3, 6))
+    probed = probe(Caller(start_engine(bundled, readers={"m": [cold]}, prefix_bytes=0)))
+    engine = start_engine(bundled, readers={"m": [warm]})
+    caller = Caller(engine)
+    caller.finished(caller.generate(f"{QUESTION} Add one.", ANSWER))
+    before, stored = engine.stats().computed_tokens, engine.prefix_stats()["m"].hit_tokens
+    assert probe(caller).input_tokens == probed.input_tokens
+    hit = engine.prefix_stats()["m"].hit_tokens - stored
+    assert hit >= 16
+    assert engine.stats().computed_tokens - before == probed.input_tokens["m"] - hit
+    np.testing.assert_allclose(warm.seen[0][0], cold.seen[0][0], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     "change",
     [
