@@ -28,6 +28,9 @@ from routers.policy import Price, Route
 from routers.types import Decision, Query
 from routers.units import format_money
 
+MAX_REASON = 200
+"""Characters of a rule that a header carries; the receipt has all of it."""
+
 
 class Unaccepted(NamedTuple):
     """The answer of a cascade's stage that was not good enough, and who wrote it."""
@@ -360,6 +363,15 @@ class Ticket:
         if degraded:
             count += 1
             left += f"x-leadline-degraded: {degraded}\r\n"
+        decision = self.decision
+        if decision is not None:
+            count += 1
+            rule = decision.rule if decision.rule.isascii() else decision.rule.encode("ascii", "replace").decode()
+            left += f"x-leadline-reason: {rule[:MAX_REASON]}\r\n"
+            plan = decision.plan
+            if plan.kind == "single" and plan.effort is not None and plan.model == record.model_served:
+                count += 1
+                left += f"x-leadline-effort: {plan.effort}\r\n"
         lines = (
             f"x-request-id: {record.id}\r\n"
             f"x-leadline-decision: dec{record.id[3:]}\r\n"

@@ -63,6 +63,25 @@ async def test_the_fastest_is_known_from_the_answers_that_came(
 
 
 @anyio
+async def test_headers_say_why_and_with_how_much_thought(upstream: FakeUpstream, tmp_path: Path) -> None:
+    policy = MODELS.format(one=upstream.url, two=upstream.url).replace(
+        "model: cheap, context", "model: cheap, thinking: {field: reasoning_effort}, context", 1
+    )
+    policy += "  - {name: auto, when: {model: auto}, candidates: [first+low, second], cache: off}\n"
+    async with running(policy, tmp_path / "home") as gateway:
+        _, low, _ = await gateway.chat(ask(model="auto"))
+        _, said, _ = await gateway.chat({**ask(model="auto"), "reasoning_effort": "high"})
+        _, other, _ = await gateway.chat(ask(model="auto"), **{"X-Leadline-Models": "second"})
+        _, streamed, _ = await gateway.stream(ask(model="auto"))
+        rows = await gateway.rows()
+    assert (low["x-leadline-model"], low["x-leadline-effort"]) == ("first", "low")
+    assert low["x-leadline-reason"] == streamed["x-leadline-reason"] == "cheapest"
+    assert "x-leadline-effort" not in said, "the caller has said it"
+    assert (other["x-leadline-model"], "x-leadline-effort" in other) == ("second", False)
+    assert {json.loads(row["decision"])["rule"] for row in rows} == {"cheapest"}
+
+
+@anyio
 async def test_what_was_explored_is_in_the_ledger_with_its_seed_and_its_propensity(
     upstream: FakeUpstream, tmp_path: Path
 ) -> None:
