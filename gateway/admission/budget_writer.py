@@ -12,11 +12,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
+from gateway.admission.budget_batch import Batch, Changes, gives, keys_of, late_of, moves_first, short_of, slices_of
 from gateway.admission.shared_account import Fill, Look, Move, Order, Take
 from gateway.admission.slices import Slice
 from gateway.errors import Unavailable
@@ -35,34 +35,6 @@ RECALL_S = 1.0
 """How long a request waits for other workers to give back what they do not use."""
 RETRY_S = 0.02
 MAX_BATCH = 512
-
-
-@dataclass(slots=True)
-class Batch:
-    """Orders that go to SQL together, and what came of them."""
-
-    number: int
-    orders: list[Order]
-    rows: dict[Key, Row] = field(default_factory=dict)
-    read_at_s: float = 0.0
-    filled: dict[Key, tuple[int, int, int]] = field(default_factory=dict)
-    """(added, size, limit that allowed it) of the slices that were filled; size 0: it must be exact."""
-    waiting: list[Take] = field(default_factory=list)
-    """Of its orders, those that wait for a recall: they are neither done nor refused."""
-    in_sql: bool = False
-    in_doubt: bool = False
-    """Its commit was not answered, and its requests were told so."""
-    recalled: set[Key] = field(default_factory=set)
-
-    @property
-    def scopes(self) -> set[str]:
-        return {scope for order in self.orders for scope, _ in keys_of(order)}
-
-
-def keys_of(order: Order) -> Iterable[Key]:
-    if isinstance(order, Move | Fill):
-        return (order.slice.key,)
-    return order.account.limits
 
 
 class BudgetWriter:
@@ -223,9 +195,9 @@ class BudgetWriter:
                 with self._reading() as connection:
                     batch.rows = budget_rows.read(connection, batch.scopes, lock=False)
                 self.heard_s = batch.read_at_s
-                late = _late(batch.rows, orders)
+                late = late_of(batch.rows, orders)
                 takes = [order for order in orders if isinstance(order, Take)]
-                changing = not late and (any(_gives(batch.rows, look) for look in looks) or self._ripe(batch, takes))
+                changing = not late and (any(gives(batch.rows, look) for look in looks) or self._ripe(batch, takes))
                 if not changing:
                     batch.waiting = takes
             if changing:
@@ -252,7 +224,7 @@ class BudgetWriter:
         """Whether one of those who wait for a recall would now be decided."""
         now_s = time.monotonic()
         for take in waiting:
-            short = _short(batch.rows, take)
+            short = short_of(batch.rows, take)
             waits = short and all(key in take.recalled and batch.rows[key].spare_nanousd for key in short)
             if not waits or now_s >= (take.recall_until_s or 0):
                 return True
@@ -265,12 +237,12 @@ class BudgetWriter:
             held = {scope for order in orders if not isinstance(order, Look) for scope, _ in keys_of(order)}
             rows, holds = budget_rows.lock(connection, batch.scopes | self.doubtful_scopes(), self.life, held)
             self.resolve_doubt(connection)
-            late = _late(rows, orders)
+            late = late_of(rows, orders)
             if late:
                 return late
-            changed = _Changes(rows, holds, self.life, batch.number)
+            changed = Changes(rows, holds, self.life, batch.number)
             batch.waiting, batch.filled, batch.recalled = [], {}, set()
-            for order in sorted(orders, key=_moves_first):
+            for order in sorted(orders, key=moves_first):
                 if isinstance(order, Look):
                     changed.give(order)
                 elif isinstance(order, Move):
@@ -289,8 +261,8 @@ class BudgetWriter:
             self.note(rows, holds, {one for order in orders for one in slices_of(order)})
         return {}
 
-    def _take(self, changed: "_Changes", batch: Batch, take: Take) -> None:
-        short = _short(changed.budgets, take)
+    def _take(self, changed: Changes, batch: Batch, take: Take) -> None:
+        short = short_of(changed.budgets, take)
         if not short:
             changed.take(take)
             return
@@ -313,7 +285,7 @@ class BudgetWriter:
             slices[key].given_up = changed.budgets[key].spare_nanousd
         take.short = short[0]
 
-    def _fill(self, changed: "_Changes", batch: Batch, orders: Sequence[Order]) -> None:
+    def _fill(self, changed: Changes, batch: Batch, orders: Sequence[Order]) -> None:
         """What the worker may keep unused of the budgets that it has asked more of."""
         now_s = time.monotonic()
         unused = {order.slice: order.slice.free for order in orders if isinstance(order, Fill)}
@@ -395,117 +367,6 @@ class BudgetWriter:
             self._steady_since_s = now_s
             self.heard_s = -1e9
             log.error("budgets.heartbeat_failed", error=str(error).partition("\n")[0][:200])
-
-
-class _Changes:
-    """Locked budgets, and this worker's holds on them, as a transaction changes them."""
-
-    def __init__(self, budgets: dict[Key, Row], holds: dict[Key, HoldRow], life: str, batch: int) -> None:
-        self.budgets = budgets
-        self._holds = holds
-        self._life, self._batch = life, batch
-        self._changed: set[Key] = set()
-        self._held: set[Key] = set()
-
-    @property
-    def rows(self) -> list[Row]:
-        return [self.budgets[key] for key in sorted(self._changed)]
-
-    @property
-    def holds(self) -> list[HoldRow]:
-        return [self._holds[key] for key in sorted(self._held)]
-
-    def move(self, order: Move) -> None:
-        row, hold = self._both(order.slice.key)
-        if order.amount > 0:
-            budget_rows.release(row, hold, order.amount)
-        else:
-            row.reserved_nanousd -= order.amount
-            hold.amount_nanousd -= order.amount
-        if order.last:
-            budget_rows.set_spare(row, hold, 0)
-
-    def take(self, order: Take) -> None:
-        for one in order.account.slices:
-            self._hold(one.key, order.amount - order.own.get(one.key, 0))
-        order.fate = "granted"
-
-    def put_back(self, order: Take) -> None:
-        """It does not fit, or not yet: what the worker has put in is for whoever comes next."""
-        for key, amount in order.own.items():
-            budget_rows.release(*self._both(key), amount)
-        order.fate = "short"
-
-    def fill(self, key: Key, added: int, spare: int) -> None:
-        self._hold(key, added)
-        budget_rows.set_spare(*self._both(key), max(1, spare))
-
-    def give(self, look: Look) -> None:
-        for key, limit in look.account.limits.items():
-            if limit.given_nanousd is not None:
-                self.budgets[key].given_nanousd = limit.given_nanousd
-                self._changed.add(key)
-
-    def recall(self, key: Key) -> None:
-        self.budgets[key].recalls += 1
-        self._changed.add(key)
-
-    def _hold(self, key: Key, amount: int) -> None:
-        row, hold = self._both(key)
-        row.reserved_nanousd += amount
-        hold.amount_nanousd += amount
-
-    def _both(self, key: Key) -> tuple[Row, HoldRow]:
-        hold = self._holds.setdefault(key, HoldRow(self._life, *key))
-        hold.batch = self._batch
-        self._changed.add(key)
-        self._held.add(key)
-        return self.budgets[key], hold
-
-
-def slices_of(order: Order) -> Sequence[Slice]:
-    return (order.slice,) if isinstance(order, Move | Fill) else order.account.slices
-
-
-def _moves_first(order: Order) -> tuple[bool, bool]:
-    """What is given back comes before what is asked: nobody is refused what another one frees in the same batch."""
-    return not isinstance(order, Move), isinstance(order, Move) and order.amount < 0
-
-
-def _short(rows: dict[Key, Row], take: Take) -> list[Key]:
-    """The budgets that have not enough left."""
-    short = []
-    for one in take.account.slices:
-        row, limit = rows[one.key], take.account.limits[one.key]
-        bounds = [b for b in (limit.nanousd, row.given_nanousd) if b is not None]
-        need = take.amount - take.own.get(one.key, 0)
-        if need > 0 and need > min(bounds) - row.spent_nanousd - row.reserved_nanousd:
-            short.append(one.key)
-    return short
-
-
-def _late(rows: dict[Key, Row], orders: Sequence[Order]) -> dict[Key, int]:
-    """Budgets to be made, or moved to a new window, before these orders can be done."""
-    late: dict[Key, int] = {}
-    for order in orders:
-        if not isinstance(order, Look | Take):
-            continue
-        for key, limit in order.account.limits.items():
-            row = rows.get(key)
-            begins = order.account.starts[key]
-            if row is None and limit.nanousd is None and limit.given_nanousd is None:
-                continue  # a run that nobody has given a budget
-            if (row is None or row.started_ms < begins) and begins >= late.get(key, 0):
-                late[key] = begins
-    return late
-
-
-def _gives(rows: dict[Key, Row], look: Look) -> bool:
-    """Whether a request gives its run another budget than it has."""
-    return any(
-        limit.given_nanousd is not None and limit.given_nanousd != rows[key].given_nanousd
-        for key, limit in look.account.limits.items()
-    )
 
 
 def away() -> Unavailable:

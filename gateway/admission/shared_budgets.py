@@ -20,7 +20,8 @@ from weakref import WeakValueDictionary
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import SQLAlchemyError
 
-from gateway.admission.budget_writer import WAIT_S, Batch, BudgetWriter, away, slices_of
+from gateway.admission.budget_batch import Batch, slices_of
+from gateway.admission.budget_writer import WAIT_S, BudgetWriter, away
 from gateway.admission.budgets import Account, Budget, LocalAccount, exceeded
 from gateway.admission.limits import BudgetLimit
 from gateway.admission.shared_account import Fill, Look, Move, SharedAccount, Take
