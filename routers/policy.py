@@ -385,11 +385,6 @@ class Policy:
         route = self.route_for(query)
         return route.heads if route is not None else {}
 
-    def cache_ttl_ms_for(self, query: Query) -> int | None:
-        """How long an answer to this query may be reused; None: not at all."""
-        route = self.route_for(query)
-        return route.cache_ttl_ms if route is not None else DEFAULT_CACHE_TTL_MS
-
     def limits_for(self, *, key: str, tenant: str, team: str | None = None) -> tuple[Limit, ...]:
         """The limits that hold for a caller, by scope: key, team, tenant, and each of its agent runs (`run`).
 

@@ -94,12 +94,6 @@ def doubly_robust(logged: Logged, target: Array, *, seed: int = 0) -> Evaluation
     )
 
 
-def inverse_propensity(logged: Logged, target: Array) -> Estimate:
-    """Without a model: unbiased as well, and of more variance. For comparison; all outcomes must be known."""
-    _, weights = _weights(logged, target, np.arange(len(logged.action)))
-    return Estimate.of(weights * logged.outcome)
-
-
 def _weights(logged: Logged, target: Array, rows: npt.NDArray[np.intp]) -> tuple[Array, Array]:
     """(as they are, cut to CLIP), of the actions taken."""
     raw = target[rows, logged.action[rows]] / logged.propensity[rows]

@@ -113,9 +113,11 @@ def test_caching_by_route() -> None:
         "    subject_to", "    cache: {ttl: 2d}\n    subject_to"
     )
     policy = parse(text)
-    assert policy.cache_ttl_ms_for(Query("auto", "t", 1, None, tags=frozenset({"private"}))) is None
-    assert policy.cache_ttl_ms_for(Query("auto", "t", 1, None)) == 2 * 86_400_000
-    assert policy.cache_ttl_ms_for(Query("weak", "t", 1, None)) == 3_600_000
+    private = policy.route_for(Query("auto", "t", 1, None, tags=frozenset({"private"})))
+    plain = policy.route_for(Query("auto", "t", 1, None))
+    assert private is not None
+    assert plain is not None
+    assert (private.cache_ttl_ms, plain.cache_ttl_ms) == (None, 2 * 86_400_000)
 
 
 def test_timeouts_and_the_breaker() -> None:
