@@ -10,6 +10,7 @@ from fastapi import Response
 from gateway import __version__
 from gateway.dashboard import words
 from gateway.dashboard.filters import RANGE_NAMES, cursor_text
+from gateway.ledger.records import UNFAILED
 from routers.units import format_money
 
 if TYPE_CHECKING:
@@ -70,5 +71,5 @@ def _templates() -> "Environment":
         count=words.count,
         cursor=cursor_text,
     )
-    environment.globals.update(asset_url=_asset_url, version=__version__, range_names=RANGE_NAMES)
+    environment.globals.update(asset_url=_asset_url, version=__version__, range_names=RANGE_NAMES, unfailed=UNFAILED)
     return environment

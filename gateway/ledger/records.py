@@ -18,6 +18,20 @@ AttemptKind = Literal[
 model wrote (`draft`); what stands was looked at (`verify`); the model wrote a step, thought by itself, or answered."""
 
 
+NOT_ACCEPTED = "not_accepted"
+"""Of an attempt: its answer, or its step of a thought, was not good enough."""
+AGREED = "agreed"
+"""It gave the answer which another one was sent for."""
+NOT_NEEDED = "not_needed"
+"""It was stopped as nothing that it could still have said would have changed what is sent."""
+LEFT = "left"
+"""It was ended as its thought had come far enough."""
+HEDGE_LOST = "hedge_lost"
+"""The attempt beside it answered sooner."""
+UNFAILED = frozenset({"ok", NOT_ACCEPTED, AGREED, NOT_NEEDED, LEFT, HEDGE_LOST})
+"""Outcomes of attempts at which nothing failed."""
+
+
 class AttemptRecord(msgspec.Struct, array_like=True):
     id: str
     request_id: str
@@ -47,6 +61,11 @@ class AttemptRecord(msgspec.Struct, array_like=True):
         self.reasoning_tokens = usage.reasoning
         self.cost_nanousd = cost
         self.cost_estimated = usage.estimated
+
+    @property
+    def failed(self) -> bool:
+        """Something broke, or its caller or its time was gone."""
+        return self.outcome not in UNFAILED
 
 
 class RequestRecord(msgspec.Struct, array_like=True):
@@ -78,6 +97,7 @@ class RequestRecord(msgspec.Struct, array_like=True):
     cost_estimated: bool = False
     baseline_nanousd: int | None = None
     reserved_nanousd: int = 0
+    """All that was held for its attempts, each at the most that it could cost: the sum, as the cost is."""
     first_byte_us: int | None = None
     duration_us: int = 0
     overhead_us: int = 0

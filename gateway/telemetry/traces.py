@@ -128,7 +128,7 @@ class Traces:
         }
         root = self._span(
             f"{operation} {request.model_requested}", context, caller, attributes, SpanKind.SERVER,
-            start_ns, start_ns + request.duration_us * 1000, request.outcome,
+            start_ns, start_ns + request.duration_us * 1000, failed=request.outcome != "ok",
         )  # fmt: skip
         return [root, *(self._attempt_span(attempt, operation, context) for attempt in attempts)]
 
@@ -141,18 +141,18 @@ class Traces:
             "gen_ai.usage.input_tokens": _input(attempt),
             "gen_ai.usage.output_tokens": _output(attempt),
             "server.address": self._hosts.get(attempt.provider),
-            "error.type": None if attempt.outcome == "ok" else attempt.outcome,
+            "error.type": attempt.outcome if attempt.failed else None,
             "http.response.status_code": attempt.upstream_status,
             "leadline.cost_nanousd": attempt.cost_nanousd,
         }
         return self._span(
             f"{operation} {attempt.model}", self._context(parent.trace_id), parent, attributes, SpanKind.CLIENT,
-            start_ns, start_ns + attempt.duration_us * 1000, attempt.outcome,
+            start_ns, start_ns + attempt.duration_us * 1000, failed=attempt.failed,
         )  # fmt: skip
 
     def _span(
         self, name: str, context: SpanContext, parent: SpanContext | None,
-        attributes: Mapping[str, AttributeValue | None], kind: SpanKind, start_ns: int, end_ns: int, outcome: str,
+        attributes: Mapping[str, AttributeValue | None], kind: SpanKind, start_ns: int, end_ns: int, *, failed: bool,
     ) -> ReadableSpan:  # fmt: skip
         return ReadableSpan(
             name=name,
@@ -161,7 +161,7 @@ class Traces:
             resource=self._resource,
             attributes={key: value for key, value in attributes.items() if value is not None},
             kind=kind,
-            status=Status(StatusCode.UNSET if outcome == "ok" else StatusCode.ERROR),
+            status=Status(StatusCode.ERROR if failed else StatusCode.UNSET),
             start_time=start_ns,
             end_time=end_ns,
             instrumentation_scope=self._scope,
@@ -178,7 +178,7 @@ class Traces:
                 "gen_ai.request.model": attempt.model,
                 "gen_ai.provider.name": attempt.provider,
             }
-            failed = {} if attempt.outcome == "ok" else {"error.type": attempt.outcome}
+            failed = {"error.type": attempt.outcome} if attempt.failed else {}
             self._duration.record(attempt.duration_us / 1e6, {**labels, **failed})
             if attempt.first_byte_us is not None:
                 self._first.record(attempt.first_byte_us / 1e6, labels)

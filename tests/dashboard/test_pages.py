@@ -170,11 +170,13 @@ def test_the_page_of_a_cascade_blames_nobody(running: Running) -> None:
     request.decision = msgspec.json.encode(
         to_dict(msgspec.structs.replace(decided, plan=Cascade(stages, Accept(agree=2))))
     ).decode()
-    running.record((request, attempts))
+    first = msgspec.structs.replace(attempts[0], id=f"{request.id}-1", seq=1, outcome="not_accepted")
+    running.record((request, [first, *attempts]))
     with running.client("admin") as client:
         page = client.get(f"/dashboard/requests/{request.id}").text
     assert f"{request.model_served}</strong> of the cascade" in page
     assert "which failed" not in page
+    assert '<span class="tag quiet">not_accepted</span>' in page
 
 
 # what a page may do

@@ -100,6 +100,26 @@ async def test_a_request_is_one_span_with_its_attempts_below(
 
 
 @pytest.mark.anyio
+async def test_what_did_not_fail_is_no_error(start_edge: StartEdge, provider: Provider, receiver: Receiver) -> None:
+    more = """\
+  third: {provider: fake, model: wire-third, context: 16000, max_output: 1000, price: free}
+routes: [{name: two, when: {model: two}, candidates: ["chat&talker>third"], accept: agree, cache: off}]
+"""
+    async with start_edge(more) as edge:
+        _, headers, _ = await post(edge, "/v1/chat/completions", {**body(), "model": "two"})
+        assert headers["x-leadline-plan"] == "cascade; stages=3; asked=2; agreed=2"
+        provider.fail_next = (500, {}, "{}")
+        await post(edge, "/v1/chat/completions", body("fails"))
+        outcomes = [a["outcome"] for row in await edge.rows() for a in row["attempt_rows"]]
+    assert sorted(outcomes) == ["agreed", "ok", "status"]
+    told = [(span.status.code, attributes(span).get("error.type")) for span in receiver.spans if span.kind == 3]
+    assert sorted(told, key=str) == [(0, None), (0, None), (2, "status")]
+    points = receiver.metrics["gen_ai.client.operation.duration"].histogram.data_points
+    failed = [point for point in points if any(pair.key == "error.type" for pair in point.attributes)]
+    assert [point.count for point in failed] == [1]
+
+
+@pytest.mark.anyio
 async def test_nothing_confidential_is_traced(start_edge: StartEdge, provider: Provider, receiver: Receiver) -> None:
     async with start_edge() as edge:
         for fault, make in itertools.product(FAULTS, POSITIONS.values()):
