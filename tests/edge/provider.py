@@ -9,6 +9,8 @@ from typing import Any
 
 from aiohttp import web
 
+from tests.serving import Served, begin_events, event
+
 WORDS = ("one", "two", "three")
 
 
@@ -26,7 +28,7 @@ def vectors(value: Any) -> int:
 
 
 @dataclass
-class Provider:
+class Provider(Served):
     """`fail_next` is answered, once, instead of the next call: (status, body)."""
 
     paths: list[str] = field(default_factory=list)
@@ -38,21 +40,11 @@ class Provider:
     endless: bool = False
     """Streams never end by themselves."""
     open_streams: int = 0
-    url: str = ""
-    _runner: web.AppRunner | None = None
 
-    async def start(self) -> "Provider":
+    def app(self) -> web.Application:
         app = web.Application(client_max_size=64 << 20)
         app.router.add_route("*", "/{path:.*}", self._answer)
-        self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}/v1"
-        return self
-
-    async def stop(self) -> None:
-        assert self._runner is not None
-        await self._runner.cleanup()
+        return app
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         self.paths.append(request.path)
@@ -75,10 +67,9 @@ class Provider:
         said = f"{request.headers.get('Authorization')} {raw.decode()} {dict(request.headers)}"
         error = {"error": {"message": said, "type": said[:900], "param": said[:900], "code": said[:900]}}
         if how == "stream":
-            response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-            await response.prepare(request)
+            response = await begin_events(request)
             await response.write(b'data: {"choices":[{"index":0,"delta":{"content":"half"}}]}\n\n')
-            await response.write(b"data: " + json.dumps(error).encode() + b"\n\n")
+            await response.write(event(error))
             return response
         if how == "text":
             return web.Response(text=said)
@@ -124,15 +115,14 @@ class Provider:
         return {"id": "x-1", "object": kind, "created": 1, "model": body["model"], "choices": choices, "usage": usage}
 
     async def _stream(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(request)
+        response = await begin_events(request)
         text = request.path == "/v1/completions"
         frame = {"id": "x-1", "object": "text_completion" if text else "chat.completion.chunk", "created": 1,
                  "model": body["model"]}  # fmt: skip
 
         async def send(choice: dict[str, Any] | None, usage: dict[str, int] | None = None) -> None:
             choices = [] if choice is None else [{"index": 0, "logprobs": None, **choice}]
-            await response.write(f"data: {json.dumps({**frame, 'choices': choices, 'usage': usage})}\n\n".encode())
+            await response.write(event({**frame, "choices": choices, "usage": usage}))
 
         self.open_streams += 1
         try:

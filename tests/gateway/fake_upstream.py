@@ -13,12 +13,29 @@ from typing import Any
 
 from aiohttp import web
 
+from tests.serving import Served, begin_events, event
+
 PRICES = {
     "cheap": (Decimal("0.15"), Decimal("0.075"), Decimal("0.60")),
     "other": (Decimal("0.30"), Decimal("0.15"), Decimal("1.20")),
+    "third": (Decimal("0.60"), Decimal("0.30"), Decimal("2.40")),
     "dear": (Decimal("2.5"), Decimal("1.25"), Decimal("10")),
 }
 """Dollars per million tokens: input, cached input, output. The gateway's policy in these tests says the same."""
+
+TWO_MODELS = """
+version: 1
+providers:
+  fake: {{base_url: "{url}", timeout: 30s, retries: 0, breaker: off}}
+models:
+  cheap: {{provider: fake, model: cheap, context: 16000, max_output: 1000,
+          price: {{input: $0.15/Mtok, cached_input: $0.075/Mtok, output: $0.60/Mtok}},
+          thinking: {{field: reasoning_effort, off: minimal}}}}
+  dear: {{provider: fake, model: dear, context: 128000, max_output: 4000,
+         price: {{input: $2.50/Mtok, cached_input: $1.25/Mtok, output: $10/Mtok}},
+         thinking: {{field: thinking_budget, high_tokens: 3000}}}}
+"""
+"""How policies begin that have a cheap model and a dear one; more models, and routes, follow."""
 
 Fault = Callable[["FakeUpstream", web.Request, dict[str, Any]], Awaitable[web.StreamResponse]]
 
@@ -34,7 +51,7 @@ class Bill:
 
 
 @dataclass
-class FakeUpstream:
+class FakeUpstream(Served):
     """`faults` is consumed from the front, one per call; an empty list means: answer properly."""
 
     faults: list[Fault | None] = field(default_factory=list)
@@ -45,23 +62,11 @@ class FakeUpstream:
     words: int = 12
     pace_s: float = 0.0
     open_streams: int = 0
-    url: str = ""
-    _runner: web.AppRunner | None = None
 
-    async def start(self) -> "FakeUpstream":
+    def app(self) -> web.Application:
         app = web.Application(client_max_size=64 << 20)
         app.router.add_post("/v1/chat/completions", self._chat)
-        self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
-        await site.start()
-        port = self._runner.addresses[0][1]
-        self.url = f"http://127.0.0.1:{port}/v1"
-        return self
-
-    async def stop(self) -> None:
-        assert self._runner is not None
-        await self._runner.cleanup()
+        return app
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         raw = await request.read()
@@ -104,15 +109,14 @@ class FakeUpstream:
     async def stream(
         self, request: web.Request, body: dict[str, Any], *, cut_after: int | None = None, done: bool = True
     ) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(request)
+        response = await begin_events(request)
         self.open_streams += 1
         n = body.get("n") or 1
         frame = {"id": "chatcmpl-fake", "object": "chat.completion.chunk", "created": 1, "model": body["model"]}
         sent = 0
 
         async def send(**fields: Any) -> None:
-            await response.write(f"data: {json.dumps({**frame, **fields})}\n\n".encode())
+            await response.write(event({**frame, **fields}))
 
         try:
             for word in range(self.words):
@@ -180,8 +184,7 @@ async def unfinished_stream(upstream: FakeUpstream, request: web.Request, body: 
 
 
 async def error_in_stream(upstream: FakeUpstream, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-    await response.prepare(request)
+    response = await begin_events(request)
     await response.write(b'data: {"choices":[{"index":0,"delta":{"content":"half"}}]}\n\n')
     await asyncio.sleep(0.05)
     await response.write(b'data: {"error":{"message":"overloaded"}}\n\n')
@@ -189,6 +192,4 @@ async def error_in_stream(upstream: FakeUpstream, request: web.Request, body: di
 
 
 async def empty_stream(upstream: FakeUpstream, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-    await response.prepare(request)
-    return response
+    return await begin_events(request)

@@ -21,15 +21,9 @@ from tests.gateway.fake_upstream import FakeUpstream
 
 anyio = pytest.mark.anyio
 
-POLICY = """
-version: 1
-providers:
-  fake: {{base_url: "{url}", timeout: 30s, retries: 0, breaker: off}}
-models:
-  cheap: {{provider: fake, model: cheap, context: 16000, max_output: 1000,
-          price: {{input: $0.15/Mtok, cached_input: $0.075/Mtok, output: $0.60/Mtok}}}}
-  dear: {{provider: fake, model: dear, context: 128000, max_output: 4000,
-         price: {{input: $2.50/Mtok, cached_input: $1.25/Mtok, output: $10/Mtok}}}}
+POLICY = (
+    fake.TWO_MODELS
+    + """\
   free: {{provider: fake, model: cheap, context: 16000, max_output: 1000, price: free}}
   unknown: {{provider: fake, model: cheap, context: 16000, max_output: 1000, price: unpriced}}
 routes:
@@ -40,6 +34,7 @@ routes:
   - {{name: free, when: {{model: gratis}}, use: [free], cache: off, hedge: {{after: {after}, max_extra: 1%}}}}
 {limits}
 """
+)
 
 
 class Slow:
