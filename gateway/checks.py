@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gateway.policies import missing_secrets
-from routers.cost import costs_nanousd
+from routers.cost import costs_nanousd, over_calls
 from routers.policy import Model, Policy, Route
 from routers.shape import did_you_mean
-from routers.types import Query
+from routers.types import Cascade, Query
 from routers.units import format_money
 
 SHORT_PROMPT = 100
@@ -59,6 +59,7 @@ def notes(policy: Policy, callers: Callers | None) -> list[str]:
     found = missing_secrets(policy)
     for index, route in enumerate(policy.routes):
         found += _of_route(policy, route, f"routes[{index}]")
+        found += _of_plans(policy, route, f"routes[{index}]")
     budgeted = any(limit.budget is not None for limit in policy.limits)
     for model in policy.models.values():
         if model.price is None and budgeted:
@@ -85,6 +86,31 @@ def _of_route(policy: Policy, route: Route, field: str) -> Iterator[str]:
             f"{field}.subject_to.p_success: never met by {', '.join(headless)}, which no probe head speaks for; add a "
             "head to signals.difficulty.heads, or leave the candidate out"
         )
+
+
+def _of_plans(policy: Policy, route: Route, field: str) -> Iterator[str]:
+    """Where a model of this route answers without the plan that it has."""
+    cascades = [plan for plan in route.plans.values() if isinstance(plan, Cascade)]
+    asked = {stage.model for plan in cascades for stage in plan.stages}
+    judged = {stage.model for plan in cascades if not plan.accept.agree for stage in plan.stages[:-1]}
+    replacing = {*route.on_failure, *(name for names in route.on_cause.values() for name in names)}
+    alone = {name.partition("+")[0] for name in route.targets if not set(name) & set(">&")}
+    for model in policy.models.values():
+        name, over = model.name, any(over_calls(policy, model, plan) for _, plan in model.plans)
+        if over and name in replacing:
+            yield f"{field}.on_failure: {name} answers without its plan here, as the plan is run over calls"
+        if over and name in asked:
+            yield f"{field}.candidates: {name} answers without its plan in a cascade, as the plan is run over calls"
+        elif model.plans and name in judged:
+            yield (
+                f"{field}.candidates: {name} answers without its plan where its answer is judged by log probabilities, "
+                "which no plan gives; accept by agreement, or leave the plan out"
+            )
+        if over and name in alone and route.on_stream_failure == "resume":
+            yield (
+                f"{field}.on_stream_failure: a stream of {name} that breaks ends as an error, as its plan is run over "
+                "calls; only the stream of one call is resumed"
+            )
 
 
 def _short_call(model: Model) -> int | None:

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from routers.cost import worst_case_nanousd
-from routers.plans import models_of
+from routers.plans import models_of, no_plan_for
 from routers.policy import Policy
 from routers.types import Candidate, Decision, Plan, Query, Single
 from routers.units import format_money
@@ -31,9 +31,14 @@ def to_lines(decision: Decision, asked: Asked | None = None) -> list[str]:
         for candidate in decision.candidates
     ]
     if asked is not None:
-        models = asked[0].models
+        models, query = asked[0].models, asked[1]
+        why = no_plan_for(
+            choices=query.choices, tools=query.needs_tools, json=query.needs_format, logprobs=query.needs_logprobs
+        )
         for name in models_of(c.model for c in decision.candidates):
             lines += [f"plan of {name} at effort {effort}: {plan}" for effort, plan in models[name].plans]
+            if why and models[name].plans:
+                lines.append(f"plan of {name}: does not run for this request, which has {why}")
         worst = worst_case_nanousd(asked[0], decision, asked[1])
         most = "not known, as a model that may answer is unpriced" if worst is None else format_money(worst)
         lines.append(f"worst case: {most}, with every retry, fallback and hedge that the policy allows")

@@ -48,6 +48,14 @@ def models_of(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(part.partition("+")[0] for name in names for part in re.split("[>&]", name)))
 
 
+def no_plan_for(*, choices: int, tools: bool, json: bool, logprobs: bool) -> str:
+    """What of a request keeps the plan of a model from running, by the request's own field; "": nothing. A plan is for
+    one choice of plain text."""
+    if choices > 1:
+        return "n"
+    return "tools" if tools else "response_format" if json else "logprobs" if logprobs else ""
+
+
 def _stage(part: str, whole: str) -> Single:
     model, plus, word = part.partition("+")
     if not model:

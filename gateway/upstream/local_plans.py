@@ -2,14 +2,18 @@
 
 from collections.abc import Mapping
 
+from gateway.ledger.records import AttemptKind
 from gateway.ledger.settle import Usage
 from gateway.upstream.local_params import DEFAULT_EFFORT, EFFORTS
 from gateway.upstream.types import ChatCall, Planned, PlanReport, Target
 from local_engine.plan_types import Cascade, Exit, ModelUse, Plan, PlanUse, Vote
 from local_engine.types import Finished
+from routers.plans import no_plan_for
 from routers.types import Effort
 
 _Count = int | float | str
+_PARTS = frozenset[AttemptKind]({"draft", "verify", "step", "think", "answer", "resume", "shadow", "judge"})
+"""Attempts that are part of a plan, or of something else."""
 
 
 def planned_for(target: Target, call: ChatCall) -> Planned | None:
@@ -21,10 +25,35 @@ def planned_for(target: Target, call: ChatCall) -> Planned | None:
 
 def planned_among(plans: Mapping[Effort, Planned], call: ChatCall) -> Planned | None:
     """Of the call's effort, where it is for one choice of plain text from its beginning."""
-    if not plans or call.choices > 1 or call.has_tools or call.has_format or call.sampling.logprobs:
-        return None
-    effort = EFFORTS.get(call.sampling.reasoning_effort or DEFAULT_EFFORT)
-    return plans.get(effort) if effort is not None and not call.prefix and call.thought is None else None
+    return None if not plans or _not_for(call) else _of_effort(plans, call)
+
+
+def unplanned(target: Target, call: ChatCall, kind: AttemptKind) -> str:
+    """Why none of the target's plans runs within this attempt, in a word; "": one does, or it has none for the effort.
+
+    A plan over calls makes attempts of kinds of its own: one of another kind runs without.
+    """
+    if kind in _PARTS:
+        return ""
+    if (planned := _of_effort(target.plans, call)) is not None:
+        alike = isinstance(planned.plan, Vote) and call.sampling.temperature == 0
+        return _not_for(call) or ("temperature" if alike else "")
+    if _of_effort(target.steps, call) is None:
+        return ""
+    return _not_for(call) or ("prefix" if kind == "first" else kind)
+
+
+def _of_effort(plans: Mapping[Effort, Planned], call: ChatCall) -> Planned | None:
+    effort = EFFORTS.get(call.sampling.reasoning_effort or DEFAULT_EFFORT) if plans else None
+    return None if effort is None else plans.get(effort)
+
+
+def _not_for(call: ChatCall) -> str:
+    if call.prefix or call.thought is not None:
+        return "prefix"
+    return no_plan_for(
+        choices=call.choices, tools=call.has_tools, json=call.has_format, logprobs=call.sampling.logprobs
+    )
 
 
 def most_written(plan: Plan) -> int:

@@ -53,6 +53,23 @@ def test_check_tells_what_may_not_be_meant_with_its_line(shell: Shell) -> None:
     assert "routes[0].when.key" not in out, "there is no ledger to ask"
 
 
+def test_check_tells_where_a_model_answers_without_its_plan(shell: Shell) -> None:
+    text = TEXT.replace("model: dear, context: 128000,", "model: dear, context: 128000, prefix: true,").replace(
+        "output: $10/Mtok}}", "output: $10/Mtok}, plan: {exit: {rule: redundancy}}}"
+    )
+    accept = "{mean_logprob: 1, at_least: 0.4, keeps_right: 0.9, keeps_wrong: 0.2}"
+    text += (
+        f'  - {{name: two, when: {{tag: x}}, candidates: ["cheap>dear"], accept: {accept}}}\n'
+        "  - {name: on, when: {tag: y}, use: [dear], on_stream_failure: resume}\n"
+    )
+    status, out = shell.run("check", shell.policy("p.yaml", text))
+    assert status == 0, out
+    assert "routes[0].on_failure: dear answers without its plan here" in out
+    assert "routes[3].candidates: dear answers without its plan in a cascade" in out
+    assert "routes[4].on_stream_failure: a stream of dear that breaks ends as an error" in out
+    assert out.count("without its plan") == 2
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "policies").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_policy_that_ships_can_be_served_as_it_is(shell: Shell, path: Path) -> None:
     status, out = shell.run("check", str(path))
