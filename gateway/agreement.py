@@ -9,6 +9,7 @@ mistake is to take two different answers for one.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,6 +55,13 @@ def agreed(answers: Sequence[str | None], least: int) -> list[int]:
         if answer is not None and len(same) >= least:
             return same
     return []
+
+
+def undecided(answers: Sequence[str | None], to_come: int, least: int) -> bool:
+    """Whether the answers that are still to come can change what `least` of them agree on."""
+    most = Counter(answer for answer in answers if answer is not None).most_common(1)
+    given = most[0][1] if most else 0
+    return given < least <= given + to_come
 
 
 def final_answer(text: str) -> str | None:

@@ -9,27 +9,33 @@ it, the best answer so far is sent, marked as `not_accepted`, unless the policy 
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
-from gateway.agreement import agreed, said
-from gateway.attempts import Ask, AttemptEngine, complete
+from gateway.agreement import agreed, said, undecided
+from gateway.attempts import Ask, AttemptEngine, complete, followed
 from gateway.errors import BudgetExceeded
-from gateway.ledger.records import AttemptKind, AttemptRecord
+from gateway.ledger.records import AGREED, NOT_ACCEPTED, NOT_NEEDED, AttemptKind, AttemptRecord
 from gateway.ticket import Ticket, Unaccepted
-from gateway.told import to_be_judged, told, whole
+from gateway.told import to_be_judged, to_be_stopped, told, whole
 from gateway.upstream.gather import as_stream
 from gateway.upstream.types import Answer, ChatCall, PlanReport, UpstreamError
 from routers.cascade import p_correct
 from routers.types import Accept, Cascade, Single
 
-NOT_ACCEPTED = "not_accepted"
-"""The outcome of an attempt whose answer was not good enough."""
-AGREED = "agreed"
-"""The outcome of an attempt that gave the answer which another one was sent for."""
 
-_Asked = tuple[Answer, AttemptRecord]
+class Heard(NamedTuple):
+    """What one stage has answered."""
+
+    answer: Answer
+    attempt: AttemptRecord
+    sendable: Answer | None
+    """As its caller asked for it; None: nobody could be sent that."""
+    comes_to: str | None
+    """See `gateway.agreement.said`; None, too, where nobody compares."""
+    p: float | None
+    """P(correct); None: it cannot be judged, or nobody does."""
 
 
 async def climb(engine: AttemptEngine, ticket: Ticket, plan: Cascade, errors: list[UpstreamError]) -> Answer | None:
@@ -37,69 +43,119 @@ async def climb(engine: AttemptEngine, ticket: Ticket, plan: Cascade, errors: li
 
     What went wrong is appended to `errors`; the best answer so far lies with the ticket.
     """
-    rule, best, asked, before = plan.accept, -1.0, 0, list[str | None]()
-    for stages in plan.rounds[:-1]:
+    rule, best, asked, before = plan.accept, -1.0, 0, list[Heard]()
+    rounds = plan.rounds[:-1]
+    for at, stages in enumerate(rounds):
+        later = sum(len(others) for others in rounds[at + 1 :])
+        if _decided(ticket, rule, before, len(stages) + later):
+            break
         try:
-            came = await _ask(engine, ticket, rule, stages, errors)
+            came = await _ask(engine, ticket, rule, stages, errors, before, later)
         except BudgetExceeded:
             if ticket.unaccepted is None:
                 raise
             break
         asked += len(stages)
-        kept = [_as_asked(answer, ticket.call) for answer, _ in came]
-        bodies = [None if found is None else answer.body for found, (answer, _) in zip(kept, came, strict=True)]
-        accepted, p = _agreeing(rule, bodies, before) if rule.agree else _probable(rule, bodies)
-        for at, (answer, attempt) in enumerate(came):
-            outcome = NOT_ACCEPTED if at not in accepted else "ok" if at == accepted[0] else AGREED
+        taken = _taken(rule, before, came)
+        winner = next((one for one in came if one.attempt.id in taken), None)
+        for one in came:
+            answer, attempt = one.answer, one.attempt
+            outcome = "ok" if one is winner else AGREED if attempt.id in taken else NOT_ACCEPTED
             ticket.end_attempt(attempt, outcome, answer.usage, delivered_bytes=answer.delivered_bytes, plan=answer.plan)
-            if (found := kept[at]) is not None and p[at] > best:
-                best = p[at]
-                _hold(ticket, rule, found, attempt.model)
+            if one.sendable is not None and (p := one.p or 0.0) > best:
+                best = p
+                _hold(ticket, rule, one.sendable, attempt.model)
+        for one in before:  # it takes two to agree: the second may have come only now
+            one.attempt.outcome = AGREED if one.attempt.id in taken else NOT_ACCEPTED
+        before += came
         if ticket.plan is None or ticket.plan.kind == "cascade":
-            counts = {"stages": len(plan.stages), "asked": asked, "agreed" if rule.agree else "accepted": len(accepted)}
-            ticket.plan = PlanReport("cascade", counts)
-        if accepted:
-            ticket.accept(came[accepted[0]][1])
-            return kept[accepted[0]]
+            counts = {"stages": len(plan.stages), "asked": asked, "agreed" if rule.agree else "accepted": len(taken)}
+            stopped = sum(attempt.outcome == NOT_NEEDED for attempt in ticket.attempts)
+            ticket.plan = PlanReport("cascade", counts | ({NOT_NEEDED: stopped} if stopped else {}))
+        if winner is not None:
+            ticket.accept(winner.attempt)
+            return winner.sendable
     return None
 
 
 async def _ask(
-    engine: AttemptEngine, ticket: Ticket, rule: Accept, stages: Sequence[Single], errors: list[UpstreamError]
-) -> list[_Asked]:
-    """The answers of a round, in the order of its stages, with their attempts still open. Raises BudgetExceeded where
-    nobody could be asked for want of money."""
-    kind: AttemptKind = "fallback" if errors else "escalation" if ticket.attempts else "first"
+    engine: AttemptEngine,
+    ticket: Ticket,
+    rule: Accept,
+    stages: Sequence[Single],
+    errors: list[UpstreamError],
+    before: Sequence[Heard],
+    later: int,
+) -> list[Heard]:
+    """The answers of a round, in the order of its stages, with their attempts still open. Where they are to agree, who
+    can change nothing any more is stopped; `later`: so many stages may still be asked after this round.
 
-    async def ask(stage: Single, kind: AttemptKind, failures: list[UpstreamError]) -> _Asked | None:
-        asked = await engine.on_target(ticket, stage.model, complete, failures, _call(rule, stage), kind=kind)
-        if asked is not None:
-            answer, attempt = asked
-            ticket.came(attempt, answer)
-            if ticket.unaccepted is None and (kept := _as_asked(answer, ticket.call)) is not None:
-                _hold(ticket, rule, kept, attempt.model)  # the others may be too late
-        return asked
+    Raises BudgetExceeded where nobody could be asked for want of money.
+    """
+    kind: AttemptKind = "fallback" if errors else "escalation" if ticket.attempts else "first"
+    stoppable = rule.agree > 0 and len(stages) > 1 and ticket.call.endpoint == "chat.completions"
+    make = to_be_stopped if stoppable else whole if rule.agree else to_be_judged
+
+    def call_of(stage: Single) -> Ask:
+        return lambda ticket, model: make(told(ticket, model, stage if model == stage.model else None))
+
+    async def ask(stage: Single, kind: AttemptKind, failures: list[UpstreamError]) -> Heard | None:
+        run = followed if stoppable else complete
+        asked = await engine.on_target(ticket, stage.model, run, failures, call_of(stage), kind=kind)
+        if asked is None:
+            return None
+        answer, attempt = asked
+        ticket.came(attempt, answer)
+        sendable = _as_asked(answer, ticket.call)
+        if ticket.unaccepted is None and sendable is not None:
+            _hold(ticket, rule, sendable, attempt.model)  # the others may be too late
+        if sendable is None:
+            return Heard(answer, attempt, None, None, None)
+        if rule.agree:
+            return Heard(answer, attempt, sendable, said(answer.body), None)
+        return Heard(answer, attempt, sendable, None, judged(rule, answer.body))
 
     with ticket.together():
         if len(stages) == 1:
             found = await ask(stages[0], kind, errors)
             return [] if found is None else [found]
         failures: list[list[UpstreamError]] = [[] for _ in stages]
-        kinds: list[AttemptKind] = [kind if stage is stages[0] else "beside" for stage in stages]
-        asking = map(ask, stages, kinds, failures)
-        results = await asyncio.gather(*asking, return_exceptions=True)  # cancelled, it ends when all of them have
+        tasks = [
+            asyncio.create_task(ask(stage, kind if stage is stages[0] else "beside", own), name="stage")
+            for stage, own in zip(stages, failures, strict=True)
+        ]
+        waiting, came = set(tasks), list[Heard]()
+        try:
+            while waiting and not _decided(ticket, rule, [*before, *came], len(waiting) + later):
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                ended = [task for task in done if not task.cancelled() and task.exception() is None]
+                came += [found for task in ended if (found := task.result()) is not None]
+            stopped = bool(waiting)
+        finally:
+            for task in waiting:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        if stopped:
+            ticket.end_unanswered(NOT_NEEDED)
     errors.extend(error for own in failures for error in own)
-    came = [result for result in results if isinstance(result, tuple)]
-    wrong = [result for result in results if isinstance(result, BaseException)]
-    for problem in wrong:
-        if not isinstance(problem, BudgetExceeded) or not came:
+    came = [result for result in results if isinstance(result, Heard)]
+    for problem in results:
+        if isinstance(problem, asyncio.CancelledError) and stopped:
+            continue
+        if isinstance(problem, BaseException) and not (isinstance(problem, BudgetExceeded) and came):
             raise problem
     return came
 
 
-def _call(rule: Accept, stage: Single) -> Ask:
-    ask = whole if rule.agree else to_be_judged
-    return lambda ticket, model: ask(told(ticket, model, stage if model == stage.model else None))
+def _decided(ticket: Ticket, rule: Accept, heard: Sequence[Heard], to_come: int) -> bool:
+    """Whether no answer that is still to come changes what is sent. Where nobody agrees any more, one that could be
+    sent if all else failed has to be there."""
+    if not rule.agree:
+        return False
+    answers = [one.comes_to for one in heard]
+    if undecided(answers, to_come, rule.agree):
+        return False
+    return bool(agreed(answers, rule.agree)) or rule.unaccepted == "fail" or ticket.unaccepted is not None
 
 
 def _hold(ticket: Ticket, rule: Accept, answer: Answer, model: str) -> None:
@@ -108,21 +164,12 @@ def _hold(ticket: Ticket, rule: Accept, answer: Answer, model: str) -> None:
         ticket.unaccepted = Unaccepted(answer, model)
 
 
-def _agreeing(
-    rule: Accept, bodies: Sequence[bytes | None], before: list[str | None]
-) -> tuple[list[int], Sequence[float]]:
-    """The places of those who give the answer that enough have given by now, those `before` included; and that all of
-    them are worth the same. The round's answers are added to `before`."""
-    own = [None if body is None else said(body) for body in bodies]
-    earlier = len(before)
-    before += own
-    return [at - earlier for at in agreed(before, rule.agree) if at >= earlier], [0.0] * len(bodies)
-
-
-def _probable(rule: Accept, bodies: Sequence[bytes | None]) -> tuple[list[int], Sequence[float]]:
-    """The places of those whose P(correct) is high enough; and P(correct) of each, 0 where it cannot be judged."""
-    p = [None if body is None else judged(rule, body) for body in bodies]
-    return [at for at, value in enumerate(p) if value is not None and value >= rule.at_least], [one or 0.0 for one in p]
+def _taken(rule: Accept, before: Sequence[Heard], came: Sequence[Heard]) -> set[str]:
+    """The attempts whose answers are good enough: enough give the same by now, or P(correct) is high enough."""
+    if rule.agree:
+        heard = [*before, *came]
+        return {heard[at].attempt.id for at in agreed([one.comes_to for one in heard], rule.agree)}
+    return {one.attempt.id for one in came if one.p is not None and one.p >= rule.at_least}
 
 
 def judged(accept: Accept, body: bytes) -> float | None:

@@ -89,6 +89,12 @@ def whole(call: ChatCall) -> ChatCall:
 
 def to_be_judged(call: ChatCall) -> ChatCall:
     """The same call for an answer that comes whole, with the log probabilities of its tokens."""
-    fields = {**whole(call).fields, "logprobs": msgspec.Raw(b"true")}
-    sampling = msgspec.structs.replace(call.sampling, logprobs=True)
-    return msgspec.structs.replace(call, fields=fields, sampling=sampling, stream=False, include_usage=False)
+    call = whole(call)
+    fields = {**call.fields, "logprobs": msgspec.Raw(b"true")}
+    return msgspec.structs.replace(call, fields=fields, sampling=msgspec.structs.replace(call.sampling, logprobs=True))
+
+
+def to_be_stopped(call: ChatCall) -> ChatCall:
+    """The same call as a stream, for `gateway.attempts.followed`: it may be stopped, and is paid as far as it came."""
+    call = whole(call)
+    return msgspec.structs.replace(call, fields={**call.fields, "stream": msgspec.Raw(b"true")}, stream=True)

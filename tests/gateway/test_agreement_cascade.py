@@ -13,27 +13,31 @@ from tests.gateway import fake_upstream as fake
 from tests.gateway.conftest import Gateway, ask, running, until
 from tests.gateway.fake_upstream import FakeUpstream
 from tests.gateway.test_cascade import bill, told
+from tests.serving import as_asked, begin_events, event
 
 anyio = pytest.mark.anyio
 
-POLICY = """
-version: 1
-providers:
-  fake: {{base_url: "{url}", timeout: 30s, retries: 0, breaker: off}}
-models:
-  cheap: {{provider: fake, model: cheap, context: 16000, max_output: 1000,
-          price: {{input: $0.15/Mtok, cached_input: $0.075/Mtok, output: $0.60/Mtok}}}}
+POLICY = (
+    fake.TWO_MODELS
+    + """\
   other: {{provider: fake, model: other, context: 16000, max_output: 1000, logprobs: false,
           price: {{input: $0.30/Mtok, cached_input: $0.15/Mtok, output: $1.20/Mtok}}}}
-  dear: {{provider: fake, model: dear, context: 128000, max_output: 4000,
-         price: {{input: $2.50/Mtok, cached_input: $1.25/Mtok, output: $10/Mtok}}}}
+  third: {{provider: fake, model: third, context: 16000, max_output: 1000,
+          price: {{input: $0.60/Mtok, cached_input: $0.30/Mtok, output: $2.40/Mtok}}}}
 routes:
   - {{name: beside, when: {{model: beside}}, candidates: ["cheap&other>dear"], accept: {accept}, cache: off}}
   - {{name: turns, when: {{model: turns}}, candidates: ["cheap>other>dear"], accept: {accept}, cache: off}}
+  - {{name: three, when: {{model: three}}, candidates: ["cheap&other&third>dear"], accept: {accept}, cache: off}}
+  - {{name: one, when: {{model: one}}, candidates: ["third>cheap&other>dear"], accept: {accept}, cache: off}}
 {limits}
 """
+)
 STREAMED = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-ANSWER: dict[str, str | int] = {"cheap": "It is so.\n\nAnswer: 42", "other": '{"reasoning": "As asked.", "answer": 42}'}
+ANSWER: dict[str, str | int] = {
+    "cheap": "It is so.\n\nAnswer: 42",
+    "other": '{"reasoning": "As asked.", "answer": 42}',
+    "third": "#### 42",
+}
 Says = Mapping[str, str | int]
 """By model, what it answers, or the status of its error."""
 
@@ -46,7 +50,7 @@ def saying(of: Says) -> fake.Fault:
         answered = await upstream.plain(body)
         whole = json.loads(answered.body)  # type: ignore[arg-type]
         whole["choices"][0]["message"]["content"] = words
-        return web.json_response(whole)
+        return await as_asked(request, body, whole)
 
     return play
 
@@ -68,7 +72,7 @@ async def test_what_two_agree_on_is_sent_and_the_last_is_not_asked(
     assert headers["x-leadline-plan"] == "cascade; stages=3; asked=2; agreed=2"
     assert await bill(agreeing, upstream) == [("cheap", "first", "ok"), ("other", "beside", "agreed")]
     sent = [json.loads(body) for body in upstream.bodies]
-    assert not any(body.get("stream") or "logprobs" in body for body in sent), "answers that are compared come whole"
+    assert not any("logprobs" in body for body in sent), "answers are compared, not their chances"
 
 
 @anyio
@@ -132,10 +136,75 @@ async def test_one_after_the_other_agrees_with_those_before(agreeing: Gateway, u
     upstream.faults = [saying(ANSWER)] * 2
     _, model, _ = await told(agreeing, "turns", stream=False)
     assert model == "other"
-    assert await bill(agreeing, upstream) == [("cheap", "first", "not_accepted"), ("other", "escalation", "ok")]
+    assert await bill(agreeing, upstream) == [("cheap", "first", "agreed"), ("other", "escalation", "ok")]
     upstream.faults = [saying(ANSWER | {"cheap": "no"})] * 2
     _, model, _ = await told(agreeing, "turns", stream=False)
     assert model == "dear"
+
+
+@anyio
+@STREAMED
+async def test_who_agrees_with_one_of_a_round_before_is_counted_with_it(
+    agreeing: Gateway, upstream: FakeUpstream, stream: bool
+) -> None:
+    upstream.faults = [saying(ANSWER | {"other": "41"})] * 3
+    headers, model, _ = await told(agreeing, "one", stream=stream)
+    assert model == "cheap"
+    assert headers["x-leadline-plan"].startswith("cascade; stages=4; asked=3; agreed=2")
+    third, cheap, other = (await agreeing.rows())[0]["attempt_rows"]
+    assert [(a["kind"], a["outcome"]) for a in (third, cheap)] == [("first", "agreed"), ("escalation", "ok")]
+    assert other["outcome"] in ("not_accepted", "not_needed"), "whether it came before"
+    async with agreeing.session.get(f"{agreeing.url}/metrics") as response:
+        counted = await response.text()
+    assert 'leadline_attempts_total{model="third",outcome="agreed",provider="fake"} 1' in counted
+    assert 'model="third",outcome="not_accepted"' not in counted
+
+
+@anyio
+@STREAMED
+@pytest.mark.parametrize("agree", [True, False], ids=["agreed", "hopeless"])
+async def test_who_can_change_nothing_any_more_is_stopped_and_paid_for_what_it_wrote(
+    upstream: FakeUpstream, tmp_path: Path, agree: bool, stream: bool
+) -> None:
+    async def play(upstream: FakeUpstream, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        if body["model"] == "dear":
+            return await (upstream.stream(request, body) if body.get("stream") else upstream.plain(body))
+        if body["model"] != "third":
+            await writing.wait()
+            return await saying(ANSWER if agree else ANSWER | {"other": "41"})(upstream, request, body)
+        response = await begin_events(request)
+        await response.write(event({"choices": [{"index": 0, "delta": {"content": "four"}, "finish_reason": None}]}))
+        writing.set()
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            stopped.set()
+        raise AssertionError
+
+    writing, stopped = asyncio.Event(), asyncio.Event()
+    accept = "agree" if agree else "{agree: 3}"
+    policy = POLICY.format(url=upstream.url, accept=accept, limits='limits: [{key: "*", budget: $1/month}]')
+    if not agree:  # three cannot agree on the routes that ask fewer
+        policy = "\n".join(
+            line for line in policy.splitlines() if not line.startswith(("  - {name: beside", "  - {name: turns"))
+        )
+    async with running(policy, tmp_path / "home") as gateway:
+        upstream.faults = [play] * 4
+        headers, model, _ = await told(gateway, "three", stream=stream, max_tokens=500)
+        await stopped.wait()
+        (row,) = await gateway.rows()
+        (budget,) = gateway.app.state.lifecycle.budgets.all()
+    assert model == ("cheap" if agree else "dear")
+    assert headers["x-leadline-plan"] == f"cascade; stages=4; asked=3; agreed={2 if agree else 0}; not_needed=1"
+    outcomes = {a["model"]: a["outcome"] for a in row["attempt_rows"]}
+    expected = {"cheap": "ok", "other": "agreed"} if agree else dict.fromkeys(("cheap", "other"), "not_accepted")
+    assert outcomes == expected | {"third": "not_needed"} | ({} if agree else {"dear": "ok"})
+    third = next(a for a in row["attempt_rows"] if a["model"] == "third")
+    assert third["output_tokens"] <= 2
+    assert row["cost_nanousd"] == sum(a["cost_nanousd"] for a in row["attempt_rows"]) == budget.spent_nanousd
+    assert budget.reserved_nanousd == 0
+    exact = sum(a["cost_nanousd"] for a in row["attempt_rows"] if a["model"] != "third")
+    assert exact == sum(bill.nanousd for bill in upstream.truth)
 
 
 @anyio
@@ -150,7 +219,7 @@ async def test_the_same_call_of_a_tool_agrees_and_another_one_does_not(
             answered["choices"][0] |= {
                 "message": {"role": "assistant", "content": None, "tool_calls": [call]}, "finish_reason": "tool_calls",
             }  # fmt: skip
-            return web.json_response(answered)
+            return await as_asked(request, body, answered)
 
         return play
 
@@ -220,7 +289,7 @@ async def test_who_leaves_a_round_holds_nothing_of_either(upstream: FakeUpstream
         (row,) = await gateway.rows()
         (budget,) = lifecycle.budgets.all()
     assert [a["outcome"] for a in row["attempt_rows"]] == ["cancelled", "cancelled"]
-    assert row["cost_nanousd"] == budget.spent_nanousd >= 100 * (600 + 1200)
+    assert 0 < row["cost_nanousd"] == budget.spent_nanousd < 100 * (600 + 1200), "for what was read"
     assert budget.reserved_nanousd == 0
 
 
