@@ -30,20 +30,21 @@ from gateway.errors import (
     UpstreamRefused,
     UpstreamTimeout,
 )
-from gateway.ledger.records import AttemptKind, AttemptRecord
+from gateway.ledger.records import HEDGE_LOST, AttemptKind, AttemptRecord
 from gateway.telemetry.metrics import Metrics
 from gateway.ticket import Ticket
 from gateway.told import told
 from gateway.upstream.breaker import Breaker
+from gateway.upstream.gather import Gathered, whole_of
 from gateway.upstream.hedge import HedgeBudget
 from gateway.upstream.retry import RetryBudget, wait_before_retry
-from gateway.upstream.types import Answer, AnswerStream, Cause, ChatCall, Target, Upstream, UpstreamError
+from gateway.upstream.types import Answer, AnswerStream, Cause, ChatCall, Progress, Target, Upstream, UpstreamError
 from routers.policy import FailureCause, Hedge
 from routers.types import Decision
 from routers.units import format_money
 
 _T = TypeVar("_T", Answer, AnswerStream)
-Run = Callable[[Upstream, Target, ChatCall], Awaitable[_T]]
+Run = Callable[[Upstream, Target, ChatCall, Progress], Awaitable[_T]]
 Ask = Callable[[Ticket, str], ChatCall]
 """What goes out to a model: money is held for this call, and for no other."""
 
@@ -174,7 +175,7 @@ class AttemptEngine:
         """One attempt up to its first byte, booked with its breaker and, if it fails, in the ledger."""
         breaker = ticket.world.breakers[target.model]
         try:
-            answer = await run(ticket.world.upstreams[target.provider], target, call)
+            answer = await run(ticket.world.upstreams[target.provider], target, call, ticket.progress(attempt))
         except UpstreamError as error:
             ticket.fail_attempt(attempt, error)
             self.failed(ticket, target.model, error, permit)
@@ -337,7 +338,7 @@ class AttemptEngine:
             except asyncio.CancelledError as error:
                 interrupted = error
         for runner in losers:
-            outcome = "hedge_lost" if winner is not None else ticket.interruption()
+            outcome = HEDGE_LOST if winner is not None else ticket.interruption()
             answer = None if runner.task.cancelled() or runner.task.exception() else runner.task.result()
             if runner.attempt is None:
                 continue
@@ -364,7 +365,7 @@ class AttemptEngine:
     def spent(self, ticket: Ticket) -> None:
         """A request has been settled: what it cost lets its route's hedges cost more."""
         if ticket.route is not None and ticket.route.hedge is not None:
-            costs = [a.cost_nanousd or 0 for a in ticket.attempts if a.outcome != "hedge_lost"]
+            costs = [a.cost_nanousd or 0 for a in ticket.attempts if a.outcome != HEDGE_LOST]
             self._hedge_budget(ticket).spent(sum(costs))
 
     # resuming -------------------------------------------------------------------------------------------------------
@@ -421,14 +422,22 @@ def _next(ticket: Ticket, decision: Decision, error: UpstreamError, tried: list[
     return next((name for name in reserve if name not in tried and name not in hedged), None)
 
 
-async def complete(upstream: Upstream, target: Target, call: ChatCall) -> Answer:
+async def complete(upstream: Upstream, target: Target, call: ChatCall, progress: Progress) -> Answer:
     """The run of a whole answer."""
-    return await upstream.complete(target, call)
+    return await upstream.complete(target, call, progress)
 
 
-async def stream(upstream: Upstream, target: Target, call: ChatCall) -> AnswerStream:
+async def stream(upstream: Upstream, target: Target, call: ChatCall, progress: Progress) -> AnswerStream:
     """The run of a stream."""
     return await upstream.stream(target, call)
+
+
+async def followed(upstream: Upstream, target: Target, call: ChatCall, progress: Progress) -> Answer:
+    """The run of a whole answer that is asked for as a stream: one that breaks off, or is stopped, is billed for what
+    was written of it."""
+    answer = await upstream.stream(target, call)
+    progress.state = answer.state
+    return await whole_of(answer, Gathered())
 
 
 async def _let_go(answer: Answer | AnswerStream | None) -> None:

@@ -16,13 +16,13 @@ from gateway.admission.budgets import Account, Reservation, tightest
 from gateway.admission.rates import Grant
 from gateway.errors import Unavailable
 from gateway.header_lines import checked, lines_of
-from gateway.ledger.records import AttemptKind, AttemptRecord, RequestRecord
+from gateway.ledger.records import NOT_ACCEPTED, AttemptKind, AttemptRecord, RequestRecord
 from gateway.ledger.settle import NO_USAGE, Usage, cost_nanousd, estimated_usage, worst_case_usage
 from gateway.ledger.store import LedgerStore
 from gateway.sessions import Conversation
 from gateway.telemetry.metrics import Metrics
-from gateway.upstream.local_plans import most_written, planned_for
-from gateway.upstream.types import Answer, ChatCall, PlanReport, Target, UpstreamError
+from gateway.upstream.local_plans import most_written, planned_for, unplanned
+from gateway.upstream.types import Answer, ChatCall, PlanReport, Progress, Target, UpstreamError
 from gateway.world import World
 from routers.policy import Price, Route
 from routers.types import Decision, Query
@@ -48,6 +48,7 @@ class _Running(msgspec.Struct, frozen=True):
     worst_cost: int | None
     """Of all that `worst` stands for, a plan's smaller model included."""
     started_ns: int
+    progress: Progress
     came: tuple[int, Answer] | None = None
     """When its whole answer was there, which nobody has judged yet."""
 
@@ -89,6 +90,8 @@ class Ticket:
         self.attempts: list[AttemptRecord] = []
         self.plan: PlanReport | None = None
         """What a plan did for the answer."""
+        self._unplanned: dict[str, str] = {}
+        """Models that have a plan which did not run, and why."""
         self.told_usage: Usage | None = None
         """Of the text that the caller got, where several calls wrote it."""
         self._ledger = ledger
@@ -136,11 +139,13 @@ class Ticket:
                 "The ledger cannot be written; nothing goes out until it can.", retry_after_s=1
             ) from error
         self.attempts.append(attempt)
-        self._running[attempt.id] = _Running(call, hold, worst, worst_cost, time.perf_counter_ns())
+        if (target.plans or target.steps) and (why := unplanned(target, call, kind)):
+            self._unplanned[target.model] = why
+        self._running[attempt.id] = _Running(call, hold, worst, worst_cost, time.perf_counter_ns(), Progress())
         if self.world.loads is not None:
             self.world.loads.began(target.model)
         record.model_served, record.provider = target.model, target.provider
-        record.reserved_nanousd = max(record.reserved_nanousd, worst_cost or 0)
+        record.reserved_nanousd += worst_cost or 0
         if self._ledger.full:
             try:
                 await self._ledger.durable()
@@ -160,6 +165,10 @@ class Ticket:
     def _answers(self, now_ns: int) -> None:
         self.record.first_byte_us = (now_ns - self._started_ns) // 1000
         self.record.overhead_us = (now_ns - self._started_ns - self._upstream_ns) // 1000
+
+    def progress(self, attempt: AttemptRecord) -> Progress:
+        """Where whoever runs this attempt tells how far its answer has come."""
+        return self._running[attempt.id].progress
 
     def came(self, attempt: AttemptRecord, answer: Answer) -> None:
         """Its whole answer is here and will be judged: its clock stops, its bill waits for the outcome."""
@@ -203,10 +212,12 @@ class Ticket:
         return self.deadline_s - (time.perf_counter_ns() - self._started_ns) / 1e9
 
     def fail_attempt(self, attempt: AttemptRecord, error: UpstreamError) -> None:
-        """One that never gave its first byte. It costs nothing, unless the provider may have worked on it."""
+        """One that nobody has seen a word of. It costs nothing, unless its target may have worked on it."""
         attempt.upstream_status = error.status
         attempt.error = error.kept
-        self.end_attempt(attempt, error.cause, None if error.may_be_billed else NO_USAGE)
+        state = self.progress(attempt).state
+        worked = error.may_be_billed or (state is not None and state.deltas > 0)
+        self.end_attempt(attempt, error.cause, None if worked else NO_USAGE)
 
     def end_attempt(
         self,
@@ -220,14 +231,17 @@ class Ticket:
     ) -> None:
         """Bill one attempt and give its hold back. `usage` None: the provider did not say, so it is estimated.
 
-        A whole answer that never came may have been written to its end: it is billed at the most it can have cost.
+        The estimate is of what was written, where that was seen. A whole answer that nobody has seen anything of may
+        have been written to its end: it is billed at the most it can have cost.
         `plan`: of an engine's plan, whose smaller model gets a row of its own.
         """
         running = self._running.pop(attempt.id)
         target = self.world.targets[attempt.model]
         if usage is None:
-            usage = running.worst
-            if running.call.stream or delivered_bytes:
+            usage, state = running.worst, running.progress.state
+            if state is not None:
+                delivered_bytes, deltas = state.delivered_bytes, state.deltas
+            if running.call.stream or delivered_bytes or state is not None:
                 usage = estimated_usage(
                     body_bytes=running.call.body_bytes,
                     context=target.context * running.call.inputs,
@@ -250,8 +264,7 @@ class Ticket:
                 drafted = self._bill_draft(attempt, planned.draft, plan.draft)
         running.hold.settle((cost or 0) + drafted)
         if self.world.loads is not None:
-            self.world.loads.ended(attempt, stream=running.call.stream)
-        self._metrics.attempt(attempt)
+            self.world.loads.ended(attempt, stream=running.call.stream and running.progress.state is None)
 
     def _bill_draft(self, attempt: AttemptRecord, draft: Target, usage: Usage) -> int:
         """A row for what the smaller model of a plan did within `attempt`; its cost."""
@@ -270,7 +283,6 @@ class Ticket:
         cost = cost_nanousd(draft.price, usage)
         row.bill(usage, cost)
         self.attempts.append(row)
-        self._metrics.attempt(row)
         return cost or 0
 
     def interruption(self) -> str:
@@ -282,6 +294,13 @@ class Ticket:
         for attempt in self.attempts:
             self.end_if_running(attempt, outcome)
 
+    def end_unanswered(self, outcome: str) -> None:
+        """Bill whatever is under way without an answer that waits to be judged."""
+        for attempt in self.attempts:
+            running = self._running.get(attempt.id)
+            if running is not None and running.came is None:
+                self.end_attempt(attempt, outcome, None)
+
     def end_if_running(self, attempt: AttemptRecord, outcome: str) -> None:
         """Bill an attempt that was cancelled from here, unless it has ended by itself."""
         running = self._running.get(attempt.id)
@@ -291,9 +310,7 @@ class Ticket:
             self.end_attempt(attempt, outcome, None)
             return
         _, answer = running.came
-        self.end_attempt(
-            attempt, "not_accepted", answer.usage, delivered_bytes=answer.delivered_bytes, plan=answer.plan
-        )
+        self.end_attempt(attempt, NOT_ACCEPTED, answer.usage, delivered_bytes=answer.delivered_bytes, plan=answer.plan)
 
     # the end --------------------------------------------------------------------------------------------------------
 
@@ -308,8 +325,8 @@ class Ticket:
         record.outcome, record.http_status, record.error_code = outcome, status, error_code
         record.total(self.attempts)
         record.degraded = self._degraded()
-        if self.plan is not None:
-            record.plan = msgspec.json.encode({"kind": self.plan.kind, **self.plan.counts}).decode()
+        if (plan := self._told_plan()) is not None:
+            record.plan = msgspec.json.encode({"kind": plan.kind, **plan.counts}).decode()
         if record.degraded is not None:
             self._metrics.degraded(record.degraded)
         if self.baseline_price is not None and self.attempts:
@@ -328,6 +345,8 @@ class Ticket:
             + record.reasoning_tokens
         )
         self._ledger.close_request(record, self.attempts)
+        for attempt in self.attempts:  # their outcomes stand now: what was taken may not have been accepted
+            self._metrics.attempt(attempt)
         self._metrics.request(record, self.attempts, self.call.headers.traceparent)
 
     def headers(self, *, final: bool) -> bytes:
@@ -355,10 +374,10 @@ class Ticket:
                 f"x-leadline-budget-remaining-nanousd: {budget.remaining_nanousd}\r\n"
                 f"x-leadline-budget-scope: {budget.label}\r\n"
             )
-        if self.plan is not None:
+        if (plan := self._told_plan()) is not None:
             count += 1
-            told = "".join(f"; {name}={value}" for name, value in self.plan.counts.items())
-            left += f"x-leadline-plan: {self.plan.kind}{told}\r\n"
+            told = "".join(f"; {name}={value}" for name, value in plan.counts.items())
+            left += f"x-leadline-plan: {plan.kind}{told}\r\n"
         degraded = self._degraded()
         if degraded:
             count += 1
@@ -393,10 +412,17 @@ class Ticket:
         resumed, less = "resumed" if self.resumed else "", "not_accepted" if self.not_accepted else ""
         return ", ".join(filter(None, (decided, self.grant.degraded, resumed, less)))
 
+    def _told_plan(self) -> PlanReport | None:
+        """What a plan did, or why the one of the model that answers did not run; None: it has none."""
+        if self.plan is None and (why := self._unplanned.get(self.record.model_served or "")):
+            return PlanReport("none", {"reason": why})
+        return self.plan
+
     def receipt(self) -> dict[str, object]:
         """The extension that a stream's last usage chunk carries."""
         record = self.record
-        plan: dict[str, object] = {} if self.plan is None else {"plan": {"kind": self.plan.kind, **self.plan.counts}}
+        told = self._told_plan()
+        plan: dict[str, object] = {} if told is None else {"plan": {"kind": told.kind, **told.counts}}
         return plan | {
             "request_id": record.id,
             "model": record.model_served,

@@ -307,6 +307,7 @@ def recovered(paths: Iterable[Path]) -> list[tuple[RequestRecord, list[AttemptRe
         request.http_status = 0
         request.error_code = "interrupted"
         request.total(cut)
+        request.reserved_nanousd = request.cost_nanousd or 0
         if cut:
             request.model_served, request.provider = cut[-1].model, cut[-1].provider
         rows.append((request, cut))

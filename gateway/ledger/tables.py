@@ -111,6 +111,7 @@ class RequestRow(SQLModel, table=True):
     cost_estimated: bool = False
     baseline_nanousd: int | None = _big(nullable=True)
     reserved_nanousd: int = _big()
+    """All that was held for its attempts: no less than they cost, as long as providers keep to `max_tokens`."""
     first_byte_us: int | None = _big(nullable=True)
     duration_us: int = _big()
     overhead_us: int = _big()

@@ -18,17 +18,17 @@ _OWN = frozenset(
 
 def step(call: ChatCall, thought: str, *, tokens: int, top: int) -> ChatCall:
     """The next step of a thought, at most so many tokens of it, each with its `top` likeliest ones."""
-    return _whole(call, thought, tokens=tokens, stop=(STEP_END, CLOSE), top=top)
+    return _call(call, thought, tokens=tokens, stop=(STEP_END, CLOSE), top=top)
 
 
 def rating(call: ChatCall, thought: str, cue: str) -> ChatCall:
     """One token after the cue, that says how good the last step is."""
-    return _whole(call, thought + cue, tokens=1, stop=(), top=RATINGS, temperature=0.0)
+    return _call(call, thought + cue, tokens=1, stop=(), top=RATINGS, temperature=0.0)
 
 
 def forced_answer(call: ChatCall, thought: str, *, tokens: int) -> ChatCall:
     """What would be answered if the thought ended here."""
-    asked = _whole(call, thought, tokens=tokens, stop=call.sampling.stop, top=0, temperature=0.0)
+    asked = _call(call, thought, tokens=tokens, stop=call.sampling.stop, top=0, temperature=0.0)
     return msgspec.structs.replace(asked, thought=ThoughtSoFar(thought, over=True))
 
 
@@ -41,11 +41,11 @@ def rest(call: ChatCall, thought: str, *, over: bool, tokens: int | None, top: i
     return _with_thought(msgspec.structs.replace(call, fields=fields, sampling=sampling, stream=True), begun)
 
 
-def _whole(
+def _call(
     call: ChatCall, thought: str, *, tokens: int, stop: tuple[str, ...], top: int, temperature: float | None = None
 ) -> ChatCall:
     fields = {name: raw for name, raw in call.fields.items() if name not in _OWN}
-    stated = _cap(call, tokens) | _alternatives(top) | ({"stop": list(stop)} if stop else {})
+    stated = {"stream": True} | _cap(call, tokens) | _alternatives(top) | ({"stop": list(stop)} if stop else {})
     if temperature is not None:
         stated["temperature"] = temperature
     sampling = msgspec.structs.replace(
@@ -57,7 +57,7 @@ def _whole(
         top_logprobs=top,
     )
     asked = msgspec.structs.replace(
-        call, fields=fields | _as_fields(stated), sampling=sampling, stream=False, include_usage=False
+        call, fields=fields | _as_fields(stated), sampling=sampling, stream=True, include_usage=False
     )
     return _with_thought(asked, ThoughtSoFar(thought))
 

@@ -3,8 +3,8 @@
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 
-from gateway.attempts import AttemptEngine, complete, stream
-from gateway.ledger.records import AttemptKind, AttemptRecord
+from gateway.attempts import AttemptEngine, followed, stream
+from gateway.ledger.records import LEFT, AttemptKind, AttemptRecord
 from gateway.ledger.settle import Usage
 from gateway.stepping.following import Following, Heard
 from gateway.stepping.said import Said, read_said
@@ -13,9 +13,13 @@ from gateway.ticket import Ticket
 from gateway.told import told
 from gateway.upstream.types import AnswerStream, ChatCall, Target, UpstreamError
 
-LEFT = "left"
-"""The outcome of an attempt that was ended from here, as its thought had come far enough."""
+MARGIN = 32
+"""Tokens that a call adds by itself: tags, and the cue of a rating."""
 Make = Callable[[ChatCall], ChatCall]
+
+
+class Full(Exception):
+    """The base's context has no room for more of what has begun: the answer ends here, by its length."""
 
 
 class Gone(Exception):
@@ -29,6 +33,8 @@ class Calls:
         self.base = base.model
         self.longest = base.max_output
         """Tokens of an answer of the base."""
+        self.price = base.price
+        """Of the base."""
         self.call = told(ticket, base.model)
         self.errors = errors
         """Of the base."""
@@ -38,20 +44,24 @@ class Calls:
         """Tokens of prompts, by model."""
         self.cached: Counter[str] = Counter()
         """Of them, those that the server had."""
+        self._context = {target.model: target.context for target in ticket.world.targets.values()}
+        self._filled: Counter[str] = Counter()
+        """Tokens of a model's context, as its last call left it."""
         self.leaving = False
         """A stream that is closed before its end is ended by the plan, and not because its caller left."""
         self.separating: set[str] = set()
         """Models that have been heard to tell a thought apart from an answer: what is content then is answer."""
 
     async def said(self, model: str, kind: AttemptKind, make: Make) -> tuple[Said, AttemptRecord]:
-        """What a model says to one call that comes whole. Raises Gone."""
+        """What a model says to one call that comes whole. Raises Gone, and Full."""
         known, errors = self.errors if model == self.base else self.draft_errors, list[UpstreamError]()
         self._unseen()
         found = await self._engine.on_target(
-            self._ticket, model, complete, errors, lambda *to: make(told(*to)), kind=kind
+            self._ticket, model, followed, errors, lambda *to: make(told(*to)), kind=kind
         )
         if found is None:
             known += errors
+            self._must_fit(model, errors)
             raise Gone(model)
         answer, attempt = found
         try:
@@ -69,13 +79,14 @@ class Calls:
     async def rest(self, kind: AttemptKind, call: ChatCall, following: Following) -> AsyncGenerator[list[Heard]]:
         """The base's stream, as it is heard; whoever closes this early ends it there, and pays for what was written.
 
-        Raises Gone before its first word, and UpstreamError after it.
+        Raises Gone before its first word, Full likewise, and UpstreamError after it.
         """
         self._unseen()
         errors: list[UpstreamError] = []
         found = await self._engine.on_target(self._ticket, self.base, stream, errors, lambda *_: call, kind=kind)
         if found is None:
             self.errors += errors
+            self._must_fit(self.base, errors)
             raise Gone(self.base)
         answer, attempt = found
         outcome = ""
@@ -92,16 +103,20 @@ class Calls:
             outcome = LEFT if self.leaving else self._ticket.interruption()
             raise
         finally:
-            await self._end(answer, attempt, outcome)
-        following.counted(answer.state.usage)
+            await self._end(answer, attempt, outcome, following)
 
-    async def _end(self, answer: AnswerStream, attempt: AttemptRecord, outcome: str) -> None:
+    async def _end(self, answer: AnswerStream, attempt: AttemptRecord, outcome: str, following: Following) -> None:
         """Billed before anything is awaited: see `gateway.lifecycle`."""
         state = answer.state
         usage = state.usage if state.done else None
+        following.counted(usage)
         try:
             self._ticket.end_attempt(
-                attempt, outcome, usage, delivered_bytes=state.delivered_bytes, deltas=state.deltas
+                attempt,
+                outcome,
+                usage,
+                delivered_bytes=state.delivered_bytes,
+                deltas=max(state.deltas, following.thought_tokens + following.answer_tokens),
             )
             self._count(self.base, usage)
         finally:
@@ -110,8 +125,26 @@ class Calls:
     def _count(self, model: str, usage: Usage | None) -> None:
         if usage is not None:
             self.teller.read(usage)
-            self.read[model] += usage.input + usage.cached_input + usage.cache_write
+            read = usage.input + usage.cached_input + usage.cache_write
+            self.read[model] += read
             self.cached[model] += usage.cached_input
+            self._filled[model] = read + usage.output + usage.reasoning
+
+    def room(self, model: str) -> int:
+        """Tokens that a model can still write, as far as its last call tells; at least one: it says itself when none
+        is left."""
+        return max(1, self._context[model] - self._filled[model] - MARGIN)
+
+    def _must_fit(self, model: str, errors: list[UpstreamError]) -> None:
+        if model == self.base and self.teller.begun and errors[-1].cause == "context_length":
+            raise Full(model)
+
+    @property
+    def discarded(self) -> int:
+        """Tokens that were written and are billed, but are not in what the caller got: steps that did not stand, first
+        looks, marks, answers that were only tried, and what came after a cut."""
+        written = sum(attempt.output_tokens + attempt.reasoning_tokens for attempt in self._ticket.attempts)
+        return max(0, written - self.teller.thought_tokens - self.teller.answer_tokens)
 
     def _unseen(self) -> None:
         """Nobody has seen a word yet: what comes next may be the first of them."""

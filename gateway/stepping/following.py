@@ -44,7 +44,7 @@ class Following:
         """Within tags."""
         self._separated = separated
         self._held = ""
-        self._pieces = {"thought": 0, "answer": 0}
+        self._tokens = {"thought": 0, "answer": 0}
         self.finish = ""
         self.thought_tokens = 0
         self.answer_tokens = 0
@@ -78,7 +78,7 @@ class Following:
                     found.append(Heard("thought" if self._open else "answer", self._held))
                     self._held = ""
         for heard in found:
-            self._pieces[heard.kind] += 1
+            self._tokens[heard.kind] += len(heard.tokens)
         return [heard for heard in map(self._begun, found) if heard.text]
 
     def _begun(self, heard: Heard) -> Heard:
@@ -90,8 +90,8 @@ class Following:
         return replace(heard, text=text)
 
     def counted(self, usage: Usage | None) -> None:
-        """Its tokens by kind; where the server does not tell them apart, by the pieces."""
-        thought, answer = self._pieces["thought"], self._pieces["answer"]
+        """Its tokens by kind; where the server does not tell, or not apart, as they were heard."""
+        thought, answer = self._tokens["thought"], self._tokens["answer"]
         if usage is None:
             self.thought_tokens, self.answer_tokens = thought, answer
             return

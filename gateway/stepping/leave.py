@@ -14,7 +14,7 @@ from typing import Final
 
 from gateway.errors import LeadlineError
 from gateway.stepping import ask
-from gateway.stepping.calls import Calls, Gone
+from gateway.stepping.calls import Calls, Full, Gone
 from gateway.stepping.following import Following, Heard
 from gateway.stepping.said import STEP_END
 from gateway.upstream.types import Event, PlanReport
@@ -26,7 +26,7 @@ from local_engine.reason.momentum import Momentum
 from local_engine.reason.redundancy import Redundancy
 from local_engine.reason.thought import Moment, Rule, Verdict
 from local_engine.reason.watch import Notice, Watch
-from routers.cost import MOST_LOOKS
+from routers.cost import ESTIMATED_BYTES_PER_TOKEN, MOST_LOOKS
 
 LOOK_TOKENS: Final = 64
 """Of an answer that is forced to be looked at."""
@@ -48,7 +48,7 @@ class Leaving:
         self._told = 0
         """Tokens of the thought that are out."""
         self._looking: asyncio.Task[tuple[Moment, str]] | None = None
-        self._looks = self._discarded = 0
+        self._looks = 0
         self._by = ""
         self._cut = 0
         """Where the thought ends, once `_by` says why."""
@@ -59,7 +59,11 @@ class Leaving:
             async with aclosing(self._thinking()) as groups:
                 async for events in groups:
                     yield events
+        except Full:
+            yield self._calls.teller.end("length")
         finally:
+            teller = self._calls.teller
+            teller.thought_tokens = teller.thought_tokens or self._told  # where it broke off
             await self._look_away()
 
     @property
@@ -67,7 +71,7 @@ class Leaving:
         counts: dict[str, int | str] = {
             "by": self._by,
             "thought_tokens": self._calls.teller.thought_tokens,
-            "discarded_tokens": self._discarded,
+            "discarded_tokens": self._calls.discarded,
             "looks": self._looks,
             "cached_tokens": self._calls.cached[self._calls.base],
         }
@@ -97,19 +101,20 @@ class Leaving:
                 yield teller.end(following.finish or "stop")
                 return
             self._by, self._cut = "unclosed", len(self._watch.thought)
-        teller.thought_tokens = self._cut
-        self._discarded += len(self._watch.thought) - self._cut
+        teller.thought_tokens = following.thought_tokens if self._by == "unclosed" else self._cut
         await self._last_look()
         thought = self._watch.thought.said(0, self._cut)
         left = None if self._asked is None else max(1, self._asked - self._cut)
         following = Following(thought=True, over=True)
         call = ask.rest(calls.call, thought, over=True, tokens=left)
         calls.leaving = False
-        async with aclosing(calls.rest("answer", call, following)) as stream:
-            async for heard in stream:
-                calls.shows()
-                yield [teller.delta({"content": piece.text}) for piece in heard if piece.kind == "answer"]
-        teller.answer_tokens = following.answer_tokens
+        try:
+            async with aclosing(calls.rest("answer", call, following)) as stream:
+                async for heard in stream:
+                    calls.shows()
+                    yield [teller.delta({"content": piece.text}) for piece in heard if piece.kind == "answer"]
+        finally:
+            teller.answer_tokens = following.thought_tokens + following.answer_tokens
         yield teller.end(following.finish or "stop")
 
     def _heard(self, piece: Heard) -> list[Event]:
@@ -118,14 +123,13 @@ class Leaving:
             return [*self._flush(len(self._watch.thought)), self._calls.teller.delta({"content": piece.text})]
         for text, logprob in piece.tokens:
             if self._by:  # of the same group, after the cut
-                self._discarded += 1
                 continue
             why, cut = self._verdict(self._watch.push(text, logprob, math.nan))
             self._step += text
             if not why and self._step.endswith(STEP_END):
                 why, cut = self._guard.read(self._step.encode()), len(self._watch.thought)
                 self._step = ""
-            if why:
+            if why and (why != self._plan.rule or self._pays(len(self._watch.thought))):
                 self._by, self._cut = why, max(cut, self._told)
         return self._flush(self._cut if self._by else self._watch.certain)
 
@@ -152,7 +156,7 @@ class Leaving:
             said, _ = await self._calls.said(
                 self._calls.base, "verify", lambda call: ask.forced_answer(call, thought, tokens=LOOK_TOKENS)
             )
-        except (Gone, LeadlineError):
+        except (Full, Gone, LeadlineError):
             return moment, ""
         return moment, said.text.strip()
 
@@ -174,6 +178,15 @@ class Leaving:
         text = self._watch.thought.said(self._told, upto)
         self._told = max(self._told, upto)
         return [self._calls.teller.thought(text)] if text else []
+
+    def _pays(self, written: int) -> bool:
+        """Whether all that could still be written costs more than to read the prompt and the thought once more."""
+        price = self._calls.price
+        if price is None:
+            return True
+        left = (self._calls.longest if self._asked is None else self._asked) - written
+        read = -(-self._calls.call.body_bytes // ESTIMATED_BYTES_PER_TOKEN) + written
+        return left * price.output >= read * price.input
 
     def _most(self, limit: int | None) -> int | None:
         """Tokens of a thought: the plan's limit, and what leaves room for an answer."""

@@ -67,8 +67,8 @@ def read_said(answer: Answer, *, separates: bool = False) -> Said:
     """Of a whole answer to `gateway.stepping.ask.step`. Raises UpstreamError for what is none.
 
     Whoever separates thoughts (`separates`: it has been heard to) tells the end of one by words of the answer; others
-    write the closing tag. An answer
-    that stops by itself in a thought has ended it, where the server tells that no stop string did.
+    write the closing tag. An answer that stops by itself in a thought has ended it, where the server tells that no
+    stop string did.
     """
     try:
         choice: dict[str, Any] = msgspec.json.decode(answer.body)["choices"][0]

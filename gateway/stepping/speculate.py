@@ -8,10 +8,9 @@ what stands; a base that cannot be had ends the plan.
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from gateway.cascade import NOT_ACCEPTED
-from gateway.ledger.records import AttemptRecord
+from gateway.ledger.records import NOT_ACCEPTED, AttemptRecord
 from gateway.stepping import ask
-from gateway.stepping.calls import Calls, Gone, Make
+from gateway.stepping.calls import Calls, Full, Gone, Make
 from gateway.stepping.following import Following
 from gateway.stepping.methods import method_of
 from gateway.stepping.said import STEP_END, Said, rating_of
@@ -36,11 +35,20 @@ class Speculation:
         self._over = self._alone = False
         """Closed; or left to the base alone."""
         self._drafted_steps = self._accepted_steps = self._base_steps = self._verified = 0
-        self._drafted = self._accepted = self._discarded = 0
+        self._drafted = self._accepted = 0
         self._closed_by = self._degraded = ""
 
     async def events(self) -> AsyncGenerator[list[Event]]:
         """Chunks in the groups in which they are due. Raises Gone and UpstreamError for the base's failures."""
+        try:
+            async with aclosing(self._events()) as groups:
+                async for events in groups:
+                    yield events
+        except Full:
+            self._closed_by = "length"
+            yield self._calls.teller.end("length")
+
+    async def _events(self) -> AsyncGenerator[list[Event]]:
         by_base: int | None = 0  # how many tokens the base writes next; None: to the end of the step
         for _ in range(MOST_STEPS):
             if self._over or self._alone or self._degraded or not self._left:
@@ -48,7 +56,8 @@ class Speculation:
             if by_base == 0:
                 text, by_base = await self._drafting()
             else:
-                said, _ = await self._calls.said(self._calls.base, "step", self._asked(by_base, self._method.base_top))
+                asked = self._asked(self._calls.base, by_base, self._method.base_top)
+                said, _ = await self._calls.said(self._calls.base, "step", asked)
                 self._base_steps += 1
                 by_base = 0 if self._method.written(said) else None
                 self._alone = not said.ended and not said.text.strip()
@@ -73,7 +82,7 @@ class Speculation:
             "verifications": self._verified,
             "drafted_tokens": self._drafted,
             "accepted_tokens": self._accepted,
-            "discarded_tokens": self._discarded,
+            "discarded_tokens": calls.discarded,
             "read_tokens": calls.read[calls.base],
             "cached_tokens": calls.cached[calls.base],
             "draft_read_tokens": calls.read[self._draft],
@@ -91,7 +100,6 @@ class Speculation:
             ruling = method.looked(said)
             text = said.text if ruling.keep is None else said.upto(ruling.keep)
             tokens = said.written if ruling.keep is None else ruling.keep
-            self._discarded += said.written - tokens
             if ruling.hand_over:
                 attempt.outcome = attempt.outcome if text else NOT_ACCEPTED
                 return self._stands(text, tokens, by_draft=True), ruling.tokens
@@ -115,16 +123,16 @@ class Speculation:
         if method.accepts(rating_of(rated)):
             return self._stands(text, tokens, said.closed, by_draft=True), 0
         attempt.outcome = NOT_ACCEPTED
-        self._discarded += tokens
         return "", None
 
     async def _drafted_by(self, tokens: int | None, top: int, ahead: str = "") -> tuple[Said, AttemptRecord]:
-        said, attempt = await self._calls.said(self._draft, "draft", self._asked(tokens, top, ahead))
+        said, attempt = await self._calls.said(self._draft, "draft", self._asked(self._draft, tokens, top, ahead))
         self._drafted += said.written
         return said, attempt
 
-    def _asked(self, tokens: int | None, top: int, ahead: str = "") -> Make:
-        thought, most = self._thought + ahead, min(tokens or MOST_STEP_TOKENS, self._left)
+    def _asked(self, model: str, tokens: int | None, top: int, ahead: str = "") -> Make:
+        thought = self._thought + ahead
+        most = min(tokens or MOST_STEP_TOKENS, self._left, self._calls.room(model))
         return lambda call: ask.step(call, thought, tokens=most, top=top)
 
     def _stands(self, text: str, tokens: int, closed: bool = False, *, by_draft: bool = False) -> str:
@@ -160,20 +168,23 @@ class Speculation:
             following = Following(
                 thought=bool(self._thought), over=self._over, separated=calls.base in calls.separating
             )
+            left = None if left is None else min(left, calls.room(calls.base))
             call = ask.rest(calls.call, self._thought, over=self._over, tokens=left)
-            async with aclosing(calls.rest("answer" if self._over else "think", call, following)) as stream:
-                async for heard in stream:
-                    if heard:
-                        calls.shows()
-                        yield [
-                            teller.thought(piece.text)
-                            if piece.kind == "thought"
-                            else teller.delta({"content": piece.text})
-                            for piece in heard
-                        ]
-                    self._thought += "".join(piece.text for piece in heard if piece.kind == "thought")
-            teller.thought_tokens += following.thought_tokens
-            teller.answer_tokens += following.answer_tokens
+            try:
+                async with aclosing(calls.rest("answer" if self._over else "think", call, following)) as stream:
+                    async for heard in stream:
+                        if heard:
+                            calls.shows()
+                            yield [
+                                teller.thought(piece.text)
+                                if piece.kind == "thought"
+                                else teller.delta({"content": piece.text})
+                                for piece in heard
+                            ]
+                        self._thought += "".join(piece.text for piece in heard if piece.kind == "thought")
+            finally:
+                teller.thought_tokens += following.thought_tokens
+                teller.answer_tokens += following.answer_tokens
             finish = following.finish or "stop"
             if following.over or finish != "stop" or self._over:
                 break

@@ -41,6 +41,7 @@ class Thinking:
                 async for events in groups:
                     yield events
         finally:
+            self._calls.end_running()  # of a caller that left
             self._ticket.plan = self._run.report
             self._ticket.told_usage = self._calls.teller.usage
 

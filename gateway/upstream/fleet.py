@@ -20,7 +20,17 @@ from gateway.upstream.engines import CAPABILITIES, load_of_body
 from gateway.upstream.http import HttpClient, RequestHead
 from gateway.upstream.http_errors import HttpError
 from gateway.upstream.openai import OpenAIUpstream
-from gateway.upstream.types import Answer, AnswerStream, ChatCall, Event, Hear, StreamState, Target, UpstreamError
+from gateway.upstream.types import (
+    Answer,
+    AnswerStream,
+    ChatCall,
+    Event,
+    Hear,
+    Progress,
+    StreamState,
+    Target,
+    UpstreamError,
+)
 from routers.policy import Server
 
 log = get_logger(__name__)
@@ -86,10 +96,10 @@ class Fleet:
     def unavailable(self, target: Target) -> str | None:
         return None
 
-    async def complete(self, target: Target, call: ChatCall) -> Answer:
+    async def complete(self, target: Target, call: ChatCall, progress: Progress | None = None) -> Answer:
         async def ask(replica: Replica) -> Answer:
             try:
-                return await replica.upstream.complete(target, call)
+                return await replica.upstream.complete(target, call, progress)
             finally:
                 replica.in_flight -= 1
 

@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 
 from gateway.ledger.settle import Usage, WireUsage
-from gateway.upstream.types import Event, Pattern
+from gateway.upstream.types import Answer, AnswerStream, Event, Pattern, UpstreamError
 
 _encode = msgspec.json.Encoder().encode
 
@@ -17,6 +17,8 @@ class _ChunkChoice(msgspec.Struct):
     finish_reason: str | None = None
     stop_reason: str | int | msgspec.UnsetType | None = msgspec.UNSET
     """Of vLLM and the local engine: the stop string that ended it."""
+    matched_stop: str | int | msgspec.UnsetType | None = msgspec.UNSET
+    """Of SGLang, likewise."""
 
 
 class _Chunk(msgspec.Struct):
@@ -76,6 +78,8 @@ class Gathered:
                 message[name] = (message.get(name) or "") + value
             elif name == "tool_calls":
                 _merge_tool_calls(message.setdefault("tool_calls", []), value)
+            elif isinstance(value, list) and isinstance(before := message.get(name, []), list):
+                message[name] = [*before, *value]
             elif message.get(name, value) in (value, None):
                 message[name] = value
             else:
@@ -86,6 +90,8 @@ class Gathered:
         choice["finish_reason"] = piece.finish_reason or choice["finish_reason"]
         if piece.stop_reason is not msgspec.UNSET:
             choice["stop_reason"] = piece.stop_reason
+        if piece.matched_stop is not msgspec.UNSET:
+            choice["matched_stop"] = piece.matched_stop
 
 
 class Kept:
@@ -155,6 +161,22 @@ def as_stream(body: bytes) -> list[bytes]:
         chunks += [_encode({**frame, "choices": [piece]}), _encode({**frame, "choices": [last]})]
     chunks.append(_encode({**frame, "choices": [], "usage": whole.get("usage")}))
     return chunks
+
+
+async def whole_of(stream: AnswerStream, gathered: Gathered) -> Answer:
+    """A stream to its end, as the whole answer that it is; closes it. Raises UpstreamError."""
+    state = stream.state
+    try:
+        async for events in stream:
+            for event in events:
+                gathered.add(event.data)
+        body = gathered.body()
+    except (msgspec.DecodeError, LookupError, TypeError, AttributeError) as error:
+        words = f"a stream that no answer can be put together from ({type(error).__name__})"
+        raise UpstreamError("bad_answer", words, may_be_billed=True) from error
+    finally:
+        await stream.close()
+    return Answer(body, state.usage, state.delivered_bytes, state.plan)
 
 
 class _UsageOnly(msgspec.Struct):

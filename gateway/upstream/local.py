@@ -14,10 +14,10 @@ import msgspec
 
 from gateway.ledger.settle import Usage
 from gateway.upstream.embed import embed
-from gateway.upstream.gather import Gathered
+from gateway.upstream.gather import Gathered, whole_of
 from gateway.upstream.local_params import sampling_params, tool_choice
 from gateway.upstream.local_plans import planned_for, report_of
-from gateway.upstream.types import Answer, Cause, ChatCall, Event, Hear, StreamState, Target, UpstreamError
+from gateway.upstream.types import Answer, Cause, ChatCall, Event, Hear, Progress, StreamState, Target, UpstreamError
 from local_engine.client import EngineClient
 from local_engine.errors import EngineFailure, EngineGone
 from local_engine.types import Delta, Finished, TokenLogprob, ToolCallDelta
@@ -48,11 +48,13 @@ class LocalUpstream:
             return f"the engine has not loaded {target.wire_model}"
         return None
 
-    async def stream(self, target: Target, call: ChatCall) -> "LocalStream":
+    async def stream(self, target: Target, call: ChatCall, progress: Progress | None = None) -> "LocalStream":
         client = self._link.client
         if client is None:
             raise UpstreamError("engine_gone", "the engine process is not up")
         stream = LocalStream(self._generation(client, target, call), target, call)
+        if progress is not None:
+            progress.state = stream.state
         try:
             await stream.read_first()
         except BaseException:
@@ -60,7 +62,7 @@ class LocalUpstream:
             raise
         return stream
 
-    async def complete(self, target: Target, call: ChatCall) -> Answer:
+    async def complete(self, target: Target, call: ChatCall, progress: Progress | None = None) -> Answer:
         """The stream, gathered: one code path, so that both are metered alike. Embeddings come whole."""
         if call.endpoint == "embeddings":
             client = self._link.client
@@ -70,15 +72,8 @@ class LocalUpstream:
                 return await embed(client, target, call)
             except (EngineFailure, EngineGone) as error:
                 raise _upstream_error(error) from error
-        stream = await self.stream(target, call)
-        whole = Gathered(stream.completion_id, stream.created, target.model)
-        try:
-            async for events in stream:
-                for event in events:
-                    whole.add(event.data)
-        finally:
-            await stream.close()
-        return Answer(whole.body(), stream.state.usage, stream.state.delivered_bytes, stream.state.plan)
+        stream = await self.stream(target, call, progress)
+        return await whole_of(stream, Gathered(stream.completion_id, stream.created, target.model))
 
     def _generation(self, client: EngineClient, target: Target, call: ChatCall) -> AsyncIterator[Delta | Finished]:
         messages = bytes(call.fields["messages"])

@@ -15,7 +15,7 @@ from gateway.upstream.http import HttpClient, HttpResponse, RequestHead
 from gateway.upstream.http_errors import BadResponse, ConnectError, ExchangeTimeout, FirstByteTimeout, HttpError
 from gateway.upstream.refusals import error_object, refusal
 from gateway.upstream.sse import SseReader
-from gateway.upstream.types import Answer, ChatCall, Event, Hear, StreamState, Target, UpstreamError
+from gateway.upstream.types import Answer, ChatCall, Event, Hear, Progress, StreamState, Target, UpstreamError
 from routers.policy import PREFIX_STYLES, Server
 from routers.types import Endpoint
 
@@ -82,7 +82,7 @@ class OpenAIUpstream:
     def unavailable(self, target: Target) -> str | None:
         return None
 
-    async def complete(self, target: Target, call: ChatCall) -> Answer:
+    async def complete(self, target: Target, call: ChatCall, progress: Progress | None = None) -> Answer:
         try:
             return await self._complete(target, call)
         except UpstreamError as error:

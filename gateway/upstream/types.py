@@ -245,6 +245,14 @@ class StreamState:
         return Usage(tokens - cached, cached, output=self.deltas - self.thought, reasoning=self.thought)
 
 
+@dataclass(slots=True)
+class Progress:
+    """Of a whole answer that is followed while it is written: what one that breaks off is billed by."""
+
+    state: StreamState | None = None
+    """None: nobody sees anything of it before its end."""
+
+
 class Event(msgspec.Struct, frozen=True, gc=False):
     """One server-sent event, ready to be forwarded."""
 
@@ -278,7 +286,9 @@ class AnswerStream(Protocol):
 
 
 class Upstream(Protocol):
-    async def complete(self, target: Target, call: ChatCall) -> Answer: ...
+    async def complete(self, target: Target, call: ChatCall, progress: Progress | None = None) -> Answer:
+        """`progress` is told how far the answer has come, where that is seen before its end."""
+        ...
 
     async def stream(self, target: Target, call: ChatCall) -> AnswerStream: ...
 

@@ -85,7 +85,8 @@ async def test_a_caller_who_leaves_frees_the_engine(phase: str, engine: Engine, 
     for number, delivered in enumerate(got):
         (attempt,) = calls[f"leaver-{number}"].attempts
         assert attempt["output_tokens"] + attempt["reasoning_tokens"] >= delivered
-        assert attempt["cost_nanousd"] <= calls[f"leaver-{number}"].request["reserved_nanousd"]
+        held = calls[f"leaver-{number}"].request["reserved_nanousd"]
+        assert attempt["cost_nanousd"] <= (held // 4 if attempt["outcome"] == "cancelled" else held), "what was written"
     outcomes = [calls[f"leaver-{number}"].request["outcome"] for number in range(LEAVERS)]
     assert set(outcomes) <= {"cancelled", "ok"}, "a fast answer may be done before its caller leaves"
     assert outcomes.count("cancelled") >= LEAVERS // 2

@@ -103,7 +103,7 @@ def check(name: str, bound: int, call: Call) -> None:
     assert 0 < spent <= bound, f"{name}: {spent} spent, {bound} explained"
     billed = sum(row.nanousd for row in call.truth)
     assert billed <= bound, f"{name}: {billed} billed by the provider, {bound} explained"
-    assert max(a["cost_nanousd"] for a in call.attempts) <= call.request["reserved_nanousd"], (
+    assert sum(a["cost_nanousd"] for a in call.attempts) <= call.request["reserved_nanousd"], (
         f"{name}: not all was held"
     )
     assert len(call.truth) == len(call.attempts), name

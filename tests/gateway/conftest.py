@@ -86,7 +86,7 @@ class Gateway:
             found = await asyncio.to_thread(report.request, engine, row["id"])
             assert found is not None
             row["attempt_rows"] = found[1]
-            row["decision"] = found[0]["decision"]
+            row["decision"], row["plan"] = found[0]["decision"], found[0]["plan"]
         return rows
 
 

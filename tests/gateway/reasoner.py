@@ -6,15 +6,16 @@ gateway's is used here.
 """
 
 import asyncio
-import json
 import math
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
 from aiohttp import web
+
+from tests.serving import Served, as_asked, begin_events, event
 
 PRICES = {
     "base": (Decimal("2.5"), Decimal("0.25"), Decimal("10")),
@@ -55,7 +56,7 @@ class Bill:
 
 
 @dataclass
-class Reasoner:
+class Reasoner(Served):
     minds: dict[str, Mind]
     hooks: dict[str, list[Hook | None]] = field(default_factory=dict)
     """By model, consumed from the front, one per call; an empty list: answer properly."""
@@ -65,22 +66,14 @@ class Reasoner:
     together: int = 1
     """Words in one piece of a stream, as of a server that guesses tokens."""
     left: int = 0
-    url: str = ""
+    context: int = 1 << 20
+    """Tokens, of each of them. It refuses to be asked for more than fits, as vLLM does."""
     _cached: set[tuple[str, ...]] = field(default_factory=set)
-    _runner: web.AppRunner | None = None
 
-    async def start(self) -> "Reasoner":
-        app = web.Application()
+    def app(self) -> web.Application:
+        app = web.Application(client_max_size=64 << 20)
         app.router.add_post("/v1/chat/completions", self._chat)
-        self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}/v1"
-        return self
-
-    async def stop(self) -> None:
-        assert self._runner is not None
-        await self._runner.cleanup()
+        return app
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -90,8 +83,14 @@ class Reasoner:
         if hook is not None and (played := await hook(self, request, body)) is not None:
             return played
         words, reason, stopped, doubts = self.words(body)
+        room = self.context - len(_words(_prompt(body)))
+        if room < (_most(body) or 1):
+            error = {"message": f"maximum context length is {self.context} tokens", "code": "context_length_exceeded"}
+            return web.json_response({"error": error}, status=400)
+        if len(words) > room:
+            words, reason = words[:room], "length"
         if body.get("stream"):
-            return await self._stream(request, body, words, reason)
+            return await self.stream(request, body, words, reason, stopped, doubts)
         await asyncio.sleep(self.pace_s)
         usage = self.bill(body, len(words))
         thought, content = _split("".join(words), self.thinking(body), self.minds[body["model"]].separates)
@@ -105,15 +104,21 @@ class Reasoner:
              "usage": usage}
         )  # fmt: skip
 
-    async def _stream(
-        self, request: web.Request, body: dict[str, Any], words: list[str], reason: str
+    async def stream(
+        self,
+        request: web.Request,
+        body: dict[str, Any],
+        words: list[str],
+        reason: str | None,
+        stopped: str | None = None,
+        doubts: Collection[int] = (),
     ) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(request)
+        """`reason` None: it dies there."""
+        response = await begin_events(request)
         frame = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": body["model"]}
 
         async def send(**fields: Any) -> None:
-            await response.write(f"data: {json.dumps({**frame, **fields})}\n\n".encode())
+            await response.write(event({**frame, **fields}))
 
         sent, said, told = 0, "", ("", "")
         thinking, separates = self.thinking(body), self.minds[body["model"]].separates
@@ -130,11 +135,17 @@ class Reasoner:
                 }
                 piece: dict[str, Any] = {"index": 0, "delta": delta, "finish_reason": None}
                 if body.get("logprobs"):
-                    piece["logprobs"] = {"content": [_listed(word, body["top_logprobs"], False) for word in some]}
+                    listed = [_listed(word, body["top_logprobs"], at + n in doubts) for n, word in enumerate(some)]
+                    piece["logprobs"] = {"content": listed}
                 sent += len(some)
                 await send(choices=[piece])
                 await asyncio.sleep(self.pace_s)
-            await send(choices=[{"index": 0, "delta": {}, "finish_reason": reason}])
+            if reason is None:
+                self.bill(body, sent)
+                assert request.transport is not None
+                request.transport.close()
+                return response
+            await send(choices=[{"index": 0, "delta": {}, "finish_reason": reason, "stop_reason": stopped}])
             await send(choices=[], usage=self.bill(body, len(words)))
             await response.write(b"data: [DONE]\n\n")
         except (asyncio.CancelledError, ConnectionError):
@@ -191,10 +202,15 @@ class Reasoner:
         found = [(at, stop) for stop in body.get("stop") or () if (at := text.find(stop)) >= 0]
         at, stopped = min(found, default=(len(text), None))
         words = _words(text[:at])
-        most = body.get("max_tokens") or body.get("max_completion_tokens")
+        most = _most(body)
         if most is not None and len(words) > most:
             return words[:most], "length", None, doubts
         return words, "stop", stopped, doubts
+
+
+def _most(body: dict[str, Any]) -> int | None:
+    most: int | None = body.get("max_tokens") or body.get("max_completion_tokens")
+    return most
 
 
 def _split(text: str, thinking: bool, separates: bool) -> tuple[str, str]:
@@ -233,6 +249,29 @@ def _listed(word: str, top: int, doubtful: bool) -> dict[str, Any]:
         likely = [(word, 1 / top), *((f"other{n}", 1 / top) for n in range(1, top))]
     listed = [{"token": text, "logprob": math.log(share), "bytes": None} for text, share in likely]
     return {"token": word, "logprob": math.log(likely[0][1]), "bytes": None, "top_logprobs": listed}
+
+
+def saying(
+    message: dict[str, Any], tokens: int, *, reason: str = "length", listed: dict[str, Any] | None = None
+) -> Hook:
+    """An answer in one piece, whole or as a stream."""
+
+    async def play(upstream: Reasoner, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        choice: dict[str, Any] = {"index": 0, "message": message, "finish_reason": reason}
+        if listed is not None:
+            choice["logprobs"] = {"content": [listed]}
+        return await as_asked(request, body, {"choices": [choice], "usage": upstream.bill(body, tokens)})
+
+    return play
+
+
+def dying_after(words: int) -> Hook:
+    """Its stream breaks off after so many words."""
+
+    async def play(upstream: Reasoner, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        return await upstream.stream(request, body, upstream.words(body)[0][:words], None)
+
+    return play
 
 
 async def reset(upstream: Reasoner, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:

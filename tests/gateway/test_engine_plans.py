@@ -232,7 +232,7 @@ async def test_a_vote_is_billed_for_all_of_its_samples(home: Gateway) -> None:
     output = answer["usage"]["completion_tokens"] * 10_000
     assert attempt["cost_nanousd"] >= output, "every token of every sample"
     _, headers, _ = await home.chat(ask("sure", temperature=0, max_tokens=200))
-    assert "x-leadline-plan" not in headers, "samples that cannot differ are not drawn"
+    assert told(headers) == ("none", {"reason": "temperature"}), "samples that cannot differ are not drawn"
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -273,7 +273,7 @@ async def test_the_samples_of_a_vote_leave_their_thoughts(home: Gateway) -> None
 async def test_what_no_plan_is_for_runs_without(home: Gateway) -> None:
     status, headers, _ = await home.chat(ask("quick", logprobs=True, max_tokens=8))
     assert status == 200
-    assert "x-leadline-plan" not in headers
+    assert told(headers) == ("none", {"reason": "logprobs"})
     (attempt,) = (await home.rows())[0]["attempt_rows"]
     assert attempt["kind"] == "first"
 

@@ -1,7 +1,6 @@
 """Plans over calls where something goes wrong: what is still told, who is asked no more, and what is paid and held."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ from aiohttp import web
 
 from tests.gateway import test_leaving, test_stepping
 from tests.gateway.conftest import Gateway, running, until
-from tests.gateway.reasoner import ANSWER, BAD, Mind, Reasoner, failing
+from tests.gateway.reasoner import ANSWER, BAD, Mind, Reasoner, failing, saying
 from tests.gateway.test_leaving import PASSES
-from tests.gateway.test_stepping import RIGHT, ask, told
+from tests.gateway.test_stepping import DEAR, RIGHT, ask, told
+from tests.serving import events
 
 pytestmark = pytest.mark.anyio
 
@@ -89,12 +89,8 @@ async def test_a_stream_of_a_shape_nobody_knows_is_the_providers_failure(
     far: Reasoner, tmp_path: Path, stream: bool
 ) -> None:
     async def odd(upstream: Reasoner, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(request)
         choice = {"index": 0, "delta": {"content": "So"}, "logprobs": {"content": [{"token": "So"}]}}
-        await response.write(f"data: {json.dumps({'choices': [choice]})}\n\n".encode())
-        await response.write(b"data: [DONE]\n\n")
-        return response
+        return await events(request, {"choices": [choice]})
 
     far.hooks["base"] = [odd]
     async with running(leaving(far, "rule: redundancy"), tmp_path / "home") as gateway:
@@ -105,12 +101,8 @@ async def test_a_stream_of_a_shape_nobody_knows_is_the_providers_failure(
 
 
 async def test_a_step_of_a_shape_nobody_knows_is_the_drafts_failure(far: Reasoner, tmp_path: Path) -> None:
-    async def odd(upstream: Reasoner, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-        message = {"role": "assistant", "reasoning_content": "So", "content": [{"type": "text", "text": "well"}]}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        return web.json_response({"choices": [choice], "usage": upstream.bill(body, 2)})
-
-    far.hooks["draft"] = [odd]
+    odd = {"role": "assistant", "reasoning_content": "So", "content": [{"type": "text", "text": "well"}]}
+    far.hooks["draft"] = [saying(odd, 2, reason="stop")]
     async with running(stepping(far), tmp_path / "home") as gateway:
         thought, answer, _, plan = await told(gateway, stream=False)
     assert (thought, answer, plan["degraded"]) == (RIGHT, ANSWER, "draft_failed")
@@ -118,13 +110,9 @@ async def test_a_step_of_a_shape_nobody_knows_is_the_drafts_failure(far: Reasone
 
 async def test_a_filtered_thought_is_not_asked_for_its_answer(far: Reasoner, tmp_path: Path) -> None:
     async def filtered(upstream: Reasoner, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(request)
-        for delta, reason in (({"reasoning_content": "So"}, None), ({}, "content_filter")):
-            choice = {"index": 0, "delta": delta, "finish_reason": reason}
-            await response.write(f"data: {json.dumps({'choices': [choice]})}\n\n".encode())
-        await response.write(b"data: [DONE]\n\n")
-        return response
+        said: list[tuple[dict[str, str], str | None]] = [({"reasoning_content": "So"}, None), ({}, "content_filter")]
+        chunks = [{"choices": [{"index": 0, "delta": delta, "finish_reason": reason}]} for delta, reason in said]
+        return await events(request, *chunks)
 
     far.hooks["base"] = [filtered]
     async with running(leaving(far, "rule: redundancy"), tmp_path / "home") as gateway:
@@ -205,12 +193,7 @@ async def test_a_number_beyond_all_bounds_is_read_like_any_other(far: Reasoner, 
 
 
 async def test_a_budget_that_ends_after_a_retry_says_so_and_names_no_provider(far: Reasoner, tmp_path: Path) -> None:
-    async def dear(upstream: Reasoner, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-        likely = {"token": "9", "logprob": 0.0, "top_logprobs": [{"token": "9", "logprob": 0.0}]}
-        choice = {"message": {"reasoning_content": "9"}, "finish_reason": "length", "logprobs": {"content": [likely]}}
-        return web.json_response({"choices": [choice], "usage": upstream.bill(body, 300)})
-
-    far.hooks["base"] = [failing, dear]
+    far.hooks["base"] = [failing, DEAR]
     policy = stepping(far).replace("retries: 0", "retries: 1") + 'limits: [{key: "*", budget: $0.0056/day}]\n'
     async with running(policy, tmp_path / "home") as gateway:
         await gateway.stream(ask(max_tokens=100))
@@ -231,10 +214,7 @@ async def test_an_answer_that_its_caller_has_begun_is_gone_on_with_as_it_is(far:
 
 @pytest.mark.parametrize("silent", ["draft", "base"])
 async def test_who_writes_nothing_is_not_asked_for_step_after_step(far: Reasoner, tmp_path: Path, silent: str) -> None:
-    async def nothing(upstream: Reasoner, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-        choice = {"message": {"content": ""}, "finish_reason": "length"}
-        return web.json_response({"choices": [choice], "usage": upstream.bill(body, 4)})
-
+    nothing = saying({"content": ""}, 4)
     far.minds["draft"] = Mind([BAD] * 6)
     far.hooks[silent] = [nothing] if silent == "draft" else [None, nothing]
     async with running(stepping(far), tmp_path / "home") as gateway:

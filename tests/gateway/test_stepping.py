@@ -15,7 +15,7 @@ from local_engine.arithmetic import problems
 from routers.errors import PolicyError
 from routers.load import parse
 from tests.gateway.conftest import Gateway, running, until
-from tests.gateway.reasoner import ANSWER, BAD, STEPS, Mind, Reasoner, failing, reset
+from tests.gateway.reasoner import ANSWER, BAD, STEPS, Mind, Reasoner, failing, reset, saying
 
 pytestmark = pytest.mark.anyio
 
@@ -35,6 +35,9 @@ routes:
 """
 QUESTION = " ".join(f"word{n}" for n in range(40))
 RIGHT = "\n\n".join(STEPS) + "\n\n"
+NINE = {"token": "9", "logprob": 0.0}
+DEAR = saying({"reasoning_content": "9"}, 300, listed={**NINE, "top_logprobs": [NINE]})
+"""A good mark that costs as much as a long answer."""
 
 
 @pytest.fixture
@@ -269,38 +272,65 @@ async def test_limits_that_leave_no_room_end_by_length_and_say_so(far: Reasoner,
     assert status == 200
     assert body["choices"][0]["finish_reason"] == "length"
     assert body["usage"]["completion_tokens"] == 15
-    assert row["cost_nanousd"] <= row["reserved_nanousd"] * row["attempts"]
+    assert row["cost_nanousd"] <= row["reserved_nanousd"]
 
 
 async def test_a_base_without_log_probabilities_rates_nothing_good(far: Reasoner, tmp_path: Path) -> None:
-    async def silent(upstream: Reasoner, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-        choice = {"index": 0, "message": {"role": "assistant", "content": "9"}, "finish_reason": "length"}
-        return web.json_response({"choices": [choice], "usage": upstream.bill(body, 1)})
-
-    far.hooks["base"] = [silent]
+    far.hooks["base"] = [saying({"role": "assistant", "content": "9"}, 1)]
     async with start(far, tmp_path / "home") as gateway:
         thought, answer, _, _ = await told(gateway, stream=False)
         assert turns(await books(gateway, far)).startswith("xvsdv")
     assert (thought, answer) == (RIGHT, ANSWER)
 
 
-async def test_what_the_plan_is_not_for_runs_without(far: Reasoner, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("logprobs", True),
+        ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("response_format", {"type": "json_object"}),
+        ("n", 2),
+    ],
+)
+async def test_what_the_plan_is_not_for_runs_without_and_says_why(
+    far: Reasoner, tmp_path: Path, field: str, value: Any
+) -> None:
+    asked = ask(**{field: value})
+    if field == "logprobs":
+        asked["top_logprobs"] = 2
     async with start(far, tmp_path / "home") as gateway:
-        for fields in ({"logprobs": True}, {"tools": [{"type": "function", "function": {"name": "f"}}]}):
-            _, headers, _ = await gateway.chat(ask(**fields))
-            assert "x-leadline-plan" not in headers
-            row = (await gateway.rows())[0]
-            assert [attempt["kind"] for attempt in row["attempt_rows"]] == ["first"]
+        _, headers, _ = await gateway.chat(asked)
+        assert headers["x-leadline-plan"] == f"none; reason={field}"
+        row = (await gateway.rows())[0]
+        assert [attempt["kind"] for attempt in row["attempt_rows"]] == ["first"]
+        assert json.loads(row["plan"]) == {"kind": "none", "reason": field}
+        _, headers, raw = await gateway.stream({**asked, "stream_options": {"include_usage": True}})
+        assert headers["x-leadline-plan"] == f"none; reason={field}"
+        last = [line for line in raw.split(b"\n") if line.startswith(b"data: {")][-1]
+        assert json.loads(last[6:])["leadline"]["plan"] == {"kind": "none", "reason": field}
+        async with gateway.session.post(
+            f"{gateway.url}/leadline/v1/explain", json=asked, headers=gateway.headers()
+        ) as response:
+            lines = (await response.json())["lines"]
+    assert f"plan of strong: does not run for this request, which has {field}" in lines
+
+
+async def test_a_plan_over_calls_is_for_the_first_choice_and_elsewhere_says_why_not(
+    far: Reasoner, tmp_path: Path
+) -> None:
+    far.hooks["draft"] = [failing]
+    policy = POLICY.format(url=far.url, server="vllm", plan="method: specreason", base="")
+    policy = policy.replace("use: [strong], on_failure: [weak]", "use: [weak], on_failure: [strong]")
+    async with running(policy, tmp_path / "home") as gateway:
+        _, headers, _ = await gateway.chat(ask(model="think"))
+        row = (await gateway.rows())[0]
+    assert headers["x-leadline-plan"] == "none; reason=fallback"
+    assert [(a["model"], a["kind"]) for a in row["attempt_rows"]] == [("weak", "first"), ("strong", "fallback")]
 
 
 async def test_a_budget_that_ends_mid_thought_ends_the_answer_there(far: Reasoner, tmp_path: Path) -> None:
-    async def dear(upstream: Reasoner, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-        likely = {"token": "9", "logprob": 0.0, "top_logprobs": [{"token": "9", "logprob": 0.0}]}
-        choice = {"message": {"reasoning_content": "9"}, "finish_reason": "length", "logprobs": {"content": [likely]}}
-        return web.json_response({"choices": [choice], "usage": upstream.bill(body, 300)})
-
     policy = POLICY.format(url=far.url, server="vllm", plan="method: specreason", base="")
-    far.hooks["base"] = [None, dear]
+    far.hooks["base"] = [None, DEAR]
     async with running(policy + 'limits: [{key: "*", budget: $0.0056/day}]\n', tmp_path / "home") as gateway:
         status, _, raw = await gateway.stream(ask(max_tokens=100))
         row = (await gateway.rows())[0]
@@ -401,5 +431,5 @@ async def test_explain_counts_all_that_a_thought_over_calls_may_be_billed(far: R
             told_before = await response.json()
         await gateway.chat(asked)
         row = (await gateway.rows())[0]
-    assert told_before["decision"]["worst_case_nanousd"] >= row["attempts"] * row["reserved_nanousd"] > 0
+    assert told_before["decision"]["worst_case_nanousd"] >= row["reserved_nanousd"] > row["cost_nanousd"] > 0
     assert "plan of strong at effort low: speculate: draft weak, method specreason" in told_before["lines"]
