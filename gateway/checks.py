@@ -94,7 +94,6 @@ def _of_plans(policy: Policy, route: Route, field: str) -> Iterator[str]:
     asked = {stage.model for plan in cascades for stage in plan.stages}
     judged = {stage.model for plan in cascades if not plan.accept.agree for stage in plan.stages[:-1]}
     replacing = {*route.on_failure, *(name for names in route.on_cause.values() for name in names)}
-    alone = {name.partition("+")[0] for name in route.targets if not set(name) & set(">&")}
     for model in policy.models.values():
         name, over = model.name, any(over_calls(policy, model, plan) for _, plan in model.plans)
         if over and name in replacing:
@@ -105,11 +104,6 @@ def _of_plans(policy: Policy, route: Route, field: str) -> Iterator[str]:
             yield (
                 f"{field}.candidates: {name} answers without its plan where its answer is judged by log probabilities, "
                 "which no plan gives; accept by agreement, or leave the plan out"
-            )
-        if over and name in alone and route.on_stream_failure == "resume":
-            yield (
-                f"{field}.on_stream_failure: a stream of {name} that breaks ends as an error, as its plan is run over "
-                "calls; only the stream of one call is resumed"
             )
 
 

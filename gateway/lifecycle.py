@@ -34,7 +34,7 @@ from gateway.errors import (
 from gateway.facts import hash_secret, prompt_hash, written
 from gateway.ids import new_ledger_id, new_seed
 from gateway.learned import Learned
-from gateway.ledger.records import RequestRecord
+from gateway.ledger.records import AttemptRecord, RequestRecord
 from gateway.ledger.settle import NO_USAGE, cost_nanousd
 from gateway.ledger.store import LedgerStore
 from gateway.priority import priority_of
@@ -50,7 +50,7 @@ from gateway.telemetry.metrics import Metrics
 from gateway.ticket import Ticket
 from gateway.upstream.gather import gather, replay, usage_of
 from gateway.upstream.sse import write_event
-from gateway.upstream.types import Answer, ChatCall, Event, UpstreamError
+from gateway.upstream.types import Answer, AnswerStream, ChatCall, Event, UpstreamError
 from gateway.world import World
 from routers.bandit import context_of
 from routers.decide import decide
@@ -391,27 +391,34 @@ class Lifecycle:
                 await relay.tell(thinking.events())
             except (Gone, UpstreamError) as error:
                 failure = error if isinstance(error, UpstreamError) else errors[-1]
-                if relay.started:
-                    raise stream_failed(failure, thinking.model) from error
                 if failure not in errors:
                     errors.append(failure)
             else:
                 return
-        answer, attempt = await self._attempts.first_answer(ticket, stream, errors, given_up=thinking is not None)
+        if thinking is not None and relay.started:
+            answer, attempt = await self._resumed(ticket, relay, errors[-1], thinking.model)
+        else:
+            answer, attempt = await self._attempts.first_answer(ticket, stream, errors, given_up=thinking is not None)
         while True:
             try:
                 await relay.run(answer, attempt)
             except UpstreamError as error:
                 self._attempts.failed(ticket, attempt.model, error)
-                continued = relay.continued()
-                found = await self._attempts.resume(ticket, continued) if continued is not None else None
-                if found is None:
-                    raise stream_failed(error, attempt.model) from error
-                answer, attempt = found
-                relay.resumes()
+                answer, attempt = await self._resumed(ticket, relay, error, attempt.model)
             else:
                 self._attempts.succeeded(ticket, attempt.model)
                 return
+
+    async def _resumed(
+        self, ticket: Ticket, relay: Relay, error: UpstreamError, model: str
+    ) -> tuple[AnswerStream, AttemptRecord]:
+        """A stream that goes on where the one of `model` broke; raises LeadlineError where none can."""
+        continued = relay.continued()
+        found = await self._attempts.resume(ticket, continued) if continued is not None else None
+        if found is None:
+            raise stream_failed(error, model) from error
+        relay.resumes()
+        return found
 
 
 def _going_on(ticket: Ticket, before: Conversation, signals: Signals, state: State) -> tuple[Signals, State]:

@@ -174,7 +174,7 @@ class Reasoner(Served):
 
     def thinking(self, body: dict[str, Any]) -> bool:
         begun = _begun(body)
-        return begun is None or "</think>" not in begun
+        return begun is None or (begun.startswith("<think>") and "</think>" not in begun)
 
     def words(self, body: dict[str, Any]) -> tuple[list[str], str, str | None, set[int]]:
         """(what it says, why it stops, at which stop string, which of the words it was in doubt about)."""
@@ -182,9 +182,8 @@ class Reasoner(Served):
         if begun is not None and begun.endswith("Rate this step 0-9:"):
             last = begun.removesuffix("Rate this step 0-9:").rstrip("\n").rsplit("\n\n", 1)[-1]
             text = "2" if "WRONG" in last else "9"
-        elif begun is not None and "</think>" in begun:
-            said = begun.partition("</think>")[2].strip()
-            text = mind.answer.removeprefix(said)
+        elif begun is not None and not self.thinking(body):
+            text = mind.answer.removeprefix(begun.rpartition("</think>")[2].lstrip())
         else:
             thought = (begun or "").removeprefix("<think>\n")
             done, part = thought.count("\n\n"), thought.rsplit("\n\n", 1)[-1]

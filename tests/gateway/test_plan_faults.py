@@ -1,6 +1,7 @@
 """Plans over calls where something goes wrong: what is still told, who is asked no more, and what is paid and held."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from aiohttp import web
 
 from tests.gateway import test_leaving, test_stepping
 from tests.gateway.conftest import Gateway, running, until
-from tests.gateway.reasoner import ANSWER, BAD, Mind, Reasoner, failing, saying
+from tests.gateway.reasoner import ANSWER, BAD, Mind, Reasoner, dying_after, failing, saying
 from tests.gateway.test_leaving import PASSES
 from tests.gateway.test_stepping import DEAR, RIGHT, ask, told
 from tests.serving import events
@@ -199,6 +200,33 @@ async def test_a_budget_that_ends_after_a_retry_says_so_and_names_no_provider(fa
         await gateway.stream(ask(max_tokens=100))
         row = (await gateway.rows())[0]
     assert (row["outcome"], row["error_code"]) == ("refused", "budget_exceeded")
+
+
+@pytest.mark.parametrize("thinking", [False, True], ids=["in its answer", "in its thought"])
+async def test_a_plans_stream_that_breaks_in_its_answer_is_resumed(
+    far: Reasoner, tmp_path: Path, thinking: bool
+) -> None:
+    far.minds["draft"] = Mind([]) if thinking else Mind()
+    far.hooks["base"] = [dying_after(2)]
+    policy = stepping(far, "method: glimprouter").replace(
+        "on_failure: [weak]", "on_failure: [weak], on_stream_failure: resume"
+    )
+    async with running(policy, tmp_path / "home") as gateway:
+        status, _, raw = await gateway.stream(ask(model="think"))
+        row = (await gateway.rows())[0]
+    assert status == 200
+    last = row["attempt_rows"][-1]
+    if thinking:
+        assert b"[DONE]" not in raw
+        assert (row["outcome"], last["outcome"]) == ("error", "cut")
+        return
+    chunks = [json.loads(line[6:]) for line in raw.split(b"\n") if line.startswith(b"data: {")]
+    said = [chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks if chunk["choices"]]
+    assert "".join(said) == ANSWER
+    assert raw.endswith(b"data: [DONE]\n\n")
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    assert (row["outcome"], row["degraded"]) == ("ok", "resumed")
+    assert (last["model"], last["kind"], last["outcome"]) == ("weak", "resume", "ok")
 
 
 async def test_an_answer_that_its_caller_has_begun_is_gone_on_with_as_it_is(far: Reasoner, tmp_path: Path) -> None:

@@ -58,15 +58,11 @@ def test_check_tells_where_a_model_answers_without_its_plan(shell: Shell) -> Non
         "output: $10/Mtok}}", "output: $10/Mtok}, plan: {exit: {rule: redundancy}}}"
     )
     accept = "{mean_logprob: 1, at_least: 0.4, keeps_right: 0.9, keeps_wrong: 0.2}"
-    text += (
-        f'  - {{name: two, when: {{tag: x}}, candidates: ["cheap>dear"], accept: {accept}}}\n'
-        "  - {name: on, when: {tag: y}, use: [dear], on_stream_failure: resume}\n"
-    )
+    text += f'  - {{name: two, when: {{tag: x}}, candidates: ["cheap>dear"], accept: {accept}}}\n'
     status, out = shell.run("check", shell.policy("p.yaml", text))
     assert status == 0, out
     assert "routes[0].on_failure: dear answers without its plan here" in out
     assert "routes[3].candidates: dear answers without its plan in a cascade" in out
-    assert "routes[4].on_stream_failure: a stream of dear that breaks ends as an error" in out
     assert out.count("without its plan") == 2
 
 
