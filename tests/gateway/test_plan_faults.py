@@ -208,9 +208,9 @@ async def test_a_plans_stream_that_breaks_in_its_answer_is_resumed(
 ) -> None:
     far.minds["draft"] = Mind([]) if thinking else Mind()
     far.hooks["base"] = [dying_after(2)]
-    policy = stepping(far, "method: glimprouter").replace(
-        "on_failure: [weak]", "on_failure: [weak], on_stream_failure: resume"
-    )
+    method = "specreason" if thinking else "glimprouter"  # which asks the base for nothing but the answer
+    policy = stepping(far, f"method: {method}")
+    policy = policy.replace("on_failure: [weak]", "on_failure: [weak], on_stream_failure: resume")
     async with running(policy, tmp_path / "home") as gateway:
         status, _, raw = await gateway.stream(ask(model="think"))
         row = (await gateway.rows())[0]

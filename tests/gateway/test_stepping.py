@@ -304,7 +304,7 @@ async def test_what_the_plan_is_not_for_runs_without_and_says_why(
         row = (await gateway.rows())[0]
         assert [attempt["kind"] for attempt in row["attempt_rows"]] == ["first"]
         assert json.loads(row["plan"]) == {"kind": "none", "reason": field}
-        _, headers, raw = await gateway.stream({**asked, "stream_options": {"include_usage": True}})
+        _, headers, raw = await gateway.stream({**asked, "seed": 1, "stream_options": {"include_usage": True}})
         assert headers["x-leadline-plan"] == f"none; reason={field}"
         last = [line for line in raw.split(b"\n") if line.startswith(b"data: {")][-1]
         assert json.loads(last[6:])["leadline"]["plan"] == {"kind": "none", "reason": field}
