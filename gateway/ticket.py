@@ -231,16 +231,17 @@ class Ticket:
     ) -> None:
         """Bill one attempt and give its hold back. `usage` None: the provider did not say, so it is estimated.
 
-        The estimate is of what was written, where that was seen. A whole answer that nobody has seen anything of may
-        have been written to its end: it is billed at the most it can have cost.
+        The estimate is of what was written, where that was seen; an engine's own count is none. A whole answer that
+        nobody has seen anything of may have been written to its end: it is billed at the most it can have cost.
         `plan`: of an engine's plan, whose smaller model gets a row of its own.
         """
         running = self._running.pop(attempt.id)
         target = self.world.targets[attempt.model]
+        state = running.progress.state
+        if usage is None and state is not None:
+            usage, delivered_bytes, deltas = state.so_far(), state.delivered_bytes, state.deltas
         if usage is None:
-            usage, state = running.worst, running.progress.state
-            if state is not None:
-                delivered_bytes, deltas = state.delivered_bytes, state.deltas
+            usage = running.worst
             if running.call.stream or delivered_bytes or state is not None:
                 usage = estimated_usage(
                     body_bytes=running.call.body_bytes,

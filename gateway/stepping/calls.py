@@ -108,7 +108,7 @@ class Calls:
     async def _end(self, answer: AnswerStream, attempt: AttemptRecord, outcome: str, following: Following) -> None:
         """Billed before anything is awaited: see `gateway.lifecycle`."""
         state = answer.state
-        usage = state.usage if state.done else None
+        usage = state.usage if state.done else state.so_far()
         following.counted(usage)
         try:
             self._ticket.end_attempt(
