@@ -375,10 +375,10 @@ class Ticket:
                 f"x-leadline-budget-remaining-nanousd: {budget.remaining_nanousd}\r\n"
                 f"x-leadline-budget-scope: {budget.label}\r\n"
             )
-        if (plan := self._told_plan()) is not None:
+        if (report := self._told_plan()) is not None:
             count += 1
-            told = "".join(f"; {name}={value}" for name, value in plan.counts.items())
-            left += f"x-leadline-plan: {plan.kind}{told}\r\n"
+            told = "".join(f"; {name}={value}" for name, value in report.counts.items())
+            left += f"x-leadline-plan: {report.kind}{told}\r\n"
         degraded = self._degraded()
         if degraded:
             count += 1
