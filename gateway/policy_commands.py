@@ -253,12 +253,13 @@ def _told(policy: "Policy", query: "Query", signals: "Signals", state: "State", 
     """The decision with all that led to it, for people and for programs."""
     from routers.decide import decide
     from routers.errors import NoCandidate
-    from routers.explain import to_dict, to_lines
+    from routers.explain import signal_lines, to_dict, to_lines
     from routers.facts import route_facts
 
     facts = route_facts(policy, query)
-    lines = [str(fact) for fact in facts]
-    data: dict[str, Any] = {"routes": [fact._asdict() for fact in facts]}
+    measured = signal_lines(signals)
+    lines = [*measured, *(str(fact) for fact in facts)]
+    data: dict[str, Any] = {"signals": measured, "routes": [fact._asdict() for fact in facts]}
     try:
         decision = decide(query, signals, policy, state, seed)
     except NoCandidate as error:

@@ -5,10 +5,11 @@ from typing import Any
 
 import msgspec
 
+from probes.types import Estimate
 from routers.cost import worst_case_nanousd
 from routers.plans import models_of, no_plan_for
 from routers.policy import Policy
-from routers.types import Candidate, Decision, Plan, Query, Single
+from routers.types import Candidate, Decision, Plan, Query, Signals, Single
 from routers.units import format_money
 
 Asked = tuple[Policy, Query]
@@ -45,6 +46,24 @@ def to_lines(decision: Decision, asked: Asked | None = None) -> list[str]:
     probe = decision.probe_version or "none"
     lines.append(f"policy {decision.policy_version}, probe {probe}, seed {decision.seed}")
     return lines
+
+
+def signal_lines(signals: Signals) -> list[str]:
+    """What was measured of the query beside each candidate's P(success), one fact per line."""
+    lines = []
+    if signals.domain:
+        likeliest = sorted(signals.domain.items(), key=lambda one: -one[1])[:3]
+        lines.append("domain: " + ", ".join(f"{name} {p:.2f}" for name, p in likeliest))
+    for what, found in (("thinking pays", signals.needs_reasoning), ("difficulty", signals.difficulty)):
+        if found is not None:
+            lines.append(f"{what}: {found.value:.2f}{_spread(found, '.2f')}")
+    for name, tokens in signals.out_tokens.items():
+        lines.append(f"answer of {name}: about {tokens.value:.0f} tokens{_spread(tokens, '.0f')}")
+    return lines
+
+
+def _spread(found: Estimate, how: str) -> str:
+    return "" if found.low is None or found.high is None else f" ({found.low:{how}} to {found.high:{how}})"
 
 
 def to_dict(decision: Decision, asked: Asked | None = None) -> dict[str, Any]:

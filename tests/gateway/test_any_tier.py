@@ -145,6 +145,36 @@ def test_a_probe_says_how_well_it_is_known_and_explain_shows_it(folder: Path) ->
     assert f"P(success) {p:.2f} ({found[0]:.2f} to {found[1]:.2f}) by words@" in done.output
 
 
+def test_every_kind_of_head_is_used_and_explained(folder: Path, tmp_path: Path) -> None:
+    """Lengths in what answers cost, domains in what is explored, and whether thinking pays in how much is thought."""
+    seen = questions(3).assign(kind=["sums"] * 70 + ["essays"] * 70)
+    seen["without"], seen["thought"] = np.repeat([1.0, 0.0], 70), 1.0  # sums are right without a thought
+    seen.to_parquet(tmp_path / "seen.parquet")
+    heads = [*HEADS, "--tokens", "weak=length", "--domain", "kind", "--reasoning", "without,thought"]
+    run("fit", str(tmp_path / "seen.parquet"), *heads, "--tier", "static", "--out", str(tmp_path / "words"))
+    file = tmp_path / "policy.yaml"
+    text = TIERED.replace("PROBES", "./words").replace("model: m,", "model: m, thinking: {field: reasoning_effort},")
+    file.write_text(text.replace('subject_to: {p_success: ">= 0.6"}', "effort: auto, explore: {share: 5%}"))
+
+    def told(prompt: str) -> str:
+        done = CliRunner().invoke(gateway_app, ["explain", str(file), prompt])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    sums, essays = told(seen.q[1]), told(seen.q[101])
+    assert re.search(r"^domain: sums 0\.[5-9]\d", sums, re.MULTILINE)
+    assert re.search(r"^domain: essays 0\.[5-9]\d", essays, re.MULTILINE)
+    pays = [float(re.findall(r"^thinking pays: (\d\.\d\d)", one, re.MULTILINE)[0]) for one in (sums, essays)]
+    assert pays[0] < 0.5 < pays[1]
+    about = re.compile(r"^answer of cheap: about (\d+) tokens \(", re.MULTILINE)
+    assert int(about.findall(sums)[0]) < 100 < int(about.findall(essays)[0])
+    assert "cheap+none, by route auto" in sums
+    assert "cheap+high, by route auto" in essays
+    assert "thinks at most 8192 tokens (effort high)" in essays
+    costs = [re.findall(r"cheap .* (\$\S+) expected \(", one)[0] for one in (sums, essays)]
+    assert float(costs[0][1:]) < float(costs[1][1:]), "a longer answer costs more"
+
+
 def test_two_tiers_that_are_averaged_err_between_them() -> None:
     first, second = Reading({"weak": 0.4}, frozenset({"weak"})), Reading({"weak": 0.8})
     found = Found({"cheap": "weak"})
