@@ -90,7 +90,7 @@ class PolicyReloader:
             policy, _ = await asyncio.to_thread(checked_policy, self._file)
             self._keep_to_engine(policy)
             before = self._current().policy.version_hash
-            if policy.version_hash != before:
+            if policy != self._current().policy:  # a certificate that a guarantee is bound to is not in the version
                 self._swap(await asyncio.to_thread(self._build, policy))
                 self.since_ms = time.time_ns() // 1_000_000
                 log.info("policy.loaded", file=str(self._file), version=policy.version_hash, before=before)

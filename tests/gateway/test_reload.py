@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from gateway.upstream.breaker import Breaker
+from probes.manifest import ARTIFACTS, Certificate, read_manifest, write_manifest
 from tests.gateway.conftest import Gateway, ask, running, until
 from tests.gateway.fake_upstream import FakeUpstream
 
@@ -214,3 +216,40 @@ async def test_what_the_engine_has_not_loaded_is_refused_with_what_to_do(watched
 async def test_a_secret_that_is_not_set_refuses_the_file(watched: Watched) -> None:
     await watched.change(ONE.replace("timeout: 30s, retries", "api_key: env:NOT_SET_HERE, timeout: 30s, retries"))
     assert "NOT_SET_HERE" in watched.reloader.refused
+
+
+GUARANTEED = """
+signals:
+  difficulty: {{probe: ./words, heads: {{one: weak, aside: strong}}}}
+routes:
+  - {{name: first, when: {{model: auto}}, candidates: [aside, one], cache: off,
+     guarantee: {{loss: accepted_wrong, at_most: 0.1}}}}
+"""
+
+
+def certify(folder: Path, threshold: float) -> None:
+    manifest = read_manifest(folder)
+    found = Certificate(
+        loss="accepted_wrong", heads=("strong",), method="crc", alpha=0.1, delta=None, horizon=None, threshold=threshold,
+        n=100, risk=0.05, shares={"strong": 0.5}, rows="held_out", data_sha256="0", tensors_sha256=manifest.tensors_sha256,
+        encoder_sha256=manifest.encoder_sha256, created="2026-11-21",
+    )  # fmt: skip
+    write_manifest(manifest.model_copy(update={"certificates": (found,)}), folder)
+
+
+async def test_a_new_certificate_is_taken_up_where_the_file_is_read_again(watched: Watched, tmp_path: Path) -> None:
+    shutil.copytree(ARTIFACTS / "static", tmp_path / "words")
+    certify(tmp_path / "words", 0.5)
+    await watched.change(ONE.partition("routes:")[0] + GUARANTEED)
+
+    def threshold() -> float | None:
+        guarantee = watched.gateway.app.state.lifecycle.world.policy.routes[0].guarantee
+        return guarantee.bound.threshold if guarantee is not None and guarantee.bound is not None else None
+
+    assert watched.reloader.refused is None
+    assert threshold() == 0.5
+    version = watched.version
+    certify(tmp_path / "words", 0.7)
+    watched.gateway.app.reload_policy()
+    await until(lambda: threshold() == 0.7)
+    assert watched.version == version
