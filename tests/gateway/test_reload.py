@@ -230,9 +230,9 @@ routes:
 def certify(folder: Path, threshold: float) -> None:
     manifest = read_manifest(folder)
     found = Certificate(
-        loss="accepted_wrong", heads=("strong",), method="crc", alpha=0.1, delta=None, horizon=None, threshold=threshold,
-        n=100, risk=0.05, shares={"strong": 0.5}, rows="held_out", data_sha256="0", tensors_sha256=manifest.tensors_sha256,
-        encoder_sha256=manifest.encoder_sha256, created="2026-11-21",
+        loss="accepted_wrong", heads=("strong",), method="crc", alpha=0.1, delta=None, horizon=None, n=100, risk=0.05,
+        threshold=threshold, shares={"strong": 0.5}, rows="held_out", data_sha256="0",
+        tensors_sha256=manifest.tensors_sha256, encoder_sha256=manifest.encoder_sha256, created="2026-11-21",
     )  # fmt: skip
     write_manifest(manifest.model_copy(update={"certificates": (found,)}), folder)
 
