@@ -135,6 +135,11 @@ def certify(
             )
             for bound, how, over in promises
         ]  # fmt: skip
+        for one in issued:
+            kept = one.shares if len(one.heads) == 1 else {head: one.shares[head] for head in one.heads[:-1]}
+            if not any(kept.values()):
+                why = f"nothing can be kept at {' or '.join(kept)} with a loss of at most {one.alpha:g} ({one.method})"
+                typer.echo(f"note: {why}: this certificate is true and saves nothing", err=True)
         write_manifest(probe.manifest.certified(issued), artifact)
         if report is not None:
             from probes.html import probe_report

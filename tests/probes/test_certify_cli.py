@@ -14,6 +14,8 @@ from probes.artifact import Artifact, read, write
 from probes.commands import app
 from probes.manifest import SKETCH, read_manifest, sketch
 from probes.runtime import EncoderProbe
+from probes.scored import opened, scored
+from probes.train import read_table
 
 HEADS = ["--prompt", "question", "--head", "weak=cheap", "--head", "strong=dear"]
 
@@ -118,6 +120,20 @@ def test_rows_that_the_artifact_was_fitted_on_prove_nothing(folder: Path) -> Non
         done = certify(folder, table)
         assert done.exit_code == 2
         assert f"was fitted on about {about} of these {len(table)} prompts" in done.output
+
+
+def test_a_certificate_that_saves_nothing_says_so(folder: Path) -> None:
+    """Where the surest rows are the wrong ones, only a threshold above all of them holds."""
+    fresh = outcomes(120, 6)
+    fresh.to_parquet(folder / "fresh.parquet")
+    data = read_table(folder / "fresh.parquet", "question", {"weak": "cheap", "strong": "dear"})
+    p = scored(data, opened(folder / "probe"))
+    margin = p[:, 0] - p[:, 1]
+    fresh = fresh.assign(cheap=(margin < np.median(margin)).astype(float), dear=1.0)
+    done = certify(folder, fresh, "--alpha", "0.01", "--method", "crc")
+    assert done.exit_code == 0, done.output
+    assert "note: nothing can be kept at weak with a loss of at most 0.01 (crc)" in done.output
+    assert "saves nothing" not in certify(folder, outcomes(120, 7), "--alpha", "0.9", "--method", "crc").output
 
 
 def test_a_few_repetitions_are_a_warning(folder: Path) -> None:
