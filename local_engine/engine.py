@@ -145,17 +145,19 @@ class Engine:
         self._prefix_tiers = prefix_tiers
         self._lanes: dict[str, Lane] = {}
         caches = {name: new_kv(model, kv_bytes) for name, model in models.items()}
+        summed = {name: _summed_layers(self._readers.get(name, ())) for name in models}
         # Before any runner takes weights over, be it that of another model's draft: a store's identity holds them all.
         stores = {
-            name: _prefix_store(name, model, caches[name], prefix_bytes, prefix_tiers) if prefix_bytes else None
+            name: _prefix_store(name, model, caches[name], summed[name], prefix_bytes, prefix_tiers)
             for name, model in models.items()
+            if prefix_bytes
         }
         for name, model in models.items():
-            kv, store = caches[name], stores[name]
+            kv, store = caches[name], stores.get(name)
             self._lanes[name] = Lane(
                 model, kv, make_runner(model, kv), store,
                 make_speculator(name, model, kv),
-                max_running=max_running, prefill_chunk=prefill_chunk, step_s=step_s,
+                max_running=max_running, prefill_chunk=prefill_chunk, step_s=step_s, mean_layers=summed[name],
             )  # fmt: skip
         self._inbox: deque[_Job] = deque()
         self._wake = threading.Condition()
@@ -443,6 +445,14 @@ class Engine:
         self._outbox.clear()
 
 
-def _prefix_store(name: str, model: LocalModel, kv: KVCache, prefix_bytes: int, tiers: SlowTiers | None) -> PrefixStore:
+def _summed_layers(readers: Sequence[PromptReader]) -> list[int]:
+    """Whose states are wanted of all tokens of a prompt."""
+    return sorted({layer for reader in readers if reader.over == "prompt" for layer in reader.layers})
+
+
+def _prefix_store(
+    name: str, model: LocalModel, kv: KVCache, tap_layers: Sequence[int], prefix_bytes: int, tiers: SlowTiers | None
+) -> PrefixStore:
     weights = weights_fingerprint(model.network) if tiers is not None else "of this process"
-    return PrefixStore(KVIdentity(name, weights, KVLayout.of(kv.shape)), bytes_limit=prefix_bytes, slow=tiers)
+    layout = KVLayout.of(kv.shape, tap_layers, int(model.network.config.hidden_size) if tap_layers else 0)
+    return PrefixStore(KVIdentity(name, weights, layout), bytes_limit=prefix_bytes, slow=tiers)

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from local_engine.held import MOST_HELD, Held, HeldPrompts
 from local_engine.kv import KVCache, KVFull
+from local_engine.means import Means
 from local_engine.model import LocalModel
 from local_engine.prefix import PrefixStore
 from local_engine.runner import Segment, StepOutput
 from local_engine.sampler import Choice
 from local_engine.scheduler import Scheduler
-from local_engine.segments import segment_of, window_of
+from local_engine.segments import segment_of, told_taps, window_of
 from local_engine.sequence import Scores, Sequence, common_prefix
 from local_engine.spec.draft import NOTHING
 from local_engine.spec.speculator import Speculator
@@ -82,6 +83,7 @@ class Lane:
         max_running: int = 8,
         prefill_chunk: int = 256,
         step_s: float = 0.05,
+        mean_layers: Sized[int] = (),
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.model = model
@@ -90,6 +92,8 @@ class Lane:
         self.speculator = speculator
         self.scheduler = Scheduler(max_running)
         self.held = HeldPrompts()
+        self.mean_layers = tuple(mean_layers)
+        """Whose states are summed over prompts that a probe hears whole; the store keeps them with its blocks."""
         self.most_tokens = min(model.card.context_window, kv.bytes_limit // kv.token_bytes)
         """Of one sequence: the window, or what the KV budget holds."""
         self.steps = 0
@@ -152,13 +156,20 @@ class Lane:
         """float32 [rows, vocabulary] of hidden states [rows, width]."""
         return self._runner.logits(states)
 
+    def means(self, tokens: int) -> Means:
+        """For a prompt of so many tokens."""
+        block_tokens = self.store.block_tokens if self.store is not None else tokens
+        return Means(self.mean_layers, int(self.model.network.config.hidden_size), tokens, block_tokens)
+
     def _let_go(self, held: Held | None) -> bool:
         if held is not None:
             self.kv.close(held.slot)
         return held is not None
 
     def _held_for(self, sequence: Sequence) -> tuple[Held, int] | None:
-        return self.held.find(sequence.salt, sequence.ids) if sequence.scored_from is None else None
+        if sequence.scored_from is not None or sequence.means is not None:  # its states are not held with it
+            return None
+        return self.held.find(sequence.salt, sequence.ids)
 
     def cut(self, sequence: Sequence, length: int) -> None:
         """Its text has `length` tokens or fewer left, or is about to: forget the KV after them."""
@@ -180,7 +191,8 @@ class Lane:
             return
         try:
             tokens = sequence.ids[: sequence.computed]  # no drafts: they are not part of `ids`
-            self.store.commit(sequence.salt, tokens, partial(self.kv.export, sequence.slot))
+            sums = sequence.means.blocks if sequence.means is not None else None
+            self.store.commit(sequence.salt, tokens, partial(self.kv.export, sequence.slot), sums)
         except Exception:
             logger.exception("storing a prefix failed")
 
@@ -211,7 +223,7 @@ class Lane:
 
         They wait only for who is before them in line, so for somebody who comes forward.
         """
-        if self.store is None or self._held_for(sequence) is not None:
+        if self.store is None or sequence.means is not None or self._held_for(sequence) is not None:
             return False
         if sequence.awaited is None:
             sequence.awaited = self._reader(sequence, running)
@@ -255,11 +267,17 @@ class Lane:
 
     def _recall(self, sequence: Sequence, slot: int) -> None:
         """Load the longest stored prefix; the last token, and what is to be scored, is left to compute."""
+        means = sequence.means
+        if means is not None:
+            means.restart(None)
         if self.store is not None:
             try:
-                with self.store.lookup(sequence.salt, sequence.ids[: sequence.scored_from]) as match:
+                text = sequence.ids[: sequence.scored_from]
+                with self.store.lookup(sequence.salt, text, taps=means is not None) as match:
                     if match.tokens:
                         match.load(self.kv, slot)
+                    if means is not None:
+                        means.restart(match)
                     sequence.computed = match.tokens
             except Exception:
                 logger.exception("loading a prefix failed")
@@ -328,8 +346,8 @@ class Lane:
     def _compute(self, work: list[tuple[Sequence, int]]) -> list[Turn]:
         """One forward pass; where it fails, one for each, so that a failure ends nothing but what caused it."""
         segments = [segment_of(sequence, count) for sequence, count in work]
-        tapped = [w[0].taps for w, segment in zip(work, segments, strict=True) if segment.taps]
-        layers = sorted({layer for taps in tapped if taps is not None for layer in taps.layers})
+        tapped = [sequence for (sequence, _), segment in zip(work, segments, strict=True) if segment.taps]
+        layers = sorted({layer for s in tapped if s.taps is not None for layer in s.taps.layers} | self._summed(tapped))
         try:
             output = self._runner.run(segments, tap_layers=layers)
         except Exception as error:
@@ -344,7 +362,20 @@ class Lane:
             return [Turn(work[0][0], error=error)]
         return self._told([sequence for sequence, _ in work], segments, output)
 
+    def _summed(self, sequences: Sized[Sequence]) -> set[int]:
+        return {layer for sequence in sequences if sequence.means is not None for layer in sequence.means.layers}
+
+    def _sum_up(self, sequences: list[Sequence], segments: list[Segment], output: StepOutput) -> None:
+        tap = 0
+        for sequence, segment in zip(sequences, segments, strict=True):
+            rows = slice(tap, tap + len(segment.taps))
+            if sequence.means is not None and segment.taps:
+                sequence.means.add(torch.stack([output.hidden[layer][rows] for layer in sequence.means.layers], 1))
+            tap = rows.stop
+
     def _told(self, sequences: list[Sequence], segments: list[Segment], output: StepOutput) -> list[Turn]:
+        if output.hidden:
+            self._sum_up(sequences, segments, output)  # before anything is stored
         turns = [Turn(sequence) for sequence in sequences]
         writers: list[Turn] = []
         rows: list[int] = []
@@ -422,10 +453,14 @@ class Lane:
         tap = 0
         for turn, segment in zip(turns, segments, strict=True):
             sequence, taps = turn.sequence, turn.sequence.taps
-            kept = sum(segment.start + at < sequence.computed for at in segment.taps)
+            told = segment.taps
+            if sequence.means is not None:
+                told = told_taps(sequence, segment.start, segment.tokens)
+            kept = [at for at in told if segment.start + at < sequence.computed]
             if kept and taps is not None:
-                states = [output.hidden[layer][tap : tap + kept] for layer in taps.layers]
-                turn.hidden = Hidden([segment.start + at for at in segment.taps[:kept]], torch.stack(states, 1))
+                first = tap + segment.taps.index(kept[0])  # what is told of a segment lies side by side
+                states = [output.hidden[layer][first : first + len(kept)] for layer in taps.layers]
+                turn.hidden = Hidden([segment.start + at for at in kept], torch.stack(states, 1))
             tap += len(segment.taps)
             sequence.tapped = max(sequence.tapped, sequence.computed)
 

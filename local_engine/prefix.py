@@ -33,7 +33,8 @@ from local_engine.prefix_types import MEMORY, BlockRemoved, BlockStored, KVEvent
 Export = Callable[[int, int], torch.Tensor]
 """(start, stop) → the KV of these tokens, [layers, 2, kv_heads, stop - start, head_dim]."""
 Taps = Callable[[int, int], torch.Tensor | None]
-"""(start, stop) → hidden states of these tokens, [tap_layers, stop - start, width]; None where they were not kept."""
+"""(start, stop) → hidden states of these blocks, summed over each one's tokens, [stop - start, tap_layers, width]; None
+where they were not kept."""
 
 _TOKEN_BYTES: Final = 4
 _WEIGHT: Final = 0.2
@@ -341,17 +342,14 @@ class PrefixStore:
 
     def _tap_sums(self, taps: Taps, start: int, stop: int) -> list[torch.Tensor] | None:
         """Per block its hidden states summed over its tokens, float32 [tap_layers, width]."""
-        rows = taps(start * self.block_tokens, stop * self.block_tokens)
-        if rows is None:
+        sums = taps(start, stop)
+        if sums is None:
             return None
         layout = self.identity.layout
-        shape = (len(layout.tap_layers), (stop - start) * self.block_tokens, layout.width)
-        if rows.shape != shape:
-            raise ValueError(f"taps gave {tuple(rows.shape)}; this store keeps layers {layout.tap_layers}, so {shape}")
-        sums = rows.reshape(len(layout.tap_layers), stop - start, self.block_tokens, layout.width).sum(
-            2, dtype=torch.float32
-        )
-        return [part.clone() for part in sums.unbind(1)]  # of its own memory each, as each is evicted by itself
+        shape = (stop - start, len(layout.tap_layers), layout.width)
+        if sums.shape != shape:
+            raise ValueError(f"taps gave {tuple(sums.shape)}; this store keeps layers {layout.tap_layers}, so {shape}")
+        return [part.clone() for part in sums.unbind(0)]  # of its own memory each, as each is evicted by itself
 
     def _hand_down(self, salt: bytes, path: list[Block], richer: list[Block], new: list[Block]) -> None:
         """Let the slower tiers keep `path`, whose blocks `new` they may not have, and `richer` not with their taps."""

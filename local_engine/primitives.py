@@ -20,6 +20,7 @@ from typing import Protocol
 from torch import Tensor
 
 from local_engine.lane import Lane
+from local_engine.means import Means
 from local_engine.sampler import Sampler
 from local_engine.sequence import Scores, Sequence, place, token_ids
 from local_engine.turns import Turn
@@ -81,6 +82,7 @@ class Primitives:
         *,
         limit: int | None = None,
         taps: TapSpec | None = None,
+        means: Means | None = None,
         expendable: bool = False,
     ) -> Sequence:
         """A sequence that reads `tokens`, then writes if it has a sampler and rests if not.
@@ -96,6 +98,7 @@ class Primitives:
             )
         sequence = self._new(lane, tokens, most)
         sequence.sampler, sequence.taps, sequence.expendable = sampler, taps, expendable
+        sequence.means = means
         lane.add(sequence)
         return sequence
 

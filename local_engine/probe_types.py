@@ -1,7 +1,7 @@
 """What the engine needs of probes, which it does not know: the gateway passes them in. No torch here."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import msgspec
 
@@ -78,6 +78,11 @@ class PromptReader(Protocol):
         ...
 
     @property
+    def over(self) -> Literal["last", "prompt"]:
+        """Those of the prompt's last token, or their mean over all of its tokens."""
+        ...
+
+    @property
     def question(self) -> str:
         """What is asked about the prompt; empty: nothing, and the rating has its entropy alone."""
         ...
@@ -88,5 +93,5 @@ class PromptReader(Protocol):
         ...
 
     def read(self, states: "npt.NDArray[np.float32]", rating: Rating) -> Sounding:
-        """`states`: [layers, width], of the last token of the prompt. Called between two steps: be quick."""
+        """`states`: [layers, width], as `over` says. Called between two steps: be quick."""
         ...

@@ -18,7 +18,7 @@ def segment_of(sequence: Sequence, count: int) -> Segment:
         logits = max(0, stop - max(start, due))
     else:
         logits = stop - len(sequence.ids) + 1 if sequence.sampler is not None and stop >= len(sequence.ids) else 0
-    return Segment(sequence.slot, start, tokens, logits, _taps(sequence, start, tokens))
+    return Segment(sequence.slot, start, tokens, logits, _rows(sequence, start, tokens))
 
 
 def window_of(sequence: Sequence) -> Window:
@@ -33,7 +33,14 @@ def window_of(sequence: Sequence) -> Window:
     )
 
 
-def _taps(sequence: Sequence, start: int, tokens: Sized[int]) -> list[int]:
+def _rows(sequence: Sequence, start: int, tokens: Sized[int]) -> list[int]:
+    """Which of `tokens` have their hidden states wanted: to be told, or summed."""
+    if sequence.means is not None:
+        return list(range(min(len(tokens), sequence.prompt_len - start)))
+    return told_taps(sequence, start, tokens)
+
+
+def told_taps(sequence: Sequence, start: int, tokens: Sized[int]) -> list[int]:
     """Which of `tokens`, at positions from `start`, are tapped and have not been told yet."""
     spec = sequence.taps
     if spec is None:

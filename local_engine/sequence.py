@@ -10,6 +10,7 @@ from local_engine.types import TapSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from local_engine.means import Means
     from local_engine.sampler import Sampler
 
 AGING_S = 10.0
@@ -47,6 +48,8 @@ class Sequence:
     scores: "Scores | None" = None
     salt: bytes = b""
     taps: TapSpec | None = None
+    means: "Means | None" = None
+    """Where the hidden states of its prompt are summed."""
     prompt_len: int = 0
     """Where generated tokens begin."""
     computed: int = 0

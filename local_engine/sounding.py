@@ -89,7 +89,10 @@ class PromptSounding:
 
     def begin(self, engine: Primitives) -> None:
         self._engine = engine
-        self._reading = engine.open(self._command.model, self._prompt, taps=TapSpec(self._layers, "prompt"))
+        whole = any(reader.over == "prompt" for reader in self._readers)
+        means = self._lane.means(len(self._prompt)) if whole else None
+        taps = TapSpec(self._layers, "prompt")
+        self._reading = engine.open(self._command.model, self._prompt, taps=taps, means=means)
 
     def stepped(self, turn: Turn) -> list[Event]:
         assert self._engine is not None, "it has begun"
@@ -164,8 +167,12 @@ class PromptSounding:
 
     def _hear(self, reader: PromptReader, rating: Rating) -> None:
         assert self._states is not None, "the prompt is read"
-        rows = [self._layers.index(layer) for layer in reader.layers]
-        self._heard.add(reader.read(self._states[rows].float().cpu().numpy(), rating), reader.version)
+        assert self._reading is not None
+        if reader.over == "prompt" and self._reading.means is not None:
+            states = self._reading.means.mean(reader.layers)
+        else:
+            states = self._states[[self._layers.index(layer) for layer in reader.layers]]
+        self._heard.add(reader.read(states.float().cpu().numpy(), rating), reader.version)
 
     def _result(self) -> list[Event]:
         assert self._engine is not None

@@ -36,6 +36,10 @@ TierName = Annotated[
 ModelName = Annotated[
     str | None, typer.Option(help="Of tiers prefill and self: `bundled/base`, or the folder of a local model.")
 ]
+Over = Annotated[
+    Literal["last", "prompt"],
+    typer.Option(help="Of tier prefill: states of the prompt's last token, or their mean over all of its tokens."),
+]
 Tokens = Annotated[
     list[str] | None,
     typer.Option(help="NAME=COLUMN, repeatable: how many tokens the answers of head NAME's model had."),
@@ -92,6 +96,7 @@ def fit(
     name: Annotated[str | None, typer.Option(help="Name in the artifact's version; the folder's by default.")] = None,
     tier: TierName = "encoder",
     model: ModelName = None,
+    over: Over = "last",
     tokens: Tokens = None,
     domain: Domain = None,
     reasoning: Reasoning = None,
@@ -112,6 +117,8 @@ def fit(
             raise TableError(f"--tier {tier}: " + ("say whose, by --model" if model is None else "leave out --model"))
         if clusters and tier != "encoder":
             raise TableError(f"--clusters {clusters}: belongs to --tier encoder; leave it out for {tier}")
+        if over != "last" and tier != "prefill":
+            raise TableError(f"--over {over}: belongs to --tier prefill; leave it out for {tier}")
         if recognise and (tier != "encoder" or clusters or group_column is None):
             raise TableError("--recognise: needs --group-column, --tier encoder and no --clusters")
         data = read_table(
@@ -133,7 +140,7 @@ def fit(
             from probes.artifact import write
 
             recipe = Recipe(clusters=clusters, recognise=recognise, seed=seed)
-            fitted = _fit_network(data, tier, encoder, model, name or out.name, answers, recipe)
+            fitted = _fit_network(data, tier, encoder, model, name or out.name, answers, recipe, over)
             write(fitted.artifact, out)
             rows, probabilities = fitted.rows, fitted.probabilities
         from probes.scored import opened
@@ -155,7 +162,14 @@ def fit(
 
 
 def _fit_network(
-    data: "Table", tier: "Tier", encoder: str, model: str | None, name: str, answers: float, recipe: "Recipe"
+    data: "Table",
+    tier: "Tier",
+    encoder: str,
+    model: str | None,
+    name: str,
+    answers: float,
+    recipe: "Recipe",
+    over: Over,
 ) -> "Fitted":
     """By the hidden states of the encoder, or by what a local model is heard to read."""
     from probes.train import Recipe, fit_probe
@@ -176,9 +190,11 @@ def _fit_network(
             name=name, features=features, tier="self", question=QUESTION, answers=answers, progress=True,
         )  # fmt: skip
     layers = heard.default_layers
-    features = heard.states(data.prompts, layers, progress=True)
+    features = heard.states(data.prompts, layers, progress=True, over=over)
     recipe = Recipe(layers, heard.context, linear=True, seed=seed)
-    return fit_probe(data, heard, recipe, name=name, features=features, tier="prefill", answers=answers, progress=True)
+    return fit_probe(
+        data, heard, recipe, name=name, features=features, tier="prefill", over=over, answers=answers, progress=True
+    )
 
 
 @app.command("eval")

@@ -8,7 +8,7 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -82,11 +82,19 @@ class ListenedModel:
         last = self.layers - 1
         return tuple(sorted({max(1, round(last * part / 4)) for part in (1, 2, 3, 4)}))
 
-    def states(self, prompts: Sequence[str], layers: Sequence[int], progress: bool = False) -> FloatArray:
-        """[n, layers * dims] at each prompt's last token, layers side by side."""
+    def states(
+        self,
+        prompts: Sequence[str],
+        layers: Sequence[int],
+        progress: bool = False,
+        *,
+        over: Literal["last", "prompt"] = "last",
+    ) -> FloatArray:
+        """[n, layers * dims] at each prompt's last token, or the mean over its tokens; layers side by side."""
         out = np.empty((len(prompts), len(layers) * self.dims), np.float32)
         for row, ids in enumerate(self._progress(self._tokens(prompts), progress)):
-            out[row] = self._hidden(ids)[list(layers), -1].reshape(-1).numpy()
+            hidden = self._hidden(ids)[list(layers)]
+            out[row] = (hidden[:, -1] if over == "last" else hidden.mean(1)).reshape(-1).numpy()
         return out
 
     def ratings(

@@ -164,6 +164,8 @@ class Manifest(BaseModel):
     metrics: dict[str, Any]
     limits: dict[str, float] = {}
     """Beyond these a text is unlike those it was fitted on, and the probe abstains; by the names its tier gives."""
+    over: Literal["last", "prompt"] = "last"
+    """Of tier `prefill`: the states of the prompt's last token, or their mean over all of its tokens."""
     question: str = ""
     """Of tier `self`: what the model is asked about the prompt that it has read."""
     answers: tuple[str, str] = ("Yes", "No")

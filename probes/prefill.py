@@ -1,12 +1,13 @@
 """The `prefill` and `self` tiers: what a local model's own reading of a prompt says; numpy only.
 
-`prefill` reads hidden states at the last token of the prompt, `self` three numbers that the model says of itself.
+`prefill` reads hidden states at the last token of the prompt, or their mean over all of its tokens; `self` three
+numbers that the model says of itself.
 """
 
 import hashlib
 import math
 from pathlib import Path
-from typing import Final, Protocol, Self
+from typing import Final, Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -67,6 +68,7 @@ class PromptProbe:
         self.version = artifact.version
         self.heads = artifact.heads.names
         self.layers: tuple[int, ...] = () if self._rates else artifact.manifest.layers
+        self.over: Literal["last", "prompt"] = artifact.manifest.over
         self.question = artifact.manifest.question
         self.answers = artifact.manifest.answers
 
@@ -80,6 +82,6 @@ class PromptProbe:
         return cls(artifact)
 
     def read(self, states: npt.NDArray[np.float32], rating: SelfRating) -> Reading:
-        """`states`: [layers, width] at the last token of the prompt."""
+        """`states`: [layers, width] at the last token of the prompt, or their mean over it: see `over`."""
         features = np.array([rating_features(rating)], np.float32) if self._rates else states.reshape(1, -1)
         return reading_of(self._artifact.manifest.heads, self._artifact.heads.predict_proba(features)[0].tolist())

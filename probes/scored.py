@@ -58,4 +58,4 @@ def listened(
     """[n, …]: what the artifact's heads read of these prompts."""
     if artifact.manifest.tier == "self":
         return heard.ratings(prompts, progress=progress)
-    return heard.states(prompts, artifact.manifest.layers, progress)
+    return heard.states(prompts, artifact.manifest.layers, progress, over=artifact.manifest.over)

@@ -307,6 +307,7 @@ def fit_probe(
     features: FloatArray | None = None,
     tier: Tier = "encoder",
     question: str = "",
+    over: Literal["last", "prompt"] = "last",
     answers: float = 0.5,
     progress: bool = False,
 ) -> Fitted:
@@ -337,6 +338,7 @@ def fit_probe(
     manifest = Manifest(
         tier=tier,
         question=question,
+        over=over,
         name=name,
         encoder=encoder.name,
         encoder_sha256=encoder.sha256,

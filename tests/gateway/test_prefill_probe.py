@@ -62,8 +62,19 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prompts = [problem.question for level in (1, 5) for problem in problems(5, level, 20)]
     table = pd.DataFrame({"q": prompts, "right": [1] * 19 + [0] * 19 + [1] * 2, "tokens": [20] * 20 + [150] * 20})
     table.to_parquet(folder / "t.parquet")
-    for tier, name in (("prefill", "hears"), ("self", "rates")):
-        options = ["--tier", tier, "--model", "bundled/base", "--out", str(folder / name), "--tokens", "local=tokens"]
+    for tier, name in (("prefill", "hears"), ("self", "rates"), ("prefill", "whole")):
+        over = ["--over", "prompt"] if name == "whole" else []
+        options = [
+            *over,
+            "--tier",
+            tier,
+            "--model",
+            "bundled/base",
+            "--out",
+            str(folder / name),
+            "--tokens",
+            "local=tokens",
+        ]
         done = CliRunner().invoke(
             app, ["fit", str(folder / "t.parquet"), "--prompt", "q", "--head", "local=right", *options]
         )
@@ -80,7 +91,9 @@ def test_what_is_fitted_on_is_what_the_engine_hears() -> None:
     rater = FakeReader((), QUESTION)
     rater.answers = ANSWERS
     reader.decided = False
-    engine = Engine({"m": load_model("m", "bundled/base", "float32", "cpu")}, readers={"m": [reader, rater]})
+    whole = FakeReader((2, 3, 6), decided=False, over="prompt")
+    means = heard.states(prompts, (2, 3, 6), over="prompt")
+    engine = Engine({"m": load_model("m", "bundled/base", "float32", "cpu")}, readers={"m": [reader, whole, rater]})
     engine.start()
     try:
         caller = Caller(engine)
@@ -90,6 +103,7 @@ def test_what_is_fitted_on_is_what_the_engine_hears() -> None:
         engine.stop()
     for at in range(len(prompts)):
         np.testing.assert_allclose(reader.seen[at][0].reshape(-1), states[at], atol=1e-3)
+        np.testing.assert_allclose(whole.seen[at][0].reshape(-1), means[at], atol=1e-3)
         np.testing.assert_allclose(rating_features(rater.seen[at][1]), ratings[at], atol=1e-2)
 
 
@@ -98,6 +112,8 @@ def test_an_artifact_holds_what_it_was_fitted_on(fitted: Path) -> None:
     assert (hears.tier, hears.encoder, hears.layers) == ("prefill", "bundled/base", (2, 3, 4, 6))
     assert (rates.tier, rates.question, rates.dims) == ("self", QUESTION, 3)
     assert hears.encoder_sha256 == rates.encoder_sha256
+    assert (hears.over, read(fitted / "whole").manifest.over) == ("last", "prompt")
+    assert PromptProbe.load(fitted / "whole", BASE).over == "prompt"
     assert isinstance(heads := read(fitted / "rates").heads, Heads)
     assert heads.weight.size == 2 * 3
     easy, hard = problems(7, 1, 1)[0].question, problems(7, 5, 1)[0].question

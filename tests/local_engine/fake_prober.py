@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from local_engine.probe_types import Rating
 from local_engine.types import Message
@@ -51,8 +51,15 @@ class FakeReader:
     answers = ("yes", "no")
 
     def __init__(
-        self, layers: tuple[int, ...] = (1, 2), question: str = "", *, decided: bool = True, version: str = "reads-1"
+        self,
+        layers: tuple[int, ...] = (1, 2),
+        question: str = "",
+        *,
+        decided: bool = True,
+        version: str = "reads-1",
+        over: Literal["last", "prompt"] = "last",
     ) -> None:
+        self.over: Literal["last", "prompt"] = over
         self.version = version
         self.layers = layers
         self.question = question

@@ -68,7 +68,8 @@ class Computed:
         return self._kv[:, :, :, start:stop]
 
     def taps(self, start: int, stop: int) -> torch.Tensor | None:
-        return self._taps[:, start:stop]
+        rows = self._taps[:, start * BLOCK : stop * BLOCK]
+        return rows.reshape(len(rows), stop - start, BLOCK, -1).sum(2).transpose(0, 1)
 
 
 def commit(store: PrefixStore, salt: bytes, tokens: Sequence[int], *, taps: bool = False) -> list[tuple[int, int]]:

@@ -1,15 +1,21 @@
 """A probe of a model's own reading: heard at the last token of the prompt, which nobody reads twice."""
 
+import contextlib
 import math
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from local_engine.chat import parse_messages, prompt_tokens
 from local_engine.engine import Engine
 from local_engine.errors import ConfigError
-from local_engine.model import LocalModel
+from local_engine.model import LocalModel, load_model
+from local_engine.prefix_disk import DiskTier
+from local_engine.prefix_tiers import SlowTiers
 from local_engine.sounding import rated_layers
 from local_engine.types import ProbeResult, SamplingParams, TapSpec
 from tests.local_engine.engine_harness import Caller, StartEngine, Watch, user
@@ -74,6 +80,64 @@ def test_where_a_prefix_is_stored_only_the_rest_is_read_and_the_same_is_heard(
     assert hit >= 16
     assert engine.stats().computed_tokens - before == probed.input_tokens["m"] - hit
     np.testing.assert_allclose(warm.seen[0][0], cold.seen[0][0], atol=1e-4, rtol=1e-4)
+
+
+def mean_states(model: LocalModel, text: str, layers: tuple[int, ...]) -> Any:
+    """By transformers' own forward; no layer is the last, whose states it gives after the final norm."""
+    ids = prompt_tokens(model.tokenizer, parse_messages(user(text)))
+    with torch.no_grad():
+        states = (
+            load_model("m", "bundled/base", "float32", "cpu")
+            .network(torch.tensor([ids]), output_hidden_states=True)
+            .hidden_states
+        )
+    return np.stack([states[layer][0].mean(0).numpy() for layer in layers])
+
+
+@contextlib.contextmanager
+def hearing(
+    model: LocalModel, folder: Path, layers: tuple[int, ...], chunk: int
+) -> Iterator[tuple[Engine, FakeReader]]:
+    """An engine with a probe that hears whole prompts, second in line, and a disk."""
+    reader = FakeReader(layers, over="prompt")
+    readers = {"m": [FakeReader((6,), decided=False, version="first@1"), reader]}
+    tiers = SlowTiers([DiskTier(folder, 1 << 26)], wait_s=60)
+    engine = Engine({"m": model}, readers=readers, prefill_chunk=chunk, prefix_tiers=tiers)
+    engine.start()
+    try:
+        yield engine, reader
+    finally:
+        engine.stop()
+
+
+@pytest.mark.parametrize("chunk", [7, 256])
+def test_a_probe_that_hears_the_whole_prompt_computes_no_stored_token_for_it(
+    bundled: LocalModel, tmp_path: Path, chunk: int
+) -> None:
+    layers, more = (0, 3, 5), f"{QUESTION} Add one."
+
+    def computed(engine: Engine, text: str = QUESTION) -> tuple[int, int]:
+        """(tokens of the prompt, those of them that were computed)"""
+        before = engine.stats().computed_tokens
+        tokens = probe(Caller(engine), text).input_tokens["m"]
+        return tokens, engine.stats().computed_tokens - before
+
+    with hearing(bundled, tmp_path, layers, chunk) as (engine, reader):
+        caller = Caller(engine)
+        caller.finished(caller.generate(QUESTION, ANSWER))  # stored, and without its states
+        tokens, cold = computed(engine)
+        assert cold == tokens, "where its states are not there, it is read"
+        rest = tokens - (tokens - 1) // 16 * 16
+        assert computed(engine) == (tokens, rest), "where they are, they are not"
+        assert computed(engine, more)[1] < tokens
+        for (states, _), text in zip(reader.seen, (QUESTION, QUESTION, more), strict=True):
+            np.testing.assert_allclose(states, mean_states(bundled, text, layers), atol=1e-4, rtol=1e-4)
+        store = engine._lanes["m"].store
+        assert store is not None
+        assert store.problems() == [], "their bytes are counted"
+    with hearing(bundled, tmp_path, layers, chunk) as (engine, reader):
+        assert computed(engine) == (tokens, rest), "the disk has them, too"
+        np.testing.assert_allclose(reader.seen[0][0], mean_states(bundled, QUESTION, layers), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
