@@ -5,6 +5,7 @@ What is fitted on is what the engine hears, and the prompt that was read for the
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from probes.heads import Heads
 from probes.listen import ListenedModel, locate_model
 from probes.manifest import ARTIFACTS, MANIFEST
 from probes.prefill import ANSWERS, QUESTION, PromptProbe, rating_features
+from probes.scored import listened
 from tests.gateway.conftest import running
 from tests.gateway.fake_upstream import FakeUpstream
 from tests.local_engine.engine_harness import Caller, user
@@ -62,19 +64,8 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prompts = [problem.question for level in (1, 5) for problem in problems(5, level, 20)]
     table = pd.DataFrame({"q": prompts, "right": [1] * 19 + [0] * 19 + [1] * 2, "tokens": [20] * 20 + [150] * 20})
     table.to_parquet(folder / "t.parquet")
-    for tier, name in (("prefill", "hears"), ("self", "rates"), ("prefill", "whole")):
-        over = ["--over", "prompt"] if name == "whole" else []
-        options = [
-            *over,
-            "--tier",
-            tier,
-            "--model",
-            "bundled/base",
-            "--out",
-            str(folder / name),
-            "--tokens",
-            "local=tokens",
-        ]
+    for tier, name in (("prefill", "hears"), ("self", "rates")):
+        options = ["--tier", tier, "--model", "bundled/base", "--out", str(folder / name), "--tokens", "local=tokens"]
         done = CliRunner().invoke(
             app, ["fit", str(folder / "t.parquet"), "--prompt", "q", "--head", "local=right", *options]
         )
@@ -112,8 +103,18 @@ def test_an_artifact_holds_what_it_was_fitted_on(fitted: Path) -> None:
     assert (hears.tier, hears.encoder, hears.layers) == ("prefill", "bundled/base", (2, 3, 4, 6))
     assert (rates.tier, rates.question, rates.dims) == ("self", QUESTION, 3)
     assert hears.encoder_sha256 == rates.encoder_sha256
-    assert (hears.over, read(fitted / "whole").manifest.over) == ("last", "prompt")
-    assert PromptProbe.load(fitted / "whole", BASE).over == "prompt"
+    artifact = read(fitted / "hears")
+    whole = replace(artifact, manifest=hears.model_copy(update={"over": "prompt"}))
+    assert (hears.over, PromptProbe(artifact).over, PromptProbe(whole).over) == ("last", "last", "prompt")
+    (prompt,) = problems(8, 2, 1)
+    heard = ListenedModel.load("bundled/base")
+    expected = heard.states([prompt.question], hears.layers, over="prompt")
+    np.testing.assert_array_equal(listened(whole, heard, [prompt.question]), expected)
+    refused = CliRunner().invoke(
+        app, ["fit", str(fitted / "t.parquet"), "--prompt", "q", "--head", "local=right", "--out", str(fitted / "no"),
+              "--over", "prompt"]
+    )  # fmt: skip
+    assert "--over prompt: belongs to --tier prefill" in refused.output
     assert isinstance(heads := read(fitted / "rates").heads, Heads)
     assert heads.weight.size == 2 * 3
     easy, hard = problems(7, 1, 1)[0].question, problems(7, 5, 1)[0].question
