@@ -20,6 +20,7 @@ from routing_affinity import affinity_rows
 from routing_agreement import ALWAYS, NEVER, Answered, agreement_rows, recorded, wrong_agree
 from routing_attacks import attack_rows
 from routing_data import PAIRS, Outcomes, hidden, llmrouter, routellm, zeroeval
+from routing_latency import latency_rows
 from routing_pool import best_of_many, cheapest_at_equal_accuracy
 from routing_rivals import (
     Splits,
@@ -98,8 +99,13 @@ def routellm_rows(data: Path, encoder: Encoder) -> list[Row]:
 
     own = folds(len(gsm8k.prompts), SEED)
     alone = probe(states["gsm8k"], gsm8k.scores, own)
-    joint = probe(states["gsm8k"], gsm8k.scores, own, (states["mmlu"], mmlu.scores))
-    rows += pair_rows("GSM8K", gsm8k, states["gsm8k"], own, {PROBE: alone, "probe, MMLU in training too": joint})
+    known = (states["mmlu"], mmlu.scores)
+    ours = {
+        PROBE: alone,
+        "probe, MMLU in training too, experts": probe(states["gsm8k"], gsm8k.scores, own, known, experts=True),
+        "probe, MMLU in training too": probe(states["gsm8k"], gsm8k.scores, own, known),
+    }
+    rows += pair_rows("GSM8K", gsm8k, states["gsm8k"], own, ours)
     return rows
 
 
@@ -233,31 +239,6 @@ def predictions(table: Outcomes, encoder: Encoder, *, recognise: bool = False) -
         "k-means cluster table": cluster_table(embedded, table.scores, splits),
         "kNN": neighbours(embedded, table.scores, splits),
     }
-
-
-def latency_rows(data: Path, encoder: Encoder) -> list[Row]:
-    """CPU time a query, one thread, through encoder and shipped heads: the least of three; intervals are p5 to p95."""
-    from probes.artifact import read
-    from probes.manifest import default_artifact_path
-
-    artifact = read(default_artifact_path())
-    layers = list(artifact.manifest.layers)
-    rows = []
-    for name in ("mmlu", "gsm8k"):
-        prompts = routellm(data, name).prompts
-        for size in (1, 16):
-            spent = []
-            for start in range(0, 8 * size, size):
-                batch, least = prompts[start : start + size], float("inf")
-                for _ in range(3):
-                    begin = time.process_time()
-                    states = encoder.features(batch, layers=layers, max_tokens=artifact.manifest.max_tokens)
-                    artifact.heads.predict_proba(states.reshape(len(batch), -1))
-                    least = min(least, time.process_time() - begin)
-                spent.append(1e3 * least / size)
-            low, high = map(float, np.quantile(spent, [0.05, 0.95]))
-            rows.append(Row(f"{name}, batch of {size}", "CPU a query", float(np.mean(spent)), low, high, "ms"))
-    return rows
 
 
 if __name__ == "__main__":

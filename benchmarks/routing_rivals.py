@@ -23,9 +23,12 @@ def probe(
     splits: Splits,
     train: tuple[FloatArray, Array] | None = None,
     groups: npt.NDArray[np.object_] | None = None,
+    *,
+    experts: bool = False,
 ) -> Array:
     """Calibrated P(good answer) of the shipped recipe by all layers' hidden states, of which it reads its own; `train`
-    adds rows to every fold's training set.
+    adds rows to every fold's training set; with `experts`, either part has a probe of its own beside that of both, as
+    the shipped probe's sources have.
 
     `groups` are told of training rows alone: those of test rows have to be recognised.
     """
@@ -35,7 +38,8 @@ def probe(
         if train is not None:
             X, y = np.concatenate([X, read_by_probe(train[0])]), np.concatenate([y, train[1]])
         known = None if groups is None else groups[seen]
-        out[unseen] = ProbeClassifier().fit(X, y, groups=known).predict_proba(features[unseen])
+        parts = np.where(np.arange(len(X)) < len(seen), "tested", "added").astype(object) if experts else None
+        out[unseen] = ProbeClassifier().fit(X, y, groups=known, experts=parts).predict_proba(features[unseen])
     return out
 
 

@@ -14,12 +14,22 @@ from safetensors.numpy import load, save
 from probes.calibrate import Calibrator, Exp, Isotonic, Platt
 from probes.cluster_table import ClusterTable
 from probes.errors import ArtifactError
-from probes.heads import Groups, Heads, Similarity
-from probes.manifest import MANIFEST, TENSORS, Manifest, read_manifest, version_of, write_manifest
+from probes.heads import Experts, Groups, Heads, Similarity
+from probes.manifest import (
+    MANIFEST,
+    TENSORS,
+    ExpertInfo,
+    Manifest,
+    SimilarityInfo,
+    read_manifest,
+    version_of,
+    write_manifest,
+)
 from probes.tensors import read_bytes
 
 SIMILARITY = ("similarity.mean", "similarity.scale", "similarity.basis", "similarity.landmarks")
 GROUPS = ("groups.weight", "groups.bias", "groups.means")
+EXPERTS = ("experts.weight", "experts.bias")
 
 Expected = dict[str, tuple[type[np.floating], tuple[int, ...]]]
 """name: (dtype, shape); -1 stands for any length"""
@@ -88,42 +98,85 @@ def _table(manifest: Manifest, tensors: Mapping[str, npt.NDArray[Any]], folder: 
 
 def _heads(manifest: Manifest, tensors: Mapping[str, npt.NDArray[Any]], folder: Path) -> Heads:
     heads, features = len(manifest.heads), len(manifest.layers) * manifest.dims
-    expected: Expected = {
-        "weight": (np.float32, (heads, features)),
-        "bias": (np.float32, (heads,)),
-    }
-    if (kernel := manifest.similarity) is not None:
-        expected["weight"] = (np.float32, (heads, kernel.landmarks))
-        expected["similarity.mean"] = expected["similarity.scale"] = (np.float32, (features,))
-        expected["similarity.basis"] = (np.float16, (features, kernel.components))
-        expected["similarity.landmarks"] = (np.float16, (kernel.landmarks, kernel.components))
-    if groups := manifest.groups:
-        if manifest.similarity is None:
-            raise ArtifactError(f"{folder / MANIFEST}: groups without a similarity to recognise them by; refit")
-        expected["groups.weight"] = (np.float32, (len(groups), manifest.similarity.landmarks))
-        expected["groups.bias"] = (np.float32, (len(groups),))
+    kernel, groups, experts = manifest.similarity, manifest.groups, manifest.experts
+    expected = _weights(heads, features, kernel)
+    for what, names in (("groups", groups), ("experts", experts)):
+        if not names:
+            continue
+        if kernel is None:
+            raise ArtifactError(f"{folder / MANIFEST}: {what} without a similarity to recognise them by; refit")
+        expected[f"{what}.weight"] = (np.float32, (len(names), kernel.landmarks))
+        expected[f"{what}.bias"] = (np.float32, (len(names),))
+    if groups:
         expected["groups.means"] = (np.float32, (heads, len(groups)))
     shapes = {"platt": (2,), "isotonic": (2, -1)}
     for head in manifest.heads:
         if head.calibration in shapes:
             expected[f"calibration.{head.name}"] = (np.float64, shapes[head.calibration])
+    for at, expert in enumerate(experts):
+        expected |= _of_expert(at, expert, features, tensors, manifest, folder)
     _require(tensors, expected, folder)
+    own: list[Heads | None] = []
+    for at, expert in enumerate(experts):
+        prefix = f"expert{at}."
+        parts = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        own.append(_made(expert.heads, expert.similarity, parts, folder) if expert.heads else None)
+    made = _made(tuple(head.name for head in manifest.heads), kernel, tensors, folder)
+    recognised = Groups(groups, *(tensors[name] for name in GROUPS)) if groups else None
+    kinds = tuple(expert.kind for expert in experts)
+    mixed = Experts(kinds, *(tensors[name] for name in EXPERTS), tuple(own)) if experts else None
+    return replace(made, groups=recognised, experts=mixed)
+
+
+def _weights(heads: int, features: int, kernel: SimilarityInfo | None) -> Expected:
+    """Of so many heads over so many features."""
+    expected: Expected = {"weight": (np.float32, (heads, features)), "bias": (np.float32, (heads,))}
+    if kernel is not None:
+        expected["weight"] = (np.float32, (heads, kernel.landmarks))
+        expected["similarity.mean"] = expected["similarity.scale"] = (np.float32, (features,))
+        expected["similarity.basis"] = (np.float16, (features, kernel.components))
+        expected["similarity.landmarks"] = (np.float16, (kernel.landmarks, kernel.components))
+    return expected
+
+
+def _of_expert(
+    at: int,
+    expert: ExpertInfo,
+    features: int,
+    tensors: Mapping[str, npt.NDArray[Any]],
+    manifest: Manifest,
+    folder: Path,
+) -> Expected:
+    """The tensors of one expert, by their full names."""
+    if not expert.heads:
+        return {}
+    if unknown := set(expert.heads) - {head.name for head in manifest.heads}:
+        raise ArtifactError(f"{folder / MANIFEST}: experts.{at}: no such head: {', '.join(sorted(unknown))}; refit")
+    expected = _weights(len(expert.heads), features, expert.similarity)
+    for name in expert.heads:
+        kept = tensors.get(f"expert{at}.calibration.{name}")
+        expected[f"calibration.{name}"] = (np.float64, (2,) if kept is None or kept.ndim == 1 else (2, -1))
+    return {f"expert{at}.{name}": value for name, value in expected.items()}
+
+
+def _made(
+    names: tuple[str, ...], kernel: SimilarityInfo | None, tensors: Mapping[str, npt.NDArray[Any]], folder: Path
+) -> Heads:
+    """Heads out of tensors of the right shapes."""
     calibrators: list[Calibrator] = []
-    for head in manifest.heads:
-        numbers = tensors.get(f"calibration.{head.name}")
+    for name in names:
+        numbers = tensors.get(f"calibration.{name}")
         if numbers is None:
             calibrators.append(Exp())
         else:
             calibrators.append(Platt(*map(float, numbers)) if numbers.ndim == 1 else Isotonic(numbers[0], numbers[1]))
-    names = tuple(head.name for head in manifest.heads)
     similarity = None
     if kernel is not None:
         mean, scale, basis, landmarks = (tensors[name].astype(np.float64) for name in SIMILARITY)
         if not scale.all():
             raise ArtifactError(f"{folder / TENSORS}: similarity.scale holds 0; refit")
         similarity = Similarity(mean, scale, basis, landmarks, kernel.gamma)
-    recognised = Groups(groups, *(tensors[name] for name in GROUPS)) if groups else None
-    return Heads(names, tensors["weight"], tensors["bias"], tuple(calibrators), similarity, recognised)
+    return Heads(names, tensors["weight"], tensors["bias"], tuple(calibrators), similarity)
 
 
 def _require(tensors: Mapping[str, npt.NDArray[Any]], expected: Expected, folder: Path) -> None:
@@ -147,6 +200,12 @@ def _tensor_bytes(heads: Heads | ClusterTable) -> bytes:
     if isinstance(heads, ClusterTable):
         found: bytes = save({"centres": heads.centres, "rates": heads.rates})
         return found
+    # safetensors writes memory as it lies: a transposed view would be stored wrongly.
+    data: bytes = save({name: np.ascontiguousarray(value) for name, value in _tensors(heads).items()})
+    return data
+
+
+def _tensors(heads: Heads) -> dict[str, npt.NDArray[Any]]:
     tensors: dict[str, npt.NDArray[Any]] = {"weight": heads.weight, "bias": heads.bias}
     if (kernel := heads.similarity) is not None:
         kept: list[npt.NDArray[Any]] = [one.astype(np.float32) for one in (kernel.mean, kernel.scale)]
@@ -154,12 +213,15 @@ def _tensor_bytes(heads: Heads | ClusterTable) -> bytes:
         tensors |= dict(zip(SIMILARITY, kept, strict=True))
     if (known := heads.groups) is not None:
         tensors |= dict(zip(GROUPS, (known.weight, known.bias, known.means), strict=True))
+    if (mixed := heads.experts) is not None:
+        tensors |= dict(zip(EXPERTS, (mixed.weight, mixed.bias), strict=True))
+        for at, own in enumerate(mixed.own):
+            if own is not None:
+                tensors |= {f"expert{at}.{name}": value for name, value in _tensors(own).items()}
     for name, calibrator in zip(heads.names, heads.calibrators, strict=True):
         if not isinstance(calibrator, Exp):
             tensors[f"calibration.{name}"] = calibration_tensor(calibrator)
-    # safetensors writes memory as it lies: a transposed view would be stored wrongly.
-    data: bytes = save({name: np.ascontiguousarray(value) for name, value in tensors.items()})
-    return data
+    return tensors
 
 
 def calibration_kind(calibrator: Calibrator) -> Literal["platt", "isotonic"]:

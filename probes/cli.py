@@ -79,6 +79,13 @@ Recognise = Annotated[
         "that tell the models apart, costs where prompts of none of them will come.",
     ),
 ]
+Experts = Annotated[
+    str | None,
+    typer.Option(
+        help="Column of kinds of prompts, such as their source: each that has 300 labels or more gets a probe of its "
+        "own beside that of all, and is recognised. Pays where the kinds have little to do with each other.",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of folds, projection and resamples.")]
 JsonOut = Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")]
 Report = Annotated[Path | None, typer.Option(help="Also write a page with plots to this .html file.")]
@@ -103,6 +110,7 @@ def fit(
     answers: Answers = 0.5,
     clusters: Clusters = 0,
     recognise: Recognise = False,
+    experts: Experts = None,
     seed: Seed = 0,
     json_out: JsonOut = None,
     report: Report = None,
@@ -121,8 +129,10 @@ def fit(
             raise TableError(f"--over {over}: belongs to --tier prefill; leave it out for {tier}")
         if recognise and (tier != "encoder" or clusters or group_column is None):
             raise TableError("--recognise: needs --group-column, --tier encoder and no --clusters")
+        if experts and (tier != "encoder" or clusters):
+            raise TableError(f"--experts {experts}: belongs to --tier encoder without --clusters; leave it out")
         data = read_table(
-            table, prompt, heads, drop_if=drop_if, group_column=group_column,
+            table, prompt, heads, drop_if=drop_if, group_column=group_column, experts=experts,
             tokens=_parse_heads(tokens or (), "--tokens"), domain=domain, reasoning=_pair(reasoning),
         )  # fmt: skip
         for name_of, kind, labels in zip(data.names, data.kinds, data.labels.T, strict=True):

@@ -112,6 +112,10 @@ class Encoder:
         chosen = list(range(self.layers) if layers is None else layers)
         return self._means(self._tokenize(texts, max_tokens, "ends"), chosen, batch_size, progress)
 
+    def lengths(self, texts: Sequence[str], max_tokens: int = 256) -> list[int]:
+        """How many tokens are read of each text."""
+        return [len(ids) for ids in self._tokenize(texts, max_tokens, "ends")]
+
     def embed(self, texts: Sequence[str], *, max_tokens: int = 256, batch_size: int = 32) -> tuple[FloatArray, int]:
         """Sentence embeddings of unit length [n, dims], and how many tokens were read.
 

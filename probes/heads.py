@@ -65,12 +65,40 @@ class Groups:
         return np.asarray(p @ self.means.T.astype(np.float64), np.float64)
 
 
+NEGLIGIBLE = 1e-3
+"""An expert whose share is not above this is not asked: it could move no probability further."""
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """Kinds of prompts, recognised, each with a probe of its own: a mixture of experts (Jacobs et al., 1991)."""
+
+    kinds: tuple[str, ...]
+    weight: npt.NDArray[np.float32]
+    """[kinds, landmarks]"""
+    bias: npt.NDArray[np.float32]
+    """[kinds]"""
+    own: "tuple[Heads | None, ...]"
+    """Each kind's probe, of some heads or all; of the others, and where it is None, the probe of all prompts speaks."""
+
+    def __call__(self, p: Array, names: Sequence[str], inputs: Array, features: npt.NDArray[np.floating]) -> Array:
+        """What the probe of all prompts says [n, heads], and what the experts say, each as far as a prompt is its."""
+        share = softmax(inputs @ self.weight.T.astype(np.float64) + self.bias)
+        mixed = p.copy()
+        for at, expert in enumerate(self.own):
+            rows = np.flatnonzero(share[:, at] > NEGLIGIBLE)
+            if expert is not None and len(rows):
+                place = np.ix_(rows, [names.index(name) for name in expert.names])
+                mixed[place] += share[rows, at, None] * (expert.predict_proba(features[rows]) - p[place])
+        return mixed
+
+
 @dataclass(frozen=True, slots=True)
 class Heads:
     """Calibrated heads, linear in the features or, where there is a `similarity`, in the similarities to landmarks.
 
     A head of a similarity says its base rate of a prompt that is like none of the landmarks; with `groups`, about the
-    mean of its values in them.
+    mean of its values in them; with `experts`, the base rate of the kind that is the most common.
     """
 
     names: tuple[str, ...]
@@ -81,6 +109,7 @@ class Heads:
     calibrators: tuple[Calibrator, ...]
     similarity: Similarity | None = None
     groups: Groups | None = None
+    experts: Experts | None = None
 
     def __post_init__(self) -> None:
         heads = len(self.names)
@@ -94,15 +123,28 @@ class Heads:
             shapes = (len(known.names), self.weight.shape[1]), (len(known.names),), (heads, len(known.names))
             if (known.weight.shape, known.bias.shape, known.means.shape) != shapes:
                 raise ValueError(f"{len(known.names)} groups do not fit {heads} heads and weight {self.weight.shape}")
+        if (mixed := self.experts) is not None:
+            n = len(mixed.kinds)
+            if (len(mixed.own), mixed.weight.shape, mixed.bias.shape) != (n, (n, self.weight.shape[1]), (n,)):
+                raise ValueError(f"{n} kinds do not fit {len(mixed.own)} experts and weight {mixed.weight.shape}")
+            if unknown := {name for one in mixed.own if one is not None for name in one.names} - set(self.names):
+                raise ValueError(f"experts have heads {sorted(unknown)}, which the probe has not")
 
     def decision_function(self, features: npt.NDArray[np.floating]) -> Array:
-        """Uncalibrated log-odds [n, heads] of features [n, features]."""
-        inputs = np.asarray(features, np.float64) if self.similarity is None else self.similarity(features)
-        scores = np.asarray(inputs @ self.weight.T.astype(np.float64) + self.bias, np.float64)
-        return scores if self.groups is None else scores + self.groups(inputs)
+        """Uncalibrated log-odds [n, heads] of features [n, features], experts unheard."""
+        return self._scores(self._inputs(features))
 
     def predict_proba(self, features: npt.NDArray[np.floating]) -> Array:
         """Calibrated P(correct) [n, heads]."""
-        scores = self.decision_function(features)
+        inputs = self._inputs(features)
+        scores = self._scores(inputs)
         columns: Sequence[Array] = [calibrate(scores[:, i]) for i, calibrate in enumerate(self.calibrators)]
-        return np.column_stack(columns)
+        p = np.column_stack(columns)
+        return p if self.experts is None else self.experts(p, self.names, inputs, features)
+
+    def _inputs(self, features: npt.NDArray[np.floating]) -> Array:
+        return np.asarray(features, np.float64) if self.similarity is None else self.similarity(features)
+
+    def _scores(self, inputs: Array) -> Array:
+        scores = np.asarray(inputs @ self.weight.T.astype(np.float64) + self.bias, np.float64)
+        return scores if self.groups is None else scores + self.groups(inputs)

@@ -4,7 +4,8 @@ Hidden states are scaled and projected (PCA); a prompt is its similarities to la
 set (Nystroem's approximation, Williams and Seeger, 2001); all heads that share their labelled rows share one ridge
 regression of the 0/1 label (`ridge.py`), in which what all have in common and what tells them apart, by which a router
 ranks, have strengths of their own. Where prompts come in groups that it can recognise, it starts from a table of them
-(`groups.py`) and regresses the rest.
+(`groups.py`) and regresses the rest; where they come in kinds that have little to do with each other, each may have a
+probe of its own beside it (`experts.py`).
 Training needs scikit-learn; what comes out (`heads_`) needs only numpy.
 """
 
@@ -17,8 +18,9 @@ from sklearn.decomposition import PCA
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from probes.calibrate import Array, Calibrator, fit_calibrator, fit_isotonic, fit_linear, fit_platt
+from probes.experts import fit_experts
 from probes.groups import Recognised, recognise
-from probes.heads import Groups, Heads, Similarity, rbf
+from probes.heads import Experts, Groups, Heads, Similarity, rbf
 from probes.multi_head import MultiHeadClassifier
 from probes.ridge import Ridge, ridge
 
@@ -62,14 +64,21 @@ class ProbeClassifier(MultiHeadClassifier):
         self.seed = seed
 
     def fit(
-        self, X: Any, y: Any, names: tuple[str, ...] | None = None, groups: npt.NDArray[np.object_] | None = None
+        self,
+        X: Any,
+        y: Any,
+        names: tuple[str, ...] | None = None,
+        groups: npt.NDArray[np.object_] | None = None,
+        experts: npt.NDArray[np.object_] | None = None,
     ) -> Self:
-        """Fit all heads; `names` label them in `heads_`. With `groups` [n], these are recognised too."""
+        """Fit all heads; `names` label them in `heads_`. With `groups` [n], these are recognised too; with `experts`
+        [n], kinds of prompts, each kind that has labels enough also gets a probe of its own."""
         if not self.gammas:
             raise ValueError("gammas is empty: give at least one width of the similarity")
         X, labels = self._validate(X, y)
-        if groups is not None and len(groups) != len(X):
-            raise ValueError(f"X has {len(X)} rows, groups {len(groups)}")
+        for what, given in (("groups", groups), ("experts", experts)):
+            if given is not None and len(given) != len(X):
+                raise ValueError(f"X has {len(X)} rows, {what} {len(given)}")
         space = self._project(X)
         z = space.project(X)
         chosen = np.random.default_rng(self.seed).permutation(len(z))[: self.landmarks]
@@ -94,13 +103,16 @@ class ProbeClassifier(MultiHeadClassifier):
                 weight[head], bias[head] = slope * (best.root @ one.weight[:, i]), slope * one.bias[i] + centre
                 calibrators[head] = self._calibrator(slope * left_out + centre, y_head)
                 self.regressed_[head] = True
+        names = names or tuple(f"head{i}" for i in range(labels.shape[1]))
+        similarity = replace(space, landmarks=landmarks, gamma=self.gamma_)
         self.heads_ = Heads(
-            names or tuple(f"head{i}" for i in range(labels.shape[1])),
+            names,
             weight.astype(np.float32),
             bias.astype(np.float32),
             tuple(calibrators),
-            replace(space, landmarks=landmarks, gamma=self.gamma_),
+            similarity,
             None if best.recognised is None else _groups_of(best.recognised, best.root, slopes),
+            None if experts is None else self._experts(X, labels, names, experts, similarity, best.root),
         )
         return self
 
@@ -155,6 +167,24 @@ class ProbeClassifier(MultiHeadClassifier):
             left_out = one.left_out + looked_up[np.ix_(rows, at)]
             error += float(((labels[np.ix_(rows, at)] - left_out) ** 2).mean()) * len(at)
         return _Width(gamma, root, recognised, found, error)
+
+    def _experts(
+        self,
+        X: Array,
+        labels: Array,
+        names: tuple[str, ...],
+        kinds: npt.NDArray[np.object_],
+        similarity: Similarity,
+        root: Array,
+    ) -> Experts | None:
+        if len(set(kinds)) < 2:
+            return None
+        recognised = recognise(similarity(X) @ root, kinds, labels, self.strengths)
+
+        def fit(rows: Array, columns: Array, heads: tuple[str, ...]) -> Heads:
+            return ProbeClassifier(**self.get_params()).fit(rows, columns, heads).heads_
+
+        return fit_experts(X, labels, kinds, names, recognised, root, fit)
 
     def _calibrator(self, scores: Array, y: Array) -> Calibrator:
         if not np.isin(y, [0, 1]).all():

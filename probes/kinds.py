@@ -123,14 +123,16 @@ def fit_dense(
     estimator: "Fits",
     seed: int = 0,
     groups: npt.NDArray[np.object_] | None = None,
+    experts: npt.NDArray[np.object_] | None = None,
 ) -> tuple[Heads, dict[int, tuple[float, float] | None]]:
     """Heads of every kind over dense features: by `estimator` those that say yes or no, the others by `fit_others`.
 
-    `groups` [n], where given, are recognised, and the former start from their means. Also the spreads of heads for
-    tokens, by column.
+    `groups` [n], where given, are recognised, and the former start from their means; `experts` [n] likewise, and the
+    former get a probe for each. Also the spreads of heads for tokens, by column.
     """
     binary = [at for at, kind in enumerate(kinds) if kind in ("correct", "needs_reasoning")]
-    heads = estimator.fit(X, labels[:, binary], groups=groups).heads_ if binary else None
+    told = tuple(names[at] for at in binary)
+    heads = estimator.fit(X, labels[:, binary], told, groups, experts).heads_ if binary else None
     similarity = heads.similarity if heads is not None else None
     inputs = np.asarray(X, np.float64) if similarity is None else similarity(X)
     weight = np.zeros((len(kinds), inputs.shape[1]), np.float32)
@@ -152,7 +154,8 @@ def fit_dense(
         means = np.zeros((len(kinds), len(recognised.names)), np.float32)
         means[binary] = recognised.means
         recognised = replace(recognised, means=means)
-    return Heads(tuple(names), weight, bias, tuple(calibrators), similarity, recognised), spreads
+    mixed = None if heads is None else heads.experts
+    return Heads(tuple(names), weight, bias, tuple(calibrators), similarity, recognised, mixed), spreads
 
 
 class LinearHeads:
@@ -161,9 +164,16 @@ class LinearHeads:
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 
-    def fit(self, X: Any, y: Any, *, groups: npt.NDArray[np.object_] | None = None) -> Self:
-        if groups is not None:
-            raise ValueError("linear heads recognise no groups: leave them out, or fit with landmarks")
+    def fit(
+        self,
+        X: Any,
+        y: Any,
+        names: tuple[str, ...] | None = None,
+        groups: npt.NDArray[np.object_] | None = None,
+        experts: npt.NDArray[np.object_] | None = None,
+    ) -> Self:
+        if groups is not None or experts is not None:
+            raise ValueError("linear heads recognise no groups and no experts' kinds: fit with landmarks")
         mean, std = X.mean(0), np.maximum(X.std(0), STILL)
         scaled = (X - mean) / std
         # What rows do not span has no weight in a regularised regression: with few rows it is solved in their span.
@@ -171,7 +181,7 @@ class LinearHeads:
         inputs = scaled if basis is None else scaled @ basis
         model = SparseProbeClassifier(Cs=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1), seed=self.seed).fit(inputs, y)
         weight = (model.coef_ if basis is None else model.coef_ @ basis.T) / std
-        names = tuple(f"head{at}" for at in range(len(weight)))
+        names = names or tuple(f"head{at}" for at in range(len(weight)))
         bias = (model.intercept_ - weight @ mean).astype(np.float32)
         self.heads_ = Heads(names, weight.astype(np.float32), bias, model.calibrators_)
         return self
@@ -182,4 +192,11 @@ class Fits(Protocol):
 
     heads_: Heads
 
-    def fit(self, X: Any, y: Any, *, groups: npt.NDArray[np.object_] | None = None) -> Self: ...
+    def fit(
+        self,
+        X: Any,
+        y: Any,
+        names: tuple[str, ...] | None = None,
+        groups: npt.NDArray[np.object_] | None = None,
+        experts: npt.NDArray[np.object_] | None = None,
+    ) -> Self: ...

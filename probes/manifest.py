@@ -69,6 +69,16 @@ class SimilarityInfo(BaseModel):
     gamma: float = Field(gt=0)
 
 
+class ExpertInfo(BaseModel):
+    """A kind of prompts that is recognised, and which heads its own probe has: none where it has no such probe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: str
+    heads: tuple[str, ...] = ()
+    similarity: SimilarityInfo | None = None
+
+
 class ClustersInfo(BaseModel):
     """How a table of clusters is read: the nearest centres by cosine, weighed by exp(beta x cosine)."""
 
@@ -154,6 +164,8 @@ class Manifest(BaseModel):
     heads: tuple[HeadInfo, ...] = Field(min_length=1)
     groups: tuple[str, ...] = ()
     """Names of those that are recognised, from whose means the scores start."""
+    experts: tuple[ExpertInfo, ...] = ()
+    """Kinds of prompts that are recognised, and whose probes speak for them."""
     data_sha256: str
     prompts_sketch: tuple[str, ...] = ()
     """Of the prompts it was fitted on; see `sketch`."""
@@ -277,6 +289,8 @@ def version_of(manifest: Manifest, tensors: bytes) -> str:
     unsaid["heads"] = {"__all__": {"bands"}}
     if manifest.clusters is None:
         unsaid["clusters"] = True
+    if not manifest.experts:
+        unsaid["experts"] = True
     meaning = manifest.model_dump_json(exclude=unsaid)
     return f"{manifest.name}@{hashlib.sha256(meaning.encode() + tensors).hexdigest()[:8]}"
 

@@ -24,15 +24,15 @@ from probes.extract import DEFAULT_SHA256, Encoder, FloatArray
 from probes.heads import Heads
 from probes.kernel import ProbeClassifier
 from probes.kinds import Fits, LinearHeads, fit_dense, kind_rows
-from probes.manifest import Certificate, ClustersInfo, HeadInfo, Manifest, SimilarityInfo, sketch
+from probes.manifest import Certificate, ClustersInfo, ExpertInfo, HeadInfo, Manifest, SimilarityInfo, sketch
 from probes.text import render
 from probes.types import Kind, Tier
 
 LIBRARIES = ("numpy", "safetensors", "scikit-learn", "torch", "transformers")
 MIN_ROWS = 20
-DEFAULT_LAYERS = (0, 1, 2, 3, 4)
-"""What a probe reads of the default encoder: the two layers above cost a third of its time and add nothing that can be
-measured (docs/experiments.md)."""
+DEFAULT_LAYERS = (0, 1, 2)
+"""What a probe reads of the default encoder: the four layers above are two thirds of its time and add less than can be
+told from noise (docs/experiments.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,8 @@ class Table:
     groups: npt.NDArray[np.object_] | None = None
     kinds: tuple[Kind, ...] = ()
     """What each head foretells; P(correct) where left out."""
+    experts: npt.NDArray[np.object_] | None = None
+    """[n], names of kinds of prompts, of which each is to have a probe of its own where it has labels enough."""
 
     def __post_init__(self) -> None:
         if not self.kinds:
@@ -65,8 +67,8 @@ class Table:
         """The rows that have a label for every head."""
         rows = np.flatnonzero(~np.isnan(self.labels).any(1))
         prompts = [self.prompts[row] for row in rows]
-        groups = None if self.groups is None else self.groups[rows]
-        return replace(self, prompts=prompts, labels=self.labels[rows], groups=groups)
+        groups, experts = (None if names is None else names[rows] for names in (self.groups, self.experts))
+        return replace(self, prompts=prompts, labels=self.labels[rows], groups=groups, experts=experts)
 
     def column(self, name: str) -> Array:
         """Labels [n] of one head."""
@@ -80,6 +82,7 @@ def read_table(
     *,
     drop_if: str | None = None,
     group_column: str | None = None,
+    experts: str | None = None,
     tokens: Mapping[str, str] | None = None,
     domain: str | None = None,
     reasoning: tuple[str, str] | None = None,
@@ -108,6 +111,7 @@ def read_table(
         *((f"--head {name}", column) for name, column in heads.items()),
         *([("--drop-if", drop_if)] if drop_if else []),
         *([("--group-column", group_column)] if group_column else []),
+        *([("--experts", experts)] if experts else []),
         *((f"--tokens {name}", column) for name, column in tokens.items()),
         *([("--domain", domain)] if domain else []),
         *(("--reasoning", column) for column in reasoning or ()),
@@ -126,7 +130,10 @@ def read_table(
     for name, column, known in zip(heads, heads.values(), (~np.isnan(labels)).sum(0), strict=True):
         if known == 0:
             raise TableError(f"{path}: column {column!r} holds no label for head {name!r}")
-    groups = None if group_column is None else frame[group_column].astype(str).to_numpy(dtype=object)
+    groups, mixed = (
+        None if column is None else frame[column].astype(str).to_numpy(dtype=object)
+        for column in (group_column, experts)
+    )
     found = [(name, column, "correct", labels[:, at]) for at, (name, column) in enumerate(heads.items())]
     found += [
         (f"{name}.tokens", column, "out_tokens", _lengths(frame[column], path, column))
@@ -142,7 +149,7 @@ def read_table(
         pays = np.where(np.isnan(without + with_it), np.nan, (with_it > without).astype(float))
         found.append(("needs_reasoning", " < ".join(reasoning), "needs_reasoning", pays))
     every, sources, kinds, columns = zip(*found, strict=True)
-    return Table(prompts, np.column_stack(columns), every, sources, groups, kinds)
+    return Table(prompts, np.column_stack(columns), every, sources, groups, kinds, mixed)
 
 
 def _text(cell: object, path: Path, column: str, row: object) -> str:
@@ -262,6 +269,17 @@ def similarity_info(heads: Heads | ClusterTable) -> SimilarityInfo | None:
     return SimilarityInfo(components=components, landmarks=landmarks, gamma=kernel.gamma)
 
 
+def experts_info(heads: Heads | ClusterTable) -> tuple[ExpertInfo, ...]:
+    if isinstance(heads, ClusterTable) or heads.experts is None:
+        return ()
+    return tuple(
+        ExpertInfo(kind=kind)
+        if own is None
+        else ExpertInfo(kind=kind, heads=own.names, similarity=similarity_info(own))
+        for kind, own in zip(heads.experts.kinds, heads.experts.own, strict=True)
+    )
+
+
 def clusters_info(heads: Heads | ClusterTable) -> ClustersInfo | None:
     if isinstance(heads, Heads):
         return None
@@ -349,6 +367,7 @@ def fit_probe(
         clusters=clusters_info(heads),
         heads=tuple(infos),
         groups=heads.groups.names if isinstance(heads, Heads) and heads.groups is not None else (),
+        experts=experts_info(heads),
         data_sha256=table.sha256(),
         prompts_sketch=sketch(table.prompts),
         n=len(table.prompts),
@@ -366,11 +385,12 @@ def _fit_heads(
 ) -> tuple[Heads | ClusterTable, dict[int, tuple[float, float] | None]]:
     """The heads by these rows of the table, and the spreads of those for tokens."""
     labels, groups = table.labels[rows], recipe.groups_of(table, rows)
+    experts = None if table.experts is None else table.experts[rows]
     if recipe.clusters:
         from probes.clusters import fit_cluster_table
 
         return fit_cluster_table(features[rows], labels, table.kinds, table.names, recipe.clusters, recipe.seed)
-    return fit_dense(features[rows], labels, table.kinds, table.names, recipe.estimator(), recipe.seed, groups)
+    return fit_dense(features[rows], labels, table.kinds, table.names, recipe.estimator(), recipe.seed, groups, experts)
 
 
 def certificates_of(table: Table, probabilities: Array, manifest: Manifest) -> list[Certificate]:

@@ -64,6 +64,7 @@ def main() -> None:
         tuple(heads),
         tuple(heads.values()),
         frame["group"].to_numpy(dtype=object),
+        experts=frame["source"].replace("gsm8k train", "gsm8k").to_numpy(dtype=object),
     )
     words = fit_static(table, seed=args.seed, progress=True)
     rows = static_rows(words, table, args.seed)

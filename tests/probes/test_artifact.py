@@ -16,7 +16,7 @@ from probes.extract import file_sha256
 from probes.heads import Heads
 from probes.kernel import ProbeClassifier
 from probes.manifest import MANIFEST, TENSORS
-from probes.train import similarity_info
+from probes.train import experts_info, similarity_info
 
 
 def test_round_trip_is_bit_equal(artifact: Artifact, tmp_path: Path) -> None:
@@ -122,4 +122,32 @@ def test_groups_come_back_bit_for_bit(artifact: Artifact, tmp_path: Path) -> Non
         read(tmp_path)
     _edit(lambda m: m.update(groups=["a", "b"], similarity=None))(tmp_path)
     with pytest.raises(ArtifactError, match="groups without a similarity"):
+        read(tmp_path)
+
+
+def test_experts_come_back_bit_for_bit(artifact: Artifact, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(900, 4 * 384)).astype(np.float32)
+    kinds = np.where(X[:, 0] > 0, "a", "b").astype(object)
+    labels = (X[:, :2] > 0) * 1.0
+    labels[kinds == "b", 1] = np.nan
+    model = ProbeClassifier(components=8, landmarks=20).fit(X, labels, ("weak", "strong"), experts=kinds)
+    heads = model.heads_
+    infos = tuple(head.model_copy(update={"calibration": "platt"}) for head in artifact.manifest.heads)
+    about = experts_info(heads)
+    assert [(one.kind, one.heads) for one in about] == [("a", ("strong",)), ("b", ())]
+    changed = {"heads": infos, "similarity": similarity_info(heads), "experts": about}
+    fitted = Artifact(artifact.manifest.model_copy(update=changed), heads)
+    write(fitted, tmp_path)
+    back = read(tmp_path)
+    assert back.version == fitted.version
+    assert back.heads.predict_proba(X).tobytes() == heads.predict_proba(X).tobytes()
+    _edit(lambda m: m["experts"].append({"kind": "c"}))(tmp_path)
+    with pytest.raises(ArtifactError, match=r"experts.weight is float32\[2, 20\], .* float32\[3, 20\]"):
+        read(tmp_path)
+    _edit(lambda m: m.update(experts=[{"kind": "a", "heads": ["x"]}, {"kind": "b"}]))(tmp_path)
+    with pytest.raises(ArtifactError, match=r"experts.0: no such head: x"):
+        read(tmp_path)
+    _edit(lambda m: m.update(experts=[{"kind": "a"}, {"kind": "b"}]))(tmp_path)
+    with pytest.raises(ArtifactError, match=r"unexpected tensors .*expert0\.bias"):
         read(tmp_path)

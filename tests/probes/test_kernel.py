@@ -203,3 +203,46 @@ def test_a_line_is_fitted_to_scores_between_0_and_1_and_cut_there() -> None:
     np.testing.assert_allclose(line(np.array([-9.0, -1.0, 0.0, 1.0, 9.0])), [0.0, 0.4, 0.5, 0.6, 1.0], atol=1e-6)
     falling = fit_linear(x, np.clip(0.5 - 0.1 * x, 0, 1))
     np.testing.assert_allclose(falling(x), 0.5, atol=0.01)
+
+
+def _kinds(n: int = 1200, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features, labels and kinds: what tells right from wrong in one kind says the opposite in the other."""
+    rng = np.random.default_rng(seed)
+    kinds = np.where(rng.random(n) < 0.7, "exam", "sum").astype(object)
+    X = rng.normal(size=(n, 8))
+    X[:, 0] += np.where(kinds == "exam", 6.0, -6.0)
+    z = 2.0 * X[:, 1] * np.where(kinds == "exam", 1.0, -1.0)
+    return X, (rng.random((n, 2)) < sigmoid(np.column_stack([z, z + 1.0]))).astype(float), kinds
+
+
+def test_each_kind_has_a_probe_of_its_own_which_speaks_where_it_is_recognised() -> None:
+    X, y, kinds = _kinds()
+    fresh, truth, told = _kinds(600, seed=1)
+    mixed = ProbeClassifier(components=8, landmarks=60).fit(X, y, experts=kinds)
+    experts = mixed.heads_.experts
+    assert experts is not None
+    assert experts.kinds == ("exam", "sum")
+    p = mixed.predict_proba(fresh)
+    for at, kind in enumerate(experts.kinds):
+        rows, own = told == kind, experts.own[at]
+        assert own is not None
+        alone = ProbeClassifier(components=8, landmarks=60).fit(X[kinds == kind], y[kinds == kind])
+        np.testing.assert_allclose(p[rows], alone.predict_proba(fresh[rows]), atol=0.02)
+        assert np.mean((p[rows] - truth[rows]) ** 2) < 0.2 < truth[rows].var()
+
+
+def test_a_kind_with_too_few_labels_is_left_to_the_probe_of_all() -> None:
+    X, y, kinds = _kinds()
+    y[kinds == "sum", 0] = np.nan
+    y[np.flatnonzero(kinds == "sum")[20:], 1] = np.nan
+    mixed = ProbeClassifier(components=8, landmarks=60).fit(X, y, experts=kinds)
+    plain = ProbeClassifier(components=8, landmarks=60).fit(X, y)
+    experts = mixed.heads_.experts
+    assert experts is not None
+    assert [None if own is None else own.names for own in experts.own] == [("head0", "head1"), None]
+    sums = kinds == "sum"
+    np.testing.assert_allclose(mixed.predict_proba(X[sums]), plain.predict_proba(X[sums]), atol=0.02)
+    few = ProbeClassifier(components=8, landmarks=60).fit(X[:200], y[:200], experts=kinds[:200])
+    assert few.heads_.experts is None
+    with pytest.raises(ValueError, match="X has 1200 rows, experts 3"):
+        ProbeClassifier().fit(X, y, experts=kinds[:3])

@@ -79,6 +79,26 @@ def test_groups_are_recognised_where_asked_for(sums_and_essays: pd.DataFrame, tm
     assert done.exit_code == 0, done.output
 
 
+def test_each_kind_with_labels_enough_gets_a_probe_of_its_own(tmp_path: Path) -> None:
+    questions = [f"What is {a} plus {b}{'' if a > 9 else ' hundred'}?" for a in range(19) for b in range(20)]
+    right = [float("hundred" not in question) for question in questions]
+    essays = [f"Write an essay about number {at}." for at in range(40)]
+    table, out = tmp_path / "outcomes.parquet", tmp_path / "kinds"
+    kinds = ["sum"] * len(questions) + ["essay"] * len(essays)
+    pd.DataFrame({"question": questions + essays, "cheap": right + [0.0] * 40, "source": kinds}).to_parquet(table)
+    asked = ["fit", str(table), *ARGUMENTS[:4], "--experts", "source", "--out", str(out)]
+    done = CliRunner().invoke(app, [*asked, "--tier", "static"])
+    assert done.exit_code == 2
+    assert "--experts source: belongs to --tier encoder" in done.output
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 0, done.output
+    assert [(one.kind, one.heads) for one in read_manifest(out).experts] == [("essay", ()), ("sum", ("weak",))]
+    asks = ["What is 15 plus 6?", "What is 5 plus 6 hundred?", "Write an essay about number 7."]
+    easy, hard, essay = EncoderProbe.load(out).probe([[{"content": text}] for text in asks])
+    assert easy["weak"] > 0.8
+    assert max(hard["weak"], essay["weak"]) < 0.2
+
+
 def test_the_same_seed_gives_the_same_version(sums_and_essays: pd.DataFrame, tmp_path: Path) -> None:
     table = tmp_path / "outcomes.parquet"
     sums_and_essays.to_parquet(table)

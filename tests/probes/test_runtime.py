@@ -29,12 +29,12 @@ def _ask(text: str) -> list[dict[str, str]]:
 
 
 def test_the_shipped_artifact_is_small() -> None:
-    assert sum(file.stat().st_size for file in default_artifact_path().iterdir()) < 1_000_000
+    assert sum(file.stat().st_size for file in default_artifact_path().iterdir()) < 2_000_000
 
 
 @pytest.mark.parametrize("name", ["default", "gsm8k", "llmrouter", "zeroeval"])
 def test_a_shipped_probe_leaves_the_upper_layers_out(name: str) -> None:
-    assert read_manifest(ARTIFACTS / name).layers == DEFAULT_LAYERS == (0, 1, 2, 3, 4)
+    assert read_manifest(ARTIFACTS / name).layers == DEFAULT_LAYERS == (0, 1, 2)
 
 
 def test_a_recipe_leaves_out_layers_of_the_encoder_that_it_was_measured_on_alone(
