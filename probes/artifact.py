@@ -124,7 +124,7 @@ def _heads(manifest: Manifest, tensors: Mapping[str, npt.NDArray[Any]], folder: 
     made = _made(tuple(head.name for head in manifest.heads), kernel, tensors, folder)
     recognised = Groups(groups, *(tensors[name] for name in GROUPS)) if groups else None
     kinds = tuple(expert.kind for expert in experts)
-    mixed = Experts(kinds, *(tensors[name] for name in EXPERTS), tuple(own)) if experts else None
+    mixed = Experts(kinds, tensors[EXPERTS[0]], tensors[EXPERTS[1]], tuple(own)) if experts else None
     return replace(made, groups=recognised, experts=mixed)
 
 

@@ -37,10 +37,10 @@ def fit_experts(
     own: list[Heads | None] = []
     for kind in recognised.names:
         rows = np.flatnonzero(kinds.astype(str) == kind)
-        columns = [at for at, column in enumerate(labels[rows].T) if _enough(column)]
+        columns = np.flatnonzero([_enough(column) for column in labels[rows].T])
         chosen = labels[np.ix_(rows, columns)]
         known = np.flatnonzero(~np.isnan(chosen).all(1))
-        own.append(fit(X[rows[known]], chosen[known], tuple(names[at] for at in columns)) if columns else None)
+        own.append(fit(X[rows[known]], chosen[known], tuple(names[at] for at in columns)) if len(columns) else None)
     if not any(own):
         return None
     weight = (root @ recognised.weight).T

@@ -88,7 +88,7 @@ class Experts:
         for at, expert in enumerate(self.own):
             rows = np.flatnonzero(share[:, at] > NEGLIGIBLE)
             if expert is not None and len(rows):
-                place = np.ix_(rows, [names.index(name) for name in expert.names])
+                place = np.ix_(rows, np.array([names.index(name) for name in expert.names]))
                 mixed[place] += share[rows, at, None] * (expert.predict_proba(features[rows]) - p[place])
         return mixed
 
