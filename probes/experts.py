@@ -40,7 +40,9 @@ def fit_experts(
         columns = np.flatnonzero([_enough(column) for column in labels[rows].T])
         chosen = labels[np.ix_(rows, columns)]
         known = np.flatnonzero(~np.isnan(chosen).all(1))
-        own.append(fit(X[rows[known]], chosen[known], tuple(names[at] for at in columns)) if len(columns) else None)
+        own.append(
+            fit(X[rows[known]], chosen[known], tuple(names[at] for at in columns.tolist())) if len(columns) else None
+        )
     if not any(own):
         return None
     weight = (root @ recognised.weight).T
