@@ -254,14 +254,11 @@ class WholeForward:
 
     def _step(self, count: int, reading: Reading, targets: "array[int]", tapped: "array[int]") -> "array[int]":
         """What `_decode` is told of a step."""
-        buffers = (self._hidden, self._normed, self._heads, self._seen, self._gated, self._scores)
         return array(
             "q",
             [
                 count,
-                *(buffer.data_ptr() for buffer in buffers),
-                self._cos.data_ptr(),
-                self._sin.data_ptr(),
+                *self._buffers,
                 _at(reading.rows),
                 _at(reading.positions),
                 _at(reading.groups),
@@ -291,6 +288,8 @@ class WholeForward:
             like.new_empty(self._rows, width) for width in widths
         )
         self._cos, self._sin = (like.new_empty(self._rows, sizes.head_dim) for _ in range(2))
+        buffers = self._hidden, self._normed, self._heads, self._seen, self._gated, self._scores, self._cos, self._sin
+        self._buffers = [buffer.data_ptr() for buffer in buffers]
 
 
 def _at(words: "array[int]") -> int:

@@ -1,6 +1,7 @@
 """Drafting with forward passes: another, smaller model, or the first layers of the model itself."""
 
 from array import array
+from bisect import bisect_left
 from collections.abc import Callable
 from collections.abc import Sequence as Sized
 from dataclasses import dataclass, field
@@ -194,6 +195,7 @@ def _chains(
     """
     samplers = [_required(sequence) for sequence in sequences]
     drawn = [at for at, sampler in enumerate(samplers) if _is_drawn(sampler)]
+    simple = all(sampler.greedy and sampler.plain for sampler in samplers)
     histories = [array("i", sequence.ids) for sequence in sequences]
     tokens: list[list[int]] = [[] for _ in sequences]
     grades: list[list[int]] = [[] for _ in sequences]
@@ -201,13 +203,13 @@ def _chains(
     for length in range(most):
         if length:
             logits = after([chain[-1] for chain in tokens])
-        doubts = (1 - torch.softmax(logits, -1).amax(-1)).tolist()
-        for chain, doubt in zip(grades, doubts, strict=True):
-            chain.append(sum(doubt > bound for bound in _DOUBT))
+        shares, favourites = torch.softmax(logits, -1).max(-1)
+        for chain, share in zip(grades, shares.tolist(), strict=True):
+            chain.append(bisect_left(_DOUBT, 1 - share))
         worth = weigh(sequences, grades)
         if worth is Worth.LEAVE:
             break
-        chosen = [choice.token for choice in pick_all(logits, samplers, histories)]
+        chosen = favourites.tolist() if simple else [choice.token for choice in pick_all(logits, samplers, histories)]
         if drawn:
             rows = distributions(logits[drawn], [samplers[at] for at in drawn], [histories[at] for at in drawn])
             uniforms = [samplers[at].uniform(len(histories[at]), DRAFT_STREAM) for at in drawn]

@@ -18,6 +18,10 @@ LOSS_SHARE = 0.015
 """Most that speculation may lose, as a share of all time."""
 _LOSS_STEPS = 6.0  # and what it may be in debt at any moment, in plain steps of the running batch
 
+_BANKED_STEPS = (
+    16.0  # of what it gained, so much pays for later losses: a drafter that reads the next prompt, above all
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Offer:
@@ -57,7 +61,7 @@ class Goodput:
 
     def rest(self, seconds: float) -> None:
         """Account for so much time, in which nobody drafted: it pays for losses."""
-        self._loss_s = max(0.0, self._loss_s - LOSS_SHARE * seconds)
+        self._loss_s = max(min(self._loss_s, 0.0), self._loss_s - LOSS_SHARE * seconds)
 
     def settle(
         self, seconds: float, sequences: int, emitted: int, verified: int, other_rows: int = 0, drafting_s: float = 0.0
@@ -73,7 +77,8 @@ class Goodput:
         prompts_s = self._step_time(other_rows, sequences) if other_rows else 0.0
         plain_s = self._step_time(other_rows + sequences, sequences) - prompts_s
         step_s = self._step_time(other_rows + sequences + verified, sequences) - prompts_s
-        self._loss_s = max(0.0, self._loss_s + drafting_s + step_s - plain_s * emitted / sequences)
+        lost_s = drafting_s + step_s - plain_s * emitted / sequences
+        self._loss_s = max(-_BANKED_STEPS * plain_s, self._loss_s + lost_s)
 
 
 def expected(chances: Sequence[Sequence[float]], most: int) -> list[float]:

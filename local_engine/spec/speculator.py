@@ -22,7 +22,9 @@ _LEAST_GAIN = 0.1  # where drafts that are always right would save a smaller sha
 _TRIAL_STEPS = 256  # a drafting model that does not pay is tried again after so many looks, then twice as many, …
 _MOST_TRIAL_STEPS = 4096
 _TRIAL_LENGTH = 3
-_PASS_RATE = 0.2  # how fast the measured time of a drafting pass is followed
+_FIRST_TRIALS = 8  # of a drafter, in a row: its first passes are slow, and the least of them counts
+_PASS_RATE = 0.2  # how fast the measured time of a drafting pass is followed, and what free drafts promise
+_FREE_LOOKS = 16  # where the drafting model promises more than free drafts use to, they are looked at once in so many
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,20 @@ class _Look:
 
     drafts: list[tuple[str, Draft]] = field(default_factory=list)
     verified: Draft = NOTHING
+
+
+@dataclass(slots=True)
+class _Watched:
+    """Asks on, and notes when it was first asked: the pass before that may have read a prompt."""
+
+    weigh: Weigh
+    clock: Callable[[], float]
+    began: float | None = None
+
+    def __call__(self, sequences: Sized[Sequence], grades: Sized[Sized[int]]) -> Worth:
+        if self.began is None:
+            self.began = self.clock()
+        return self.weigh(sequences, grades)
 
 
 @dataclass(slots=True)
@@ -56,7 +72,8 @@ class Speculator:
     """Drafts for one model. A step is `propose`, verification, `learn` for each sequence, `settle`. One thread only.
 
     Of the free proposers, whose drafts cost microseconds, every sequence takes the one that promises most; the drafter,
-    whose every token costs a forward pass, is asked where that promises more for all of them together.
+    whose every token costs a forward pass, is asked where that promises more for all of them together. While it does
+    so by more than they promised lately, they are hardly looked at: a look costs as much as a pass of a small model.
     """
 
     def __init__(
@@ -82,6 +99,9 @@ class Speculator:
         self._idle_steps = _IDLE_STEPS  # how long the next rest is
         self._fruitless = 0  # looks in a row that found nothing worth drafting
         self._pass_s: dict[int, float] = {}  # seconds of a drafting pass, by doublings of the sequences
+        self._free_s: dict[int, float] = {}  # seconds per token that free drafts promised lately, likewise
+        self._unfree = 0  # looks since the free proposers were last asked
+        self._trials: dict[int, int] = {}  # how often passes were timed, likewise
         self._untried = 0  # looks since the drafter was last asked
         self._trial_steps = _TRIAL_STEPS
 
@@ -157,14 +177,15 @@ class Speculator:
             right = next((at for at in range(known) if draft.tokens[at] != written[at]), known)
             self._acceptance.learn(sequence, name, draft.cut(min(known, right + 1)), right)
         start = len(sequence.ids) - len(written)
-        for proposer in self.proposers:
-            proposer.observe(sequence, start, look.verified.tokens[:verified], predictions)
+        if predictions:
+            for proposer in self.proposers:
+                proposer.observe(sequence, start, look.verified.tokens[:verified], predictions)
         self._step.propose_s += self._clock() - began
 
     @property
     def learns(self) -> bool:
         """Whether `learn` wants predictions of this step."""
-        return self._step.looked
+        return self._step.looked and bool(self._free) and not self._unfree
 
     def settle(self, rows: int) -> None:
         """The step of `rows` rows, which began with `propose`, is over."""
@@ -204,15 +225,40 @@ class Speculator:
     def _best(self, sequences: Sized[Sequence], other_rows: int) -> list[Draft]:
         count = len(sequences)
         most = self._most(count)
+        if self._drafter is not None and self._leads(self._drafter, sequences, most, other_rows):
+            self._unfree += 1
+            plain = Offer(0, self._step_time(count, count) / count)
+            by_drafter = self._asked(self._drafter, sequences, most, plain, other_rows)
+            return by_drafter if by_drafter is not None else [NOTHING for _ in sequences]
+        self._unfree = 0
         drafts = self._free_drafts(sequences, most)
         pairs = zip(sequences, drafts, strict=True)
         chances = [self._acceptance.chances(sequence, name, draft.grades) for sequence, (name, draft) in pairs]
         offer = self._goodput.best(expected(chances, most), count, other_rows)
         if self._drafter is not None:
+            self._follow(self._free_s, count, offer.token_s)
             by_drafter = self._asked(self._drafter, sequences, most, offer, other_rows)
             if by_drafter is not None:
                 return by_drafter
         return [draft.cut(offer.length) for _, draft in drafts]
+
+    def _leads(self, drafter: Proposer, sequences: Sized[Sequence], most: int, other_rows: int) -> bool:
+        """Whether the drafter promises more than free drafts did lately, and it is not their turn."""
+        usual_s = self._free_s.get(len(sequences).bit_length())
+        if usual_s is None or not self._free or self._unfree >= _FREE_LOOKS:
+            return False
+        offer = self._offered(drafter, sequences, most, other_rows)
+        return offer is not None and bool(offer.length) and offer.token_s < usual_s
+
+    def _offered(self, drafter: Proposer, sequences: Sized[Sequence], most: int, other_rows: int) -> Offer | None:
+        """What the drafter promises by how often it was right; None before its pass was timed."""
+        count = len(sequences)
+        pass_s = self._pass_s.get(count.bit_length())
+        if pass_s is None:
+            return None
+        rate = sum(self._acceptance.rate(sequence, drafter.name) for sequence in sequences) / count
+        chances = [rate**length for length in range(1, most + 1)]
+        return self._goodput.best(expected([chances] * count, most), count, other_rows, pass_s)
 
     def _free_drafts(self, sequences: Sized[Sequence], most: int) -> list[tuple[str, Draft]]:
         """The most promising draft for each sequence."""
@@ -237,14 +283,13 @@ class Speculator:
         """The drafter's drafts where they promise more than `rival`, or where it is time to try it; else None."""
         count = len(sequences)
         pass_s = self._pass_s.get(count.bit_length())
-        rate = sum(self._acceptance.rate(sequence, drafter.name) for sequence in sequences) / count
-        chances = [rate**length for length in range(1, most + 1)]
-        offer = self._goodput.best(expected([chances] * count, most), count, other_rows, pass_s or 0.0)
+        offer = self._offered(drafter, sequences, most, other_rows)
         self._untried += 1
-        if pass_s is None or self._untried >= self._trial_steps:
+        trials = self._trials.get(count.bit_length(), 0)
+        if pass_s is None or offer is None or trials < _FIRST_TRIALS or self._untried >= self._trial_steps:
             length = min(most, _TRIAL_LENGTH)
             weigh: Weigh = unweighed
-            if pass_s is not None:
+            if trials >= _FIRST_TRIALS:
                 self._trial_steps = min(_MOST_TRIAL_STEPS, 2 * self._trial_steps)
         elif offer.length and offer.token_s < rival.token_s:
             length = most
@@ -253,10 +298,16 @@ class Speculator:
         else:
             return None
         self._untried = 0
-        began = self._clock()
-        drafts = drafter.propose(sequences, length, weigh)
+        watched = _Watched(weigh, self._clock)
+        drafts = drafter.propose(sequences, length, watched)
         passes = min(length, 1 + max(len(draft.tokens) for draft in drafts))
-        self._time_pass(count, (self._clock() - began) / passes)
+        if watched.began is not None and passes > 1:
+            spent_s = (self._clock() - watched.began) / (passes - 1)
+            if trials < _FIRST_TRIALS:
+                self._pass_s[count.bit_length()] = spent_s if pass_s is None else min(pass_s, spent_s)
+            else:
+                self._follow(self._pass_s, count, spent_s)
+            self._trials[count.bit_length()] = trials + 1
         for sequence, draft in zip(sequences, drafts, strict=True):
             self._look(sequence).drafts.append((drafter.name, draft))
         return drafts
@@ -264,9 +315,14 @@ class Speculator:
     def _weigher(self, drafter: Proposer, token_s: float, pass_s: float, other_rows: int) -> Weigh:
         """Tokens are drafted while their rows are worth verifying, and passes made while they pay for themselves."""
 
+        so_far: list[float] = []
+
         def weigh(sequences: Sized[Sequence], grades: Sized[Sized[int]]) -> Worth:
             pairs = zip(sequences, grades, strict=True)
-            kept = sum(self._acceptance.chances(sequence, drafter.name, chain)[-1] for sequence, chain in pairs)
+            next_ones = [self._acceptance.chances(sequence, drafter.name, chain[-1:])[0] for sequence, chain in pairs]
+            before = so_far or [1.0] * len(next_ones)
+            so_far[:] = [chance * one for chance, one in zip(before, next_ones, strict=True)]
+            kept = sum(so_far)
             count = len(sequences)
             rows = other_rows + count * len(grades[0])
             gain_s = kept * token_s - (self._step_time(rows + count, count) - self._step_time(rows, count))
@@ -276,7 +332,8 @@ class Speculator:
 
         return weigh
 
-    def _time_pass(self, count: int, seconds: float) -> None:
+    @staticmethod
+    def _follow(known: dict[int, float], count: int, seconds: float) -> None:
         bucket = count.bit_length()
-        known = self._pass_s.get(bucket, seconds)
-        self._pass_s[bucket] = known + _PASS_RATE * (min(seconds, 2 * known) - known)
+        before = known.get(bucket, seconds)
+        known[bucket] = before + _PASS_RATE * (min(seconds, 2 * before) - before)

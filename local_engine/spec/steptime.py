@@ -3,6 +3,7 @@
 import math
 from bisect import bisect_left
 from collections.abc import Mapping
+from functools import lru_cache
 from itertools import pairwise
 
 _KNOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
@@ -55,6 +56,7 @@ class StepTime:
 class _Curve:
     def __init__(self, logs: list[float] | None, weight: float = 0.0) -> None:
         self._known = logs is not None
+        self._seconds: list[float] = []  # at each knot; empty when `logs` have changed
         self.logs = list(logs or (math.log(1e-3 * (1 + rows / _ROWS_FOR_FREE)) for rows in _KNOTS))
         """Natural logarithm of the seconds at each knot."""
         self._weights = [weight] * len(_KNOTS)  # steps that were timed near each knot
@@ -62,10 +64,12 @@ class _Curve:
         self._seen = [-_FRESH_STEPS] * len(_KNOTS)
 
     def __call__(self, rows: int) -> float:
+        if not self._seconds:
+            self._seconds = list(map(math.exp, self.logs))
         at, share = _between(rows)
         if at + 1 == len(_KNOTS):
-            return math.exp(self.logs[at]) * rows / _KNOTS[at]
-        return (1 - share) * math.exp(self.logs[at]) + share * math.exp(self.logs[at + 1])
+            return self._seconds[at] * rows / _KNOTS[at]
+        return (1 - share) * self._seconds[at] + share * self._seconds[at + 1]
 
     def observe(self, rows: int, seconds: float, *, mixed: bool) -> None:
         surprise = math.log(max(seconds, 1e-9) / self(rows))
@@ -84,12 +88,14 @@ class _Curve:
         self.logs = [log + move for log, move in zip(self.logs, moves, strict=True)]
         for knot in reversed(range(len(self.logs) - 1)):
             self.logs[knot] = min(self.logs[knot], self.logs[knot + 1])  # fewer rows never take longer
+        self._seconds = []
 
     def fresh(self, rows: int) -> bool:
         at, _ = _between(rows)
         return self._steps - self._seen[at] < _FRESH_STEPS and self._weights[at] >= _FRESH_WEIGHT
 
 
+@lru_cache(maxsize=1 << 13)
 def _between(rows: int) -> tuple[int, float]:
     """(index of the last knot that is not over `rows`, share of the way to the next one)."""
     at = max(0, bisect_left(_KNOTS, rows + 1) - 1)
