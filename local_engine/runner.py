@@ -4,7 +4,7 @@ Hidden states are numbered as transformers numbers them: 0 is the embeddings, k 
 the last one, too, is taken before the final norm.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -106,7 +106,7 @@ class Runner:
         packing = _Packing(segments, plan, self._device)
         self.rotary.reach(packing.furthest)
         # Outside of inference mode, because what is made in it may not be changed outside.
-        taps = {layer: self._like(packing.tapped) for layer in set(tap_layers)}
+        taps = self._room(set(tap_layers), packing.tapped)
         reading = plan.reading if self._whole is not None and isinstance(plan, RowsPlan) else None
         if self._whole is not None and reading is not None:
             with torch.no_grad():
@@ -133,10 +133,11 @@ class Runner:
         with torch.inference_mode():
             return self._head(self._norm(states)).to(torch.float32, copy=True)
 
-    def _like(self, rows: int) -> Tensor:
-        """Room for hidden states [rows, width]."""
+    def _room(self, layers: Collection[int], rows: int) -> dict[int, Tensor]:
+        """Room for hidden states [rows, width] of each layer."""
         weight = self._body.embed_tokens.weight
-        return torch.empty(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
+        room = torch.empty(len(layers), rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
+        return dict(zip(layers, room.unbind(), strict=True))
 
     def _forward(
         self, hidden: Tensor, packing: "_Packing", plan: StepPlan, layers: range, taps: dict[int, Tensor]

@@ -10,7 +10,7 @@ import torch
 from local_engine.sampler import Sampler
 from local_engine.sequence import Sequence
 from local_engine.spec.acceptance import Acceptance
-from local_engine.spec.draft import Draft, Weigh
+from local_engine.spec.draft import Draft, Weigh, Worth
 from local_engine.spec.goodput import Goodput, expected
 from local_engine.spec.speculator import Speculator
 from local_engine.spec.steptime import StepTime
@@ -202,3 +202,52 @@ def test_nobody_is_asked_where_even_right_drafts_would_not_pay() -> None:
     asked, took = asked_in(400, lambda rows: 1e-3 * rows, 8)
     assert asked == 0
     assert took == pytest.approx(1)
+
+
+class Reader:
+    """Drafts what comes, for 50 µs a token, but for its first pass, in which it reads a prompt for 40 ms."""
+
+    name = "reader"
+
+    def __init__(self, spend: Callable[[float], None]) -> None:
+        self._spend = spend
+        self._pass_s = 40e-3
+
+    def propose(self, sequences: Sized[Sequence], most: int, weigh: Weigh) -> list[Draft]:
+        grades: list[int] = []
+        while len(grades) < most:
+            self._spend(self._pass_s)
+            self._pass_s = 50e-6
+            if weigh(sequences, [[*grades, 0]]) is Worth.LEAVE:
+                break
+            grades.append(0)
+        return [Draft([5] * len(grades), list(grades))]
+
+    def observe(self, sequence: Sequence, start: int, drafted: Sized[int], predictions: Sized[int]) -> None:
+        """It knows all."""
+
+    def forget(self, sequence: Sequence) -> None:
+        """It keeps nothing."""
+
+
+def test_a_drafter_that_leads_is_asked_though_it_read_a_prompt_first_and_free_ones_hardly_are() -> None:
+    now = 0.0
+
+    def spend(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    free, writer, steps = Wrong(), writing([1, 2, 3], SAMPLER), 0
+    machine = MACHINES["memory-bound"]
+    speculator = Speculator([free], Reader(spend), step_time=StepTime(measured(machine)), clock=lambda: now)
+    while len(writer.ids) < 4000:
+        (draft,) = speculator.propose([writer])
+        spend(machine(1 + len(draft.tokens)))
+        written = [5] * (1 + len(draft.tokens)) if draft.tokens[:1] == [5] else [5]
+        writer.ids.extend(written)
+        speculator.learn(writer, len(draft.tokens), written, [])
+        speculator.settle(1 + len(draft.tokens))
+        steps += 1
+    assert steps < 1000
+    assert free.asked < steps / 8
+    assert now < 0.4 * 4000 * machine(1)
