@@ -28,6 +28,7 @@ from local_engine.runner import Runner, Segment, new_kv
 
 DEARER: Final = 10.0
 DRAFTS: Final = ("draft", "nano")
+BOTH: Final = ("base", "nano")
 OFF: Final = Kind("leave it off: base alone")
 STEPWISE: Final[dict[str, object]] = {"unsure": None, "lookahead": 1}
 COLUMNS: Final = {
@@ -57,7 +58,9 @@ def kinds() -> tuple[list[Kind], list[Kind]]:
     others = [
         Kind("nano: score, a step at a time", plan=plan("nano", **STEPWISE)),
         Kind("nano: score, with token speculation", plan=plan("nano"), speculation="auto"),
+        Kind("nano: score, with token speculation in both", plan=plan("nano"), speculation="auto", speculating=BOTH),
         Kind("draft: score (default)", plan=plan("draft")),
+        Kind("draft: score, with token speculation", plan=plan("draft"), speculation="auto"),
         Kind("draft: score, a step at a time", plan=plan("draft", **STEPWISE)),
         Kind("draft: score, rejected steps by base", plan=plan("draft", repair="step", **STEPWISE)),
         Kind("draft: specreason", plan=plan("draft", method="specreason")),

@@ -27,6 +27,9 @@ SMALLEST_ROW: Final = 256
 BATCHED_SPAN: Final = 16
 """Most tokens of a span that is attended to together with its neighbours: decode and verify, not prefill."""
 
+LONGEST_SPAN: Final = 128
+"""As above, for our own kernels, which take all of a step's spans together."""
+
 
 class _Pool:
     """Rows of one capacity: a tensor [2 (key, value), rows, kv_heads, capacity, head_dim] per layer."""
@@ -420,7 +423,7 @@ class RowsPlan:
     @cached_property
     def reading(self) -> "Reading | None":
         """What our own kernels need to attend to all tokens of the step; None where some span is too long for them."""
-        if self._packed[-1][0].count > BATCHED_SPAN:  # the longest come last
+        if self._packed[-1][0].count > LONGEST_SPAN:  # the longest come last
             return None
         return Reading.of(self._packed)
 

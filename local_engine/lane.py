@@ -14,6 +14,7 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
+from local_engine.greedy import Greedy
 from local_engine.held import MOST_HELD, Held, HeldPrompts
 from local_engine.kv import KVCache, KVFull
 from local_engine.means import Means
@@ -34,6 +35,11 @@ WORTH_WAITING: Final = 32
 HEADROOM: Final = 32
 """Tokens beyond its text for which a sequence gets room when it is let in, so that it comes forward before it asks."""
 
+_MOST_AT_ONCE: Final = 64
+_AT_ONCE_S: Final = 0.005
+"""How many tokens of one sequence a step may bring, and for how long others may wait for that."""
+_FEW: Final = 4
+"""Tokens that are read one by one rather than packed."""
 _IDLE_S: Final = 0.002
 """How long a lane without work waits at once for what is fetched: other lanes and cancels wait as long."""
 
@@ -46,6 +52,8 @@ class Runs(Protocol):
     def run(self, segments: Sized[Segment], *, tap_layers: Sized[int] = ()) -> StepOutput: ...
 
     def logits(self, states: Tensor) -> Tensor: ...
+
+    def greedy(self, slot: int, room: int) -> Greedy | None: ...
 
 
 class Pace:
@@ -289,6 +297,9 @@ class Lane:
 
     def step(self) -> list[Turn]:
         """Compute what is due; nothing where nothing is."""
+        alone = self._write_on()
+        if alone is not None:
+            return [alone]
         self._draft()
         plan = self.scheduler.plan(self, self._pace.tokens)
         turns = [Turn(sequence, out_of_room=True) for sequence in plan.stuck]
@@ -309,6 +320,63 @@ class Lane:
         else:
             self._await_arrival()
         return turns
+
+    def _write_on(self) -> Turn | None:
+        """Several tokens of a sequence that has the lane to itself, where its owner wants so; None where not."""
+        active = self.scheduler.active
+        if len(active) != 1 or self.scheduler.waiting or not self._may_write_on(active[0]):
+            return None
+        turn = Turn(active[0])
+        try:
+            return turn if self._write_all(turn) else None
+        except KVFull:
+            return None
+        except Exception as error:
+            logger.exception("writing on failed")
+            turn.error = error
+            return turn
+
+    def _write_all(self, turn: Turn) -> bool:
+        """Read what is pending, then write until the owner says no, or it was much, or took long; whether it can."""
+        sequence, until = turn.sequence, self._clock() + _AT_ONCE_S
+        limit = min(len(sequence.ids) + _MOST_AT_ONCE, sequence.limit)
+        greedy = self._runner.greedy(sequence.slot, limit) if sequence.slot is not None else None
+        writes_on = sequence.writes_on
+        if greedy is None or writes_on is None:
+            return False
+        for token in sequence.ids[sequence.computed :]:
+            choice = greedy.after(token)
+        while True:
+            turn.choices.append(choice)
+            sequence.ids.append(choice.token)
+            if not writes_on(choice) or len(sequence.ids) >= limit or self._clock() > until:
+                break
+            choice = greedy.after(choice.token)
+        greedy.commit()
+        computed = len(sequence.ids) - 1 - sequence.computed
+        sequence.computed += computed
+        sequence.rows += computed
+        sequence.at_rest = len(sequence.ids) >= sequence.limit
+        self.steps += 1
+        self.computed_tokens += computed
+        self.written_tokens += len(turn.choices)
+        return True
+
+    def _may_write_on(self, sequence: Sequence) -> bool:
+        """Whether its tokens may come several a step, and are then those that its sampler would choose."""
+        sampler = sequence.sampler
+        return (
+            sequence.writes_on is not None
+            and 0 < sequence.pending <= _FEW
+            and not sequence.draft
+            and sequence.taps is None
+            and sequence.means is None
+            and sequence.kept_logits is None
+            and sampler is not None
+            and sampler.greedy
+            and sampler.plain
+            and not sampler.params.top_logprobs
+        )
 
     def _begin_from_kept(self, sequences: list[Sequence]) -> list[Turn]:
         """The first tokens of those that were given the logits for them."""

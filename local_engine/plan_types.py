@@ -109,7 +109,7 @@ class Cascade(msgspec.Struct, frozen=True, tag="cascade", omit_defaults=True, fo
     accept: AcceptRule
     hint: Literal["none", "offer"] = "none"
     """What the command's model is given of an answer that was not accepted. `offer`: it keeps it up to the first token
-    that it finds too improbable; both models have the same tokens then."""
+    that it finds too improbable, and both go on as in SpeculateSteps; both models have the same tokens then."""
     floor: float = -0.69
     """`offer`: a natural logarithm."""
 

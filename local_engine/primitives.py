@@ -13,7 +13,7 @@ reasoning (speculation on steps, early exits, votes) is a small state machine ov
 Engine thread only.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Tokens
 from typing import Protocol
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from local_engine.lane import Lane
 from local_engine.means import Means
-from local_engine.sampler import Sampler
+from local_engine.sampler import Choice, Sampler
 from local_engine.sequence import Scores, Sequence, place, token_ids
 from local_engine.turns import Turn
 from local_engine.types import Event, FinishReason, TapSpec
@@ -83,12 +83,15 @@ class Primitives:
         limit: int | None = None,
         taps: TapSpec | None = None,
         means: Means | None = None,
+        writes_on: Callable[[Choice], bool] | None = None,
         expendable: bool = False,
     ) -> Sequence:
         """A sequence that reads `tokens`, then writes if it has a sampler and rests if not.
 
         It stops at `limit` tokens, prompt included; at the most that the model and its KV budget allow if that is
-        less. When a step of it fails the request fails, unless it is `expendable`: then its turn brings the error.
+        less. A step may bring several tokens of it where `writes_on`, asked after each, says so: for text that nobody
+        waits for token by token. When a step of it fails the request fails, unless it is `expendable`: then its turn
+        brings the error.
         """
         lane = self._lanes[model]
         most = min(limit or lane.most_tokens, lane.most_tokens)
@@ -99,6 +102,7 @@ class Primitives:
         sequence = self._new(lane, tokens, most)
         sequence.sampler, sequence.taps, sequence.expendable = sampler, taps, expendable
         sequence.means = means
+        sequence.writes_on = writes_on
         lane.add(sequence)
         return sequence
 

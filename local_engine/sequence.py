@@ -1,7 +1,7 @@
 """One running text, as the planner sees it. No torch here."""
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from local_engine.means import Means
-    from local_engine.sampler import Sampler
+    from local_engine.sampler import Choice, Sampler
 
 AGING_S = 10.0
 """Waiting this long is worth one step of priority."""
@@ -70,6 +70,8 @@ class Sequence:
     """Tokens that it was given to read after its prompt: forced, or offered and verified."""
     rows: int = 0
     """Tokens that were computed for it in all: also what was rejected, or computed again."""
+    writes_on: "Callable[[Choice], bool] | None" = None
+    """Asked after each token that it writes: may the same step bring another one? Where it has the lane to itself."""
     expendable: bool = False
     """When a step of it fails, its owner is told; otherwise the request fails."""
     slot: int | None = None

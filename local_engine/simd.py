@@ -154,6 +154,9 @@ class Writer:
     def load_int(self, base: Any, offset: Any) -> Any:
         return self._builder.load(self.place(base, offset, 8), typ=I64, align=8)
 
+    def store_int(self, value: Any, base: Any, offset: Any) -> None:
+        self._builder.store(value, self.place(base, offset, 8), align=8)
+
     def load_scalar(self, base: Any, offset: Any) -> Any:
         return self._builder.load(self.place(base, offset, 4), typ=F32, align=4)
 
@@ -219,6 +222,13 @@ class Writer:
 
     def top(self, vector: Any) -> Any:
         return self._call("llvm.vector.reduce.fmax.v16f32", F32, vector, fast=("nnan", "nsz"))
+
+    def first_zero(self, vector: Any, otherwise: int) -> Any:
+        """The first lane that is zero, a whole number."""
+        b = self._builder
+        mask = b.bitcast(b.fcmp_ordered("==", vector, self.number(0.0)), I16)
+        lane = b.zext(b.cttz(mask, ir.Constant(ir.IntType(1), 0)), I64)
+        return b.select(b.icmp_signed("==", mask, ir.Constant(I16, 0)), self.whole(otherwise), lane)
 
     def sqrt(self, vector: Any) -> Any:
         return self._call("llvm.sqrt.v16f32", VEC, vector)

@@ -154,6 +154,25 @@ class PackedRows:
     tap_rows: Sequence[int]
 
 
+@dataclass(frozen=True, slots=True)
+class OneToken:
+    """What it takes to run steps of one token of one sequence; the rest are addresses."""
+
+    decode: Kernel
+    width: int
+    head_dim: int
+    dtype: torch.dtype
+    epsilon: float
+    step: "array[int]"
+    layers: int
+    layer_count: int
+    embedding: int
+    hidden: int
+    cos: int
+    sin: int
+    norm: int
+
+
 class WholeForward:
     """Runs steps of few tokens per sequence through the decoder layers of one model. One thread only."""
 
@@ -251,6 +270,25 @@ class WholeForward:
         step = self._step(count, reading, targets, tapped)
         self._decode(_at(step), _at(self._layers), *layers)
         return self._logits(array("q", packed.logit_rows)), hidden
+
+    def one_token(self, reading: Reading) -> OneToken:
+        """For the token that `reading` is of, and those after it; until the next `run`."""
+        sizes = self._sizes
+        return OneToken(
+            decode=self._decode,
+            width=sizes.width,
+            head_dim=sizes.head_dim,
+            dtype=sizes.dtype,
+            epsilon=self._norm.epsilon,
+            step=self._step(1, reading, self._no_taps, array("q")),
+            layers=_at(self._layers),
+            layer_count=len(self._kept),
+            embedding=self._embedding.data_ptr(),
+            hidden=self._hidden.data_ptr(),
+            cos=self._cos.data_ptr(),
+            sin=self._sin.data_ptr(),
+            norm=self._norm.weight.data_ptr(),
+        )
 
     def _step(self, count: int, reading: Reading, targets: "array[int]", tapped: "array[int]") -> "array[int]":
         """What `_decode` is told of a step."""

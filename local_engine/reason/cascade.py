@@ -1,17 +1,20 @@
 """A cascade on one engine: a small model answers first, and where its answer is not good enough, the command's model.
 
 Nothing of an attempt is told before it is accepted (`accept.py`); one that is not worth its end is abandoned in the
-middle. The larger model reads its prompt only when it is asked. With the hint `offer` it then reads the small model's
-answer as well, in one pass, keeps it up to the first token that it finds too improbable, and writes on from there.
+middle. The larger model reads its prompt only when it is asked. With the hint `offer` it then judges the small model's
+answer as well, in one pass, keeps it up to the first token that it finds too improbable, and both go on from there as
+in step speculation (`speculate.py`).
 """
 
-from collections.abc import Sequence as Tokens
+import msgspec
 
 from local_engine.answer import Answer
 from local_engine.model import LocalModel
-from local_engine.plan_types import Cascade, ModelUse, PlanUse
+from local_engine.plan_types import Cascade, ModelUse, PlanUse, SpeculateSteps
 from local_engine.primitives import Primitives
 from local_engine.reason.accept import AnswerWatch, abandons, accepts, p_correct
+from local_engine.reason.score import Scored
+from local_engine.reason.speculate import Attempt, StepSpeculation
 from local_engine.sampler import Choice, Sampler
 from local_engine.sequence import Sequence
 from local_engine.turns import Hidden, Turn
@@ -49,8 +52,9 @@ class CascadeAnswer:
         self._base: Sequence | None = None
         self._thinks = self._answers[1].thinking
         self._thought = 0  # of the attempt: tokens of its thought
-        self._base_tokens = self._base_thought = self._kept = 0
-        self._offered: list[int] = []
+        self._most_tokens = most_tokens
+        self._base_tokens = self._base_thought = 0
+        self._shared: StepSpeculation | None = None  # who goes on where it is offered
         self._accepted: bool | None = None
         self._abandoned = False
         self._p: float | None = None
@@ -59,7 +63,7 @@ class CascadeAnswer:
 
     @property
     def done(self) -> bool:
-        return self._answer.over or self._refused
+        return self._shared.done if self._shared is not None else self._answer.over or self._refused
 
     def begin(self, engine: Primitives) -> None:
         self._engine = engine
@@ -71,10 +75,14 @@ class CascadeAnswer:
         self._draft = engine.open(self._plan.draft, prompt, sampler, limit=limit, taps=taps, expendable=True)
 
     def ended(self, reason: FinishReason) -> list[Event]:
+        if self._shared is not None:
+            return self._shared.ended(reason)
         self._answer = self._answers[0]
         return self._answer.end(reason)
 
     def stepped(self, turn: Turn) -> list[Event]:
+        if self._shared is not None:
+            return self._shared.stepped(turn)
         if turn.sequence is not self._draft:
             return self._base_wrote(turn)
         if turn.error is not None or turn.out_of_room:
@@ -112,15 +120,26 @@ class CascadeAnswer:
 
     def _escalate(self) -> list[Event]:
         self._accepted = False
+        if self._plan.hint == "offer":
+            return self._share()
         self._answer = self._answers[0]
         prompt, room = self._prompts[0], self._max_tokens[0]
         self._base = self._engine.open(self._command.model, prompt, self._answer.sampler, limit=len(prompt) + room)
-        offered = [choice.token for choice in self._attempt if not self._ends(choice)][: room - 1]
-        if self._plan.hint == "offer" and offered:
-            self._offered = offered
-            self._engine.offer(self._base, offered, self._plan.floor)
         self._engine.close(self._draft)
         return []
+
+    def _share(self) -> list[Event]:
+        """Let the larger model judge the attempt, and the small one draft on where that ends."""
+        plan = SpeculateSteps(draft=self._plan.draft)
+        method = Scored(self._plan.floor, plan.unsure, plan.lookahead)
+        attempt = Attempt(self._draft, self._attempt, self._told, self._degraded)
+        rest = method, self._models, self._prompts, self._most_tokens, attempt
+        self._shared = StepSpeculation(self._command, plan, *rest)
+        self._shared.begin(self._engine)
+        return []
+
+    def _told(self, use: PlanUse) -> PlanUse:
+        return msgspec.structs.replace(use, escalated=True, abandoned=self._abandoned, p_correct=self._p)
 
     def _base_wrote(self, turn: Turn) -> list[Event]:
         assert self._base is not None, "it has been asked"
@@ -133,31 +152,15 @@ class CascadeAnswer:
             self._refused = True
             model = self._command.model
             return [Failed(self._command.id, "context_length_exceeded", f"no room for the prompt in the KV of {model}")]
-        kept = self._kept_of(turn.choices)
-        self._kept += kept
         events: list[Event] = []
-        for at, choice in enumerate(turn.choices):
-            if at >= kept:
-                before = answer.thinking
-                self._base_tokens += 1
-                self._base_thought += before or self._models[0].thinks_after(choice.token, before)
+        for choice in turn.choices:
+            before = answer.thinking
+            self._base_tokens += 1
+            self._base_thought += before or self._models[0].thinks_after(choice.token, before)
             events += answer.take(choice, self._max_tokens[0])
             if answer.over:
                 break
-        if self._offered and not answer.over:
-            self._engine.offer(self._base, self._offered, self._plan.floor)
         return events
-
-    def _kept_of(self, choices: Tokens[Choice]) -> int:
-        """How much of the offer begins what it wrote; where its own next token is the offer's too, the rest stays."""
-        kept = 0
-        for choice, offered in zip(choices[:-1], self._offered, strict=False):
-            if choice.token != offered:
-                break
-            kept += 1
-        agrees = kept == len(choices) - 1 and self._offered[kept : kept + 1] == [choices[-1].token]
-        self._offered = self._offered[kept + 1 :] if agrees else []
-        return kept
 
     def _sampler(self, model: LocalModel, prompt: list[int], measure: bool) -> Sampler:
         return Sampler(
@@ -170,7 +173,7 @@ class CascadeAnswer:
 
     def _use(self) -> PlanUse:
         written, base = len(self._attempt), self._base
-        in_text = written if self._accepted else self._kept
+        in_text = written if self._accepted else 0
         return PlanUse(
             [
                 ModelUse(

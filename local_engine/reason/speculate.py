@@ -12,7 +12,7 @@ thinking tags has no thought to close: then all of its answer is speculated on, 
 
 import math
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from typing import Final, Literal
@@ -25,7 +25,7 @@ from local_engine.plan_types import ModelUse, PlanUse, SpeculateSteps
 from local_engine.primitives import Primitives
 from local_engine.reason.glimprouter import GLIMPSE
 from local_engine.reason.guards import LoopGuard
-from local_engine.reason.method import JUDGE, Do, Method
+from local_engine.reason.method import JUDGE, Do, Method, Move
 from local_engine.reason.specreason import RATINGS
 from local_engine.reason.steps import Boundary, StepSplitter
 from local_engine.sampler import Choice, Sampler
@@ -52,6 +52,19 @@ class _Count:
     accepted_steps: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """An answer of the draft's that was not good enough (`cascade.py`): the first that the base judges."""
+
+    sequence: Sequence
+    """It holds the draft's prompt and what was written, with its sampler."""
+    choices: Tokens[Choice]
+    tell: Callable[[PlanUse], PlanUse]
+    """Adds what became of the attempt."""
+    degraded: str = ""
+    """Why the draft cannot go on."""
+
+
 class StepSpeculation:
     """Controller of one answer by two models."""
 
@@ -67,6 +80,7 @@ class StepSpeculation:
         models: tuple[LocalModel, LocalModel],
         prompts: tuple[list[int], list[int]],
         most_tokens: tuple[int, int],
+        attempt: Attempt | None = None,
     ) -> None:
         """`models`, `prompts` and `most_tokens` (of a sequence): the base's, the draft's."""
         base, draft = models
@@ -94,6 +108,7 @@ class StepSpeculation:
         self._accepted, self._ahead = self._splitter(), self._splitter()
         self._text = array("i")  # what is accepted; either sequence is to hold it after its prompt
         self._pending: list[Choice] = []  # what the draft wrote after it
+        self._moves: list[Move] = []  # of the tokens of the step that the draft is in
         self._state: State = "base writes"
         self._closed = _is_closed(base, prompts[0])
         self._draft_thinks = False
@@ -103,6 +118,7 @@ class StepSpeculation:
         self._closed_by = self._degraded = ""
         self._base_steps = plan.base_steps
         self._refused = self._interrupted = False
+        self._attempt = attempt
 
     @property
     def done(self) -> bool:
@@ -114,7 +130,29 @@ class StepSpeculation:
         # The base writes the first token: it has just read the prompt, so that token is free.
         limit = len(base_prompt) + self._max_tokens
         self._base = engine.open(self._command.model, base_prompt, self._sampler, limit=limit)
-        self._draft = engine.open(self._plan.draft, draft_prompt, limit=self._draft_limit, expendable=True)
+        if self._attempt is not None:
+            return self._begin_from(self._attempt)
+        self._draft = engine.open(
+            self._plan.draft, draft_prompt, limit=self._draft_limit, writes_on=self._writes_on, expendable=True
+        )
+
+    def _begin_from(self, attempt: Attempt) -> None:
+        """Have the base judge what the draft has written, all of it at once."""
+        self._draft, self._degraded = attempt.sequence, attempt.degraded
+        self._draft.taps, self._draft.writes_on = None, self._writes_on
+        thinks = self._answer.thinking
+        for choice in attempt.choices:
+            thinks = self._wrote(DRAFT, choice.token, thinks)
+            self._count.drafted_steps += self._ahead.push(choice.token) is Boundary.STEP
+            if choice.token not in self._models[DRAFT].end_tokens:
+                self._pending.append(choice)
+        if self._degraded:
+            self._count.rows[DRAFT] = self._draft.rows
+            self._engine.close(self._draft)
+        else:
+            self._engine.rest(self._draft)
+        if self._pending:
+            self._offer()
 
     def ended(self, reason: FinishReason) -> list[Event]:
         return self._answer.end(reason)
@@ -136,16 +174,27 @@ class StepSpeculation:
 
     # ---- the draft writes -------------------------------------------------------------------------------------------
 
+    def _writes_on(self, choice: Choice) -> bool:
+        """Whether the draft's next token is wanted whatever becomes of this one: then the same step may bring it."""
+        self._moves.append(self._moved(choice))
+        return self._moves[-1].do is Do.WRITE and not self._cannot_write()
+
+    def _moved(self, choice: Choice) -> Move:
+        """What follows a token that the draft has written; asked once for each."""
+        self._draft_thinks = self._wrote(DRAFT, choice.token, self._draft_thinks)
+        boundary = self._ahead.push(choice.token)
+        self._count.drafted_steps += boundary is Boundary.STEP
+        self._pending.append(choice)
+        return self._method.drafted(choice, self._piece(choice), boundary)
+
     def _draft_wrote(self, choices: Tokens[Choice]) -> list[Event]:
+        moves, self._moves = self._moves, []
         events: list[Event] = []
         for at, choice in enumerate(choices):
             self._unused[DRAFT] = len(choices) - 1 - at
-            self._draft_thinks = self._wrote(DRAFT, choice.token, self._draft_thinks)
-            boundary = self._ahead.push(choice.token)
-            self._count.drafted_steps += boundary is Boundary.STEP
-            self._pending.append(choice)
-            move = self._method.drafted(choice, self._piece(choice), boundary)
-            if move.do is Do.WRITE and self._cannot_write():
+            move = moves[at] if at < len(moves) else self._moved(choice)
+            last = at + 1 >= len(moves)  # those before it were decided without a look at the room
+            if move.do is Do.WRITE and last and self._cannot_write():
                 move = JUDGE
             if move.take_back:
                 del self._pending[-move.take_back :]
@@ -202,7 +251,8 @@ class StepSpeculation:
     # ---- the base judges --------------------------------------------------------------------------------------------
 
     def _offer(self) -> list[Event]:
-        self._engine.rest(self._draft)
+        if not self._degraded:
+            self._engine.rest(self._draft)
         self._sync(self._base, BASE)
         del self._pending[max(0, self._base.limit - len(self._base.ids) - 1) :]
         self._state = "base judges"
@@ -377,7 +427,7 @@ class StepSpeculation:
         rows = self._base.rows, count.rows[DRAFT] or self._draft.rows
         names = self._command.model, self._plan.draft
         forced = count.accepted.get(None, 0)
-        return PlanUse(
+        use = PlanUse(
             [
                 ModelUse(
                     names[whose],
@@ -399,6 +449,7 @@ class StepSpeculation:
             closed_by=self._closed_by,
             degraded=self._degraded,
         )
+        return use if self._attempt is None else self._attempt.tell(use)
 
 
 def _tokens(model: LocalModel, text: str) -> list[int]:

@@ -139,7 +139,9 @@ class World:
 
     def _open(self, rng: random.Random) -> None:
         prompt = list(rng.choice(PROMPTS))
-        sequence = self.engine.open("m", prompt, greedy() if rng.random() < 0.7 else None, limit=LIMIT)
+        on = (lambda choice: choice.token % 3 > 0) if rng.random() < 0.3 else None
+        sampler = greedy() if rng.random() < 0.7 else None
+        sequence = self.engine.open("m", prompt, sampler, limit=LIMIT, writes_on=on)
         self.texts[sequence] = prompt
         self.written[sequence] = set()
 

@@ -151,6 +151,35 @@ def test_an_offered_attempt_is_read_in_one_pass_and_kept_as_far_as_it_is_good(
         assert base.computed_tokens == base.input_tokens + lax.output_tokens - 1
 
 
+def test_both_go_on_where_an_offered_attempt_ends(start_engines: StartEngines, pair: dict[str, LocalModel]) -> None:
+    """The text is the larger model's own, for fewer of its tokens than if it had gone on alone."""
+    caller, written, whole = Caller(start_engines(pair, prefix_bytes=0)), 0, 0
+    for question in QUESTIONS:
+        text, alone = ask(caller, question)
+        got, finished = ask(caller, question, plan=plan(NEVER, hint="offer"))
+        assert got == text
+        did = use(finished)
+        base, draft = did.models
+        assert did.escalated
+        assert did.drafted_tokens == draft.output_tokens
+        assert base.output_tokens + did.accepted_tokens == finished.output_tokens == alone.output_tokens
+        assert did.discarded_tokens == did.drafted_tokens - did.accepted_tokens
+        written, whole = written + base.output_tokens, whole + alone.output_tokens
+    assert written < whole / 2
+
+
+def test_what_a_failing_model_wrote_is_offered_too(start_engines: StartEngines, pair: dict[str, LocalModel]) -> None:
+    watch = Watch()
+    watch.fails = lambda segments: len(watch.passes) > 8
+    text, _ = ask(Caller(start_engines(pair)), QUESTIONS[0])
+    engine = start_engines(pair, make_runner=watched(watch, "draft"))
+    got, finished = ask(Caller(engine), QUESTIONS[0], plan=plan(NEVER, hint="offer"))
+    assert got == text
+    assert "made to fail" in use(finished).degraded
+    assert use(finished).drafted_tokens == 8
+    assert use(finished).accepted_tokens > 0
+
+
 def test_a_small_model_that_fails_costs_its_attempt(start_engines: StartEngines, pair: dict[str, LocalModel]) -> None:
     watch = Watch()
     watch.fails = lambda segments: len(watch.passes) > 3
