@@ -192,7 +192,7 @@ class CascadePlanFile(Strict):
     """Another model of this policy, on the same engine."""
     accept: AcceptRuleFile
     hint: Literal["none", "offer"] = "none"
-    """`offer`: this model keeps the beginning of a rejected answer, up to the first token it finds too improbable."""
+    """`offer`: this model keeps a rejected answer up to the first improbable token, and both go on from there."""
     floor: Annotated[float, Field(lt=0)] = -0.69
     """`offer`: that improbable, a natural logarithm."""
 

@@ -8,12 +8,13 @@ import torch
 
 from local_engine import kernels
 from local_engine.kv import KVShape
-from local_engine.lane import Lane, Turn
+from local_engine.lane import Lane
 from local_engine.model import LocalModel, load_model
 from local_engine.primitives import Primitives
 from local_engine.runner import Runner, Segment, new_kv
 from local_engine.sampler import Choice, Sampler
 from local_engine.sequence import Sequence
+from local_engine.turns import Turn
 from local_engine.types import SamplingParams
 
 CPU = torch.device("cpu")
