@@ -1,5 +1,6 @@
 """What a request may ask of the engine: choices, priority, deadline, salt, taps, scores; and who gets the room."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,26 @@ def test_the_more_urgent_goes_first(endless: LocalModel, gate: Watch, start_engi
     prompts = {tuple(prompt_of(endless, f"{priority} + 1")): priority for priority in (1, 2)}
     order = [prompts[read] for segments in gate.passes for s in segments if (read := tuple(s.tokens)) in prompts]
     assert order == [2, 1]
+
+
+def test_who_has_waited_long_enough_goes_before_the_more_urgent(
+    endless: LocalModel, gate: Watch, start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("local_engine.sequence.AGING_S", 0.01)
+    caller = Caller(start_engine(endless, max_running=1, make_runner=gate))
+    brief = SamplingParams(temperature=0, max_tokens=2)
+    first = caller.generate("0 + 1", brief)
+    gate.wait_for_pass(1)
+    patient, since = caller.generate("1 + 1", brief), time.perf_counter()
+    while time.perf_counter() < since + 0.05:  # five steps of priority
+        pass
+    urgent = {priority: caller.generate(f"{priority} + 1", brief, priority=priority) for priority in (3, 1000)}
+    gate.allow(100)
+    for id in (first, patient, *urgent.values()):
+        caller.finished(id)
+    prompts = {tuple(prompt_of(endless, f"{number} + 1")): number for number in (1, 3, 1000)}
+    order = [prompts[read] for segments in gate.passes for s in segments if (read := tuple(s.tokens)) in prompts]
+    assert order == [1000, 1, 3]
 
 
 def test_a_deadline_ends_with_what_there_is(endless: LocalModel, gate: Watch, start_engine: StartEngine) -> None:
