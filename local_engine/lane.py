@@ -397,7 +397,7 @@ class Lane:
 
     def _draft(self) -> None:
         """Let guesses be made of what comes next in the sequences that write."""
-        if self.speculator is None:
+        if self.speculator is None or self.speculator.rests():
             return
         active = self.scheduler.active
         writing = [s for s in active if s.pending == 1 and s.sampler is not None and s.floor is None]

@@ -22,6 +22,8 @@ _BANKED_STEPS = (
     16.0  # of what it gained, so much pays for later losses: a drafter that reads the next prompt, above all
 )
 
+_LEAST_GAIN = 0.05  # a draft that promises less is not made: what it promises is known no better than that
+
 
 @dataclass(frozen=True, slots=True)
 class Offer:
@@ -53,6 +55,8 @@ class Goodput:
         rows = [sequences * (1 + length) for length in range(len(kept))]
         alone = [self._step_time(count, sequences) + pass_s * at for at, count in enumerate(rows)]
         best = max(range(len(kept)), key=lambda at: kept[at] / alone[at])
+        if kept[best] / alone[best] < (1 + _LEAST_GAIN) * kept[0] / alone[0]:
+            best = 0
         token_s = alone[best] / kept[best]
         if other_rows:
             mixed = [self._step_time(other_rows + count, sequences) + pass_s * at for at, count in enumerate(rows)]

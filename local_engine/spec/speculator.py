@@ -17,6 +17,8 @@ _MOST_ROWS = 96  # drafted tokens in a step; more sequences than this get none
 _IDLE_LOOKS = 4  # looks that find nothing worth drafting, after which one in so many steps looks
 _IDLE_STEPS = 16
 _MOST_IDLE_STEPS = 64  # each look that finds nothing either doubles the rest, up to this
+_LOOK_SHARE = 0.01  # of the time that looks may take where they find nothing: eight sequences' cost more than a step
+_MOST_REST = 512
 _TIMED_STEPS = 8  # while nobody looks, one in so many steps is timed, and stands for all of them
 _LEAST_GAIN = 0.1  # where drafts that are always right would save a smaller share of the time, nobody looks
 _TRIAL_STEPS = 256  # a drafting model that does not pay is tried again after so many looks, then twice as many, …
@@ -68,6 +70,9 @@ class _Step:
     """Drafted tokens of theirs."""
 
 
+_UNTIMED = _Step(0.0, 0, timed=False)
+
+
 class Speculator:
     """Drafts for one model. A step is `propose`, verification, `learn` for each sequence, `settle`. One thread only.
 
@@ -104,6 +109,15 @@ class Speculator:
         self._trials: dict[int, int] = {}  # how often passes were timed, likewise
         self._untried = 0  # looks since the drafter was last asked
         self._trial_steps = _TRIAL_STEPS
+
+    def rests(self) -> bool:
+        """Whether this step is one that is neither looked at nor timed: it has no drafts, nor had the last one."""
+        if self._rest < 2 or (self._steps + 1) % _TIMED_STEPS == 0:
+            return False
+        self._rest -= 1
+        self._steps += 1
+        self._step = _UNTIMED
+        return True
 
     def propose(self, sequences: Sized[Sequence], other_rows: int = 0) -> list[Draft]:
         """The draft to verify for each sequence that writes; none where that pays.
@@ -190,15 +204,18 @@ class Speculator:
     def settle(self, rows: int) -> None:
         """The step of `rows` rows, which began with `propose`, is over."""
         step = self._step
-        self._step = _Step(0.0, 0)
         if not step.timed:
             return
+        self._step = _UNTIMED
         seconds = self._clock() - step.began
         if not step.looked:
             self._goodput.rest(seconds if self._steps % _TIMED_STEPS else _TIMED_STEPS * seconds)
             if step.count:
                 self._step_time.observe(rows, seconds, step.count, mixed=rows > step.count)
             return
+        if self._rest:
+            plain_s = self._step_time(step.count, step.count)
+            self._rest = max(self._rest, min(_MOST_REST, int(step.propose_s / (_LOOK_SHARE * plain_s))))
         others = rows - step.writing - step.verified
         if step.writing:
             spent = max(seconds - step.propose_s, 1e-9)
