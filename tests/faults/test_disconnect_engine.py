@@ -90,3 +90,24 @@ async def test_a_caller_who_leaves_frees_the_engine(phase: str, engine: Engine, 
     outcomes = [calls[f"leaver-{number}"].request["outcome"] for number in range(LEAVERS)]
     assert set(outcomes) <= {"cancelled", "ok"}, "a fast answer may be done before its caller leaves"
     assert outcomes.count("cancelled") >= LEAVERS // 2
+
+
+async def test_an_engine_that_goes_away_is_paid_for_what_it_had_written(engine: Engine, tmp_path: Path) -> None:
+    policy = POLICY.replace("engine: embedded", "engine: embedded, retries: 0, breaker: off")
+    async with running(policy, tmp_path / "home", engine=tmp_path / "engine.sock") as gateway:
+        link = gateway.app.engine
+        assert link is not None
+        await until(lambda: link.client is not None)
+        body = {"model": "local", "messages": [{"role": "user", "content": QUESTION}], "n": 4, "temperature": 1.0}
+        asking = asyncio.create_task(gateway.chat(body))
+        await until(lambda: engine.stats().kv_tokens)
+        read = engine.stats().kv_tokens
+        await until(lambda: engine.stats().kv_tokens > read + 200)
+        assert link.client is not None
+        await link.client.close()
+        status, _, _ = await asking
+        (row,) = await gateway.rows()
+    (attempt,) = row["attempt_rows"]
+    assert (status, attempt["outcome"]) == (503, "engine_gone")
+    assert attempt["output_tokens"] + attempt["reasoning_tokens"] > 0
+    assert 0 < attempt["cost_nanousd"] < row["reserved_nanousd"] / 4

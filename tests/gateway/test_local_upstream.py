@@ -13,7 +13,7 @@ import pytest
 from gateway.edge.wire import read_chat
 from gateway.ledger.settle import Usage
 from gateway.upstream.local import LocalStream, LocalUpstream
-from gateway.upstream.types import CallHeaders, ChatCall, Planned, Target, UpstreamError
+from gateway.upstream.types import CallHeaders, ChatCall, Planned, Progress, Target, UpstreamError
 from local_engine.client import EngineClient
 from local_engine.engine import Engine
 from local_engine.errors import EngineGone
@@ -115,6 +115,29 @@ async def test_what_is_cut_off_is_counted_as_far_as_it_came(upstream: LocalUpstr
     written = [0 if count is None else count.output + count.reasoning for count in counts]
     assert written == sorted(written)
     assert len(set(written)) > 5
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["left", "its engine is gone"])
+async def test_a_whole_answer_that_does_not_come_is_counted_as_far_as_it_came(
+    upstream: LocalUpstream, client: EngineClient, gone: bool
+) -> None:
+    progress = Progress()
+    asking = asyncio.create_task(upstream.complete(TARGET, call(), progress))
+    async with asyncio.timeout(60):
+        while progress.state is None or progress.state.deltas < 4:
+            await asyncio.sleep(0)
+    if gone:
+        await client.close()
+        with pytest.raises(UpstreamError, match="went away"):
+            await asking
+    else:
+        asking.cancel()
+        await asyncio.wait((asking,))
+    counted = progress.state.so_far()
+    assert counted is not None
+    assert counted.output + counted.reasoning >= 4
+    assert counted.input > 0
+    assert not counted.estimated
 
 
 async def test_an_answer_with_a_plan_is_counted_at_its_end_alone(upstream: LocalUpstream) -> None:
