@@ -40,7 +40,7 @@ def unplanned(target: Target, call: ChatCall, kind: AttemptKind) -> str:
         return _not_for(call) or ("temperature" if alike else "")
     if _of_effort(target.steps, call) is None:
         return ""
-    return _not_for(call) or ("prefix" if kind == "first" else kind)
+    return _not_for(call) or ("prefix" if kind in ("first", "retry") else kind)
 
 
 def _of_effort(plans: Mapping[Effort, Planned], call: ChatCall) -> Planned | None:
