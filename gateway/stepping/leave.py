@@ -105,9 +105,22 @@ class Leaving:
         await self._last_look()
         thought = self._watch.thought.said(0, self._cut)
         left = None if self._asked is None else max(1, self._asked - self._cut)
-        following = Following(thought=True, over=True)
-        call = ask.rest(calls.call, thought, over=True, tokens=left)
         calls.leaving = False
+        try:
+            async with aclosing(self._answer(thought, left)) as answer:
+                async for events in answer:
+                    yield events
+        except Full:
+            if left is None:
+                raise
+            async with aclosing(self._answer(thought, None)) as answer:  # all that there is room for
+                async for events in answer:
+                    yield events
+
+    async def _answer(self, thought: str, tokens: int | None) -> AsyncGenerator[list[Event]]:
+        calls, teller = self._calls, self._calls.teller
+        following = Following(thought=True, over=True)
+        call = ask.rest(calls.call, thought, over=True, tokens=tokens)
         try:
             async with aclosing(calls.rest("answer", call, following)) as stream:
                 async for heard in stream:

@@ -107,6 +107,10 @@ async def test_of_an_answer_that_is_not_accepted_only_the_bill_shows(
     row = (await cascading.rows())[0]
     decision = json.loads(row["decision"])
     assert (decision["plan"]["kind"], [c["model"] for c in decision["candidates"]]) == ("cascade", ["cheap>dear"])
+    for model in ("cheap", "dear"):
+        await cascading.chat(ask(model=model))
+    dear, cheap = [alone["reserved_nanousd"] for alone in (await cascading.rows())[:2]]
+    assert dear + cheap * 0.9 < row["reserved_nanousd"] < dear + cheap * 1.1, "all that was held, one after the other"
 
 
 @anyio
