@@ -44,7 +44,9 @@ def attempts(model: LocalModel, asked: Sequence[Question], path: Path) -> list[A
         with torch.inference_mode():
             parts = [_together(model, asked[at : at + BATCH]) for at in range(0, len(asked), BATCH)]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(msgspec.msgpack.encode([found for part in parts for found in part]))
+        unfinished = path.with_suffix(".new")
+        unfinished.write_bytes(msgspec.msgpack.encode([found for part in parts for found in part]))
+        unfinished.rename(path)
     return msgspec.msgpack.decode(path.read_bytes(), type=list[Attempt])
 
 
