@@ -94,9 +94,14 @@ def report(source: str, dtype: Dtype, device: Device, threads: int) -> list[str]
         f"{'batch':>5} {'step':>10} {'tokens/s':>10} {'of the bound':>13} {'all layers tapped':>18}",
     ]
     context = min(CONTEXT, model.card.context_window - 1)
+    times = decode_steps(runner, found, context=context)
     lines += [
         f"{step.rows:>5} {step.seconds * 1e3:>7.2f} ms {step.rows / step.seconds:>10,.0f}"
         f" {step.bound_s / step.seconds:>13.0%} {step.tapped_s / step.seconds - 1:>+18.1%}"
-        for step in decode_steps(runner, found, context=context)
+        for step in times
     ]
+    if any(step.bound_s > step.seconds for step in times):
+        lines.append(
+            "over 100%: weights that fit the CPU's caches are read faster than memory, which the bound is made of"
+        )
     return lines
