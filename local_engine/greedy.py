@@ -102,6 +102,7 @@ class Greedy:
         self._token = array("q", [0])
         self._found = array("f", [0.0, 0.0])
         self._one = one = whole.one_token(reading)
+        self._vocabulary = head.outputs
         self._logits = torch.empty(head.outputs, dtype=one.dtype)
         told = {
             _Word.EMBEDDING: one.embedding,
@@ -124,10 +125,17 @@ class Greedy:
         self._kernel = _advance(one.width, one.head_dim, head.outputs, one.dtype, one.epsilon, one.decode)
 
     def after(self, token: int) -> Choice:
-        """Read one token: the most probable one after it."""
+        """Read one token: the most probable one after it.
+
+        Raises IndexError for a token that the model does not have, ArithmeticError where its logits are no numbers.
+        """
+        if token >= self._vocabulary:
+            raise IndexError(f"token {token}: the model has tokens 0 to {self._vocabulary - 1}; its tokenizer has more")
         self._token[0] = token
         self._kernel(_at(self._words))
         total, weighed = self._found
+        if self._token[0] >= self._vocabulary:
+            raise ArithmeticError(f"the logits after token {token} are no numbers: no token is the most probable")
         log_total = math.log(total)
         return Choice(self._token[0], -log_total, [], log_total - weighed / total)
 

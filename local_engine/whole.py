@@ -251,11 +251,15 @@ class WholeForward:
         """(logits, in the model's type; hidden states of all tokens, until the next run).
 
         All in packed order: `angles` are tables by position, as `fused.fused_rotary` gives them; `state` resumes.
+        Raises IndexError for a token that the model does not have.
         """
         count = len(packed.tokens)
         self._reach(count)
         hidden = self._hidden[:count]
         if state is None:
+            most, last = max(packed.tokens), self._embedding.shape[0] - 1
+            if most > last:  # the kernel would read whatever lies there
+                raise IndexError(f"token {most}: the model has tokens 0 to {last}; its tokenizer has more")
             named = array("q", packed.tokens)
             self._take(self._embedding.data_ptr(), _at(named), hidden.data_ptr(), count)
         else:

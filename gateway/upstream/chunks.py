@@ -143,10 +143,10 @@ def pattern_of(data: bytes) -> Pattern | None:
         name = found[1].decode()
         pattern = Pattern(data[: found.start(2)], data[found.end(2) :])
         try:
-            chunk, other = msgspec.json.decode(data), msgspec.json.decode(pattern.around(b"?"))
+            chunk, other = msgspec.json.decode(data), msgspec.json.decode(pattern.around(found[2] + b"?"))
             (choice,) = chunk["choices"]
             said = choice if name == "text" else choice["delta"]
-            said[name] = "?"
+            said[name] += "?"
             says = {key for key, value in choice.items() if value} | {key for key, value in said.items() if value}
         except (msgspec.DecodeError, RecursionError, LookupError, TypeError, ValueError, AttributeError):
             return None

@@ -109,3 +109,14 @@ def test_words_are_looked_at_however_well_head_and_tail_fit() -> None:
     assert event is not None
     assert event.pattern is not pattern
     assert state.delivered_bytes == 2
+
+
+def test_a_field_beside_the_text_that_says_the_same_is_not_taken_for_it() -> None:
+    """Whatever the text is that the pattern is learnt from: trials put other words in its place."""
+    for word in ("?", "one"):
+        first, then = (
+            msgspec.json.encode({"about": {"content": other}, "choices": [{"index": 0, "delta": {"content": word}}]})
+            for other in (word, "longer")
+        )
+        state, _ = read([first, then], 8)
+        assert (state.delivered_bytes, state.deltas) == (2 * len(word), 2)

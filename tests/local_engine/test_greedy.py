@@ -59,6 +59,22 @@ def test_tokens_are_those_of_single_steps(dtype: torch.dtype) -> None:
 
 
 @ours
+def test_logits_that_are_no_numbers_name_no_token() -> None:
+    model = new_model()
+    model.network.model.norm.weight.data.fill_(torch.nan)
+    kv = new_kv(model, 1 << 24)
+    runner = Runner(model, kv)
+    slot = kv.open(64)
+    runner.run([Segment(slot, 0, PROMPT)])
+    greedy = runner.greedy(slot, 60)
+    assert greedy is not None
+    with pytest.raises(ArithmeticError, match="no numbers"):
+        greedy.after(5)
+    with pytest.raises(IndexError, match="the model has tokens 0 to"):
+        greedy.after(model.network.config.vocab_size)
+
+
+@ours
 def test_a_step_brings_what_its_owner_wants() -> None:
     lane, engine = new_lane()
     plain = engine.open("m", PROMPT, greedy(), limit=100)

@@ -67,3 +67,10 @@ def test_it_stops_at_a_layer_and_goes_on_there(runner: Runner) -> None:
         runner.kv.truncate(slot, held)
     begun = runner.run(segments, layers=(0, 1))
     near(straight, runner.run(segments, layers=(1, LAYERS), state=begun.state, tap_layers=[2]))
+
+
+def test_a_token_that_the_model_does_not_have_is_refused_and_no_memory_read_for_it(runner: Runner) -> None:
+    slot = runner.kv.open(64)
+    with pytest.raises(IndexError, match="the model has tokens 0 to"):
+        runner.run([Segment(slot, 0, [5, runner._body.embed_tokens.num_embeddings])])
+    assert runner.kv.length(slot) == 0
