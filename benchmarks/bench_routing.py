@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from results_file import Row, write
+from results_file import Row, stored, write
 from rich.console import Console
 from rich.table import Table
 from routing_affinity import affinity_rows
 from routing_agreement import ALWAYS, NEVER, Answered, agreement_rows, recorded, wrong_agree
 from routing_attacks import attack_rows
 from routing_data import PAIRS, Outcomes, hidden, llmrouter, routellm, zeroeval
-from routing_latency import latency_rows
+from routing_latency import latency_rows, worker_rows
 from routing_pool import best_of_many, cheapest_at_equal_accuracy
 from routing_rivals import (
     Splits,
@@ -49,6 +49,7 @@ TOLD = "probe and task prior, mean"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, nargs="?", default=DATA, help="folder with the tables of shared/data")
+    parser.add_argument("--section", action="append", help="measure only this one; the others' stored rows stay")
     args = parser.parse_args()
     if not (args.data / "routellm_mmlu.parquet").exists():
         print(f"no routing data in {args.data}: name its folder as the argument, or in LEADLINE_DATA; nothing measured")
@@ -64,8 +65,12 @@ def main() -> None:
         ("MMLU, perturbed and hostile", lambda data, model: attack_rows(routellm(data, "mmlu"), model)),
         ("tau-bench, affinity", lambda data, _: affinity_rows(data)),
         ("encoder probe", latency_rows),
+        ("in the worker", worker_rows),
     )
     for title, section in sections:
+        if args.section and title not in args.section:
+            rows += [row for row in stored("routing") if row.name.startswith(f"{title} | ")]
+            continue
         start = time.perf_counter()
         found = [replace(row, name=f"{title} | {row.name}") for row in section(args.data, encoder)]
         show(f"{title} ({time.perf_counter() - start:.0f} s)", found)

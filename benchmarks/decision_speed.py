@@ -1,13 +1,6 @@
-"""How long one decision takes: a policy of 20 rules x 10 candidates, in microseconds of CPU time.
+"""Decisions of a policy of 20 rules x 10 candidates: the query is taken by the last of the rules, with every signal
+that its objective reads."""
 
-    python -m benchmarks.decision_speed
-
-Each line is one objective, its query taken by the last of the 20 rules, with every signal that the objective reads.
-The best of many rounds: what the code costs, not what else the machine was doing.
-"""
-
-import json
-import time
 from collections.abc import Callable
 
 from probes.types import Estimate
@@ -18,8 +11,6 @@ from routers.types import Query, Signals, State
 
 RULES = 20
 CANDIDATES = 10
-ROUNDS = 30
-CALLS = 300
 
 NAMES = tuple(f"m{index}" for index in range(CANDIDATES))
 
@@ -64,26 +55,8 @@ def signals() -> Signals:
     return Signals({name: Estimate(0.5 + 0.05 * index, "p@1/x", 0.4, 0.99) for index, name in enumerate(NAMES)})
 
 
-def microseconds(call: Callable[[], object]) -> float:
-    """CPU time of one call: the best of `ROUNDS` rounds."""
-    best = float("inf")
-    for _ in range(ROUNDS):
-        began = time.process_time_ns()
-        for _ in range(CALLS):
-            call()
-        best = min(best, (time.process_time_ns() - began) / CALLS / 1000)
-    return best
-
-
-def measured() -> dict[str, float]:
-    """Microseconds of a decision, by objective."""
+def decision(objective: str) -> Callable[[], object]:
+    """One decision by this objective, to be taken again and again."""
+    made, said, state = policy(OBJECTIVES[objective]), signals(), State()
     query = Query("auto", "someone", 900, 500, frozenset({"other"}), input_tokens_max=4000)
-    found = {}
-    for name, objective in OBJECTIVES.items():
-        made, said, state = policy(objective), signals(), State()
-        found[name] = round(microseconds(lambda: decide(query, said, made, state, 7)), 1)  # noqa: B023
-    return found
-
-
-if __name__ == "__main__":
-    print(json.dumps(measured()))
+    return lambda: decide(query, said, made, state, 7)

@@ -44,6 +44,12 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def stored(name: str) -> list[Row]:
+    """The rows of results/NAME.json; none where it was never written."""
+    path = RESULTS / f"{name}.json"
+    return [Row(**row) for row in json.loads(path.read_text())["rows"]] if path.exists() else []
+
+
 def write(name: str, command: str, packages: Iterable[str], rows: Sequence[Any], **more: object) -> Path:
     """Write results/NAME.json and return its path. `rows` are dataclasses with the fields of `Row`."""
     path = RESULTS / f"{name}.json"

@@ -1,4 +1,4 @@
-"""What the shipped encoder probe costs a query, and how fast the machine was while that was measured."""
+"""What shipped probes and a decision cost a query, and how fast the machine was while that was measured."""
 
 import time
 from collections.abc import Callable
@@ -6,16 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from decision_speed import CANDIDATES, OBJECTIVES, RULES, decision
 from results_file import Row
 from routing_data import routellm
 
 from probes.artifact import read
 from probes.extract import Encoder, best_dtype
-from probes.manifest import default_artifact_path
+from probes.manifest import ARTIFACTS, default_artifact_path
+from probes.static import StaticProbe
+from probes.text import render
 
 SIZES = (1, 16)
 BATCHES = 8
 ROUNDS = 9
+ASKED = 200
+CALLS = 100
 TOKENS, NARROW, WIDE = 1024, 384, 1536
 """Of the reference product, which is one of the encoder's own."""
 
@@ -54,6 +59,29 @@ def latency_rows(data: Path, encoder: Encoder, seed: int = 0) -> list[Row]:
     low, middle, high = map(float, np.quantile(speeds, [0.05, 0.5, 0.95]))
     shape = f"{TOKENS} x {NARROW} x {WIDE}"
     return [*rows, Row(f"the machine meanwhile, product of {shape}", "speed", middle, low, high, "GFLOP/s")]
+
+
+def worker_rows(data: Path, _: Encoder, seed: int = 0) -> list[Row]:
+    """What is computed in a gateway's worker, CPU time of one thread: the shipped static probe, rendering included, on
+    prompts drawn from the whole tables, each its median of nine rounds, p5 to p95 of the prompts; a decision of many
+    rules and candidates by each objective, p5 to p95 of many rounds."""
+    rows = []
+    probe = StaticProbe.load(ARTIFACTS / "static")
+    for name in ("mmlu", "gsm8k"):
+        prompts = routellm(data, name).prompts
+        chosen = [prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))[:ASKED]]
+        talks = [[{"role": "user", "content": prompt}] for prompt in chosen]
+        spent = [[_cpu(lambda talk=talk: probe.read(render(talk))) for talk in talks] for _ in range(ROUNDS)]  # type: ignore[misc]
+        each = 1e6 * np.median(spent, 0)
+        low, high = map(float, np.quantile(each, [0.05, 0.95]))
+        rows.append(Row(f"static probe, {name}", "CPU a query", float(np.mean(each)), low, high, "µs"))
+    for objective in OBJECTIVES:
+        decide = decision(objective)
+        rounds = [_cpu(lambda: [decide() for _ in range(CALLS)]) / CALLS * 1e6 for _ in range(CALLS)]  # noqa: B023
+        low, middle, high = map(float, np.quantile(rounds, [0.05, 0.5, 0.95]))
+        shape = f"{RULES} rules x {CANDIDATES} candidates"
+        rows.append(Row(f"decision, {shape}, {objective}", "CPU a query", middle, low, high, "µs"))
+    return rows
 
 
 def _cpu(work: Callable[[], object]) -> float:
