@@ -42,6 +42,7 @@ from local_engine.types import (
 from local_engine.wire import FrameError, decode_event, encode_frame, read_frame
 
 MAX_UNREAD: Final = 10_000
+"""Events that wait for whoever asked; one more, and all are dropped for a failure that says so."""
 
 
 class EngineClient:
@@ -257,8 +258,6 @@ class EngineClient:
                     if isinstance(event, Finished):  # cancelled, and not by us
                         raise EngineGone("the engine stopped")
                     assert isinstance(event, PrefixEvents)
-                    if inbox.unread > MAX_UNREAD:
-                        raise EngineFailure("internal", f"more than {MAX_UNREAD} messages were not read; begin anew")
                     yield event.events
             finally:
                 self._cancel(id)
@@ -277,8 +276,8 @@ class EngineClient:
 
     @contextlib.contextmanager
     def _asking(self) -> Iterator[tuple[int, "_Inbox"]]:
-        id, inbox = next(self._ids), _Inbox()
-        self._inboxes[id] = inbox
+        id = next(self._ids)
+        inbox = self._inboxes[id] = _Inbox(id)
         try:
             yield id, inbox
         finally:
@@ -318,14 +317,11 @@ class EngineClient:
 class _Inbox:
     """The events of one command that its caller has not taken yet."""
 
-    def __init__(self) -> None:
+    def __init__(self, id: int) -> None:
+        self._id = id
         self._events: deque[Event] = deque()
         self._closed: EngineGone | None = None
         self._changed = asyncio.Event()
-
-    @property
-    def unread(self) -> int:
-        return len(self._events)
 
     def put(self, event: Event) -> None:
         if isinstance(event, Delta):
@@ -333,6 +329,9 @@ class _Inbox:
                 if isinstance(waiting, Delta) and waiting.choice == event.choice:
                     self._events[at] = _merged(waiting, event)
                     return
+        if len(self._events) >= MAX_UNREAD:  # its reader may never read again
+            self._events.clear()
+            event = Failed(self._id, "internal", f"{MAX_UNREAD} messages were not read; begin anew")
         self._events.append(event)
         self._changed.set()
 

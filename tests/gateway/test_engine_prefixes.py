@@ -119,6 +119,23 @@ async def test_what_cannot_be_done_is_refused_by_its_field(running: Running) -> 
         await anext(running.client.prefix_events("x"))
 
 
+async def test_who_follows_and_does_not_read_is_told_so_and_holds_no_more_memory(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("local_engine.client.MAX_UNREAD", 4)
+    async with aclosing(running.client.prefix_events("m")) as events:
+        first = asyncio.ensure_future(anext(events))
+        await running.ask(RULES, QUESTION)
+        await first
+        most = 0
+        for number in range(12):
+            await running.ask({"role": "user", "content": f"{number} is a number. " * 4})
+            most = max(most, *(len(inbox._events) for inbox in running.client._inboxes.values()))
+        assert most == 4
+        with pytest.raises(EngineFailure, match="begin anew"):
+            await anext(events)
+
+
 class Router:
     """Keeps the books of one store from its events alone."""
 
