@@ -17,11 +17,7 @@ from local_engine.spec.steptime import StepTime
 LOSS_SHARE = 0.015
 """Most that speculation may lose, as a share of all time."""
 _LOSS_STEPS = 6.0  # and what it may be in debt at any moment, in plain steps of the running batch
-
-_BANKED_STEPS = (
-    16.0  # of what it gained, so much pays for later losses: a drafter that reads the next prompt, above all
-)
-
+_BANKED_STEPS = 16.0  # of what it gained, this pays for later losses: above all, when a drafter reads the next prompt
 _LEAST_GAIN = 0.05  # a draft that promises less is not made: what it promises is known no better than that
 
 
