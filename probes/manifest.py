@@ -291,6 +291,8 @@ def version_of(manifest: Manifest, tensors: bytes) -> str:
         unsaid["clusters"] = True
     if not manifest.experts:
         unsaid["experts"] = True
+    if manifest.over == "last":  # as all were before there was another way
+        unsaid["over"] = True
     meaning = manifest.model_dump_json(exclude=unsaid)
     return f"{manifest.name}@{hashlib.sha256(meaning.encode() + tensors).hexdigest()[:8]}"
 

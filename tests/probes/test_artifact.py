@@ -15,7 +15,7 @@ from probes.errors import ArtifactError
 from probes.extract import file_sha256
 from probes.heads import Heads
 from probes.kernel import ProbeClassifier
-from probes.manifest import MANIFEST, TENSORS
+from probes.manifest import MANIFEST, TENSORS, Manifest, version_of
 from probes.train import experts_info, similarity_info
 
 
@@ -36,6 +36,21 @@ def test_the_version_follows_the_content_and_nothing_else(artifact: Artifact, sh
     shorter = artifact.manifest.model_copy(update={"max_tokens": 32})
     assert replace(artifact, manifest=shorter).version != artifact.version
     assert shifted.version != artifact.version
+
+
+OLD = Manifest.model_validate(
+    {
+        "tier": "prefill", "name": "old", "encoder": "e", "encoder_sha256": "0", "layers": [1], "dims": 2,
+        "max_tokens": 8, "heads": [{"name": "a", "label": "a", "n": 9, "base_rate": 0.5, "calibration": "platt"}],
+        "data_sha256": "0", "n": 9, "created": "2026-01-01", "versions": {}, "metrics": {},
+    }
+)  # fmt: skip
+
+
+def test_an_artifact_keeps_its_version_when_manifests_can_say_more() -> None:
+    """The hash was taken before they could: rows of a ledger, and what was learnt of a probe, go by it."""
+    assert version_of(OLD, b"tensors") == "old@0bad80fa"
+    assert version_of(OLD.model_copy(update={"over": "prompt"}), b"tensors") != version_of(OLD, b"tensors")
 
 
 def test_another_encoder_is_refused(artifact: Artifact) -> None:
