@@ -222,12 +222,15 @@ class App:
             learned=learned,
             sessions=sessions,
         )
-        if link is not None:
-            from gateway.shared_loads import SharedLoads
+        if settings.redis_url:
+            from gateway import redis_link, shared_loads
 
-            shared_loads = SharedLoads(link, lambda: lifecycle.world.loads)
-            shared_loads.start()
-            stack.push_async_callback(shared_loads.stop)
+            # A way of its own: no request waits for it, and a late exchange must not leave Redis alone for all else.
+            beside = redis_link.RedisLink(settings.redis_url, lambda up: None, timeout_s=shared_loads.PATIENCE_S)
+            stack.push_async_callback(beside.close)
+            loads = shared_loads.SharedLoads(beside, lambda: lifecycle.world.loads)
+            loads.start()
+            stack.push_async_callback(loads.stop)
         peers: Peers | None = None
         if settings.peers is not None:
             peers = Peers(settings.peers, settings.worker, lambda: metrics.exposition(settings.worker))

@@ -17,6 +17,8 @@ from gateway.loads import Loads, Told
 from gateway.redis_link import RedisAway, RedisLink
 
 PERIOD_S = 0.25
+PATIENCE_S = 1.0
+"""For one exchange with Redis."""
 SILENT_S = 2.0
 """A worker that has told nothing new for so long counts for nothing."""
 _KEY = "leadline:loads"

@@ -238,7 +238,10 @@ class StreamState:
     """Of those tokens, the ones inside the thinking block."""
 
     def so_far(self) -> Usage | None:
-        """What the engine has counted of an answer that is cut off here; None: it does not count as it goes."""
+        """The count of an answer that is cut off here: the provider's where it came before the cut, else the engine's
+        own; None: it does not count as it goes."""
+        if self.done and self.usage is not None:
+            return self.usage
         if self.prompt is None:
             return None
         tokens, cached = self.prompt

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.ledger.settle import Usage
 from gateway.upstream.chunks import pattern_of, read_chunk
 from gateway.upstream.gather import Kept, gather
 from gateway.upstream.types import Event, StreamState, UpstreamError
@@ -66,6 +67,17 @@ def test_a_pattern_changes_nothing_that_is_told_counted_or_kept(chunks: list[dic
     for event in events:
         kept.add(event)
     assert gather(kept.chunks()) == gather([event.data for event in plain])
+
+
+def test_an_answer_that_is_cut_off_after_its_count_is_billed_by_it() -> None:
+    """As where a connection breaks before `[DONE]`. A count that came before the end is not the whole count."""
+    state = StreamState()
+    usage = {"usage": {"prompt_tokens": 7, "completion_tokens": 5}}
+    read_chunk(msgspec.json.encode(chunk({"content": "a"}, None, None, usage)), state, 1)
+    assert state.so_far() is None
+    read_chunk(msgspec.json.encode(chunk({}, None, "stop", {})), state, 1)
+    read_chunk(msgspec.json.encode({"choices": []} | usage), state, 1)
+    assert state.so_far() == Usage(7, output=5)
 
 
 def test_words_of_one_pattern_are_kept_as_one_chunk() -> None:
