@@ -201,6 +201,8 @@ class EngineService:
     async def _probe(self, asked: "ProbeRequest") -> dict[str, Any]:
         """Calibrated chances of a good answer, and the prompt's length for each model."""
         result = await answered(self._client().probe(bytes_of(asked.messages)))
+        if not result.p_success:
+            raise InvalidRequest("this engine has no probe; start it by a policy that names one under `signals`")
         return {"p_success": result.p_success, "prompt_tokens": result.input_tokens, "cost_us": result.cost_us}
 
     async def _hidden(self, asked: "HiddenRequest", request: Request) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from gateway.ledger.settle import NO_USAGE, cost_nanousd
 from gateway.ledger.store import LedgerStore
 from gateway.priority import priority_of
 from gateway.query import must_know, query_of
-from gateway.relay import Relay, Reply, casts_shadows, last_events
+from gateway.relay import Relay, Reply, casts_shadows, cost_comment, last_events
 from gateway.sessions import Conversation, Store, after, conversation_key, is_bound
 from gateway.shadow import Shadows
 from gateway.signals import SignalReader
@@ -124,7 +124,7 @@ class Lifecycle:
             known = _known(error, ticket.record.id)
             refused = isinstance(known, BudgetExceeded)
             await self._settle(ticket, "refused" if refused else "error", known.http_status, known.code)
-            await reply.fail(known, ticket.headers(final=True))
+            await reply.fail(known, ticket.headers(final=True), cost_comment(ticket))
         finally:
             ticket.settle("error", 500, "internal_error")
             self._attempts.spent(ticket)

@@ -40,8 +40,8 @@ class Reply(Protocol):
 
     async def end(self) -> None: ...
 
-    async def fail(self, error: LeadlineError, headers: bytes) -> None:
-        """An error body, or an error event when a stream has begun: never a success terminator."""
+    async def fail(self, error: LeadlineError, headers: bytes, comment: bytes = b"") -> None:
+        """An error body, or where a stream has begun an error event, and the comment: never a success terminator."""
         ...
 
 
@@ -180,5 +180,10 @@ def last_events(ticket: Ticket, usage_event: Event | None) -> bytes:
         out = write_event(_encode(fields))
     if ticket.resumed:
         out += b": leadline-resumed\n\n"
+    return out + cost_comment(ticket) + DONE
+
+
+def cost_comment(ticket: Ticket) -> bytes:
+    """What the request has cost, in a line that every reader of a stream ignores who does not look for it."""
     cost = ticket.record.cost_nanousd
-    return out + b": leadline-cost-nanousd " + (b"unpriced" if cost is None else b"%d" % cost) + b"\n\n" + DONE
+    return b": leadline-cost-nanousd " + (b"unpriced" if cost is None else b"%d" % cost) + b"\n\n"

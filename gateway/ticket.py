@@ -217,7 +217,8 @@ class Ticket:
         attempt.error = error.kept
         state = self.progress(attempt).state
         worked = error.may_be_billed or (state is not None and state.deltas > 0)
-        self.end_attempt(attempt, error.cause, None if worked else NO_USAGE)
+        usage = None if worked else NO_USAGE
+        self.end_attempt(attempt, error.cause, usage, delivered_bytes=error.delivered_bytes)
 
     def end_attempt(
         self,

@@ -157,7 +157,7 @@ def _right(correct: Array) -> Any:
 
 def _scaled(features: Array) -> tuple[Array, Array, Array]:
     mean, scale = features.mean(axis=0), features.std(axis=0)
-    scale = np.where(scale > 0, scale, 1.0)
+    scale = np.where(scale > 1e-9 * np.abs(mean), scale, 1.0)  # a feature that is the same everywhere says nothing
     return (features - mean) / scale, mean, scale
 
 

@@ -108,6 +108,11 @@ class AcceptFile(Strict):
     `not_accepted`, or `fail`. Default: send."""
 
 
+_MEANING = {
+    "at_least": "the P(correct) from which an answer is accepted",
+    "keeps_right": "the share of right answers that it accepts; `leadline probe accept` measures it",
+    "keeps_wrong": "the share of wrong answers that it accepts; `leadline probe accept` measures it",
+}
 _NUMBERS = ("mean_logprob", "min_logprob", "log_tokens", "bias", "at_least", "keeps_right", "keeps_wrong")
 RuleLookup = Callable[[str], Mapping[str, float]]
 """The file of an accept rule → its numbers, by the names of `AcceptFile`. Raises ValueError, which says why and the
@@ -270,9 +275,9 @@ def _check_accept(document: Document, part: AcceptFile, path: Path, cascades: Se
     if part.rule is not None and part.at_least is None:
         return  # its file could not be read, which has been said
     if part.agree is None:
-        for key in ("at_least", "keeps_right", "keeps_wrong"):
+        for key in _MEANING:
             if getattr(part, key) is None:
-                document.report((*path, key), "missing", f"add `{key}:`")
+                document.report((*path, key), "missing", f"add `{key}:`, {_MEANING[key]}")
         if not any(getattr(part, key) for key in features):
             document.report(path, "it looks at nothing of the answer", f"give {' or '.join(features)} a weight")
         return

@@ -155,10 +155,10 @@ class AsgiReply:
             return
         await self._send({"type": "http.response.body", "body": b""})
 
-    async def fail(self, error: LeadlineError, headers: bytes) -> None:
+    async def fail(self, error: LeadlineError, headers: bytes, comment: bytes = b"") -> None:
         body = _encode(error.body())
         if self._streaming:
-            await self.send(b"data: " + body + b"\n\n")
+            await self.send(b"data: " + body + b"\n\n" + comment)
             await self.end()
             return
         await self.whole(error.http_status, headers + lines_of(error_headers(error)), body)

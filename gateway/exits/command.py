@@ -190,7 +190,11 @@ def questions_of(path: Path | None, seed: int, per_level: int, half: str) -> "li
     if path is None:
         return arithmetic_questions(seed, per_level, "fit" if half == "fit" else "test")
     found = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise _Stop(f"{path}: {(error.strerror or str(error)).lower()}") from None
+    for number, line in enumerate(lines, 1):
         try:
             row = msgspec.json.decode(line, type=_Line)
         except msgspec.DecodeError as error:

@@ -115,6 +115,7 @@ class OpenAIUpstream:
                 f"{self._provider} answered 200 with something that is no JSON object: {error}",
                 status=200,
                 may_be_billed=True,
+                delivered_bytes=len(body),
             ) from error
         if failure is not None:
             raise UpstreamError(
@@ -123,6 +124,7 @@ class OpenAIUpstream:
                 status=200,
                 may_be_billed=True,
                 words=words,
+                delivered_bytes=len(body),
             )
         return Answer(body, usage, delivered_bytes=len(body))
 

@@ -81,6 +81,7 @@ class UpstreamError(Exception):
         may_be_billed: bool = False,
         should_retry: bool | None = None,
         words: str = "",
+        delivered_bytes: int = 0,
     ) -> None:
         super().__init__(message)
         self.cause = cause
@@ -90,6 +91,8 @@ class UpstreamError(Exception):
         self.retry_after_s = retry_after_s
         self.may_be_billed = may_be_billed
         """The provider may have worked on it: the attempt is billed as an estimate."""
+        self.delivered_bytes = delivered_bytes
+        """Of a body that came whole and is no answer: no more can have been written than that."""
         self.should_retry = should_retry
         """What the provider says itself (`x-should-retry`); None where it says nothing."""
         self.words = words

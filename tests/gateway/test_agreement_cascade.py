@@ -303,7 +303,7 @@ async def test_who_leaves_a_round_holds_nothing_of_either(upstream: FakeUpstream
         ("cheap&other>dear", "{agree: 2, at_least: 0.5}", "is not judged by P(correct), too"),
         ("cheap&other>dear", "{agree: 2, keeps_right: 0.9}", "give both keeps_right and keeps_wrong"),
         ("cheap&other>dear", "{agree: 1}", "write 2 or more"),
-        ("cheap&other>dear", "{}", "add `keeps_right:`"),
+        ("cheap&other>dear", "{}", "add `keeps_right:`, the share of right answers"),
         ("cheap&other>dear", "most", "write `agree`"),
         ("cheap&cheap>dear", "agree", "asks the same twice"),
         ("cheap&>dear", "agree", "such as one&other>strong"),

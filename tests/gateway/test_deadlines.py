@@ -89,7 +89,7 @@ async def test_a_deadline_in_the_middle_of_a_stream_ends_it_with_an_error(
     status, _, raw = await gateway.stream(ask(model="bounded"))
     assert status == 200
     assert b"[DONE]" not in raw
-    assert b'"code":"deadline_exceeded"' in raw.split(b"\n\n")[-2]
+    assert b'"code":"deadline_exceeded"' in raw.split(b"\n\n")[-3]
     await until(lambda: upstream.closed_early == 1)
     (row,) = await gateway.rows()
     (attempt,) = row["attempt_rows"]

@@ -149,6 +149,13 @@ async def test_without_its_token_nothing_is_told(service: Service) -> None:
         assert (await client.get("/health")).status_code == 200
 
 
+async def test_an_engine_without_a_probe_says_how_to_get_one(service: Service) -> None:
+    async with httpx2.AsyncClient(base_url=service.url, headers={"authorization": f"Bearer {TOKEN}"}) as client:
+        answer = await client.post("/probe", json={"messages": SUM})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
+    assert "this engine has no probe; start it by a policy" in answer.json()["error"]["message"]
+
+
 async def test_no_body_is_read_for_a_stranger() -> None:
     async def never(*_: Any) -> Any:
         raise AssertionError("it was let in")

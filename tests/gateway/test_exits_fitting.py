@@ -129,6 +129,12 @@ def test_what_cannot_be_is_said(tmp_path: Path, options: list[str], problem: str
     assert problem in done.output
 
 
+def test_questions_that_are_not_there_are_named(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["exits", "compare", "--questions", str(tmp_path / "none.jsonl")])
+    assert done.exit_code == 2
+    assert "none.jsonl: no such file or directory" in done.output.replace("\n", "")
+
+
 def test_a_bad_line_of_questions_is_named(tmp_path: Path) -> None:
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"question": "2 + 3", "answer": "5"}\n{"question": "7"}\n')

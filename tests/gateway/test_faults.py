@@ -116,3 +116,4 @@ async def test_a_broken_stream_never_ends_as_success(
     (row,) = await gateway.rows()
     assert row["outcome"] == "error"
     assert row["cost_nanousd"] > 0
+    assert raw.endswith(b": leadline-cost-nanousd %d\n\n" % row["cost_nanousd"])

@@ -131,6 +131,7 @@ async def test_a_retry_of_a_request_has_its_own_row_and_bill(gateway: Gateway, u
     assert (first["outcome"], first["cost_estimated"], second["outcome"]) == ("bad_answer", True, "ok")
     assert row["cost_nanousd"] == first["cost_nanousd"] + second["cost_nanousd"]
     assert second["cost_nanousd"] == upstream.truth[-1].nanousd
+    assert first["output_tokens"] <= 10, "no more can have been written than came"
     assert 0 <= row["overhead_us"] < row["duration_us"]
 
 

@@ -48,6 +48,15 @@ def test_what_is_accepted_is_right_as_often_as_asked(share: float) -> None:
     assert kept[truth < 1].mean() == pytest.approx(plan.accept.keeps_wrong, abs=0.05)
 
 
+@pytest.mark.parametrize("length", [1, 8])
+def test_a_length_that_never_changes_says_nothing(length: int) -> None:
+    """Its deviation in floating point is 4e-16, not 0."""
+    answers, right = _answers(300)
+    rule = fit_accept(answer_features([values[:1] * length for values in answers]), right, right_at_least=0.7)
+    assert abs(rule.weights["log_tokens"]) < 1e-6
+    assert abs(rule.bias) < 100
+
+
 def test_what_cannot_be_fitted_is_said() -> None:
     logprobs, right = _answers(300)
     features = answer_features(logprobs)
