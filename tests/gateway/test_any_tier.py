@@ -137,9 +137,10 @@ def test_a_probe_says_how_well_it_is_known_and_explain_shows_it(folder: Path) ->
     )
     assert version_of(stripped, b"") == version_of(manifest, b""), "what is only said of it does not make it another"
     (folder / "words.yaml").write_text(TIERED.replace("PROBES", "./words"))
-    done = CliRunner().invoke(gateway_app, ["explain", str(folder / "words.yaml"), "What is 12 plus 30?"])
+    prompt = questions(1)["q"][0]  # of words that the probe has seen
+    done = CliRunner().invoke(gateway_app, ["explain", str(folder / "words.yaml"), prompt])
     assert done.exit_code == 0, done.output
-    p = opened(folder / "words").read("What is 12 plus 30?").p_success["weak"]  # type: ignore[union-attr]
+    p = opened(folder / "words").read(prompt).p_success["weak"]  # type: ignore[union-attr]
     found = interval(known["weak"], p)
     assert found is not None
     assert f"P(success) {p:.2f} ({found[0]:.2f} to {found[1]:.2f}) by words@" in done.output
