@@ -263,7 +263,7 @@ print(StaticProbe.load(Path({str(folder)!r})).read({SUM!r}).p_success["weak"])
 
 def test_the_shipped_probe_knows_sums_from_essays() -> None:
     folder = ARTIFACTS / "static"
-    assert sum(file.stat().st_size for file in folder.iterdir()) < 300_000
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 350_000
     probe = StaticProbe.load(folder)
     assert probe.heads == ("local", "weak", "strong")
     easy, other = probe.read("What is 12 + 7 - 4?"), probe.read("Which enzyme unwinds DNA during replication?")
