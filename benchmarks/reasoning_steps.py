@@ -79,8 +79,8 @@ def measure(bench: Bench, into: Measured) -> None:
     first, others = kinds()
     answers, times = bench.ask(first, others, [*first, *others], asked, timed)
     rows_s = bench.once("rows_s", lambda: {name: row_s(model) for name, model in bench.models.items()})
-    bare_s = bench.once("bare_s", lambda: {name: bare_s(model) for name, model in bench.models.items()})
-    table = _Table(asked, answers, times, rows_s, bare_s)
+    bare = bench.once("bare_s", lambda: {name: bare_s(model) for name, model in bench.models.items()})
+    table = _Table(asked, answers, times, rows_s, bare)
     for kind in [*first, *others]:
         table.tell(kind, into)
 
