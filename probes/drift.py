@@ -11,10 +11,8 @@ The same test watches inputs without labels: with the share of a certificate tha
 whether a query did as the outcome.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Self
 
 BANDS = ((0.0, 1.0), (0.0, 0.5), (0.5, 0.8), (0.8, 1.0))
 """Of p; the first holds all. The upper end belongs to the band above, 1.0 to the last."""
@@ -43,7 +41,7 @@ BETTORS = tuple(_Bettor(*each) for each in product(BANDS, (1, -1), STAKES))
 
 
 class DriftAlarm:
-    """Watches one head. Its state is some twenty numbers: `state()` goes into JSON, `restore` goes on from it."""
+    """Watches one head. After a restart it is shown again what the ledger holds."""
 
     def __init__(self, delta: float = 0.01, tolerance: float = 0.05) -> None:
         """`delta`: the chance of ever raising a false alarm; `tolerance`: how far off calibration may be."""
@@ -88,30 +86,3 @@ class DriftAlarm:
         often = "more" if bettor.direction > 0 else "less"
         low, high = bettor.band
         return f"answers of P {low:g} to {high:g} are right {often} often than {self.tolerance:g} around what it says"
-
-    def state(self) -> dict[str, Any]:
-        """All of it, for JSON."""
-        return {
-            "delta": self.delta,
-            "tolerance": self.tolerance,
-            "n": self.n,
-            "alarmed_at": self.alarmed_at,
-            "cause": self._cause,
-            "wealth": list(self._wealth),
-        }
-
-    @classmethod
-    def restore(cls, state: Mapping[str, Any]) -> Self:
-        """Goes on exactly where `state` was; ValueError for what is no state of this test."""
-        try:
-            alarm = cls(float(state["delta"]), float(state["tolerance"]))
-            alarm.n = int(state["n"])
-            alarm.alarmed_at = None if state["alarmed_at"] is None else int(state["alarmed_at"])
-            alarm._cause = str(state["cause"])
-            wealth = [float(value) for value in state["wealth"]]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"no state of a drift alarm: {error!r}; start a new one") from None
-        if len(wealth) != len(BETTORS) or not all(0 <= value <= _CEILING for value in wealth) or alarm.n < 0:
-            raise ValueError("no state of a drift alarm: its wealth does not fit; start a new one")
-        alarm._wealth = wealth
-        return alarm
