@@ -164,6 +164,15 @@ async def invalid_json(upstream: FakeUpstream, request: web.Request, body: dict[
     return web.Response(text="{not json", content_type="application/json")
 
 
+async def cut_answer(upstream: FakeUpstream, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"content-type": "application/json", "content-length": "1000"})
+    await response.prepare(request)
+    await response.write(b'{"choices":')
+    assert request.transport is not None
+    request.transport.close()
+    return response
+
+
 async def silence(upstream: FakeUpstream, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
     await asyncio.sleep(30)
     return web.Response()

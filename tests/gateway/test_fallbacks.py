@@ -212,11 +212,11 @@ async def test_a_caller_who_leaves_the_probe_gives_its_place_back(gateway: Gatew
 
 
 async def test_a_probe_that_no_budget_holds_gives_its_place_back(upstream: FakeUpstream, tmp_path: Path) -> None:
-    """An answer that cannot be read is billed at its worst; what is left does not pay for the fallback."""
+    """An answer that is cut is billed at its worst; what is left does not pay for the fallback."""
     policy = POLICY.format(url=upstream.url) + 'limits: [{key: "*", budget: $0.004/day}]\n'
     async with running(policy, tmp_path / "home") as gateway:
         breaker = rested(gateway, "costly")
-        upstream.faults = [fake.invalid_json]
+        upstream.faults = [fake.cut_answer]
         status, headers, _ = await gateway.chat(ask(model="costly-fallback", max_tokens=1000))
         assert (status, headers["x-leadline-attempts"], len(upstream.bodies)) == (502, "1", 1)
         assert (breaker.state, breaker.reason()) == ("half_open", None)
