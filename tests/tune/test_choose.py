@@ -83,7 +83,7 @@ def test_tune_measures_here_and_writes_what_it_chose(tmp_path: Path) -> None:
     [
         (["--model", "nobody"], "it has local, small"),
         (["--model", "local", "--effort", "none"], "without a thought there is nothing to plan"),
-        (["--model", "local", "--questions", "/nowhere"], "No such file"),
+        (["--model", "local", "--questions", "/nowhere"], "/nowhere: no such file"),
         (["--model", "local", "--questions", "policy.yaml"], "policy.yaml, line 1: "),
     ],
 )
