@@ -19,7 +19,7 @@ from local_engine.kv_rows import Reading
 from local_engine.products import KernelProduct
 from local_engine.sampler import Choice
 from local_engine.simd import LANES, PTR, Kernel, Writer
-from local_engine.whole import WholeForward
+from local_engine.whole import WholeForward, address
 
 _NOWHERE: Final = 1 << 62
 
@@ -108,18 +108,18 @@ class Greedy:
             _Word.EMBEDDING: one.embedding,
             _Word.COS_TABLE: angles[0].data_ptr(),
             _Word.SIN_TABLE: angles[1].data_ptr(),
-            _Word.TOKEN: _at(self._token),
-            _Word.POSITION: _at(reading.positions),
+            _Word.TOKEN: address(self._token),
+            _Word.POSITION: address(reading.positions),
             _Word.HIDDEN: one.hidden,
             _Word.COS: one.cos,
             _Word.SIN: one.sin,
-            _Word.STEP: _at(one.step),
+            _Word.STEP: address(one.step),
             _Word.LAYERS: one.layers,
             _Word.LAST: one.layer_count,
             _Word.NORM: one.norm,
             _Word.HEAD: head.packed.data_ptr(),
             _Word.LOGITS: self._logits.data_ptr(),
-            _Word.FOUND: _at(self._found),
+            _Word.FOUND: address(self._found),
         }
         self._words = array("q", [told[word] for word in _Word])
         self._kernel = _advance(one.width, one.head_dim, head.outputs, one.dtype, one.epsilon, one.decode)
@@ -132,7 +132,7 @@ class Greedy:
         if token >= self._vocabulary:
             raise IndexError(f"token {token}: the model has tokens 0 to {self._vocabulary - 1}; its tokenizer has more")
         self._token[0] = token
-        self._kernel(_at(self._words))
+        self._kernel(address(self._words))
         total, weighed = self._found
         if self._token[0] >= self._vocabulary:
             raise ArithmeticError(f"the logits after token {token} are no numbers: no token is the most probable")
@@ -142,8 +142,3 @@ class Greedy:
     def commit(self) -> None:
         """Let the slot hold what was read."""
         self._kv.commit(self._slot, self._reading.positions[0])
-
-
-def _at(words: "array[int] | array[float]") -> int:
-    """The address of an array's first element."""
-    return words.buffer_info()[0]

@@ -19,16 +19,18 @@ from local_engine.held import MOST_HELD, Held, HeldPrompts
 from local_engine.kv import KVCache, KVFull
 from local_engine.means import Means
 from local_engine.model import LocalModel
+from local_engine.outputs import reveal, score, sum_up, summed
+from local_engine.pace import Pace
 from local_engine.prefix import PrefixStore
 from local_engine.runner import Segment, StepOutput
 from local_engine.sampler import Choice
 from local_engine.scheduler import Scheduler
-from local_engine.segments import segment_of, told_taps, window_of
-from local_engine.sequence import Scores, Sequence, common_prefix
+from local_engine.segments import segment_of, window_of
+from local_engine.sequence import Sequence, common_prefix
 from local_engine.spec.draft import NOTHING
 from local_engine.spec.speculator import Speculator
 from local_engine.spec.verify import Window, verify
-from local_engine.turns import Hidden, Turn
+from local_engine.turns import Turn
 
 WORTH_WAITING: Final = 32
 """Tokens that are worth waiting for while another sequence computes them."""
@@ -54,27 +56,6 @@ class Runs(Protocol):
     def logits(self, states: Tensor) -> Tensor: ...
 
     def greedy(self, slot: int, room: int) -> Greedy | None: ...
-
-
-class Pace:
-    """How many tokens a step may compute so that it takes no longer than `step_s`; at most `chunk`.
-
-    Measured: a step of n tokens that took t allows n * step_s / t next time, smoothed. Where t = a + b * n this
-    settles where the step takes `step_s`.
-    """
-
-    def __init__(self, chunk: int, step_s: float) -> None:
-        self._chunk = chunk
-        self._step_s = step_s
-        self._tokens = float(chunk)
-
-    @property
-    def tokens(self) -> int:
-        return max(1, min(self._chunk, int(self._tokens)))
-
-    def observe(self, tokens: int, seconds: float) -> None:
-        allowed = tokens * self._step_s / max(seconds, 1e-6)
-        self._tokens += 0.3 * (min(allowed, 2.0 * self._chunk) - self._tokens)
 
 
 class Lane:
@@ -415,7 +396,7 @@ class Lane:
         """One forward pass; where it fails, one for each, so that a failure ends nothing but what caused it."""
         segments = [segment_of(sequence, count) for sequence, count in work]
         tapped = [sequence for (sequence, _), segment in zip(work, segments, strict=True) if segment.taps]
-        layers = sorted({layer for s in tapped if s.taps is not None for layer in s.taps.layers} | self._summed(tapped))
+        layers = sorted({layer for s in tapped if s.taps is not None for layer in s.taps.layers} | summed(tapped))
         try:
             output = self._runner.run(segments, tap_layers=layers)
         except Exception as error:
@@ -430,20 +411,9 @@ class Lane:
             return [Turn(work[0][0], error=error)]
         return self._told([sequence for sequence, _ in work], segments, output)
 
-    def _summed(self, sequences: Sized[Sequence]) -> set[int]:
-        return {layer for sequence in sequences if sequence.means is not None for layer in sequence.means.layers}
-
-    def _sum_up(self, sequences: list[Sequence], segments: list[Segment], output: StepOutput) -> None:
-        tap = 0
-        for sequence, segment in zip(sequences, segments, strict=True):
-            rows = slice(tap, tap + len(segment.taps))
-            if sequence.means is not None and segment.taps:
-                sequence.means.add(torch.stack([output.hidden[layer][rows] for layer in sequence.means.layers], 1))
-            tap = rows.stop
-
     def _told(self, sequences: list[Sequence], segments: list[Segment], output: StepOutput) -> list[Turn]:
         if output.hidden:
-            self._sum_up(sequences, segments, output)  # before anything is stored
+            sum_up(sequences, segments, output)  # before anything is stored
         turns = [Turn(sequence) for sequence in sequences]
         writers: list[Turn] = []
         rows: list[int] = []
@@ -455,7 +425,7 @@ class Lane:
             these = range(row, row + segment.logits)
             row += segment.logits
             if sequence.scores is not None:
-                self._score(sequence, output.logits[these.start : these.stop], sequence.scores)
+                score(sequence, output.logits[these.start : these.stop], sequence.scores)
                 turn.scores = None if sequence.pending else sequence.scores
             elif segment.logits:
                 writers.append(turn)
@@ -466,7 +436,7 @@ class Lane:
         if writers:
             self._write(writers, output.logits if len(rows) == len(output.logits) else output.logits[rows])
         if output.hidden:
-            self._reveal(turns, segments, output)
+            reveal(turns, segments, output)
         return [turn for turn in turns if turn.choices or turn.hidden or turn.scores or turn.rested or turn.error]
 
     def _write(self, turns: list[Turn], logits: Tensor) -> None:
@@ -515,30 +485,3 @@ class Lane:
             found += self._choices([turn], [window], logits[row : row + window.rows])
             row += window.rows
         return found
-
-    def _reveal(self, turns: list[Turn], segments: list[Segment], output: StepOutput) -> None:
-        """Hand out the tapped states, but for those of drafts that were wrong."""
-        tap = 0
-        for turn, segment in zip(turns, segments, strict=True):
-            sequence, taps = turn.sequence, turn.sequence.taps
-            told = segment.taps
-            if sequence.means is not None:
-                told = told_taps(sequence, segment.start, segment.tokens)
-            kept = [at for at in told if segment.start + at < sequence.computed]
-            if kept and taps is not None:
-                first = tap + segment.taps.index(kept[0])  # what is told of a segment lies side by side
-                states = [output.hidden[layer][first : first + len(kept)] for layer in taps.layers]
-                turn.hidden = Hidden([segment.start + at for at in kept], torch.stack(states, 1))
-            tap += len(segment.taps)
-            sequence.tapped = max(sequence.tapped, sequence.computed)
-
-    def _score(self, sequence: Sequence, logits: Tensor, scores: Scores) -> None:
-        """Take in the logits of the next tokens to score, in order."""
-        if not len(logits):
-            return
-        assert sequence.scored_from is not None
-        first = sequence.scored_from + len(scores.logprobs)
-        tokens = torch.tensor(sequence.ids[first : first + len(logits)], dtype=torch.int64, device=logits.device)
-        logprobs = torch.log_softmax(logits, -1)
-        scores.logprobs += logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1).tolist()
-        scores.entropies += torch.special.entr(logprobs.exp()).sum(-1).tolist()

@@ -261,18 +261,18 @@ class WholeForward:
             if most > last:  # the kernel would read whatever lies there
                 raise IndexError(f"token {most}: the model has tokens 0 to {last}; its tokenizer has more")
             named = array("q", packed.tokens)
-            self._take(self._embedding.data_ptr(), _at(named), hidden.data_ptr(), count)
+            self._take(self._embedding.data_ptr(), address(named), hidden.data_ptr(), count)
         else:
             hidden.copy_(state)
         for table, target in zip(angles, (self._cos, self._sin), strict=True):
-            self._angles(table.data_ptr(), _at(reading.positions), target.data_ptr(), count)
+            self._angles(table.data_ptr(), address(reading.positions), target.data_ptr(), count)
         tapped, targets = array("q", packed.tap_rows), self._no_taps
         if taps:
             targets = array("q", self._no_taps)
             for layer, out in taps.items():
                 targets[layer] = out.data_ptr()
         step = self._step(count, reading, targets, tapped)
-        self._decode(_at(step), _at(self._layers), *layers)
+        self._decode(address(step), address(self._layers), *layers)
         return self._logits(array("q", packed.logit_rows)), hidden
 
     def one_token(self, reading: Reading) -> OneToken:
@@ -285,7 +285,7 @@ class WholeForward:
             dtype=sizes.dtype,
             epsilon=self._norm.epsilon,
             step=self._step(1, reading, self._no_taps, array("q")),
-            layers=_at(self._layers),
+            layers=address(self._layers),
             layer_count=len(self._kept),
             embedding=self._embedding.data_ptr(),
             hidden=self._hidden.data_ptr(),
@@ -301,12 +301,12 @@ class WholeForward:
             [
                 count,
                 *self._buffers,
-                _at(reading.rows),
-                _at(reading.positions),
-                _at(reading.groups),
+                address(reading.rows),
+                address(reading.positions),
+                address(reading.groups),
                 len(reading.groups) // GROUP_WORDS,
-                _at(targets),
-                _at(tapped),
+                address(targets),
+                address(tapped),
                 len(tapped),
             ],
         )
@@ -314,7 +314,7 @@ class WholeForward:
     def _logits(self, rows: "array[int]") -> Tensor:
         normed = self._normed[: len(rows)]
         place = normed.data_ptr()
-        self._take(self._hidden.data_ptr(), _at(rows), place, len(rows))
+        self._take(self._hidden.data_ptr(), address(rows), place, len(rows))
         self._run_norm(place, self._norm.weight.data_ptr(), place, len(rows), self._norm.epsilon)
         logits: Tensor = self._head(normed)
         return logits
@@ -334,7 +334,7 @@ class WholeForward:
         self._buffers = [buffer.data_ptr() for buffer in buffers]
 
 
-def _at(words: "array[int]") -> int:
+def address(words: "array[int] | array[float]") -> int:
     """The address of an array's first element."""
     return words.buffer_info()[0]
 

@@ -8,14 +8,13 @@ threshold taken from the other.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
-from probes.accept_rule import AcceptCertificate, Feature
+from probes.accept_rule import AcceptCertificate, Feature, FittedAccept
 from probes.calibrate import Array
 from probes.cells import at_row
 from probes.certify import DELTA, Method, accept_losses, certify
@@ -24,33 +23,6 @@ from probes.errors import TableError
 FEATURES: tuple[Feature, ...] = ("mean_logprob", "min_logprob", "log_tokens")
 MIN_OF_CLASS = 20
 """Fewer right or wrong answers than this say nothing that holds."""
-
-
-@dataclass(frozen=True, slots=True)
-class FittedAccept:
-    weights: dict[Feature, float]
-    bias: float
-    at_least: float
-    keeps_right: float
-    keeps_wrong: float
-    n: int
-    accepted: float
-    """Share of all answers."""
-    accepted_right: float
-    """Of the accepted answers, the share that is right, of answers that it was not fitted on."""
-    certificate: AcceptCertificate | None = None
-
-    def __str__(self) -> str:
-        """As a route of a policy writes it."""
-        numbers: dict[str, float] = {str(name): weight for name, weight in self.weights.items()}
-        numbers |= {"bias": self.bias, "at_least": self.at_least}
-        numbers |= {"keeps_right": self.keeps_right, "keeps_wrong": self.keeps_wrong}
-        return "accept: {" + ", ".join(f"{name}: {value:.4g}" for name, value in numbers.items()) + "}"
-
-    def planned(self) -> dict[str, Any]:
-        """As the `cascade` plan of a local model writes it."""
-        weights = {name: round(weight, 4) for name, weight in self.weights.items()}
-        return {"weights": weights, "bias": round(self.bias, 4), "at_least": round(self.at_least, 4)}
 
 
 def answer_features(logprobs: Sequence[Sequence[float]]) -> Array:
@@ -173,13 +145,13 @@ def _found(
     weights: Array, bias: float, at_least: float, kept: Any, right: Any, certificate: AcceptCertificate | None = None
 ) -> FittedAccept:
     return FittedAccept(
-        dict(zip(FEATURES, map(float, weights), strict=True)),
-        bias,
-        at_least,
-        float(kept[right].mean()),
-        float(kept[~right].mean()),
-        len(right),
-        float(kept.mean()),
-        float(right[kept].mean()),
-        certificate,
+        weights=dict(zip(FEATURES, map(float, weights), strict=True)),
+        bias=bias,
+        at_least=at_least,
+        keeps_right=float(kept[right].mean()),
+        keeps_wrong=float(kept[~right].mean()),
+        n=len(right),
+        accepted=float(kept.mean()),
+        accepted_right=float(right[kept].mean()),
+        certificate=certificate,
     )

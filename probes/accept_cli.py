@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from msgspec.structs import asdict
 
 from probes.cli import Seed, _explained
 
 if TYPE_CHECKING:
-    from probes.accept import FittedAccept
+    from probes.accept_rule import FittedAccept
     from probes.calibrate import Array
 
 
@@ -77,10 +78,8 @@ def accept(
             found = fit_accept(features, right, right_at_least=share, seed=seed)
         labels = [right] if other is None else [right, other]
         rule = AcceptRule(
-            weights=found.weights, bias=found.bias, at_least=found.at_least, keeps_right=found.keeps_right,
-            keeps_wrong=found.keeps_wrong, n=len(right), accepted=found.accepted, accepted_right=found.accepted_right,
+            **(asdict(found) | {"n": len(right)}),
             source=f"{table.name}: {correct}", data_sha256=digest(features, *labels), created=date.today().isoformat(),
-            certificate=found.certificate,
         )  # fmt: skip
         write_rule(rule, out)
     for line in _lines(found, right, other):

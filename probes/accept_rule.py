@@ -5,7 +5,7 @@ Light: gateway workers import this.
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -36,7 +36,7 @@ class AcceptCertificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
         return f"{self.loss} <= {self.alpha:g} {sure}{over} ({self.method}, n {self.n}, {self.risk:.4f} on them)"
 
 
-class AcceptRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class FittedAccept(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """P(correct | answer) = 1 / (1 + exp(-(bias + sum of weight x feature))); accepted from `at_least` on."""
 
     weights: dict[Feature, float]
@@ -46,23 +46,37 @@ class AcceptRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The share of right answers that it accepts, of answers that it was not fitted on; and of wrong ones."""
     keeps_wrong: float
     n: int
-    """Answers that it was fitted and measured on."""
+    """Answers that its shares were measured on; of a file, all that it was fitted and measured on."""
     accepted: float
     """The share of all answers."""
     accepted_right: float
-    """Of the accepted answers, the share that is right."""
-    source: str
-    """The table and its column of labels."""
-    data_sha256: str
-    """Of the features and the labels."""
-    created: str
+    """Of the accepted answers, the share that is right, of answers that it was not fitted on."""
     certificate: AcceptCertificate | None = None
-    format: Literal[1] = 1
 
     def numbers(self) -> dict[str, float]:
         """As a policy's `accept` has them."""
         shares = {"keeps_right": self.keeps_right, "keeps_wrong": self.keeps_wrong}
         return {**self.weights, "bias": self.bias, "at_least": self.at_least, **shares}
+
+    def __str__(self) -> str:
+        """As a route of a policy writes it."""
+        return "accept: {" + ", ".join(f"{name}: {value:.4g}" for name, value in self.numbers().items()) + "}"
+
+    def planned(self) -> dict[str, Any]:
+        """As the `cascade` plan of a local model writes it."""
+        weights = {name: round(weight, 4) for name, weight in self.weights.items()}
+        return {"weights": weights, "bias": round(self.bias, 4), "at_least": round(self.at_least, 4)}
+
+
+class AcceptRule(FittedAccept, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A rule in a file, and where it comes from."""
+
+    source: str
+    """The table and its column of labels."""
+    data_sha256: str
+    """Of the features and the labels."""
+    created: str
+    format: Literal[1] = 1
 
 
 def write_rule(rule: AcceptRule, path: Path) -> None:

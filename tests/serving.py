@@ -1,19 +1,20 @@
 """What the tests' own providers share: a free port on loopback, and answers as server-sent events."""
 
 import json
+from abc import ABC, abstractmethod
 from typing import Any, Self
 
 from aiohttp import web
 
 
-class Served:
+class Served(ABC):
     """An application that is served from `start` to `stop`; its handlers are cancelled when their callers leave."""
 
     url = ""
     _runner: web.AppRunner | None = None
 
-    def app(self) -> web.Application:
-        raise NotImplementedError
+    @abstractmethod
+    def app(self) -> web.Application: ...
 
     async def start(self) -> Self:
         self._runner = web.AppRunner(self.app(), handler_cancellation=True, access_log=None)

@@ -10,7 +10,8 @@ from local_engine.engine import Engine
 from local_engine.reason.accept import AnswerWatch
 from local_engine.reason.trajectories import AskingFailed, Question, ask, is_right
 from local_engine.types import Delta, Event, Failed, Finished, Generate, SamplingParams, ThoughtSoFar
-from probes.accept import FEATURES, FittedAccept, fit_accept
+from probes.accept import FEATURES, fit_accept
+from probes.accept_rule import FittedAccept
 from probes.calibrate import Array
 
 
