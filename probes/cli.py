@@ -12,7 +12,8 @@ from probes.manifest import artifact_folder
 
 if TYPE_CHECKING:
     from probes.evaluate import Row
-    from probes.train import Fitted, Recipe, Table
+    from probes.table import Table
+    from probes.train import Fitted, Recipe
     from probes.types import Tier
 
 app = typer.Typer(no_args_is_help=True, help="Fit and evaluate probes.")
@@ -119,7 +120,8 @@ def fit(
     with _explained():
         heads = _parse_heads(head)
         from probes.errors import TableError
-        from probes.train import Recipe, read_table
+        from probes.table import read_table
+        from probes.train import Recipe
 
         if (model is None) == (tier in ("prefill", "self")):
             raise TableError(f"--tier {tier}: " + ("say whose, by --model" if model is None else "leave out --model"))
@@ -231,7 +233,8 @@ def evaluate(
     with _explained():
         heads = _parse_heads(head)
         from probes.scored import opened, scored
-        from probes.train import read_table, table_rows
+        from probes.table import read_table
+        from probes.train import table_rows
 
         artifacts = [opened(folder) for folder in artifact]
         data = read_table(table, prompt, heads, drop_if=drop_if, group_column=group_column)

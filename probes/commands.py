@@ -80,7 +80,7 @@ def certify(
         from probes.manifest import write_manifest
         from probes.report import console
         from probes.scored import opened, scored
-        from probes.train import read_table
+        from probes.table import read_table
 
         heads = _parse_heads(head)
         probe = opened(artifact)
@@ -198,7 +198,7 @@ def compare(
         from probes.errors import TableError
         from probes.report import console
         from probes.scored import opened, scored
-        from probes.train import read_table
+        from probes.table import read_table
 
         probes = [opened(folder) for folder in artifact]
         versions = [probe.version for probe in probes]

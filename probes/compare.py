@@ -9,7 +9,7 @@ from probes.calibrate import Array, brier, ece
 from probes.certify import choose, to_last
 from probes.evaluate import Statistic, apgr, auc, cpt50, cpt80, interval, resamples
 from probes.manifest import Certificate
-from probes.train import Table
+from probes.table import Table
 
 Measure = Callable[[np.ndarray], float]
 """Of some rows of the table, by their numbers."""

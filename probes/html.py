@@ -19,7 +19,8 @@ from probes.page import (
     routing_section,
     tiles,
 )
-from probes.train import Table, routing_scores
+from probes.table import Table
+from probes.train import routing_scores
 
 FIRST = ("APGR", "CPT50", "ECE")
 

@@ -12,7 +12,8 @@ from probes.extract import Encoder
 from probes.listen import ListenedModel
 from probes.manifest import read_manifest
 from probes.static import StaticProbe
-from probes.train import Table, require_heads, score, score_features
+from probes.table import Table
+from probes.train import require_heads, score, score_features
 
 AnyProbe = Artifact | StaticProbe
 

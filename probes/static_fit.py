@@ -22,7 +22,8 @@ from probes.kinds import fit_others, kind_rows, values_of
 from probes.manifest import TENSORS, HeadInfo, Manifest, sketch, version_of, write_manifest
 from probes.sparse import SparseProbeClassifier
 from probes.static import BUCKETS, CLIP, FEATURES, FEATURES_SHA256, MAX_CHARS, STATS, words_of
-from probes.train import Table, certificates_of, head_info, library_versions, table_rows, undecided
+from probes.table import Table
+from probes.train import certificates_of, head_info, library_versions, table_rows, undecided
 
 STATS_WEIGHT = 0.1
 """Of one standard deviation of a statistic, beside words of length one in all: keeps a few numbers from ruling."""

@@ -26,7 +26,8 @@ from probes.extract import Encoder, FloatArray
 from probes.manifest import ARTIFACTS, default_artifact_path
 from probes.report import render_rows
 from probes.static_fit import fit_static, static_rows, write_static
-from probes.train import Recipe, Table, fit_probe, layer_features
+from probes.table import Table
+from probes.train import Recipe, fit_probe, layer_features
 
 BUNDLED = Path(__file__).parents[1] / "local_engine" / "bundled" / "base"
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")

@@ -16,7 +16,8 @@ import torch
 from probes.artifact import write
 from probes.extract import Encoder
 from probes.manifest import ARTIFACTS
-from probes.train import Recipe, Table, fit_probe, read_table
+from probes.table import Table, read_table
+from probes.train import Recipe, fit_probe
 
 ROUTELLM = {"weak": "mixtral_8x7b_correct", "strong": "gpt4_1106_correct"}
 

@@ -21,7 +21,7 @@ from gateway.ledger.store import connect
 from gateway.ledger.tables import AttemptRow, RequestRow, SampleRow
 from gateway.settings import Settings
 from gateway.telemetry.metrics import Metrics
-from probes.train import read_table
+from probes.table import read_table
 from routers.types import Arm
 from tests.gateway.conftest import POLICY, ask, running, until
 from tests.gateway.fake_upstream import FakeUpstream

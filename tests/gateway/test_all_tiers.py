@@ -18,7 +18,8 @@ from local_engine.arithmetic import problems
 from probes.artifact import write
 from probes.listen import ListenedModel, Ratings
 from probes.prefill import QUESTION
-from probes.train import Recipe, Table, fit_probe
+from probes.table import Table
+from probes.train import Recipe, fit_probe
 from routers.types import Signals
 from tests.gateway.conftest import ask, running
 from tests.gateway.fake_upstream import FakeUpstream

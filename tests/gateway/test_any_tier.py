@@ -24,7 +24,7 @@ from probes.manifest import ARTIFACTS, artifact_folder, bands_of, read_manifest,
 from probes.runtime import EncoderProbe
 from probes.scored import opened, scored
 from probes.static import StaticProbe
-from probes.train import read_table
+from probes.table import read_table
 from probes.types import Estimate, Reading, interval
 from routers.load import parse
 

@@ -12,7 +12,7 @@ from probes.manifest import MANIFEST
 from probes.runtime import EncoderProbe
 from probes.static import StaticProbe
 from probes.static_fit import fit_static, write_static
-from probes.train import Table
+from probes.table import Table
 from tests.gateway.conftest import running
 from tests.gateway.fake_upstream import FakeUpstream
 

@@ -12,7 +12,7 @@ from gateway.in_order import InOrder
 from probes.runtime import EncoderProbe
 from probes.static import StaticProbe
 from probes.static_fit import fit_static, write_static
-from probes.train import Table
+from probes.table import Table
 from routers.load import parse
 from routers.types import Signals
 

@@ -15,7 +15,7 @@ from probes.commands import app
 from probes.manifest import SKETCH, read_manifest, sketch
 from probes.runtime import EncoderProbe
 from probes.scored import opened, scored
-from probes.train import read_table
+from probes.table import read_table
 
 HEADS = ["--prompt", "question", "--head", "weak=cheap", "--head", "strong=dear"]
 

@@ -14,7 +14,7 @@ from probes.commands import app
 from probes.compare import compare
 from probes.evaluate import apgr
 from probes.manifest import Certificate
-from probes.train import Table
+from probes.table import Table
 from tests.probes.test_certificate import CERTIFICATE
 
 

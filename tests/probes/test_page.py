@@ -18,7 +18,8 @@ from probes.evaluate import Row
 from probes.html import probe_report
 from probes.page import _curve
 from probes.svg import ticks
-from probes.train import Table, table_rows
+from probes.table import Table
+from probes.train import table_rows
 
 TITLE = "Probe <script>alert(1)</script> & more"
 Numbers = tuple[Table, np.ndarray, list[Row]]

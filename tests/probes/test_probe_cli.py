@@ -13,8 +13,8 @@ from probes.errors import TableError
 from probes.manifest import read_manifest
 from probes.runtime import EncoderProbe
 from probes.scored import opened, scored
+from probes.table import read_table
 from probes.text import render
-from probes.train import read_table
 
 ARGUMENTS = ["--prompt", "question", "--head", "weak=cheap", "--head", "strong=dear"]
 

@@ -13,7 +13,7 @@ from probes.cli import app
 from probes.errors import ArtifactError
 from probes.score import prober
 from probes.scored import scored
-from probes.train import read_table
+from probes.table import read_table
 
 ARTIFACT = Path(__file__).parents[2] / "probes/artifacts/prefill-base"
 

@@ -21,8 +21,9 @@ from probes.manifest import ARTIFACTS, MANIFEST
 from probes.sparse import SparseProbeClassifier
 from probes.static import BUCKETS, MAX_CHARS, StaticProbe, words_of
 from probes.static_fit import TextFeatures, fit_static, write_static
+from probes.table import Table, read_table
 from probes.text import render
-from probes.train import Table, read_table, undecided
+from probes.train import undecided
 
 ARGUMENTS = ["--prompt", "question", "--head", "weak=cheap", "--head", "strong=dear", "--tier", "static"]
 SUM, ESSAY = "What is 15 plus 26?", "Write essay number 9 on the causes of the fall of empire 63."
