@@ -1,4 +1,4 @@
-"""One sequence's most probable tokens, one after the other, each in one call of our own kernels (`whole.py`).
+"""One sequence's most probable tokens, one after the other, in calls of our own kernels (`whole.py`).
 
 For text that nobody waits for token by token, such as a draft's: planning, packing, sampling and telling take several
 times as long as a small model computes for a token.
@@ -6,9 +6,10 @@ times as long as a small model computes for a token.
 
 import math
 from array import array
+from collections.abc import Sequence
 from enum import IntEnum, auto
 from functools import cache
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from local_engine.kv_rows import Reading
 from local_engine.products import KernelProduct
 from local_engine.sampler import Choice
 from local_engine.simd import LANES, PTR, Kernel, Writer
-from local_engine.whole import WholeForward, address
+from local_engine.whole import Built, WholeForward, address
 
 _NOWHERE: Final = 1 << 62
 
@@ -30,7 +31,9 @@ class _Word(IntEnum):
     EMBEDDING = 0
     COS_TABLE = auto()
     SIN_TABLE = auto()
-    TOKEN = auto()
+    TOKENS = auto()
+    GIVEN = auto()
+    MOST = auto()
     POSITION = auto()
     HIDDEN = auto()
     COS = auto()
@@ -42,27 +45,54 @@ class _Word(IntEnum):
     HEAD = auto()
     LOGITS = auto()
     FOUND = auto()
+    FLOOR = auto()
+    WRITTEN = auto()
 
 
 @cache
-def _advance(width: int, dim: int, vocabulary: int, dtype: torch.dtype, epsilon: float, decode: Kernel) -> Kernel:
-    """(words): from the token at TOKEN to the most probable one after it, which takes its place.
+def advance(built: Built, vocabulary: int) -> Kernel:
+    """(words): reads GIVEN of the TOKENS, and writes up to MOST more after them, each the most probable one.
 
-    FOUND gets two float32: the sum of exp(logit - greatest), and of exp(logit - greatest) * (logit - greatest).
+    It ends early where the written ones together have a probability of FLOOR (one float32) or less; the last one is not
+    read. WRITTEN gets how many there are; FOUND two float32 for each: the sum of exp(logit - greatest), and of
+    exp(logit - greatest) * (logit - greatest).
     """
+    decode, width, dim, dtype, epsilon = built.decode, built.width, built.head_dim, built.dtype, built.epsilon
     row, angles = kernels.take(width, dtype), kernels.take(dim, dtype)
     norm, product = kernels.rms_norm(width, dtype), kernels.product(dtype, "plain")
     w = Writer("advance", [PTR])
     (words,) = w.arguments
     told = {word: w.load_int(words, w.whole(word)) for word in _Word}
-    hidden, logits, token, position = (told[word] for word in (_Word.HIDDEN, _Word.LOGITS, _Word.TOKEN, _Word.POSITION))
-    w.call(row, told[_Word.EMBEDDING], token, hidden, 1)
-    w.call(angles, told[_Word.COS_TABLE], position, told[_Word.COS], 1)
-    w.call(angles, told[_Word.SIN_TABLE], position, told[_Word.SIN], 1)
-    w.call(decode, told[_Word.STEP], told[_Word.LAYERS], 0, told[_Word.LAST])
-    w.call(norm, hidden, told[_Word.NORM], hidden, 1, epsilon)
-    w.call(product, hidden, told[_Word.HEAD], 0, logits, 1, width, vocabulary, told[_Word.HEAD])
-    rows = w.pointer(logits)
+    hidden, logits, position = (told[word] for word in (_Word.HIDDEN, _Word.LOGITS, _Word.POSITION))
+    rows, found, place = w.pointer(logits), w.pointer(told[_Word.FOUND]), w.pointer(position)
+    tokens, written = w.pointer(told[_Word.TOKENS]), w.pointer(told[_Word.WRITTEN])
+    floor = w.splat_from(w.pointer(told[_Word.FLOOR]), w.whole(0))
+    chance, going = w.variable(w.number(1.0)), w.variable(w.whole(1))
+    last = w.minus(told[_Word.GIVEN], w.whole(1))
+    w.store_int(w.whole(0), written, w.whole(0))
+    with w.loop(w.whole(0), w.add(last, told[_Word.MOST])) as at, w.where(going.value, "!=", w.whole(0)):
+        w.call(row, told[_Word.EMBEDDING], w.add(told[_Word.TOKENS], w.times(at, 8)), hidden, 1)
+        w.call(angles, told[_Word.COS_TABLE], position, told[_Word.COS], 1)
+        w.call(angles, told[_Word.SIN_TABLE], position, told[_Word.SIN], 1)
+        w.call(decode, told[_Word.STEP], told[_Word.LAYERS], 0, told[_Word.LAST])
+        w.store_int(w.add(w.load_int(place, w.whole(0)), 1), place, w.whole(0))
+        with w.where(at, ">=", last):
+            w.call(norm, hidden, told[_Word.NORM], hidden, 1, epsilon)
+            w.call(product, hidden, told[_Word.HEAD], 0, logits, 1, width, vocabulary, told[_Word.HEAD])
+            which, total, weighed = _favourite(w, rows, vocabulary, dtype)
+            index = w.minus(at, last)
+            w.store_scalar(total, found, w.times(index, 2))
+            w.store_scalar(weighed, found, w.add(w.times(index, 2), 1))
+            w.store_int(which, tokens, w.add(at, 1))
+            w.store_int(w.add(index, 1), written, w.whole(0))
+            chance.value = w.over(chance.value, w.splat(total))
+            above = w.first_zero(w.largest(w.less(chance.value, floor), w.number(0.0)), 1)  # 0: it is not above
+            going.value = w.either(which, "<", w.whole(vocabulary), above, w.whole(0))
+    return w.compiled()
+
+
+def _favourite(w: Writer, rows: Any, vocabulary: int, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    """(the most probable token, the sums that FOUND gets of it) of one row of logits."""
     greatest = w.variable(w.number(-math.inf))
     with w.loop(w.whole(0), w.whole(vocabulary), LANES) as at:
         greatest.value = w.largest(greatest.value, w.load(rows, at, dtype))
@@ -76,13 +106,7 @@ def _advance(width: int, dim: int, vocabulary: int, dtype: torch.dtype, epsilon:
         weighed.value = w.fma(share, below, weighed.value)
         here = w.add(at, w.first_zero(below, _NOWHERE >> 1))
         which.value = w.either(here, "<", which.value, here, which.value)
-    found = w.pointer(told[_Word.FOUND])
-    w.store_scalar(w.sum(total.value), found, w.whole(0))
-    w.store_scalar(w.sum(weighed.value), found, w.whole(1))
-    w.store_int(which.value, w.pointer(token), w.whole(0))
-    place = w.pointer(position)
-    w.store_int(w.add(w.load_int(place, w.whole(0)), 1), place, w.whole(0))
-    return w.compiled()
+    return which.value, w.sum(total.value), w.sum(weighed.value)
 
 
 class Greedy:
@@ -90,6 +114,7 @@ class Greedy:
 
     def __init__(
         self,
+        kernel: Kernel,
         whole: WholeForward,
         head: KernelProduct,
         kv: KVCache,
@@ -97,18 +122,23 @@ class Greedy:
         reading: Reading,
         angles: tuple[Tensor, Tensor],
     ) -> None:
-        """`reading`: of a span of one token after those in `slot`; `angles` as `WholeForward.run` takes them."""
+        """`kernel`: by `advance`; `reading`: of a span of one token after those in `slot`; `angles` as
+        `WholeForward.run` takes them."""
         self._kv, self._slot, self._reading = kv, slot, reading
-        self._token = array("q", [0])
+        self._tokens = array("q", [0, 0])
         self._found = array("f", [0.0, 0.0])
+        self._floor = array("f", [0.0])
+        self._written = array("q", [0])
         self._one = one = whole.one_token(reading)
         self._vocabulary = head.outputs
-        self._logits = torch.empty(head.outputs, dtype=one.dtype)
+        self._logits = torch.empty(head.outputs, dtype=head.packed.dtype)
         told = {
             _Word.EMBEDDING: one.embedding,
             _Word.COS_TABLE: angles[0].data_ptr(),
             _Word.SIN_TABLE: angles[1].data_ptr(),
-            _Word.TOKEN: address(self._token),
+            _Word.TOKENS: address(self._tokens),
+            _Word.GIVEN: 1,
+            _Word.MOST: 1,
             _Word.POSITION: address(reading.positions),
             _Word.HIDDEN: one.hidden,
             _Word.COS: one.cos,
@@ -120,24 +150,50 @@ class Greedy:
             _Word.HEAD: head.packed.data_ptr(),
             _Word.LOGITS: self._logits.data_ptr(),
             _Word.FOUND: address(self._found),
+            _Word.FLOOR: address(self._floor),
+            _Word.WRITTEN: address(self._written),
         }
         self._words = array("q", [told[word] for word in _Word])
-        self._kernel = _advance(one.width, one.head_dim, head.outputs, one.dtype, one.epsilon, one.decode)
+        self._kernel = kernel
 
     def after(self, token: int) -> Choice:
         """Read one token: the most probable one after it.
 
         Raises IndexError for a token that the model does not have, ArithmeticError where its logits are no numbers.
         """
-        if token >= self._vocabulary:
-            raise IndexError(f"token {token}: the model has tokens 0 to {self._vocabulary - 1}; its tokenizer has more")
-        self._token[0] = token
+        self._check(token)
+        self._tokens[0] = token
         self._kernel(address(self._words))
         total, weighed = self._found
-        if self._token[0] >= self._vocabulary:
+        chosen = self._tokens[1]
+        if chosen >= self._vocabulary:
             raise ArithmeticError(f"the logits after token {token} are no numbers: no token is the most probable")
         log_total = math.log(total)
-        return Choice(self._token[0], -log_total, [], log_total - weighed / total)
+        return Choice(chosen, -log_total, [], log_total - weighed / total)
+
+    def ahead(self, given: Sequence[int], most: int, floor: float) -> tuple[list[int], list[float]]:
+        """Read what is given, then write up to `most` tokens more, for as long as their probability is over `floor`:
+        (they, the probability of each after those before it). The last one is not read.
+
+        Nothing can be written after it. Raises IndexError as `after` does; logits that are no numbers end it.
+        """
+        self._check(max(given))
+        tokens, found = array("q", given), array("f", bytes(8 * most))
+        tokens.frombytes(bytes(8 * most))
+        self._floor[0] = floor
+        words = self._words
+        words[_Word.TOKENS], words[_Word.FOUND] = address(tokens), address(found)
+        words[_Word.GIVEN], words[_Word.MOST] = len(given), most
+        self._kernel(address(words))
+        written = self._written[0]
+        ahead = tokens[len(given) : len(given) + written].tolist()
+        if ahead and ahead[-1] >= self._vocabulary:
+            ahead.pop()
+        return ahead, [1 / total for total in found[: 2 * len(ahead) : 2]]
+
+    def _check(self, token: int) -> None:
+        if token >= self._vocabulary:
+            raise IndexError(f"token {token}: the model has tokens 0 to {self._vocabulary - 1}; its tokenizer has more")
 
     def commit(self) -> None:
         """Let the slot hold what was read."""

@@ -15,13 +15,14 @@ from torch import Tensor
 from local_engine import attention
 from local_engine.errors import ModelLoadError
 from local_engine.fused import CHECK_TOKENS, fuse, fused_rotary
-from local_engine.greedy import Greedy
+from local_engine.greedy import Greedy, advance
 from local_engine.kv import KVCache, KVShape, Span, StepPlan
 from local_engine.kv_paged import PagedKV
 from local_engine.kv_rows import RowsKV, RowsPlan
 from local_engine.model import LocalModel
 from local_engine.norms import best_norm
 from local_engine.products import KernelProduct, shared_product
+from local_engine.simd import Kernel
 from local_engine.whole import PackedRows, WholeForward
 
 
@@ -83,6 +84,9 @@ class Runner:
             if self._fused
             else None
         )
+        self._advance: Kernel | None = None
+        if self._whole is not None and isinstance(self._head, KernelProduct) and isinstance(kv, RowsKV):
+            self._advance = advance(self._whole.built, self._head.outputs)
 
     def run(
         self,
@@ -129,17 +133,26 @@ class Runner:
             state=packing.unpacked(hidden) if last < self.layers else None,
         )
 
+    @property
+    def writes_alone(self) -> bool:
+        """Whether our own kernels are for `greedy`."""
+        return self._advance is not None
+
     def greedy(self, slot: int, room: int) -> Greedy | None:
         """Writes on from what a slot holds, up to `room` tokens in all; None where our own kernels are not for this.
 
         Raises KVFull, ValueError.
         """
-        if self._whole is None or not isinstance(self._head, KernelProduct) or not isinstance(self.kv, RowsKV):
+        if self._advance is None:
             return None
+        assert self._whole is not None
+        assert isinstance(self._head, KernelProduct)
+        assert isinstance(self.kv, RowsKV)
         self.kv.reserve(slot, room)
         self.rotary.reach(room)
         reading = self.kv.plan([Span(slot, self.kv.length(slot), 1)]).reading
-        return None if reading is None else Greedy(self._whole, self._head, self.kv, slot, reading, self.rotary.turned)
+        assert reading is not None, "one token is not too long"
+        return Greedy(self._advance, self._whole, self._head, self.kv, slot, reading, self.rotary.turned)
 
     def logits(self, states: Tensor) -> Tensor:
         """float32 [rows, vocabulary] that hidden states [rows, width] of any layer would give as the last layer's."""

@@ -155,14 +155,20 @@ class PackedRows:
 
 
 @dataclass(frozen=True, slots=True)
-class OneToken:
-    """What it takes to run steps of one token of one sequence; the rest are addresses."""
+class Built:
+    """What a kernel that runs whole steps is built of."""
 
     decode: Kernel
     width: int
     head_dim: int
     dtype: torch.dtype
     epsilon: float
+
+
+@dataclass(frozen=True, slots=True)
+class OneToken:
+    """What it takes to run steps of one token of one sequence; the rest are addresses."""
+
     step: "array[int]"
     layers: int
     layer_count: int
@@ -275,15 +281,14 @@ class WholeForward:
         self._decode(address(step), address(self._layers), *layers)
         return self._logits(array("q", packed.logit_rows)), hidden
 
+    @property
+    def built(self) -> Built:
+        sizes = self._sizes
+        return Built(self._decode, sizes.width, sizes.head_dim, sizes.dtype, self._norm.epsilon)
+
     def one_token(self, reading: Reading) -> OneToken:
         """For the token that `reading` is of, and those after it; until the next `run`."""
-        sizes = self._sizes
         return OneToken(
-            decode=self._decode,
-            width=sizes.width,
-            head_dim=sizes.head_dim,
-            dtype=sizes.dtype,
-            epsilon=self._norm.epsilon,
             step=self._step(1, reading, self._no_taps, array("q")),
             layers=address(self._layers),
             layer_count=len(self._kept),

@@ -21,6 +21,9 @@ from local_engine.spec.verify import DRAFT_STREAM
 _DOUBT = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7)
 """Grades: the probability that the drafter gives to all tokens but its favourite, up to these bounds."""
 
+_FEW = 4
+"""Tokens that are read one by one rather than in a pass of their own."""
+
 
 class ModelProposer:
     """Drafts with another model of the same vocabulary, over KV of its own.
@@ -49,8 +52,41 @@ class ModelProposer:
                     ready.append(at)
         if not segments:
             return [NOTHING for _ in sequences]
+        drafting = [sequences[at] for at in ready]
+        drafts = self._favourites(drafting, segments, most, weigh)
+        if drafts is None:
+            drafts = self._chained(drafting, segments, most, weigh)
+        found = dict(zip(ready, drafts, strict=True))
+        return [found.get(at, NOTHING) for at in range(len(sequences))]
+
+    def _favourites(
+        self, sequences: Sized[Sequence], segments: Sized[Segment], most: int, weigh: Weigh
+    ) -> list[Draft] | None:
+        """Drafts of the most probable tokens, each in one call of our own kernels; None where those are not for it."""
+        if not self._runner.writes_alone or not all(map(_is_favourite, map(_required, sequences))):
+            return None
+        long = [segment for segment in segments if not segment.logits or len(segment.tokens) > _FEW]
+        if long:
+            self._run([Segment(one.slot, one.start, one.tokens[: len(one.tokens) - one.logits]) for one in long])
+        weigh.begin(0)
+        drafts = []
+        for sequence in sequences:
+            slot = self._followed[sequence].slot
+            given = sequence.ids[self._kv.length(slot) :]
+            greedy = self._runner.greedy(slot, len(sequence.ids) + most)
+            assert greedy is not None, "it was asked before"
+            tokens, shares = greedy.ahead(given, most, weigh.floor)
+            greedy.commit()
+            while tokens and max(tokens) >= self._vocabulary:
+                tokens.pop()
+            self._followed[sequence].drafted[:] = tokens
+            drafts.append(Draft(tokens, [_grade(share) for share in shares[: len(tokens)]]))
+        return drafts
+
+    def _chained(self, sequences: Sized[Sequence], segments: Sized[Segment], most: int, weigh: Weigh) -> list[Draft]:
+        """Drafts of all sequences together, a pass for each token."""
         logits = self._run(segments)
-        following = [self._followed[sequences[at]] for at in ready]
+        following = [self._followed[sequence] for sequence in sequences]
 
         def after(tokens: Sized[int]) -> Tensor:
             for followed, token in zip(following, tokens, strict=True):
@@ -63,9 +99,7 @@ class ModelProposer:
                 ]
             )
 
-        drafts = _chains([sequences[at] for at in ready], logits, after, most, weigh) if ready else []
-        found = dict(zip(ready, drafts, strict=True))
-        return [found.get(at, NOTHING) for at in range(len(sequences))]
+        return _chains(sequences, logits, after, most, weigh) if sequences else []
 
     def observe(self, sequence: Sequence, start: int, drafted: Sized[int], predictions: Sized[int]) -> None:
         """Nothing to learn: what was wrong is seen at the next proposal."""
@@ -195,17 +229,18 @@ def _chains(
     """
     samplers = [_required(sequence) for sequence in sequences]
     drawn = [at for at, sampler in enumerate(samplers) if _is_drawn(sampler)]
-    simple = all(sampler.greedy and sampler.plain for sampler in samplers)
+    simple = all(map(_is_favourite, samplers))
     histories = [array("i", sequence.ids) for sequence in sequences]
     tokens: list[list[int]] = [[] for _ in sequences]
     grades: list[list[int]] = [[] for _ in sequences]
     proposed: list[list[Tensor]] = [[] for _ in sequences]
+    weigh.begin(1)
     for length in range(most):
         if length:
             logits = after([chain[-1] for chain in tokens])
         shares, favourites = torch.softmax(logits, -1).max(-1)
         for chain, share in zip(grades, shares.tolist(), strict=True):
-            chain.append(bisect_left(_DOUBT, 1 - share))
+            chain.append(_grade(share))
         worth = weigh(sequences, grades)
         if worth is Worth.LEAVE:
             break
@@ -225,6 +260,16 @@ def _chains(
         Draft(chain, grade[: len(chain)], torch.stack(rows) if rows else None)
         for chain, grade, rows in zip(tokens, grades, proposed, strict=True)
     ]
+
+
+def _grade(share: float) -> int:
+    """Of a token that the drafter gives this probability."""
+    return bisect_left(_DOUBT, 1 - share)
+
+
+def _is_favourite(sampler: Sampler) -> bool:
+    """Whether the token chosen is always the most probable one."""
+    return sampler.greedy and sampler.plain
 
 
 def _is_drawn(sampler: Sampler) -> bool:

@@ -1,6 +1,5 @@
 """The words of speculation: what a proposer sees of a sequence, and what it hands to verification."""
 
-from collections.abc import Callable
 from collections.abc import Sequence as Sized
 from dataclasses import dataclass
 from enum import Enum
@@ -47,8 +46,21 @@ class Worth(Enum):
     GO_ON = 2
 
 
-Weigh = Callable[[Sized[Sequence], Sized[Sized[int]]], Worth]
-"""Takes what is drafted for and the grades of each draft, that of its next token the last."""
+class Weigh(Protocol):
+    """Tells a proposer that spends forward passes how far to go."""
+
+    @property
+    def floor(self) -> float:
+        """Where a drafter itself holds all of a draft less probable than this, more of it is not worth a pass."""
+        ...
+
+    def begin(self, made: int) -> None:
+        """What was to be read has been read; for so many tokens of each draft the pass has been made."""
+        ...
+
+    def __call__(self, sequences: Sized[Sequence], grades: Sized[Sized[int]]) -> Worth:
+        """Asked before each token, with the grades of each draft, that of its next token the last."""
+        ...
 
 
 class Proposer(Protocol):
@@ -60,7 +72,7 @@ class Proposer(Protocol):
     def propose(self, sequences: Sized[Sequence], most: int, weigh: Weigh) -> list[Draft]:
         """A draft of at most `most` tokens for each sequence, in order; an empty one where there is none.
 
-        A proposer that spends a forward pass on each token asks `weigh` before.
+        A proposer that spends a forward pass on each token asks `weigh` before, or goes down to its floor.
         """
         ...
 
@@ -74,6 +86,16 @@ class Proposer(Protocol):
         ...
 
 
-def unweighed(sequences: Sized[Sequence], grades: Sized[Sized[int]]) -> Worth:
+class Unweighed:
     """Drafts as long as they may be."""
-    return Worth.GO_ON
+
+    floor = 0.0
+
+    def begin(self, made: int) -> None:
+        """Nobody counts."""
+
+    def __call__(self, sequences: Sized[Sequence], grades: Sized[Sized[int]]) -> Worth:
+        return Worth.GO_ON
+
+
+UNWEIGHED = Unweighed()

@@ -4,7 +4,7 @@ from array import array
 from collections.abc import Sequence as Sized
 
 from local_engine.sequence import Sequence
-from local_engine.spec.draft import NOTHING, Draft, Weigh, unweighed
+from local_engine.spec.draft import NOTHING, UNWEIGHED, Draft, Weigh
 
 _SHORTEST = 2  # tokens that must agree before a match counts
 _LONGEST = 32  # agreement beyond this is not measured
@@ -111,7 +111,7 @@ class NGramProposer:
         self._most_tokens = most_tokens
         self._indexes: dict[Sequence, SuffixIndex] = {}
 
-    def propose(self, sequences: Sized[Sequence], most: int, weigh: Weigh = unweighed) -> list[Draft]:
+    def propose(self, sequences: Sized[Sequence], most: int, weigh: Weigh = UNWEIGHED) -> list[Draft]:
         return [self._draft(sequence, most) for sequence in sequences]
 
     def observe(self, sequence: Sequence, start: int, drafted: Sized[int], predictions: Sized[int]) -> None:

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Sequence as Sized
 
 from local_engine.sequence import Sequence
-from local_engine.spec.draft import Draft, Weigh, unweighed
+from local_engine.spec.draft import UNWEIGHED, Draft, Weigh
 
 ORDERS = (8, 4, 2, 1)
 """Context lengths in tokens, the most telling first."""
@@ -72,7 +72,7 @@ class RecycleProposer:
     def __init__(self, slots: int = 32768) -> None:
         self._table = RecycleTable(slots)
 
-    def propose(self, sequences: Sized[Sequence], most: int, weigh: Weigh = unweighed) -> list[Draft]:
+    def propose(self, sequences: Sized[Sequence], most: int, weigh: Weigh = UNWEIGHED) -> list[Draft]:
         return [self._draft(sequence, most) for sequence in sequences]
 
     def observe(self, sequence: Sequence, start: int, drafted: Sized[int], predictions: Sized[int]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from local_engine.sequence import Sequence
 from local_engine.spec.acceptance import Acceptance
-from local_engine.spec.draft import NOTHING, Draft, Proposer, Weigh, Worth, unweighed
+from local_engine.spec.draft import NOTHING, UNWEIGHED, Draft, Proposer, Weigh, Worth
 from local_engine.spec.goodput import Goodput, Offer, expected
 from local_engine.spec.steptime import StepTime
 
@@ -25,6 +25,7 @@ _TRIAL_STEPS = 256  # a drafting model that does not pay is tried again after so
 _MOST_TRIAL_STEPS = 4096
 _TRIAL_LENGTH = 3
 _FIRST_TRIALS = 8  # of a drafter, in a row: its first passes are slow, and the least of them counts
+_CAUTION = 0.5  # of the probability below which a pass does not pay, this is its drafter's floor: it may be modest
 _PASS_RATE = 0.2  # how fast the measured time of a drafting pass is followed, and what free drafts promise
 _FREE_LOOKS = 16  # where the drafting model promises more than free drafts use to, they are looked at once in so many
 
@@ -41,16 +42,68 @@ class _Look:
 
 @dataclass(slots=True)
 class _Watched:
-    """Asks on, and notes when it was first asked: the pass before that may have read a prompt."""
+    """Asks on, and notes when drafting began: before that a prompt may have been read."""
 
     weigh: Weigh
     clock: Callable[[], float]
-    began: float | None = None
+    began: float = 0.0
+    made: int | None = None
+    """Passes that were made by then; None: it has not begun."""
+
+    @property
+    def floor(self) -> float:
+        return self.weigh.floor
+
+    def begin(self, made: int) -> None:
+        self.began, self.made = self.clock(), made
 
     def __call__(self, sequences: Sized[Sequence], grades: Sized[Sized[int]]) -> Worth:
-        if self.began is None:
-            self.began = self.clock()
         return self.weigh(sequences, grades)
+
+    def pass_s(self, drafts: Sized[Draft], length: int) -> float | None:
+        """What a drafting pass took, of those that led to `drafts` of at most `length` tokens."""
+        if self.made is None:
+            return None
+        if self.made:
+            passes: float = min(length, 1 + max(len(draft.tokens) for draft in drafts)) - self.made
+        else:
+            passes = sum(len(draft.tokens) for draft in drafts) / len(drafts)
+        return (self.clock() - self.began) / passes if passes else None
+
+
+@dataclass(slots=True)
+class _Weigher:
+    """Tokens are drafted while their rows are worth verifying, and passes made while they pay for themselves."""
+
+    name: str
+    acceptance: Acceptance
+    step_time: StepTime
+    token_s: float
+    pass_s: float
+    count: int
+    other_rows: int
+    _so_far: list[float] = field(default_factory=list)
+
+    @property
+    def floor(self) -> float:
+        rows = self.other_rows + self.count
+        row_s = self.step_time(rows + self.count, self.count) - self.step_time(rows, self.count)
+        return _CAUTION * (self.pass_s + row_s) / (self.count * self.token_s)
+
+    def begin(self, made: int) -> None:
+        """Nobody counts here."""
+
+    def __call__(self, sequences: Sized[Sequence], grades: Sized[Sized[int]]) -> Worth:
+        pairs = zip(sequences, grades, strict=True)
+        next_ones = [self.acceptance.chances(sequence, self.name, chain[-1:])[0] for sequence, chain in pairs]
+        before = self._so_far or [1.0] * len(next_ones)
+        self._so_far = [chance * one for chance, one in zip(before, next_ones, strict=True)]
+        rows = self.other_rows + self.count * len(grades[0])
+        row_s = self.step_time(rows + self.count, self.count) - self.step_time(rows, self.count)
+        gain_s = sum(self._so_far) * self.token_s - row_s
+        if gain_s <= 0:
+            return Worth.LEAVE
+        return Worth.GO_ON if gain_s > self.pass_s else Worth.LAST
 
 
 @dataclass(slots=True)
@@ -280,7 +333,7 @@ class Speculator:
     def _free_drafts(self, sequences: Sized[Sequence], most: int) -> list[tuple[str, Draft]]:
         """The most promising draft for each sequence."""
         for proposer in self._free:
-            for sequence, draft in zip(sequences, proposer.propose(sequences, most, unweighed), strict=True):
+            for sequence, draft in zip(sequences, proposer.propose(sequences, most, UNWEIGHED), strict=True):
                 self._look(sequence).drafts.append((proposer.name, draft))
         return [self._most_promising(sequence) for sequence in sequences]
 
@@ -305,21 +358,21 @@ class Speculator:
         trials = self._trials.get(count.bit_length(), 0)
         if pass_s is None or offer is None or trials < _FIRST_TRIALS or self._untried >= self._trial_steps:
             length = min(most, _TRIAL_LENGTH)
-            weigh: Weigh = unweighed
+            weigh: Weigh = UNWEIGHED
             if trials >= _FIRST_TRIALS:
                 self._trial_steps = min(_MOST_TRIAL_STEPS, 2 * self._trial_steps)
         elif offer.length and offer.token_s < rival.token_s:
             length = most
             self._trial_steps = _TRIAL_STEPS
-            weigh = self._weigher(drafter, min(offer.token_s, rival.token_s), pass_s, other_rows)
+            token_s = min(offer.token_s, rival.token_s)
+            weigh = _Weigher(drafter.name, self._acceptance, self._step_time, token_s, pass_s, count, other_rows)
         else:
             return None
         self._untried = 0
         watched = _Watched(weigh, self._clock)
         drafts = drafter.propose(sequences, length, watched)
-        passes = min(length, 1 + max(len(draft.tokens) for draft in drafts))
-        if watched.began is not None and passes > 1:
-            spent_s = (self._clock() - watched.began) / (passes - 1)
+        spent_s = watched.pass_s(drafts, length)
+        if spent_s is not None:
             if trials < _FIRST_TRIALS:
                 self._pass_s[count.bit_length()] = spent_s if pass_s is None else min(pass_s, spent_s)
             else:
@@ -327,27 +380,12 @@ class Speculator:
             self._trials[count.bit_length()] = trials + 1
         for sequence, draft in zip(sequences, drafts, strict=True):
             self._look(sequence).drafts.append((drafter.name, draft))
-        return drafts
-
-    def _weigher(self, drafter: Proposer, token_s: float, pass_s: float, other_rows: int) -> Weigh:
-        """Tokens are drafted while their rows are worth verifying, and passes made while they pay for themselves."""
-
-        so_far: list[float] = []
-
-        def weigh(sequences: Sized[Sequence], grades: Sized[Sized[int]]) -> Worth:
-            pairs = zip(sequences, grades, strict=True)
-            next_ones = [self._acceptance.chances(sequence, drafter.name, chain[-1:])[0] for sequence, chain in pairs]
-            before = so_far or [1.0] * len(next_ones)
-            so_far[:] = [chance * one for chance, one in zip(before, next_ones, strict=True)]
-            kept = sum(so_far)
-            count = len(sequences)
-            rows = other_rows + count * len(grades[0])
-            gain_s = kept * token_s - (self._step_time(rows + count, count) - self._step_time(rows, count))
-            if gain_s <= 0:
-                return Worth.LEAVE
-            return Worth.GO_ON if gain_s > pass_s else Worth.LAST
-
-        return weigh
+        if weigh is UNWEIGHED or any(draft.distributions is not None for draft in drafts):
+            return drafts
+        pairs = zip(sequences, drafts, strict=True)
+        chances = [self._acceptance.chances(sequence, drafter.name, draft.grades) for sequence, draft in pairs]
+        worth = self._goodput.best(expected(chances, most), count, other_rows).length
+        return [draft.cut(worth) for draft in drafts]
 
     @staticmethod
     def _follow(known: dict[int, float], count: int, seconds: float) -> None:

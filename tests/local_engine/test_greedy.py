@@ -1,6 +1,8 @@
 """Several tokens in one step: the same as one by one, no more than their owner wants, and for nobody else's waiting."""
 
 import itertools
+import math
+import operator
 from typing import Any
 
 import pytest
@@ -58,6 +60,39 @@ def test_tokens_are_those_of_single_steps(dtype: torch.dtype) -> None:
     assert torch.equal(kv.export(many, 0, 100), kv.export(one, 0, 100))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_tokens_in_one_call_are_those_of_one_each(dtype: torch.dtype) -> None:
+    model = new_model(dtype)
+    kv = new_kv(model, 1 << 24)
+    runner = Runner(model, kv)
+    one, many, few = (kv.open(300) for _ in range(3))
+    for slot in (one, many, few):
+        runner.run([Segment(slot, 0, PROMPT)])
+    single = runner.greedy(one, 100)
+    assert single is not None
+    given, expected = [5, 6, 7], []
+    for token in given:
+        choice = single.after(token)
+    for _ in range(12):
+        expected.append(choice)
+        choice = single.after(choice.token)
+    ahead = runner.greedy(many, 100)
+    assert ahead is not None
+    tokens, shares = ahead.ahead(given, 12, 0.0)
+    ahead.commit()
+    assert tokens == [choice.token for choice in expected]
+    assert [math.log(share) for share in shares] == pytest.approx([choice.logprob for choice in expected], abs=1e-5)
+    assert kv.length(many) == len(PROMPT) + len(given) + 11, "the last one is not read"
+    single.commit()
+    assert torch.equal(kv.export(many, 0, kv.length(many)), kv.export(one, 0, kv.length(many)))
+
+    over = list(itertools.accumulate(shares, operator.mul))
+    cut = min(range(1, 11), key=shares.__getitem__)
+    short = runner.greedy(few, 100)
+    assert short is not None
+    assert short.ahead(given, 12, (over[cut] + over[cut - 1]) / 2)[0] == tokens[: cut + 1]
+
+
 @ours
 def test_logits_that_are_no_numbers_name_no_token() -> None:
     model = new_model()
@@ -70,6 +105,7 @@ def test_logits_that_are_no_numbers_name_no_token() -> None:
     assert greedy is not None
     with pytest.raises(ArithmeticError, match="no numbers"):
         greedy.after(5)
+    assert greedy.ahead([5, 6], 4, 0.0) == ([], [])
     with pytest.raises(IndexError, match="the model has tokens 0 to"):
         greedy.after(model.network.config.vocab_size)
 

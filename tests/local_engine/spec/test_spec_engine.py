@@ -15,7 +15,7 @@ from local_engine.runner import Runner, new_kv
 from local_engine.sequence import Sequence
 from local_engine.spec.build import MakeSpeculator, without_speculation
 from local_engine.spec.chain import ExitProposer, ModelProposer
-from local_engine.spec.draft import Draft, Weigh, unweighed
+from local_engine.spec.draft import UNWEIGHED, Draft, Weigh
 from local_engine.spec.ngram import NGramProposer
 from local_engine.spec.recycle import RecycleProposer
 from local_engine.spec.speculator import Speculator
@@ -192,7 +192,7 @@ def test_many_requests_in_little_memory_are_those_of_plain_decoding(
 
 def test_a_drafter_that_fails_ends_drafting_and_no_request(bundled: LocalModel, start_engine: StartEngine) -> None:
     class Broken(NGramProposer):
-        def propose(self, sequences: Sized[Sequence], most: int, weigh: Weigh = unweighed) -> list[Draft]:
+        def propose(self, sequences: Sized[Sequence], most: int, weigh: Weigh = UNWEIGHED) -> list[Draft]:
             raise RuntimeError("made to fail")
 
     def make(name: str, model: LocalModel, kv: KVCache) -> Speculator:

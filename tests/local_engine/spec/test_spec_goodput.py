@@ -218,6 +218,8 @@ class Reader:
         while len(grades) < most:
             self._spend(self._pass_s)
             self._pass_s = 50e-6
+            if not grades:
+                weigh.begin(1)
             if weigh(sequences, [[*grades, 0]]) is Worth.LEAVE:
                 break
             grades.append(0)

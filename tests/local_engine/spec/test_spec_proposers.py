@@ -1,17 +1,20 @@
 """Every kind of draft, over real networks: the text is that of plain decoding, and no KV is left behind."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Sized
 
 import pytest
 import torch
 
+from local_engine import kernels
 from local_engine.errors import ModelLoadError
-from local_engine.model import LocalModel
+from local_engine.model import LocalModel, load_model
 from local_engine.runner import Runner, new_kv
 from local_engine.sampler import Sampler
+from local_engine.sequence import Sequence
 from local_engine.spec.chain import ExitProposer, ModelProposer, check_vocabulary
-from local_engine.spec.draft import Worth, unweighed
+from local_engine.spec.draft import UNWEIGHED, Unweighed, Worth
 from local_engine.spec.ngram import NGramProposer
 from local_engine.spec.recycle import RecycleProposer
 from local_engine.spec.speculator import Speculator
@@ -91,9 +94,9 @@ def test_a_drafting_model_reads_a_long_prompt_in_parts_and_leaves_no_kv(model: L
     runner = new_runner(cousin(model, 0.0))
     drafter = ModelProposer("twin", runner, VOCABULARY, read_chunk=100)
     sequence = writing(text(250), Sampler(SamplingParams(temperature=0), CPU))
-    lengths = [len(drafter.propose([sequence], 3, unweighed)[0].tokens) for _ in range(4)]
+    lengths = [len(drafter.propose([sequence], 3, UNWEIGHED)[0].tokens) for _ in range(4)]
     assert lengths == [0, 0, 3, 3]
-    assert drafter.propose([sequence], CONTEXT - 249, unweighed)[0].tokens == [], "the last is over the window"
+    assert drafter.propose([sequence], CONTEXT - 249, UNWEIGHED)[0].tokens == [], "the last is over the window"
     drafter.forget(sequence)
     assert runner.kv.bytes_used == 0
 
@@ -103,24 +106,56 @@ def test_a_drafting_model_without_room_drafts_for_those_it_has_room_for(model: L
     row = new_kv(small, BUDGET).token_bytes * 256
     drafter = ModelProposer("small", new_runner(small, row), VOCABULARY)
     sequences = [writing(text(20, seed), Sampler(SamplingParams(temperature=0), CPU)) for seed in range(2)]
-    assert [len(draft.tokens) for draft in drafter.propose(sequences, 3, unweighed)] == [3, 0]
+    assert [len(draft.tokens) for draft in drafter.propose(sequences, 3, UNWEIGHED)] == [3, 0]
     drafter.forget(sequences[0])
-    assert [len(draft.tokens) for draft in drafter.propose(sequences[1:], 3, unweighed)] == [3]
+    assert [len(draft.tokens) for draft in drafter.propose(sequences[1:], 3, UNWEIGHED)] == [3]
+
+
+class Told(Unweighed):
+    """Says in turn what it was told to say."""
+
+    def __init__(self, verdicts: Iterable[Worth]) -> None:
+        self._verdicts = iter(verdicts)
+
+    def __call__(self, sequences: Sized[Sequence], grades: Sized[Sized[int]]) -> Worth:
+        return next(self._verdicts)
 
 
 def test_drafting_ends_where_it_is_told_to(model: LocalModel) -> None:
     drafter = model_drafter(model, 0.0)
-    sequence = writing(text(20), Sampler(SamplingParams(temperature=0), CPU))
+    sequence = writing(text(20), Sampler(SamplingParams(temperature=0.1, seed=1), CPU))
     for verdicts, length in (([Worth.LEAVE], 0), ([Worth.LAST], 1), ([Worth.GO_ON, Worth.GO_ON, Worth.LEAVE], 2)):
-        asked = iter(verdicts)
-        assert len(drafter.propose([sequence], 6, lambda *_, asked=asked: next(asked))[0].tokens) == length
+        assert len(drafter.propose([sequence], 6, Told(verdicts))[0].tokens) == length
+
+
+class Floor(Unweighed):
+    floor = 0.9
+
+
+@pytest.mark.skipif(not kernels.made_for(torch.float32), reason="this CPU is not one for our kernels")
+def test_a_drafter_that_is_in_doubt_ends_its_draft_alone() -> None:
+    """Favourites are drafted in a call of their own, each as long as its drafter is sure of it."""
+    model = load_model("m", "bundled/nano", dtype="float32", device="cpu")
+    runner = new_runner(model)
+    drafter = ModelProposer("itself", runner, VOCABULARY)
+    sequences = [writing(text(20, seed), Sampler(SamplingParams(temperature=0), CPU)) for seed in range(3)]
+    whole = drafter.propose(sequences, 6, UNWEIGHED)
+    cut = drafter.propose(sequences, 6, Floor())
+    assert [len(draft.tokens) for draft in whole] == [6, 6, 6]
+    assert [draft.tokens for draft in cut] == [draft.tokens[:1] for draft in whole], "it is never as sure as that"
+    for sequence, draft in zip(sequences, whole, strict=True):  # half of it kept, then another token
+        sequence.ids.extend([*draft.tokens[:3], 9])
+    assert runner.writes_alone
+    kept = drafter.propose(sequences, 4, UNWEIGHED)
+    fresh = ModelProposer("itself", Runner(model, new_kv(model, BUDGET)), VOCABULARY)
+    assert [draft.tokens for draft in kept] == [draft.tokens for draft in fresh.propose(sequences, 4, UNWEIGHED)]
 
 
 def test_an_exit_leaves_the_kv_as_it_was(model: LocalModel) -> None:
     runner = new_runner(model)
     sequence = writing(text(20), Sampler(SamplingParams(temperature=0), CPU), runner.kv.open(20))
     exit_layer = ExitProposer(1, runner)
-    assert exit_layer.propose([sequence], 4, unweighed)[0].tokens == [], "nothing was read"
+    assert exit_layer.propose([sequence], 4, UNWEIGHED)[0].tokens == [], "nothing was read"
     assert runner.kv.length(slot(sequence)) == 0
     with pytest.raises(ModelLoadError, match="exit:3 must name a layer from 1 to 2"):
         ExitProposer(3, runner)

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import chisquare
 
 from local_engine.sampler import Sampler, distributions, draw
-from local_engine.spec.draft import Draft, Proposer, unweighed
+from local_engine.spec.draft import UNWEIGHED, Draft, Proposer
 from local_engine.spec.ngram import NGramProposer
 from local_engine.spec.recycle import RecycleProposer
 from local_engine.spec.verify import DRAFT_STREAM, Window, verify
@@ -63,7 +63,7 @@ def from_proposer(make: Callable[[], Proposer]) -> Drafting:
 
     def drafts(samplers: Sequence[Sampler], histories: Sequence["array[int]"]) -> list[Draft]:
         sequences = [writing(history, sampler) for sampler, history in zip(samplers, histories, strict=True)]
-        return proposer.propose(sequences, 3, unweighed)
+        return proposer.propose(sequences, 3, UNWEIGHED)
 
     return drafts
 
