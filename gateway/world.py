@@ -108,7 +108,7 @@ def build_world(
             upstreams[provider.name] = (
                 OpenAIUpstream(client, provider.name, provider.base_url, key)
                 if provider.server == "openai" and len(urls) == 1
-                else Fleet(client, provider.name, provider.server, urls, key, salt)
+                else Fleet(client, provider.name, provider.server, urls, key, salt, provider.priority_scheduling)
             )
     place = folder or Path.cwd()
     policy = with_windows(policy, place)

@@ -185,6 +185,12 @@ class _Loader:
             elif part.engine and (part.replicas or part.server != "openai"):
                 key = "replicas" if part.replicas else "server"
                 self._document.report((*path, key), "the local engine is no server", "remove it", show=False)
+            elif part.priority_scheduling and part.server != "vllm":
+                at, message = (
+                    (*path, "priority_scheduling"),
+                    "said of a vLLM alone: other servers are told as they take it",
+                )
+                self._document.report(at, message, "remove it", show=False)
             elif part.base_url and part.replicas and len({part.base_url, *part.replicas}) <= len(part.replicas):
                 self._document.report(
                     (*path, "replicas"), "the same address twice", "remove one of the two", show=False
@@ -216,6 +222,7 @@ class _Loader:
             breaker=None if breaker is None else Breaker(breaker.failures, breaker.window, breaker.open),
             server=part.server,
             replicas=tuple(part.replicas or ()),
+            priority_scheduling=part.priority_scheduling,
         )
 
     def _read_models(self) -> None:

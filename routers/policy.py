@@ -119,6 +119,8 @@ class Provider:
     server: Server = "openai"
     replicas: tuple[str, ...] = ()
     """Base URLs of further servers with the same models."""
+    priority_scheduling: bool = False
+    """Of a vLLM: it takes priorities other than 0."""
 
 
 PlanOption: TypeAlias = "str | int | float | tuple[tuple[str, PlanOption], ...]"

@@ -82,6 +82,8 @@ class ProviderFile(Strict):
     """The server's address, without a query."""
     server: Server = "openai"
     """What the server is: its cache, its load and its tenants' privacy are handled in its own way."""
+    priority_scheduling: bool = False
+    """The vLLM runs under `--scheduling-policy priority`, so calls may tell it theirs; one that does not may refuse."""
     replicas: Annotated[list[BaseUrl], Field(min_length=1, max_length=63)] | None = None
     """The addresses of further servers with the same models. A call goes where its prefix and the load say."""
     api_key: SecretName | None = None

@@ -26,6 +26,8 @@ class Capabilities:
     """Tells its load with every answer that is asked for with `LOAD_HEADER`-format."""
     priority: int = 0
     """Takes `priority`: 1 where larger goes first, -1 where smaller does, 0 where it is not taken."""
+    priority_if_told: bool = False
+    """It does so only as it was started, and may refuse a priority otherwise: the policy has to say."""
     load_path: str | None = None
     """Where it tells its load, at its root."""
 
@@ -33,7 +35,7 @@ class Capabilities:
 CAPABILITIES: dict[Server, Capabilities] = {
     "openai": Capabilities(),
     "leadline": Capabilities(salt=True, load_header=True, priority=1),
-    "vllm": Capabilities(salt=True, load_header=True, priority=-1),
+    "vllm": Capabilities(salt=True, load_header=True, priority=-1, priority_if_told=True),
     "sglang": Capabilities(salt=True, priority=1, load_path="/v1/loads?include=core"),
     "llamacpp": Capabilities(load_path="/slots"),
 }

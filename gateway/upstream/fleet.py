@@ -74,6 +74,7 @@ class Fleet:
         base_urls: Sequence[str],
         api_key: str | None,
         salt: bytes,
+        priority_scheduling: bool = False,
     ) -> None:
         self._client = client
         self._server = server
@@ -87,7 +88,9 @@ class Fleet:
             name = provider if len(base_urls) == 1 else f"{provider}[{number}]"
             replica = Replica(
                 name,
-                OpenAIUpstream(client, name, base_url, api_key, server=server, salt=salt),
+                OpenAIUpstream(
+                    client, name, base_url, api_key, server=server, salt=salt, priority_scheduling=priority_scheduling
+                ),
                 RequestHead("GET", root + path, headers) if path is not None and len(base_urls) > 1 else None,
             )
             replica.upstream.on_load = _teller(replica)

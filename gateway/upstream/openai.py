@@ -51,6 +51,7 @@ class OpenAIUpstream:
     """One server: a base URL and the key that is only ever sent there. Raises ValueError for a URL that is none.
 
     `salt`: keeps tenants' prefixes apart at engines that share them; no tenant can guess another's.
+    `priority_scheduling`: a vLLM was started to take priorities.
     """
 
     def __init__(
@@ -62,10 +63,11 @@ class OpenAIUpstream:
         *,
         server: Server = "openai",
         salt: bytes = b"",
+        priority_scheduling: bool = False,
     ) -> None:
         offers = CAPABILITIES[server]
         self._salt = salt if offers.salt else None
-        self._priority = offers.priority
+        self._priority = offers.priority if priority_scheduling or not offers.priority_if_told else 0
         self.on_load: Callable[[float], None] | None = None
         """Hears how many requests wait at the server, where answers tell."""
         self._client = client

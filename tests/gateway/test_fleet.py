@@ -61,7 +61,8 @@ async def engines(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
     async with AsyncExitStack() as stack:
         servers = [await stack.enter_async_context(engine(request.param)) for _ in range(3)]
         urls = ", ".join(f'"{server.url}"' for server in servers[1:])
-        policy = POLICY.format(server=request.param, first=servers[0].url, replicas=f"replicas: [{urls}],")
+        taken = "priority_scheduling: true," if request.param == "vllm" else ""
+        policy = POLICY.format(server=request.param, first=servers[0].url, replicas=f"replicas: [{urls}], {taken}")
         gateway = await stack.enter_async_context(running(policy, tmp_path / "home"))
         yield Engines(gateway, servers)
 
@@ -171,11 +172,30 @@ async def test_tenants_share_no_prefix_where_the_engine_has_salts(engines: Engin
 
 @anyio
 async def test_a_priority_is_told_in_the_words_of_each_server(engines: Engines) -> None:
+    for server in engines.servers:
+        server.priority_scheduling = True
     for body, header in (({"priority": -5}, {}), ({}, {"x-leadline-priority": "-5"}), ({"priority": 9}, {})):
         await engines.served_by({**conversation("a"), **body}, **header)
     sent = [body.get("priority") for server in engines.servers for body in server.bodies]
     told = {"vllm": 5, "sglang": -5, "llamacpp": None}[engines.servers[0].kind]
     assert sent == [told, told, None], "nothing is said of what is as all are; nobody raises itself"
+
+
+@anyio
+async def test_a_vllm_without_priority_scheduling_is_sent_none_by_callers_shadows_or_judges(tmp_path: Path) -> None:
+    async with engine("vllm") as server:
+        policy = POLICY.format(server="vllm", first=server.url, replicas="").replace(
+            "  big:", "  other: {provider: gpus, model: other, price: free}\n  big:"
+        ).replace("cache: off}", "cache: off, shadow: {models: [other], share: 100%, judge: big}}")  # fmt: skip
+        async with running(policy, tmp_path / "home") as gateway:
+            status, _, answer = await gateway.chat(conversation("a"), **{"x-leadline-priority": "-5"})
+            assert status == 200, answer
+            await until(lambda: gateway.app.state.lifecycle.shadows.statistics()["running"] == 0)
+            rows = await gateway.rows()
+    assert len(server.bodies) == 3, "the caller's, the shadow's, and one for a judge whose words are no verdict"
+    outcomes = [(attempt["kind"], attempt["outcome"]) for row in rows for attempt in row["attempt_rows"]]
+    assert sorted(outcomes) == [("first", "ok"), ("judge", "ok"), ("shadow", "ok")]
+    assert [body.get("priority") for body in server.bodies] == [None] * 3
 
 
 @anyio
