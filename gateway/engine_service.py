@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from gateway import __version__
 from gateway.edge.asgi import Receive, Scope, Send
 from gateway.edge.prompts import read_embedding
-from gateway.edge.refused import tell_refusals
+from gateway.edge.refused import TextRoute, tell_refusals
 from gateway.edge.wire import read_chat
 from gateway.engine_answers import answered, attempted, bytes_of, error_of, gone, until_gone
 from gateway.engine_door import Door
@@ -102,6 +102,7 @@ class EngineService:
         app = FastAPI(
             title="Leadline engine", version=__version__, lifespan=self._lifespan, docs_url=None, redoc_url=None
         )
+        app.router.route_class = TextRoute
         app.add_middleware(Door, token=self._token)
         app.add_api_route("/health", self._health)
         app.add_api_route("/metrics", self._show_metrics)

@@ -17,6 +17,7 @@ from gateway.edge import answers
 from gateway.edge.budgets import budgets_of, shown
 from gateway.edge.caller import Caller, TheLifecycle, TheState
 from gateway.edge.openapi import refusals
+from gateway.edge.refused import TextRoute
 from gateway.errors import Conflict, Forbidden, InvalidRequest, NotFound, RateLimited, Unavailable
 from gateway.ledger import prices
 from gateway.ledger.spend import By, spend_by
@@ -32,7 +33,7 @@ CHANGES_PER_S = 60.0
 MAX_ROWS = 1000
 _MAX_ADMINS = 10_000
 
-router = APIRouter(prefix="/leadline/v1/admin", tags=["admin"], responses=refusals(403))
+router = APIRouter(route_class=TextRoute, prefix="/leadline/v1/admin", tags=["admin"], responses=refusals(403))
 
 
 async def administrator(principal: Caller) -> Principal:

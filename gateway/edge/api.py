@@ -21,7 +21,7 @@ from gateway.edge.budgets import budgets_of, shown
 from gateway.edge.caller import Caller, TheLifecycle, TheState
 from gateway.edge.headers import read_headers
 from gateway.edge.openapi import completed, refusals
-from gateway.edge.refused import tell_refusals
+from gateway.edge.refused import TextRoute, tell_refusals
 from gateway.edge.state import State
 from gateway.edge.wire import read_chat
 from gateway.errors import Conflict, InvalidRequest, NotFound
@@ -38,7 +38,7 @@ OTHER_WORKERS_TRIES = 5
 
 FIRST_MODEL = {"operationId": "model", "parameters": {"name": "$response.body#/data/0/id"}}
 
-router = APIRouter()
+router = APIRouter(route_class=TextRoute)
 _Found = TypeVar("_Found")
 
 
@@ -142,14 +142,9 @@ class Feedback(BaseModel):
             raise InvalidRequest(
                 f"source: {outcomes.JUDGE!r} is the gateway's own; choose another name.", param="source"
             )
-        if self.comment is not None and not _storable(self.comment):
-            raise InvalidRequest("comment: holds a character that no database keeps.", param="comment")
+        if self.comment is not None and "\x00" in self.comment:  # PostgreSQL has none in text
+            raise InvalidRequest("comment: holds a NUL, which no database keeps; leave it out.", param="comment")
         return float(said["accept"] if "accept" in said else not said["reject"] if "reject" in said else said["score"])
-
-
-def _storable(text: str) -> bool:
-    """PostgreSQL has no NUL in text, and nobody has half a surrogate pair."""
-    return "\x00" not in text and not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 @router.post(
@@ -251,10 +246,7 @@ async def explain(body: ExplainRequest, request: Request, principal: Caller, lif
     """What would be decided for this request now, and why, and the most it could cost; nothing runs and nothing is
     spent on a model."""
     principal.must_run()
-    try:
-        chat = msgspec.json.encode(body.model_dump(exclude={"tags"}, exclude_none=True))
-    except UnicodeEncodeError as error:
-        raise InvalidRequest("messages: holds a character that is no character.", param="messages") from error
+    chat = msgspec.json.encode(body.model_dump(exclude={"tags"}, exclude_none=True))
     sent = read_headers(request.scope["headers"])
     call = read_chat(chat, replace(sent, token="", tags=sent.tags | frozenset(body.tags)))
     # The chat would come with the layout that this body has, and its bytes are what bounds its prompt.

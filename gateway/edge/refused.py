@@ -1,6 +1,7 @@
 """Refusals of the parts that a web framework serves, its own included, in the shape of all other errors."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -10,7 +11,22 @@ from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Route
 
 from gateway.edge.asgi import error_headers
+from gateway.edge.surrogates import half_character_in
 from gateway.errors import InternalError, InvalidRequest, LeadlineError, MethodNotAllowed, NotFound
+
+
+class TextRoute(APIRoute):
+    """Refuses half a character wherever it stands in a body: whoever reads it further in could not write it down."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def read(request: Request) -> Response:
+            if half := half_character_in(await request.body()):
+                raise half
+            return await handle(request)
+
+        return read
 
 
 def refusal(error: LeadlineError) -> Response:

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import msgspec
 
+from gateway.edge.surrogates import half_character_in
 from gateway.errors import InvalidRequest
 from gateway.priority import check_priority
 from gateway.upstream.types import CallHeaders, ChatCall, Sampling
@@ -89,7 +90,7 @@ def decode_body(body: bytes, decoder: msgspec.json.Decoder[_Request]) -> tuple[d
     except msgspec.ValidationError as error:
         raise _invalid(str(error)) from error
     except msgspec.DecodeError as error:
-        raise InvalidRequest(f"The body is not valid JSON: {error}.") from error
+        raise half_character_in(body) or InvalidRequest(f"The body is not valid JSON: {error}.") from error
     except UnicodeDecodeError as error:
         raise InvalidRequest("The body is not valid JSON: it is not UTF-8.") from error
     except RecursionError as error:

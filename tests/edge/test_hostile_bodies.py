@@ -111,6 +111,35 @@ async def test_a_hostile_body_is_a_clear_refusal(edge: Gateway, provider: Provid
 
 @anyio
 @pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/chat/completions", b'{"model":"chat","messages":[{"role":"user","content":"ab\\udfff"}]}',
+         "messages[0].content"),
+        ("/v1/chat/completions", chat(b'"metadata":{"a":["\\ud800"]}'), "metadata.a[0]"),
+        ("/v1/chat/completions", b'{"model":"\\uD83D","messages":[]}', "model"),
+        ("/v1/chat/completions", chat(b'"x\\ud83d":1'), "x\\ud83d"),
+        ("/v1/completions", b'{"model":"chat","prompt":"\\ud83d\\ud83d\\ude00"}', "prompt"),
+        ("/v1/embeddings", b'{"model":"chat","input":["a","\\udc00"]}', "input[1]"),
+        ("/leadline/v1/explain", b'{"messages":[{"role":"user","content":[{"type":"text","text":"\\ud800"}]}]}',
+         "messages[0].content[0].text"),
+        ("/leadline/v1/admin/keys", b'{"name":"\\ud800"}', "name"),
+    ],
+)  # fmt: skip
+async def test_half_a_character_is_refused_by_its_place(
+    edge: Gateway, provider: Provider, path: str, body: bytes, param: str
+) -> None:
+    status, _, answer = await post(edge, path, body, **{"Content-Type": "application/json"})
+    error = answer["error"]
+    assert (status, error["param"]) == (400, param)
+    assert re.match(
+        re.escape(param) + r": \\ud[89a-f]\w\w at character \d+ is half of a surrogate pair", error["message"]
+    )
+    assert "send both halves" in error["message"]
+    assert provider.bodies == []
+
+
+@anyio
+@pytest.mark.parametrize(
     ("encoding", "body"),
     [("gzip", ZIPPED), ("deflate", zlib.compress(b"x" * (8 << 20))), ("br", b"\x8b"), ("zstd, gzip", b"x")],
 )

@@ -237,13 +237,19 @@ async def test_hidden_states_of_chosen_layers_at_chosen_tokens(service: Service)
          "invalid_request", "messages[0].role must be one of system"),
         ("/v1/chat/completions", {"model": "base", "messages": [*SUM, {"role": "user", "content": None}]}, 400,
          "invalid_request", "messages[1].content is missing"),
+        ("/v1/chat/completions", {"model": "base", "messages": [{"role": "user", "content": "\ud800"}]}, 400,
+         "invalid_request", "messages[0].content: \\ud800 at character 0 is half of a surrogate pair"),
+        ("/score", {"model": "base", "messages": [{"role": "user", "content": "a\ud800"}], "candidates": ["x"]}, 400,
+         "invalid_request", "messages[0].content: \\ud800 at character 1"),
+        ("/score", {"model": "base", "messages": SUM, "candidates": ["x", "\udc00"]}, 400,
+         "invalid_request", "candidates[1]: \\udc00 at character 0"),
         ("/v1/chat/completions", {"model": "base", "messages": [{"role": "user", "content": "1 + 1 " * 900}]},
          400, "context_length_exceeded", "1024"),
     ],
 )  # fmt: skip
 async def test_bad_input_is_named(service: Service, path: str, body: Any, status: int, code: str, words: str) -> None:
     async with service.client() as client:
-        sent: Any = {"content": body} if isinstance(body, bytes) else {"json": body}
+        sent = {"content": body if isinstance(body, bytes) else json.dumps(body)}
         answer = await client.post(path, **sent, headers={"content-type": "application/json"})
     error = answer.json()["error"]
     assert (answer.status_code, error["code"]) == (status, code), error

@@ -1,0 +1,36 @@
+"""JSON can write half a surrogate pair (`"\\ud800"`), which no text can hold: where one stands in a body."""
+
+import json
+import re
+
+from gateway.errors import InvalidRequest
+
+_HALF = re.compile("[\ud800-\udfff]")
+_WRITTEN = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
+"""Escaped, or in the UTF-8 that it would have, which Python's decoder of JSON takes."""
+
+
+def half_character_in(body: bytes) -> InvalidRequest | None:
+    """The refusal of a body that holds half a pair, by its first place; None: it does not, or is no JSON at all."""
+    if not _WRITTEN.search(body):
+        return None
+    try:
+        waiting: list[tuple[str, object]] = [("", json.loads(body))]
+    except (ValueError, RecursionError):
+        return None
+    while waiting:
+        path, value = waiting.pop()
+        if isinstance(value, str):
+            if found := _HALF.search(value):
+                return InvalidRequest(
+                    f"{path or 'body'}: {ascii(found[0])[1:-1]} at character {found.start()} is half of a surrogate "
+                    "pair, which is no character; send both halves, or leave it out.",
+                    param=path or None,
+                )
+        elif isinstance(value, list):
+            waiting += [(f"{path}[{at}]", part) for at, part in reversed([*enumerate(value)])]
+        elif isinstance(value, dict):
+            for name, part in reversed(value.items()):
+                inner = f"{path}.{ascii(name)[1:-1]}".lstrip(".")[:200]
+                waiting += [(inner, part), (inner, name)]
+    return None
