@@ -80,8 +80,13 @@ async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     path = ".".join(str(part) for part in first["loc"][1:])
+    if not path and isinstance(error.body, bytes):  # it was not decoded
+        sent = request.headers.get("content-type")
+        said = f"`{sent[:80]}`" if sent else "missing"
+        fix = "so the body is not read as JSON; send the header `Content-Type: application/json`"
+        return refusal(InvalidRequest(f"Content-Type: {said}, {fix}."))
     if not path or first["type"] == "json_invalid":
-        return refusal(InvalidRequest(f"body: {first['msg']}; send a JSON object with Content-Type: application/json."))
+        return refusal(InvalidRequest(f"body: {first['msg']}; send a JSON object."))
     return refusal(InvalidRequest(f"{path}: {first['msg']}.", param=path))
 
 

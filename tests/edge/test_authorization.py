@@ -231,14 +231,25 @@ async def test_a_key_is_made_of_known_fields_alone(edge: Gateway, body: dict[str
     assert len(edge.app.state.lifecycle.keys) == 1
 
 
-async def test_a_body_that_is_not_sent_as_json_is_told_so(edge: Gateway) -> None:
-    headers = edge.headers(**{"Content-Type": "text/plain"})
-    path = f"{edge.url}/leadline/v1/admin/keys"
-    async with edge.session.post(path, data=b'{"name": "made"}', headers=headers) as answer:
-        error = (await answer.json())["error"]
-    assert answer.status == 400
-    assert error["message"].startswith("body: ")
-    assert "Content-Type: application/json" in error["message"]
+@pytest.mark.parametrize(
+    ("sent", "named"),
+    [
+        ("text/plain", "`text/plain`"),
+        ("application/x-www-form-urlencoded", "`application/x-www-form-urlencoded`"),
+        (None, "missing"),
+    ],
+)
+async def test_a_body_that_is_not_sent_as_json_is_told_so(edge: Gateway, sent: str | None, named: str) -> None:
+    headers = edge.headers(**({"Content-Type": sent} if sent else {}))
+    for path, body in (("admin/keys", b'{"name": "made"}'), ("explain", b'{"messages": []}')):
+        async with edge.session.post(
+            f"{edge.url}/leadline/v1/{path}", data=body, headers=headers, skip_auto_headers=("Content-Type",)
+        ) as answer:
+            error = (await answer.json())["error"]
+        assert answer.status == 400
+        assert error["message"] == (
+            f"Content-Type: {named}, so the body is not read as JSON; send the header `Content-Type: application/json`."
+        )
 
 
 async def test_an_admin_cannot_lock_itself_out(edge: Gateway) -> None:

@@ -256,6 +256,14 @@ async def test_bad_input_is_named(service: Service, path: str, body: Any, status
     assert words in error["message"]
 
 
+async def test_a_body_that_is_not_sent_as_json_is_told_so(service: Service) -> None:
+    async with service.client() as client:
+        form = {"content-type": "application/x-www-form-urlencoded"}  # what curl sends unasked
+        answer = await client.post("/score", content=b'{"model": "base"}', headers=form)
+    assert answer.status_code == 400
+    assert "Content-Type: `application/x-www-form-urlencoded`, so" in answer.json()["error"]["message"]
+
+
 async def test_load_and_metrics(service: Service) -> None:
     async with service.client() as client:
         asked = {"model": "base", "messages": SUM, "max_tokens": 3}
