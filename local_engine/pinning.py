@@ -1,5 +1,6 @@
 """One `Prefix` command that pins: what is not stored of a prompt is read first, so that all of it can be kept."""
 
+from local_engine.chat import InvalidRequest
 from local_engine.prefix import PrefixStore
 from local_engine.primitives import Primitives
 from local_engine.turns import Turn
@@ -7,9 +8,17 @@ from local_engine.types import Event, Failed, Finished, FinishReason, Prefix, Pr
 
 
 class Pinning:
-    """Controller of one sequence, which rests when the prompt is read; by then it has been given to the store."""
+    """Controller of one sequence, which rests when the prompt is read; by then it has been given to the store.
+
+    Raises InvalidRequest for less than one block, of which the store keeps nothing.
+    """
 
     def __init__(self, command: Prefix, prompt: list[int], store: PrefixStore) -> None:
+        if len(prompt) < store.block_tokens:
+            raise InvalidRequest(
+                f"messages: nothing was pinned: they are {len(prompt)} tokens of a prompt, which is kept in whole blocks of "
+                f"{store.block_tokens} tokens; pin more of the conversation, or its tools with it"
+            )
         self._command = command
         self._prompt = prompt
         self._store = store

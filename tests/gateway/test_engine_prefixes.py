@@ -110,6 +110,15 @@ async def test_evicting_a_conversation_forgets_it_and_no_other(running: Running)
     assert (await running.do("lookup", other))[0] > 0, "what is too short to be stored names nothing else"
 
 
+async def test_a_pin_of_less_than_a_block_says_that_nothing_is_pinned(running: Running) -> None:
+    with pytest.raises(
+        EngineFailure, match=r"messages: nothing was pinned: .* \d tokens .* blocks of 16 .*; pin more"
+    ) as told:
+        await running.do("pin", {"role": "user", "content": "?"})
+    assert (told.value.code, told.value.param) == ("invalid_request", "messages")
+    assert running.watch.passes == [], "nothing was read for it"
+
+
 async def test_what_cannot_be_done_is_refused_by_its_field(running: Running) -> None:
     with pytest.raises(EngineFailure, match="messages is missing"):
         await running.do("pin")
