@@ -11,7 +11,7 @@ import typer
 
 from gateway.exits.command import app as exits_app
 from gateway.export.command import app as export_app
-from gateway.policy_commands import add_to, stop
+from gateway.policy_commands import add_to, load, stop
 from gateway.replay.command import replay
 from gateway.simulate.command import simulate
 from gateway.tune.command import tune
@@ -150,17 +150,27 @@ def create_key(
 
 
 @keys_app.command("list")
-def list_keys() -> None:
-    """Every key that works, without its secret."""
+def list_keys(
+    policy: Annotated[Path | None, typer.Option(help="Policy file, to show the budgets that it gives as well.")] = None,
+) -> None:
+    """Every key that works, without its secret, and the budgets that bound it."""
     from routers.units import format_money
+
+    loaded = load(policy) if policy is not None else None
 
     def show(keys: "KeyStore", _: "Engine") -> None:
         for p in sorted(keys.all(), key=lambda p: p.key_name):
-            limit = (
-                f"{format_money(p.budget_nanousd)}/{p.budget_window}" if p.budget_nanousd is not None else "no budget"
-            )
+            limits = ["no budget of its own"]
+            if p.budget_nanousd is not None:
+                limits = [f"{format_money(p.budget_nanousd)}/{p.budget_window} (its own)"]
+            for limit in loaded.limits_for(key=p.key_name, team=p.team, tenant=p.tenant) if loaded is not None else ():
+                if limit.budget is not None and limit.scope != "run":
+                    given = f"{format_money(limit.budget.nanousd)}/{limit.budget.window}"
+                    limits.append(f"{given} (policy, {limit.scope} {limit.name})")
             team = f"  team {p.team}" if p.team is not None else ""
-            typer.echo(f"{p.key_id}  {p.key_name}  tenant {p.tenant}{team}  {p.role}  {limit}")
+            typer.echo(f"{p.key_id}  {p.key_name}  tenant {p.tenant}{team}  {p.role}  {', '.join(limits)}")
+        if policy is None:
+            typer.echo("budgets of the keys alone; `--policy FILE` shows what a policy gives them, too", err=True)
 
     _with_keys(show)
 

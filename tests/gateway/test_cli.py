@@ -175,7 +175,7 @@ def test_keys_are_made_listed_and_revoked(tmp_path: Path) -> None:
     made = leadline("keys", "create", "alice", "--tenant", "acme", "--budget", "$5/month", home=tmp_path)
     assert made.stdout.startswith("sk-ll-")
     listed = leadline("keys", "list", home=tmp_path).stdout
-    assert "alice  tenant acme  user  $5/month" in listed
+    assert "alice  tenant acme  user  $5/month (its own)" in listed
     assert made.stdout.strip() not in listed
     assert "a key of that name exists" in leadline("keys", "create", "alice", home=tmp_path).stderr
     assert "--budget" in leadline("keys", "create", "bob", "--budget", "5", home=tmp_path).stderr
@@ -184,6 +184,32 @@ def test_keys_are_made_listed_and_revoked(tmp_path: Path) -> None:
     assert leadline("keys", "revoke", key_id, home=tmp_path).returncode != 0
     assert leadline("keys", "list", home=tmp_path).stdout == ""
     assert leadline("spend", home=tmp_path).stdout.startswith("0 requests, $0 spent")
+
+
+def test_keys_are_listed_with_the_budgets_that_a_policy_gives_them(tmp_path: Path) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(
+        "version: 1\nproviders: {home: {engine: embedded}}\n"
+        "models: {local: {provider: home, model: bundled/nano}}\nlimits:\n"
+        "  - {key: '*', budget: $50/month}\n  - {key: alice, budget: $2/day}\n  - {key: alice, rate: 5/min}\n"
+        "  - {team: ops, budget: $9/week}\n  - {tenant: '*', budget: $100/month}\n  - {run: '*', budget: $1}\n"
+    )
+    leadline("keys", "create", "alice", "--team", "ops", "--budget", "$5/month", home=tmp_path)
+    leadline("keys", "create", "bob", home=tmp_path)
+    plain = leadline("keys", "list", home=tmp_path)
+    assert [line.partition("  user  ")[2] for line in plain.stdout.splitlines()] == [
+        "$5/month (its own)", "no budget of its own",
+    ]  # fmt: skip
+    assert "`--policy FILE` shows what a policy gives" in plain.stderr
+    listed = leadline("keys", "list", "--policy", str(policy), home=tmp_path)
+    assert listed.stderr == ""
+    assert [line.partition("  user  ")[2] for line in listed.stdout.splitlines()] == [
+        "$5/month (its own), $2/day (policy, key alice), $9/week (policy, team ops), $100/month (policy, tenant *)",
+        "no budget of its own, $50/month (policy, key *), $100/month (policy, tenant *)",
+    ]
+    wrong = leadline("keys", "list", "--policy", str(tmp_path / "none.yaml"), home=tmp_path)
+    assert wrong.returncode != 0
+    assert "cannot be read" in wrong.stderr
 
 
 @pytest.mark.engine
