@@ -16,8 +16,8 @@ class Pinning:
     def __init__(self, command: Prefix, prompt: list[int], store: PrefixStore) -> None:
         if len(prompt) < store.block_tokens:
             raise InvalidRequest(
-                f"messages: nothing was pinned: they are {len(prompt)} tokens of a prompt, which is kept in whole blocks "
-                f"of {store.block_tokens} tokens; pin more of the conversation, or its tools with it"
+                f"messages: nothing was pinned: they are {len(prompt)} tokens of a prompt, which is kept in whole "
+                f"blocks of {store.block_tokens} tokens; pin more of the conversation, or its tools with it"
             )
         self._command = command
         self._prompt = prompt
