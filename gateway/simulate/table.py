@@ -7,6 +7,7 @@ Costs are read as US dollars and kept as whole nano-dollars.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -74,23 +75,34 @@ def read_outcomes(path: Path, columns: Columns, prompts: Path | None = None) -> 
     Raises TableError, which names the column, the row and the fix.
     """
     frame = _read(path)
+    _require(frame, path, _wanted(columns, own_prompts=prompts is None))
     if columns.drop_if is not None:
-        _require(frame, path, {"--drop-if": columns.drop_if})
         dropped = _numbers(frame[columns.drop_if], path, columns.drop_if, 0, 1)
         frame = frame[~(dropped > 0.5)]
     if columns.long is not None:
         frame, named = _widened(frame, path, columns, columns.long, prompts)
     else:
         named = dict(columns.models)
-    wanted = {"--prompt": columns.prompt, **({"--group": columns.group} if columns.group else {})}
-    for model, found in named.items():
-        wanted |= {f"--model {model} ({part})": c for part, c in zip(_PARTS, found, strict=True) if c is not None}
-    wanted |= {f"--p-success {model}": column for model, column in columns.p_success.items()}
-    _require(frame, path, wanted)
     return _outcomes(frame, path, columns, named)
 
 
 _PARTS = ("correctness", "cost", "output tokens")
+
+
+def _wanted(columns: Columns, *, own_prompts: bool) -> dict[str, str]:
+    """By option, the columns that the table must have. `own_prompts`: what is known of a query stands in it, too."""
+    wanted = _of_queries(columns) if own_prompts else {}
+    if (long := columns.long) is None:
+        for model, found in columns.models.items():
+            wanted |= {f"--model {model} ({part})": c for part, c in zip(_PARTS, found, strict=True) if c is not None}
+    else:
+        wanted |= {"--by": long.by, **{f"--query {c}": c for c in long.query}, **_options(_held(long))}
+    return wanted | ({"--drop-if": columns.drop_if} if columns.drop_if is not None else {})
+
+
+def _of_queries(columns: Columns) -> dict[str, str]:
+    named = {"--prompt": columns.prompt, **({"--group": columns.group} if columns.group else {})}
+    return named | {f"--p-success {model}": column for model, column in columns.p_success.items()}
 
 
 def _outcomes(
@@ -147,28 +159,26 @@ def _widened(
     frame: Any, path: Path, columns: Columns, long: Long, prompts: Path | None
 ) -> tuple[Any, dict[str, tuple[str, str | None, str | None]]]:
     """One row a query, with columns of each model named after the policy's model."""
-    values = {"correct": long.correct, "cost": long.cost, "tokens": long.tokens}
-    held = {part: column for part, column in values.items() if column is not None}
-    _require(frame, path, {"--by": long.by, **{f"--query {c}": c for c in long.query}, **_options(held)})
+    held = _held(long)
     key = list(long.query)
     frame = frame.astype(dict.fromkeys((long.by, *key), str))
     texts = frame
     if prompts is not None:
         texts = _read(prompts)
-        _require(texts, prompts, {f"--query {c}": c for c in key})
+        _require(texts, prompts, {f"--query {c}": c for c in key} | _of_queries(columns))
         texts = texts.astype(dict.fromkeys(key, str))
         if (again := texts.duplicated(key)).any():
             twice = texts.loc[again, key].iloc[0].tolist()
             raise TableError(f"{prompts}: the query {twice} stands in several rows; --query must name one")
-    wanted = {"--prompt": columns.prompt, **({"--group": columns.group} if columns.group else {})}
-    _require(texts.reset_index(), prompts or path, wanted)
+    unknown = {model: value for model, (value, _, _) in columns.models.items() if not (frame[long.by] == value).any()}
+    if unknown:
+        some = ", ".join(map(str, frame[long.by].unique()[:8]))
+        told = ", ".join(f"{value!r} (--model {model})" for model, value in unknown.items())
+        raise TableError(f"{path}: column {long.by!r} never holds {told}; it holds {some}, …")
     wide = texts.drop_duplicates(key).set_index(key)
     named: dict[str, tuple[str, str | None, str | None]] = {}
     for model, (value, _, _) in columns.models.items():
         rows = frame[frame[long.by] == value]
-        if not len(rows):
-            some = ", ".join(map(str, frame[long.by].unique()[:8]))
-            raise TableError(f"{path}: column {long.by!r} never holds {value!r} (--model {model}); it holds {some}, …")
         if (again := rows.duplicated(key)).any():
             twice = rows.loc[again, key].iloc[0].tolist()
             raise TableError(f"{path}: {value!r} has several rows for the query {twice}; keep one of them")
@@ -179,14 +189,28 @@ def _widened(
     return wide.reset_index(), named
 
 
+def _held(long: Long) -> dict[str, str]:
+    """By option, the columns of what is known of an answer."""
+    values = {"correct": long.correct, "cost": long.cost, "tokens": long.tokens}
+    return {part: column for part, column in values.items() if column is not None}
+
+
 def _options(held: Mapping[str, str]) -> dict[str, str]:
     return {f"--{part}": column for part, column in held.items()}
 
 
 def _require(frame: Any, path: Path, wanted: Mapping[str, str]) -> None:
+    """Raises TableError with every column that is not there."""
+    has = [str(column) for column in frame.columns]
+    missing = []
     for option, column in wanted.items():
         if column not in frame.columns:
-            raise TableError(f"{path}: no column {column!r} for {option}; it has {', '.join(map(str, frame.columns))}")
+            close = get_close_matches(column, has, n=1)
+            missing.append(f"{column!r} for {option}" + (f" (did you mean `{close[0]}`?)" if close else ""))
+    if missing:
+        raise TableError(
+            f"{path}: no column {', '.join(missing)}; it has {', '.join(has)}; name those that it has by these options"
+        )
 
 
 def _per_model(frame: Any, path: Path, names: Sequence[str | None], what: str, most: float) -> Array | None:

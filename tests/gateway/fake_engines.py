@@ -62,8 +62,8 @@ class FakeEngine:
                 {"error": {"message": "There is no engine."}}, status=503, headers={"Retry-After": "1"}
             )
         if self.kind == "vllm" and body.get("priority") and not self.priority_scheduling:
-            told = f"Got priority {body['priority']} but Priority scheduling is not enabled."
-            return web.json_response({"error": {"message": told, "code": 400}}, status=400)
+            said = f"Got priority {body['priority']} but Priority scheduling is not enabled."
+            return web.json_response({"error": {"message": said, "code": 400}}, status=400)
         tokens, cached = self._had(body)
         usage: dict[str, Any] = {"prompt_tokens": tokens, "completion_tokens": 3, "total_tokens": tokens + 3}
         beside: dict[str, Any] = {}

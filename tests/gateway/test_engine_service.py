@@ -249,8 +249,8 @@ async def test_hidden_states_of_chosen_layers_at_chosen_tokens(service: Service)
 )  # fmt: skip
 async def test_bad_input_is_named(service: Service, path: str, body: Any, status: int, code: str, words: str) -> None:
     async with service.client() as client:
-        sent = {"content": body if isinstance(body, bytes) else json.dumps(body)}
-        answer = await client.post(path, **sent, headers={"content-type": "application/json"})
+        sent = body if isinstance(body, bytes) else json.dumps(body).encode()
+        answer = await client.post(path, content=sent, headers={"content-type": "application/json"})
     error = answer.json()["error"]
     assert (answer.status_code, error["code"]) == (status, code), error
     assert words in error["message"]

@@ -266,6 +266,13 @@ def test_a_run_that_was_broken_off_goes_on(tmp_path: Path) -> None:
         ({}, [*MODELS, "--ask", "gpt"], "--ask gpt: .*neither a model nor an alias"),
         ({}, [*MODELS, "--cost", "wc"], "belong to --by"),
         ({}, ["--model", "weak=w", "--model", "strong=s", "--by", "nobody"], "no column 'nobody' for --by"),
+        ({}, ["--model", "weak=wcorrect", "--model", "strong=s:cost", "--prompt", "promt", "--group", "domain"],
+         r"no column 'promt' for --prompt \(did you mean `prompt`\?\), 'domain' for --group, 'wcorrect' for --model "
+         r"weak \(correctness\), 'cost' for --model strong \(cost\); it has prompt, .*; name those that it has"),
+        ({}, ["--model", "weak=a", "--model", "strong=b", "--by", "ps", "--query", "id,w", "--cost", "usd"],
+         "no column 'id' for --query id, 'correct' for --correct, 'usd' for --cost; it has prompt, "),
+        ({}, ["--model", "weak=c", "--model", "strong=d", "--by", "task", "--query", "prompt", "--correct", "w"],
+         "column 'task' never holds 'c' .--model weak., 'd' .--model strong.; it holds "),
     ],
 )  # fmt: skip
 def test_a_bad_table_is_refused_with_the_field_the_value_and_the_fix(
