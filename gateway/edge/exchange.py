@@ -12,6 +12,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCy
 
 
 class Exchange(RequestResponseCycle):
+    write_soon: Callable[[bytes], None]
+    """`GuardedProtocol.write_soon` of its connection."""
     on_disconnect: Callable[[], None] | None = None
 
     @property
@@ -49,7 +51,8 @@ class Exchange(RequestResponseCycle):
             await self.flow.drain()
         if not self.disconnected:
             self._begin()
-            self.transport.write(b"%b%b\r\n%b" % (STATUS_LINE[status], headers, body))
+            write = self.write_soon if self.keep_alive else self.transport.write
+            write(b"%b%b\r\n%b" % (STATUS_LINE[status], headers, body))
             self._end()
 
     async def begin_stream(self, headers: bytes) -> None:

@@ -3,6 +3,9 @@
 llhttp (through httptools) does the framing and refuses what is not HTTP; headers are not made into objects, the few
 that matter are looked up in the raw header section. Time is kept by one timer for the connection, which is only ever
 brought forward: it asks what is due when it fires, so that an exchange that goes well touches no timer at all.
+
+Where others ask the same server meanwhile, a request goes out at the loop's next turn, right behind theirs: a server
+that sleeps is woken once for all of them (docs/decisions.md has the numbers).
 """
 
 import asyncio
@@ -17,6 +20,7 @@ import msgspec
 from gateway.upstream.http_errors import (
     ClosedBeforeHeaders,
     ClosedInHeaders,
+    ConnectRefused,
     DeadlineExceeded,
     FirstByteTimeout,
     HeadersTooLarge,
@@ -76,6 +80,7 @@ class Connection(asyncio.Protocol):
 
     def _reset(self) -> None:
         self._raw = b""
+        self._unsent = b""
         self._begun = False
         self._paused = False
         self._uploading = False
@@ -94,8 +99,10 @@ class Connection(asyncio.Protocol):
 
     # the exchange ---------------------------------------------------------------------------------------------------
 
-    def start(self, data: bytes, timeouts: Timeouts, deadline: float, *, head_only: bool, more: bool) -> None:
-        """Send a request's first bytes. `more`: `upload` will send the rest."""
+    def start(
+        self, data: bytes, timeouts: Timeouts, deadline: float, *, head_only: bool, more: bool, crowded: bool
+    ) -> None:
+        """Send a request's first bytes. `more`: `upload` will send the rest. `crowded`: others ask this server too."""
         assert self._transport is not None
         now = self._loop.time()
         self.exchanging = True
@@ -105,7 +112,16 @@ class Connection(asyncio.Protocol):
         self._deadline = deadline
         self._sent_at = now
         self._arm(min(deadline, now + timeouts.first_byte_s))
-        self._transport.write(data)
+        if crowded and not more:
+            self._unsent = data
+            self._loop.call_soon(self._send)
+        else:
+            self._transport.write(data)
+
+    def _send(self) -> None:
+        data, self._unsent = self._unsent, b""
+        if data and not self.closed and self._transport is not None:
+            self._transport.write(data)
 
     async def upload(self, body: bytes) -> None:
         """Send a long body piece by piece; over early when the server answers or leaves before its end."""
@@ -207,8 +223,8 @@ class Connection(asyncio.Protocol):
         self._transport.set_write_buffer_limits(high=WRITE_BYTES)
 
     def data_received(self, data: bytes) -> None:
-        if not self.exchanging or self.closed:
-            self.abort()  # nothing may come while nothing was asked
+        if not self.exchanging or self.closed or self._unsent:  # nothing may come while nothing was asked
+            self._ended(None)
             return
         self._last = self._loop.time()
         if not self.answered:
@@ -289,7 +305,9 @@ class Connection(asyncio.Protocol):
         """The server has closed: the end of a body that says no length of its own, an error of any other answer."""
         if self.exchanging and not self.complete and self.error is None:
             why = f": {exc}" if exc is not None and str(exc) else ""
-            if self.answered:
+            if self._unsent:
+                self.error = ConnectRefused("closed before the request went out" + why, reused=self.reused)
+            elif self.answered:
                 framed = (
                     find_header(self.head, b"content-length") is not None
                     or find_header(self.head, b"transfer-encoding") is not None

@@ -183,10 +183,10 @@ class HttpClient:
             connection = await self._connect(head, pool, timeouts)
         try:
             data = head.data + b"%d\r\n\r\n" % len(body)
-            if len(body) <= WRITE_BYTES:
-                connection.start(data + body, timeouts, deadline, head_only=head.head_only, more=False)
-            else:
-                connection.start(data, timeouts, deadline, head_only=head.head_only, more=True)
+            more = len(body) > WRITE_BYTES
+            first = data if more else data + body
+            connection.start(first, timeouts, deadline, head_only=head.head_only, more=more, crowded=pool.crowded())
+            if more:
                 await connection.upload(body)
             while not connection.answered:
                 if connection.error is not None:
@@ -259,6 +259,10 @@ class _Pool:
                 return connection
             connection.abort()
         return None
+
+    def crowded(self) -> bool:
+        """Whether several exchanges are under way."""
+        return len(self.open) - len(self.idle) > 1
 
     def put(self, connection: Connection) -> None:
         if len(self.idle) >= self._max_idle:
