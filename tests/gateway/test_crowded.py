@@ -112,7 +112,7 @@ async def test_an_answer_that_waits_for_its_turn_goes_out_before_its_connection_
             await leave.wait()
         assert reply.exchange is not None
         await reply.whole(200, b"", b"whole")
-        protocol = reply.exchange.write_soon.__self__
+        protocol: GuardedProtocol = reply.exchange.write_soon.__self__  # type: ignore[attr-defined]
         if scope["path"] == "/slow":
             return
         if then == "shutdown":
