@@ -90,6 +90,8 @@ class Lane:
         self.written_tokens = 0
         self.drafted_tokens = 0
         self.accepted_tokens = 0
+        self._drafting: Speculator | None = None
+        """Who has a part in this step: the speculator, unless it rests."""
         self._runner = runner
         self._pace = Pace(prefill_chunk, step_s)
         self._clock = clock
@@ -296,8 +298,8 @@ class Lane:
                 self._pace.observe(plan.tokens, self._clock() - began)
                 if self.store is not None:
                     self.store.observe_prefill(plan.tokens, self._clock() - began)
-            if self.speculator is not None:
-                self.speculator.settle(plan.tokens)
+            if self._drafting is not None:
+                self._drafting.settle(plan.tokens)
         else:
             self._await_arrival()
         return turns
@@ -378,8 +380,10 @@ class Lane:
 
     def _draft(self) -> None:
         """Let guesses be made of what comes next in the sequences that write."""
-        if self.speculator is None or self.speculator.rests():
+        self._drafting = None
+        if self.speculator is None or self.speculator.rests(len(self.scheduler.running)):
             return
+        self._drafting = self.speculator
         active = self.scheduler.active
         writing = [s for s in active if s.pending == 1 and s.sampler is not None and s.floor is None]
         reading = sum(s.pending + len(s.draft) for s in (*active, *self.scheduler.waiting)) - len(writing)
@@ -387,7 +391,7 @@ class Lane:
             drafts = self.speculator.propose(writing, min(reading, self._pace.tokens))
         except Exception:
             logger.exception("drafting failed; %s goes on without", self.model.card.name)
-            self.speculator = None
+            self.speculator = self._drafting = None
             drafts = [NOTHING for _ in writing]
         for sequence, draft in zip(writing, drafts, strict=True):
             sequence.draft[:], sequence.drawn_from = draft.tokens, draft.distributions
@@ -442,7 +446,7 @@ class Lane:
     def _write(self, turns: list[Turn], logits: Tensor) -> None:
         """What comes next in every sequence that writes, all at once: what is kept of its draft, and one token more."""
         windows = [window_of(turn.sequence) for turn in turns]
-        learns = self.speculator is not None and self.speculator.learns
+        learns = self._drafting is not None and self._drafting.learns
         predictions = logits.argmax(-1).tolist() if learns else []
         row = 0
         for turn, window, choices in zip(turns, windows, self._choices(turns, windows, logits), strict=True):
@@ -467,8 +471,8 @@ class Lane:
         sequence.accepted += accepted
         self.drafted_tokens += drafted
         self.accepted_tokens += accepted
-        if self.speculator is not None:
-            self.speculator.learn(sequence, drafted, [choice.token for choice in choices], predictions)
+        if self._drafting is not None:
+            self._drafting.learn(sequence, drafted, [choice.token for choice in choices], predictions)
 
     def _choices(self, turns: list[Turn], windows: list[Window], logits: Tensor) -> list[list[Choice]]:
         """The choices of every window; none where choosing failed, which its turn then says."""

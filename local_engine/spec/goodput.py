@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from local_engine.spec.steptime import StepTime
 
-LOSS_SHARE = 0.015
+LOSS_SHARE = 0.0075
 """Most that speculation may lose, as a share of all time."""
 _LOSS_STEPS = 6.0  # and what it may be in debt at any moment, in plain steps of the running batch
 _BANKED_STEPS = 16.0  # of what it gained, this pays for later losses: above all, when a drafter reads the next prompt
@@ -35,11 +35,12 @@ class Goodput:
 
     def __init__(self, step_time: StepTime) -> None:
         self._step_time = step_time
-        self._loss_s = 0.0
+        self._loss_s: dict[int, float] = {}  # by doublings of the running sequences
 
-    def paused(self, sequences: int) -> bool:
-        """Whether speculation has lost more than it may, beside so many running sequences."""
-        return self._loss_s > _LOSS_STEPS * self._step_time(sequences, sequences)
+    def owed_s(self, sequences: int) -> float:
+        """For how long speculation has to pause, beside so many running sequences; not at all if negative."""
+        loss_s = self._loss_s.get(sequences.bit_length(), 0.0)
+        return (loss_s - _LOSS_STEPS * self._step_time(sequences, sequences)) / LOSS_SHARE
 
     def best(self, kept: Sequence[float], sequences: int, other_rows: int = 0, pass_s: float = 0.0) -> Offer:
         """The length with the most tokens per second, where `kept[n]` tokens are expected of all sequences together
@@ -59,26 +60,39 @@ class Goodput:
             best = max(range(len(kept)), key=lambda at: kept[at] * token_s - mixed[at])
         return Offer(best, token_s)
 
-    def rest(self, seconds: float) -> None:
+    def rest(self, seconds: float, sequences: int) -> None:
         """Account for so much time, in which nobody drafted: it pays for losses."""
-        self._loss_s = max(min(self._loss_s, 0.0), self._loss_s - LOSS_SHARE * seconds)
+        loss_s = self._loss_s.get(sequences.bit_length(), 0.0)
+        self._loss_s[sequences.bit_length()] = max(min(loss_s, 0.0), loss_s - LOSS_SHARE * seconds)
 
     def settle(
-        self, seconds: float, sequences: int, emitted: int, verified: int, other_rows: int = 0, drafting_s: float = 0.0
-    ) -> None:
+        self,
+        seconds: float,
+        sequences: int,
+        emitted: int,
+        verified: int,
+        other_rows: int = 0,
+        drafting_s: float = 0.0,
+        *,
+        running: int | None = None,
+    ) -> float:
         """Account for a step of `seconds` in which `sequences` got `emitted` tokens together, `verified` drafted ones
-        among its rows, after `drafting_s` of looking for drafts.
+        among its rows, after `drafting_s` of looking for drafts: the seconds it lost, negative where it gained.
 
-        Steps are charged by what they usually take, not by this one's seconds: a busy machine is no loss.
+        Steps are charged by what they usually take, not by this one's seconds: a busy machine is no loss. `running`:
+        the sequences that drafts were thought of for, where some of them got nothing.
         """
-        self.rest(seconds)
+        running = running or sequences
+        self.rest(seconds, running)
         if not sequences:
-            return
+            return 0.0
         prompts_s = self._step_time(other_rows, sequences) if other_rows else 0.0
         plain_s = self._step_time(other_rows + sequences, sequences) - prompts_s
         step_s = self._step_time(other_rows + sequences + verified, sequences) - prompts_s
         lost_s = drafting_s + step_s - plain_s * emitted / sequences
-        self._loss_s = max(-_BANKED_STEPS * plain_s, self._loss_s + lost_s)
+        loss_s = self._loss_s[running.bit_length()]
+        self._loss_s[running.bit_length()] = max(-_BANKED_STEPS * plain_s, loss_s + lost_s)
+        return lost_s
 
 
 def expected(chances: Sequence[Sequence[float]], most: int) -> list[float]:

@@ -8,24 +8,20 @@ from dataclasses import dataclass, field
 
 from local_engine.sequence import Sequence
 from local_engine.spec.acceptance import Acceptance
-from local_engine.spec.draft import NOTHING, UNWEIGHED, Draft, Proposer, Weigh, Worth
+from local_engine.spec.draft import NOTHING, UNWEIGHED, Draft, Proposer, Weigh
 from local_engine.spec.goodput import Goodput, Offer, expected
+from local_engine.spec.rests import MOST_REST, Rests
 from local_engine.spec.steptime import StepTime
+from local_engine.spec.weigh import Watched, Weigher
 
 _LONGEST = 8  # tokens of a draft
 _MOST_ROWS = 96  # drafted tokens in a step; more sequences than this get none
-_IDLE_LOOKS = 4  # looks that find nothing worth drafting, after which one in so many steps looks
-_IDLE_STEPS = 16
-_MOST_IDLE_STEPS = 64  # each look that finds nothing either doubles the rest, up to this
-_LOOK_SHARE = 0.01  # of the time that looks may take where they find nothing: eight sequences' cost more than a step
-_MOST_REST = 512
-_TIMED_STEPS = 8  # while nobody looks, one in so many steps is timed, and stands for all of them
+_SAMPLE = 4  # sequences that are looked at first, where looks did not pay: those of a large batch cost more than a step
 _LEAST_GAIN = 0.1  # where drafts that are always right would save a smaller share of the time, nobody looks
 _TRIAL_STEPS = 256  # a drafting model that does not pay is tried again after so many looks, then twice as many, …
 _MOST_TRIAL_STEPS = 4096
 _TRIAL_LENGTH = 3
 _FIRST_TRIALS = 8  # of a drafter, in a row: its first passes are slow, and the least of them counts
-_CAUTION = 0.5  # of the probability below which a pass does not pay, this is its drafter's floor: it may be modest
 _PASS_RATE = 0.2  # how fast the measured time of a drafting pass is followed, and what free drafts promise
 _FREE_LOOKS = 16  # where the drafting model promises more than free drafts use to, they are looked at once in so many
 
@@ -41,72 +37,6 @@ class _Look:
 
 
 @dataclass(slots=True)
-class _Watched:
-    """Asks on, and notes when drafting began: before that a prompt may have been read."""
-
-    weigh: Weigh
-    clock: Callable[[], float]
-    began: float = 0.0
-    made: int | None = None
-    """Passes that were made by then; None: it has not begun."""
-
-    @property
-    def floor(self) -> float:
-        return self.weigh.floor
-
-    def begin(self, made: int) -> None:
-        self.began, self.made = self.clock(), made
-
-    def __call__(self, sequences: Sized[Sequence], grades: Sized[Sized[int]]) -> Worth:
-        return self.weigh(sequences, grades)
-
-    def pass_s(self, drafts: Sized[Draft], length: int) -> float | None:
-        """What a drafting pass took, of those that led to `drafts` of at most `length` tokens."""
-        if self.made is None:
-            return None
-        if self.made:
-            passes: float = min(length, 1 + max(len(draft.tokens) for draft in drafts)) - self.made
-        else:
-            passes = sum(len(draft.tokens) for draft in drafts) / len(drafts)
-        return (self.clock() - self.began) / passes if passes else None
-
-
-@dataclass(slots=True)
-class _Weigher:
-    """Tokens are drafted while their rows are worth verifying, and passes made while they pay for themselves."""
-
-    name: str
-    acceptance: Acceptance
-    step_time: StepTime
-    token_s: float
-    pass_s: float
-    count: int
-    other_rows: int
-    _so_far: list[float] = field(default_factory=list)
-
-    @property
-    def floor(self) -> float:
-        rows = self.other_rows + self.count
-        row_s = self.step_time(rows + self.count, self.count) - self.step_time(rows, self.count)
-        return _CAUTION * (self.pass_s + row_s) / (self.count * self.token_s)
-
-    def begin(self, made: int) -> None:
-        """Nobody counts here."""
-
-    def __call__(self, sequences: Sized[Sequence], grades: Sized[Sized[int]]) -> Worth:
-        pairs = zip(sequences, grades, strict=True)
-        next_ones = [self.acceptance.chances(sequence, self.name, chain[-1:])[0] for sequence, chain in pairs]
-        before = self._so_far or [1.0] * len(next_ones)
-        self._so_far = [chance * one for chance, one in zip(before, next_ones, strict=True)]
-        rows = self.other_rows + self.count * len(grades[0])
-        row_s = self.step_time(rows + self.count, self.count) - self.step_time(rows, self.count)
-        gain_s = sum(self._so_far) * self.token_s - row_s
-        if gain_s <= 0:
-            return Worth.LEAVE
-        return Worth.GO_ON if gain_s > self.pass_s else Worth.LAST
-
-
-@dataclass(slots=True)
 class _Step:
     began: float
     count: int
@@ -115,6 +45,8 @@ class _Step:
     timed: bool = True
     propose_s: float = 0.0
     """What looking for drafts and learning from them took."""
+    drafts: bool = False
+    """Whether any were found."""
     writing: int = 0
     """Sequences that a draft was thought of for."""
     written: int = 0
@@ -152,10 +84,7 @@ class Speculator:
         self._clock = clock
         self._looks: dict[Sequence, _Look | None] = {}
         self._step = _Step(0.0, 0)
-        self._steps = 0
-        self._rest = 0  # steps left without a look
-        self._idle_steps = _IDLE_STEPS  # how long the next rest is
-        self._fruitless = 0  # looks in a row that found nothing worth drafting
+        self._rests = Rests()
         self._pass_s: dict[int, float] = {}  # seconds of a drafting pass, by doublings of the sequences
         self._free_s: dict[int, float] = {}  # seconds per token that free drafts promised lately, likewise
         self._unfree = 0  # looks since the free proposers were last asked
@@ -163,61 +92,52 @@ class Speculator:
         self._untried = 0  # looks since the drafter was last asked
         self._trial_steps = _TRIAL_STEPS
 
-    def rests(self) -> bool:
-        """Whether this step is one that is neither looked at nor timed: it has no drafts, nor had the last one."""
-        if self._rest < 2 or (self._steps + 1) % _TIMED_STEPS == 0:
+    def rests(self, running: int) -> bool:
+        """Whether the next step, of so many sequences, is one that speculation has no part in: it is plain decoding."""
+        if not self._rests.rests(running):
             return False
-        self._rest -= 1
-        self._steps += 1
         self._step = _UNTIMED
         return True
 
     def propose(self, sequences: Sized[Sequence], other_rows: int = 0) -> list[Draft]:
-        """The draft to verify for each sequence that writes; none where that pays.
+        """The draft to verify for each sequence that writes, in a step that does not rest; none where that pays.
 
         `other_rows`: what else the step computes, prompt chunks above all.
         """
         count = len(sequences)
-        self._steps += 1
-        stale = not self._rest and 0 < count <= _MOST_ROWS and not self._step_time.fresh(count, count)
-        if (stale and not other_rows) or not self._may_look(count):
-            timed = stale or self._steps % _TIMED_STEPS == 0
-            self._step = _Step(self._clock() if timed else 0.0, count, timed=timed)
+        self._step = _UNTIMED
+        if not 0 < count <= _MOST_ROWS:
+            return [NOTHING for _ in sequences]
+        self._goodput.rest(self._rests.taken() * self._step_time(count, count), count)
+        if not other_rows and not self._step_time.fresh(count, count):
+            self._step = _Step(self._clock(), count)
+        if self._step.timed or not self._may_look(count):
             return [NOTHING for _ in sequences]
         began = self._clock()
-        self._step = _Step(began, count)
         self._looks = dict.fromkeys(sequences)
         best = self._best(sequences, other_rows)
         drafts = [draft.cut(sequence.room) for sequence, draft in zip(sequences, best, strict=True)]
         for sequence, draft in zip(sequences, drafts, strict=True):
-            self._look(sequence).verified = draft
-        self._note(fruitful=any(draft.tokens for draft in drafts))
-        self._step = _Step(began, count, looked=True, propose_s=self._clock() - began)
+            if draft.tokens:
+                self._look(sequence).verified = draft
+        found = any(draft.tokens for draft in drafts)
+        self._step = _Step(began, count, looked=True, propose_s=self._clock() - began, drafts=found)
         return drafts
 
     def _may_look(self, count: int) -> bool:
         """Whether drafts are worth thinking of, told before anybody thinks."""
-        if self._rest or not 0 < count <= _MOST_ROWS:
-            self._rest = max(0, self._rest - 1)
+        plain_s = self._step_time(count, count)
+        owed_s = self._goodput.owed_s(count)
+        if owed_s > 0:
+            self._rests.rest(owed_s / plain_s)
             return False
-        if self._goodput.paused(count):
-            return False
-        most = self._most(count)
-        ideal = self._goodput.best([float(count * (1 + length)) for length in range(most + 1)], count)
-        if ideal.token_s > (1 - _LEAST_GAIN) * self._step_time(count, count) / count:
-            self._rest = _IDLE_STEPS - 1
-            return False
+        if not self._rests.pay:
+            most = self._most(count)
+            ideal = self._goodput.best([float(count * (1 + length)) for length in range(most + 1)], count)
+            if ideal.token_s > (1 - _LEAST_GAIN) * plain_s / count:
+                self._rests.rest(MOST_REST)
+                return False
         return True
-
-    def _note(self, *, fruitful: bool) -> None:
-        """Looks that find nothing become rare, and the rarer the longer they do."""
-        if fruitful:
-            self._fruitless, self._idle_steps = 0, _IDLE_STEPS
-            return
-        self._fruitless += 1
-        if self._fruitless >= _IDLE_LOOKS:
-            self._rest = self._idle_steps - 1
-            self._idle_steps = min(_MOST_IDLE_STEPS, 2 * self._idle_steps)
 
     @staticmethod
     def _most(count: int) -> int:
@@ -262,18 +182,17 @@ class Speculator:
         self._step = _UNTIMED
         seconds = self._clock() - step.began
         if not step.looked:
-            self._goodput.rest(seconds if self._steps % _TIMED_STEPS else _TIMED_STEPS * seconds)
-            if step.count:
-                self._step_time.observe(rows, seconds, step.count, mixed=rows > step.count)
+            self._step_time.observe(rows, seconds, step.count, mixed=rows > step.count)
+            self._goodput.rest(seconds, step.count)
             return
-        if self._rest:
-            plain_s = self._step_time(step.count, step.count)
-            self._rest = max(self._rest, min(_MOST_REST, int(step.propose_s / (_LOOK_SHARE * plain_s))))
         others = rows - step.writing - step.verified
         if step.writing:
             spent = max(seconds - step.propose_s, 1e-9)
             self._step_time.observe(rows, spent, step.writing, mixed=others > 0)
-        self._goodput.settle(seconds, step.writing, step.written, step.verified, others, step.propose_s)
+        drafting = step.writing, step.written, step.verified
+        lost_s = self._goodput.settle(seconds, *drafting, others, step.propose_s, running=step.count)
+        cost_steps = step.propose_s / self._step_time(step.count, step.count)
+        self._rests.looked(cost_steps, found=step.drafts, gained=lost_s < 0)
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence ended, or was changed by another hand than `propose` and verification."""
@@ -295,43 +214,66 @@ class Speculator:
     def _best(self, sequences: Sized[Sequence], other_rows: int) -> list[Draft]:
         count = len(sequences)
         most = self._most(count)
-        if self._drafter is not None and self._leads(self._drafter, sequences, most, other_rows):
+        rival = Offer(0, self._step_time(count, count) / count)
+        drafts = [NOTHING for _ in sequences]
+        promised = self._offered(sequences, most, other_rows) if self._drafter is not None else None
+        if self._free and not self._leads(promised, count):
+            self._unfree = 0
+            drafts, rival = self._free_drafts(sequences, most, other_rows)
+            self._follow(self._free_s, count, rival.token_s)
+        else:
             self._unfree += 1
-            plain = Offer(0, self._step_time(count, count) / count)
-            by_drafter = self._asked(self._drafter, sequences, most, plain, other_rows)
-            return by_drafter if by_drafter is not None else [NOTHING for _ in sequences]
-        self._unfree = 0
-        drafts = self._free_drafts(sequences, most)
-        pairs = zip(sequences, drafts, strict=True)
-        chances = [self._acceptance.chances(sequence, name, draft.grades) for sequence, (name, draft) in pairs]
-        offer = self._goodput.best(expected(chances, most), count, other_rows)
         if self._drafter is not None:
-            self._follow(self._free_s, count, offer.token_s)
-            by_drafter = self._asked(self._drafter, sequences, most, offer, other_rows)
+            by_drafter = self._asked(self._drafter, sequences, most, promised, rival, other_rows)
             if by_drafter is not None:
                 return by_drafter
-        return [draft.cut(offer.length) for _, draft in drafts]
+        return drafts
 
-    def _leads(self, drafter: Proposer, sequences: Sized[Sequence], most: int, other_rows: int) -> bool:
+    def _leads(self, promised: Offer | None, count: int) -> bool:
         """Whether the drafter promises more than free drafts did lately, and it is not their turn."""
-        usual_s = self._free_s.get(len(sequences).bit_length())
-        if usual_s is None or not self._free or self._unfree >= _FREE_LOOKS:
+        usual_s = self._free_s.get(count.bit_length())
+        if promised is None or usual_s is None or self._unfree >= _FREE_LOOKS:
             return False
-        offer = self._offered(drafter, sequences, most, other_rows)
-        return offer is not None and bool(offer.length) and offer.token_s < usual_s
+        return bool(promised.length) and promised.token_s < usual_s
 
-    def _offered(self, drafter: Proposer, sequences: Sized[Sequence], most: int, other_rows: int) -> Offer | None:
+    def _offered(self, sequences: Sized[Sequence], most: int, other_rows: int) -> Offer | None:
         """What the drafter promises by how often it was right; None before its pass was timed."""
         count = len(sequences)
         pass_s = self._pass_s.get(count.bit_length())
-        if pass_s is None:
+        if pass_s is None or self._drafter is None:
             return None
-        rate = sum(self._acceptance.rate(sequence, drafter.name) for sequence in sequences) / count
+        rate = sum(self._acceptance.rate(sequence, self._drafter.name) for sequence in sequences) / count
         chances = [rate**length for length in range(1, most + 1)]
         return self._goodput.best(expected([chances] * count, most), count, other_rows, pass_s)
 
-    def _free_drafts(self, sequences: Sized[Sequence], most: int) -> list[tuple[str, Draft]]:
-        """The most promising draft for each sequence."""
+    def _free_drafts(self, sequences: Sized[Sequence], most: int, other_rows: int) -> tuple[list[Draft], Offer]:
+        """The most promising draft for each sequence, and what they promise together.
+
+        Where looks did not pay, some sequences stand for all of them; the others are looked at if those promise much.
+        """
+        count = len(sequences)
+        first = count if self._rests.pay else min(count, _SAMPLE)
+        drafts = self._looked_up(sequences[:first], most)
+        offer = self._promise(sequences, drafts, most, other_rows)
+        if first < count:
+            if not offer.length:
+                return [NOTHING for _ in sequences], offer
+            drafts += self._looked_up(sequences[first:], most)
+            offer = self._promise(sequences, drafts, most, other_rows)
+        return [draft.cut(offer.length) for _, draft in drafts], offer
+
+    def _promise(
+        self, sequences: Sized[Sequence], drafts: Sized[tuple[str, Draft]], most: int, other_rows: int
+    ) -> Offer:
+        """What drafts for the first of the sequences promise for all of them."""
+        pairs = zip(sequences, drafts, strict=False)
+        chances = [self._acceptance.chances(sequence, name, draft.grades) for sequence, (name, draft) in pairs]
+        scale = len(sequences) / len(drafts)
+        kept = [scale * tokens for tokens in expected(chances, most)]
+        return self._goodput.best(kept, len(sequences), other_rows)
+
+    def _looked_up(self, sequences: Sized[Sequence], most: int) -> list[tuple[str, Draft]]:
+        """The most promising draft for each sequence, and whose it is."""
         for proposer in self._free:
             for sequence, draft in zip(sequences, proposer.propose(sequences, most, UNWEIGHED), strict=True):
                 self._look(sequence).drafts.append((proposer.name, draft))
@@ -348,12 +290,17 @@ class Speculator:
         return max(drafts, key=promise, default=("", NOTHING))
 
     def _asked(
-        self, drafter: Proposer, sequences: Sized[Sequence], most: int, rival: Offer, other_rows: int
+        self,
+        drafter: Proposer,
+        sequences: Sized[Sequence],
+        most: int,
+        offer: Offer | None,
+        rival: Offer,
+        other_rows: int,
     ) -> list[Draft] | None:
-        """The drafter's drafts where they promise more than `rival`, or where it is time to try it; else None."""
+        """The drafter's drafts where its `offer` is better than `rival`, or where it is time to try it; else None."""
         count = len(sequences)
         pass_s = self._pass_s.get(count.bit_length())
-        offer = self._offered(drafter, sequences, most, other_rows)
         self._untried += 1
         trials = self._trials.get(count.bit_length(), 0)
         if pass_s is None or offer is None or trials < _FIRST_TRIALS or self._untried >= self._trial_steps:
@@ -365,11 +312,11 @@ class Speculator:
             length = most
             self._trial_steps = _TRIAL_STEPS
             token_s = min(offer.token_s, rival.token_s)
-            weigh = _Weigher(drafter.name, self._acceptance, self._step_time, token_s, pass_s, count, other_rows)
+            weigh = Weigher(drafter.name, self._acceptance, self._step_time, token_s, pass_s, count, other_rows)
         else:
             return None
         self._untried = 0
-        watched = _Watched(weigh, self._clock)
+        watched = Watched(weigh, self._clock)
         drafts = drafter.propose(sequences, length, watched)
         spent_s = watched.pass_s(drafts, length)
         if spent_s is not None:

@@ -1,5 +1,6 @@
 """Draft lengths: the best ones where drafts pay, and never much slower than plain decoding where they do not."""
 
+import itertools
 import random
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Sized
@@ -10,8 +11,9 @@ import torch
 from local_engine.sampler import Sampler
 from local_engine.sequence import Sequence
 from local_engine.spec.acceptance import Acceptance
-from local_engine.spec.draft import Draft, Weigh, Worth
+from local_engine.spec.draft import NOTHING, Draft, Weigh, Worth
 from local_engine.spec.goodput import Goodput, expected
+from local_engine.spec.rests import Rests
 from local_engine.spec.speculator import Speculator
 from local_engine.spec.steptime import StepTime
 from local_engine.types import SamplingParams
@@ -47,7 +49,7 @@ def simulate(
     seconds, tokens = 0.0, 0
     chances = [[believed ** (at + 1) for at in range(8)] for _ in range(sequences)]
     for _ in range(steps):
-        length = 0 if goodput.paused(sequences) else goodput.best(expected(chances, 8), sequences).length
+        length = 0 if goodput.owed_s(sequences) > 0 else goodput.best(expected(chances, 8), sequences).length
         step_s = machine(sequences * (1 + length))
         emitted = 0
         for _ in range(sequences):
@@ -160,9 +162,11 @@ class Wrong:
 
     def __init__(self) -> None:
         self.asked = 0
+        self.last_asked_for = 0
 
     def propose(self, sequences: Sized[Sequence], most: int, weigh: Weigh) -> list[Draft]:
         self.asked += 1
+        self.last_asked_for = len(sequences)
         return [Draft([9] * most, [0] * most) for _ in sequences]
 
     def observe(self, sequence: Sequence, start: int, drafted: Sized[int], predictions: Sized[int]) -> None:
@@ -181,7 +185,7 @@ def asked_in(steps: int, machine: Callable[[int], float], sequences: int) -> tup
     for writer in writers:
         writer.limit = 1 << 20
     for _ in range(steps):
-        drafts = speculator.propose(writers)
+        drafts = [NOTHING] * sequences if speculator.rests(sequences) else speculator.propose(writers)
         rows = sum(1 + len(draft.tokens) for draft in drafts)
         now += machine(rows)
         for writer, draft in zip(writers, drafts, strict=True):
@@ -196,6 +200,53 @@ def test_who_is_never_right_is_asked_ever_more_rarely_and_costs_little(sequences
     asked, took = asked_in(4000, lambda rows: 1e-3 * (0.7 + 0.3 * rows), sequences)
     assert 0 < asked < 100
     assert took < 1.03
+
+
+def test_where_looks_do_not_pay_a_few_sequences_stand_for_all() -> None:
+    asked, now = [], 0.0
+    proposer = Wrong()
+    machine = MACHINES["in-between"]
+    speculator = Speculator([proposer], step_time=StepTime(measured(machine)), clock=lambda: now)
+    writers = [writing([1, 2, 3], SAMPLER) for _ in range(8)]
+    for _ in range(1000):
+        if speculator.rests(8):
+            now += machine(8)
+            continue
+        before = proposer.asked
+        drafts = speculator.propose(writers)
+        asked += [proposer.last_asked_for] * (proposer.asked - before)
+        for writer, draft in zip(writers, drafts, strict=True):
+            speculator.learn(writer, len(draft.tokens), [5], [])
+        rows = sum(1 + len(draft.tokens) for draft in drafts)
+        now += machine(rows)
+        speculator.settle(rows)
+    assert asked[0] == 4
+    assert asked[-4:] == [4, 4, 4, 4], "the others are looked at where those promise something"
+
+
+def test_a_rest_is_of_one_size_of_batch() -> None:
+    rests = Rests()
+    assert not rests.rests(8)
+    rests.rest(20)
+    assert not rests.rests(1)
+    assert [rests.rests(9) for _ in range(21)] == [True] * 20 + [False]
+    assert rests.taken() == 20
+    assert rests.taken() == 0
+
+
+def test_rests_grow_while_looks_find_nothing_and_end_where_drafts_gain() -> None:
+    rests = Rests()
+    lengths = []
+    for _ in range(7):
+        assert not rests.rests(1)
+        rests.looked(0.0, found=False, gained=False)
+        lengths.append(next(steps for steps in itertools.count() if not rests.rests(1)))
+    assert lengths == [0, 0, 0, 16, 32, 64, 64]
+    rests.looked(1.0, found=False, gained=False)
+    assert next(steps for steps in itertools.count() if not rests.rests(1)) == 200, "a look is half a percent"
+    rests.looked(0.0, found=True, gained=True)
+    assert rests.pay
+    assert not rests.rests(1)
 
 
 def test_nobody_is_asked_where_even_right_drafts_would_not_pay() -> None:
@@ -243,7 +294,7 @@ def test_a_drafter_that_leads_is_asked_though_it_read_a_prompt_first_and_free_on
     machine = MACHINES["memory-bound"]
     speculator = Speculator([free], Reader(spend), step_time=StepTime(measured(machine)), clock=lambda: now)
     while len(writer.ids) < 4000:
-        (draft,) = speculator.propose([writer])
+        (draft,) = [NOTHING] if speculator.rests(1) else speculator.propose([writer])
         spend(machine(1 + len(draft.tokens)))
         written = [5] * (1 + len(draft.tokens)) if draft.tokens[:1] == [5] else [5]
         writer.ids.extend(written)
