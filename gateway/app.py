@@ -78,6 +78,8 @@ class App:
         """The engine that this gateway keeps up itself; None when none is needed, or somebody else keeps it up."""
         self.first_key: str | None = None
         """The key that `start` made because there was none; None on later starts."""
+        self.start_failed: str | None = None
+        """Why it does not serve, where its start failed."""
         self._data_plane: Mapping[str, Endpoint] = {}
         self._stack = contextlib.AsyncExitStack()
 
@@ -281,7 +283,8 @@ class App:
             if not isinstance(error, DatabaseClaimed | JournalError | LedgerUnreachable | MissingSecret | PepperError):
                 log.exception("gateway.start_failed")
             await self._stack.aclose()
-            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            self.start_failed = str(error)
+            await send({"type": "lifespan.startup.failed"})
             return
         await send({"type": "lifespan.startup.complete"})
         await receive()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gateway.engine_needs import EngineNeeds
 from gateway.policies import CannotServe, checked_policy, engine_needs, unloadable_models
+from gateway.telemetry.logs import configure_logs
 
 TOKEN_VARIABLE = "LEADLINE_ENGINE_TOKEN"
 DRAIN_S = 30.0
@@ -17,6 +18,7 @@ DRAIN_S = 30.0
 
 def run_alone(socket: Path | None, listen: str | None, policy: Path | None, models: list[str]) -> None:
     """Until it is told to stop. Raises CannotServe, in words for whoever typed the command."""
+    configure_logs()
     if socket is None and listen is None:
         raise CannotServe("say where to listen: --socket PATH, --listen HOST:PORT, or both")
     if listen is None:

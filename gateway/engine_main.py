@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gateway.engine_needs import EngineNeeds
 from gateway.settings import KVSettings, SettingsError
+from gateway.telemetry.logs import configure_logs
 from local_engine.config import EngineConfig, configure_process, locate
 from local_engine.errors import ConfigError, ModelLoadError
 from local_engine.probe_types import Prober, PromptReader
@@ -21,6 +22,7 @@ _VARIABLES = {"prefix_disk": "LEADLINE_KV_DISK", "prefix_redis": "LEADLINE_KV_RE
 
 
 def main(argument: str) -> None:
+    configure_logs()
     config: EngineNeeds = json.loads(argument)
     try:
         kept = KVSettings.from_env()
@@ -36,6 +38,10 @@ def main(argument: str) -> None:
         prefix_redis=kept.redis_url,
     )
     configure_process(engine.threads)
+    from transformers.utils import logging as of_transformers
+
+    of_transformers.disable_default_handler()  # its words are events like all others
+    of_transformers.enable_propagation()
     try:
         prober: Prober | None = None
         if config["probe"] is not None:

@@ -37,7 +37,7 @@ class HttpServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app, http=GuardedProtocol, ws="none", lifespan="on", access_log=False, log_level="warning",
-                proxy_headers=False, timeout_keep_alive=75, server_header=False, date_header=False,
+                log_config=None, proxy_headers=False, timeout_keep_alive=75, server_header=False, date_header=False,
             )
         )  # fmt: skip
         self._drain_s = drain_s

@@ -146,6 +146,8 @@ async def _serve_here(gateway: App, listener: socket.socket, drain_s: float) -> 
             url = url_of(listener.getsockname())
             announce(gateway.settings.home, url, first_key=gateway.first_key, engine=_engine_state(gateway))
     await serving
+    if gateway.start_failed is not None:
+        raise CannotServe(gateway.start_failed)
     return 0 if server.started else 1
 
 

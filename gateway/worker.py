@@ -50,6 +50,7 @@ async def _serve(gateway: App, server: HttpServer, listener: socket.socket, cont
     while not server.started and not serving.done():
         await asyncio.wait((serving,), timeout=0.01)
     if not server.started:
+        log.error("worker.cannot_serve", error=gateway.start_failed)
         return 1
     settle_memory()
     control.setblocking(False)

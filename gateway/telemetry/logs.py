@@ -1,4 +1,7 @@
-"""Structured logs on standard error, one JSON object a line; whatever looks like a key is struck out last."""
+"""Structured logs on standard error, one JSON object a line; whatever looks like a key is struck out last.
+
+What libraries log comes the same way, from warnings on.
+"""
 
 import contextlib
 import logging
@@ -58,6 +61,16 @@ def _struck(value: Any) -> Any:
     return value
 
 
+class _OfLibraries(logging.Handler):
+    """Python's own log records as events."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            get_logger().log(record.levelno, record.getMessage(), logger=record.name, exc_info=record.exc_info)
+        except Exception:
+            self.handleError(record)
+
+
 def configure_logs(level: int = logging.INFO, *, worker: int | None = None) -> None:
     """`worker`: which of several this process is; each of its lines says so."""
 
@@ -79,3 +92,6 @@ def configure_logs(level: int = logging.INFO, *, worker: int | None = None) -> N
         logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=False,
     )
+    root = logging.getLogger()
+    if not any(isinstance(handler, _OfLibraries) for handler in root.handlers):
+        root.addHandler(_OfLibraries())

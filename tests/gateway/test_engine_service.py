@@ -35,6 +35,7 @@ START_S = 300
 class Service(NamedTuple):
     url: str
     process: "subprocess.Popen[bytes]"
+    log: Path
 
     def client(self) -> httpx2.AsyncClient:
         return httpx2.AsyncClient(base_url=self.url, headers={"authorization": f"Bearer {TOKEN}"}, timeout=60)
@@ -52,11 +53,12 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         sys.executable, "-m", "gateway", "engine", "--listen", f"127.0.0.1:{port}", "--model", "base=bundled/base",
         "--model", "small=bundled/nano",
     ]  # fmt: skip
-    log = (tmp_path_factory.mktemp("engine") / "log").open("wb")
+    place = tmp_path_factory.mktemp("engine") / "log"
+    log = place.open("wb")
     process = subprocess.Popen(command, env={**os.environ, "LEADLINE_ENGINE_TOKEN": TOKEN}, stdout=log, stderr=log)
     try:
         wait(lambda: healthy(f"http://127.0.0.1:{port}"))
-        yield Service(f"http://127.0.0.1:{port}", process)
+        yield Service(f"http://127.0.0.1:{port}", process, place)
     finally:
         stop(process)
         log.close()
@@ -371,6 +373,26 @@ async def test_an_engine_that_dies_is_replaced_and_its_callers_are_told(service:
         answer = await client.chat.completions.create(model="base", messages=SUM, max_tokens=2)
         assert answer.choices
         assert "leadline_engine_restarts_total 1.0" in (await plain.get("/metrics")).text
+    said = [json.loads(line) for line in service.log.read_text().splitlines()]
+    assert {"engine.started", "engine.ready", "engine.failed"} <= {line["event"] for line in said}
+    assert all({"level", "timestamp"} <= line.keys() for line in said), "as the gateway's logs are"
+
+
+def test_what_libraries_log_is_structured_and_struck_out_too() -> None:
+    program = (
+        "import logging; from gateway.telemetry.logs import configure_logs; configure_logs()\n"
+        "logging.getLogger('a.library').warning('cannot use %s', 'sk-abcdefghijklmnop')\n"
+        "logging.getLogger('a.library').info('not said')\n"
+        "try: raise ValueError('password=hunter2hunter2')\n"
+        "except ValueError: logging.getLogger('another').exception('broke')\n"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    ).stderr
+    first, second = (json.loads(line) for line in said.splitlines())
+    assert (first["event"], first["level"], first["logger"]) == ("cannot use sk-abcd…", "warning", "a.library")
+    assert (second["event"], second["logger"]) == ("broke", "another")
+    assert "ValueError: password=…" in second["exception"]
 
 
 async def test_a_gateway_in_front_of_it(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
