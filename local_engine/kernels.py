@@ -338,7 +338,7 @@ def _fetch(w: Writer, panel: _Panel, done: Any, share: _Share | None) -> None:
         for line in range(0, _STEP_BYTES, _LINE):
             w.prefetch_from(w.add(begin, ahead, line), soon=True)
         return
-    w.prefetch_from(w.add(share.begin, w.times(w.part(done, _STEP_BYTES), share.pace)), soon=False)
+    w.prefetch_from(w.add(share.begin, w.times(w.part(done, _STEP_BYTES), share.pace)), soon=True)
 
 
 def _end(w: Writer, row: Any, left: Any, totals: list[Variable], dtype: torch.dtype, ending: Ending) -> None:
