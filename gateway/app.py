@@ -20,15 +20,16 @@ from gateway.edge import monitoring
 from gateway.edge.asgi import Receive, Scope, Send, identified, limited
 from gateway.edge.dataplane import Endpoint, data_plane
 from gateway.edge.state import State
+from gateway.engine_keepers import EngineKeeper, OwnEngines
 from gateway.engine_link import EngineConnection
 from gateway.engine_process import EngineProcess
+from gateway.engines import Engines
 from gateway.learned import Learned
 from gateway.ledger import budget_rows, report
 from gateway.ledger.claim import DatabaseClaim, DatabaseClaimed
 from gateway.ledger.journal import Journal, JournalError, to_disk
 from gateway.ledger.store import LedgerStore, LedgerUnreachable, connect
 from gateway.lifecycle import Lifecycle
-from gateway.policies import engine_needs
 from gateway.reload import PolicyReloader
 from gateway.sessions import MemorySessions, Store
 from gateway.settings import Settings, engine_socket
@@ -61,8 +62,14 @@ class App:
     loaded when it is first asked: a worker that only serves models starts a quarter sooner and is 10 MB smaller."""
 
     def __init__(
-        self, settings: Settings, policy: Policy, policy_folder: Path | None = None, policy_file: Path | None = None
+        self,
+        settings: Settings,
+        policy: Policy,
+        policy_folder: Path | None = None,
+        policy_file: Path | None = None,
+        keeper: EngineKeeper | None = None,
     ) -> None:
+        """`keeper`: of the engines, where this process is not to keep up its own."""
         self.settings = settings
         self.policy = policy
         self.policy_folder = policy_folder or Path.cwd()
@@ -73,9 +80,8 @@ class App:
         self._state: State | None = None
         self._web: FastAPI | None = None
         self._web_loading = asyncio.Lock()
-        self.engine: EngineConnection | None = None
-        self.engine_process: EngineProcess | None = None
-        """The engine that this gateway keeps up itself; None when none is needed, or somebody else keeps it up."""
+        self._keeper = keeper
+        self._engines: Engines | None = None
         self.first_key: str | None = None
         """The key that `start` made because there was none; None on later starts."""
         self.start_failed: str | None = None
@@ -109,6 +115,17 @@ class App:
                 web.state.parts = self.state
                 self._web = web
         return self._web
+
+    @property
+    def engine(self) -> EngineConnection | None:
+        """The link to the engine in force; None before `start`."""
+        return self._engines.link if self._engines is not None else None
+
+    @property
+    def engine_process(self) -> EngineProcess | None:
+        """The latest engine that this process keeps up itself; None: none is needed, or somebody else keeps it up."""
+        kept = self._keeper.processes if isinstance(self._keeper, OwnEngines) else {}
+        return next(reversed(kept.values()), None)
 
     def reload_policy(self) -> None:
         """Read the policy file now, if there is one."""
@@ -174,9 +191,14 @@ class App:
         stack.push_async_callback(rates.close)
         client = HttpClient()
         stack.push_async_callback(client.close)
-        socket_path = settings.engine or engine_socket(settings.home)
-        self.engine = engine = EngineConnection(socket_path, metrics)
-        world = build_world(policy, client, engine, pepper, folder=self.policy_folder)
+        if settings.engine is None and self._keeper is None:
+            self._keeper = OwnEngines(engine_socket(settings.home))
+        keeper = self._keeper if settings.engine is None else None
+        engines = self._engines = Engines(keeper, settings.engine, self.policy_folder, metrics)
+        stack.push_async_callback(engines.stop)
+        await engines.begin(policy)
+        world = build_world(policy, client, engines.link, pepper, folder=self.policy_folder)
+        engines.put_in_force(world)
         hosts = _hosts(policy)
         if os.environ.get(OTLP_ENDPOINT):
             from gateway.telemetry.traces import Traces  # only where it is used: it takes 15 MB and the extra `otel`
@@ -184,17 +206,9 @@ class App:
             metrics.traces = traces = Traces(hosts, metrics)
             traces.start()
             stack.push_async_callback(asyncio.to_thread, traces.stop)
-        needs = engine_needs(policy, self.policy_folder, socket_path)
-        if needs is not None:
-            if settings.engine is None:
-                self.engine_process = EngineProcess(needs)
-                self.engine_process.start()
-                stack.push_async_callback(self.engine_process.stop)
-            engine.start()
-            stack.push_async_callback(engine.stop)
-            if settings.engine is not None and settings.engine.exists():
-                with contextlib.suppress(TimeoutError):  # a worker that replaces another should not start without
-                    await asyncio.wait_for(engine.ready.wait(), ENGINE_GREETING_S)
+        if engines.link.started and engines.link.there and (keeper is None or keeper.shared):
+            with contextlib.suppress(TimeoutError):  # a worker that replaces another should not start without
+                await asyncio.wait_for(engines.link.ready.wait(), ENGINE_GREETING_S)
 
         async def spent_since(scope: str, start_ms: int) -> int:
             await ledger.flush()
@@ -218,7 +232,7 @@ class App:
             budgets=budgets,
             cache=cache,
             ledger=ledger,
-            signals=SignalReader(engine, metrics),
+            signals=SignalReader(metrics),
             metrics=metrics,
             pepper=pepper,
             learned=learned,
@@ -251,18 +265,18 @@ class App:
         def put_in_force(new: World) -> None:
             hosts.update(_hosts(new.policy))
             lifecycle.put_in_force(new)
+            engines.put_in_force(new)
 
         if self.policy_file is not None:
             self._reloader = state.reloader = PolicyReloader(
                 self.policy_file,
                 metrics,
                 current=lambda: lifecycle.world,
-                build=lambda new: build_world(
+                build=lambda new, engine: build_world(
                     new, client, engine, pepper, before=lifecycle.world, folder=self.policy_folder
                 ),
                 swap=put_in_force,
-                running=needs,
-                loaded=engine.loaded,
+                engines=engines,
             )
             self._reloader.start()
             stack.push_async_callback(self._reloader.stop)

@@ -37,6 +37,17 @@ class LinkMetrics(Protocol):
     def engine_restarts(self) -> _Counts: ...
 
 
+class _Unheard:
+    """Metrics that nobody reads."""
+
+    def __init__(self) -> None:
+        self.engine_up = self.engine_restarts = self
+
+    def set(self, value: float, /) -> None: ...
+
+    def inc(self) -> None: ...
+
+
 class EngineConnection:
     """Owns the connection from `start` to `stop`, and makes it again whenever it is lost."""
 
@@ -69,6 +80,11 @@ class EngineConnection:
         """Whether this gateway wants an engine at all."""
         return self._task is not None
 
+    @property
+    def there(self) -> bool:
+        """Whether something listened at its place, if only once."""
+        return Path(self._socket_path).exists()
+
     def start(self) -> None:
         self._task = asyncio.create_task(self._keep(), name="engine-link")
 
@@ -77,6 +93,11 @@ class EngineConnection:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
+
+    async def retire(self) -> None:
+        """As `stop`; whether an engine is up is another link's to tell by now."""
+        self._metrics = _Unheard()
+        await self.stop()
 
     async def _keep(self) -> None:
         client = EngineClient(self._socket_path)

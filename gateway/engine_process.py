@@ -38,9 +38,22 @@ class EngineProcess:
         self._task: asyncio.Task[None] | None = None
         self.failed = asyncio.Event()
         """Set once the engine has ended or could not start; it is being started again."""
+        self._came_up = asyncio.Event()
+        self._why = ""
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._supervise(), name="engine-supervisor")
+
+    async def up(self) -> None:
+        """Returns once the engine has come up. Raises EngineEnded where its first start failed."""
+        waits = [asyncio.create_task(event.wait()) for event in (self._came_up, self.failed)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        if not self._came_up.is_set():
+            raise EngineEnded(self._why)
 
     async def stop(self) -> None:
         if self._task is not None:
@@ -56,8 +69,9 @@ class EngineProcess:
             try:
                 await self._run_once()
             except (EngineEnded, OSError, TimeoutError) as error:
+                self._why = str(error)[:300] or f"it did not come up within {START_TIMEOUT_S:g} s"
                 self.failed.set()
-                log.error("engine.failed", error=str(error)[:300])
+                log.error("engine.failed", error=self._why)
             await self._end()
             if time.monotonic() - began > 60:
                 pause = FIRST_PAUSE_S
@@ -78,6 +92,7 @@ class EngineProcess:
                 if process.returncode is not None:
                     raise EngineEnded(f"the engine process ended with status {process.returncode} while starting")
                 await asyncio.sleep(LOOK_S)
+        self._came_up.set()
         log.info("engine.started", pid=process.pid)
         raise EngineEnded(f"the engine process ended with status {await process.wait()}")
 

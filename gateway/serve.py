@@ -48,12 +48,12 @@ def serve(host: str, port: int, policy: Path | None, workers: int, drain_s: floa
         share_heap()
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
             return runner.run(_serve_here(App(settings, loaded, folder, policy), listeners[0], drain_s))
-    needs = None
+    needs, socket_path = None, engine_socket(settings.home)
     state = "not needed by this policy"
     if settings.engine is not None:
         state = f"kept up by somebody else, at {settings.engine}"
     else:
-        needs = engine_needs(loaded, folder, engine_socket(settings.home))
+        needs = engine_needs(loaded, folder, socket_path)
         if needs is not None:
             state = "one for all workers; it is ready when the log says so"
     plan = Plan(
@@ -64,6 +64,7 @@ def serve(host: str, port: int, policy: Path | None, workers: int, drain_s: floa
         peers=str(_peers(settings.home)),
         made_first_key=_prepare(settings),
         engine=needs,
+        engine_socket=str(socket_path),
         engine_state=state,
     )
     for fd in (lock, *plan["listeners"]):

@@ -42,10 +42,9 @@ _read_messages = msgspec.json.Decoder(list[dict[str, Any]]).decode
 
 
 class SignalReader:
-    def __init__(self, engine: EngineLink, metrics: Metrics) -> None:
-        self._engine = engine
+    def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._remembered: OrderedDict[tuple[str, str, bytes], ProbeResult] = OrderedDict()
+        self._remembered: OrderedDict[tuple[EngineLink, str, str, bytes], ProbeResult] = OrderedDict()
 
     async def read(
         self,
@@ -73,7 +72,7 @@ class SignalReader:
             if reading.p_success:
                 cost_us = (time.perf_counter_ns() - began) // 1000
                 found.add(reading, static.version, cost_us, bands=world.probes.bands["static"])
-        if found.open and (client := self._engine.client) is not None:
+        if found.open and (client := world.engine.client) is not None:
             try:
                 async with asyncio.timeout(difficulty.timeout_ms / 1000):
                     await self._ask_engine(client, query.tenant, messages, world, found, tools, effort)
@@ -93,7 +92,7 @@ class SignalReader:
         effort: str | None,
     ) -> None:
         if world.probes.encoder:
-            result = await self._asked(tenant, "", messages, lambda: client.probe(messages))
+            result = await self._asked(world.engine, tenant, "", messages, lambda: client.probe(messages))
             # Words and hidden states err differently: their mean routes better than either (docs/experiments.md).
             self._take(result, client.hello.probe_version or "probe", "encoder", found, world, beside=True)
         for name in world.probes.heard:
@@ -109,14 +108,15 @@ class SignalReader:
                 salt=tenant,
                 ttl_s=KEPT_S,
             )
-            heard = await self._asked(tenant, f"{name} {effort} {tools!r}", messages, hear)
+            heard = await self._asked(world.engine, tenant, f"{name} {effort} {tools!r}", messages, hear)
             self._take(heard, version, f"heard:{name}", found, world)
 
     async def _asked(
-        self, tenant: str, what: str, messages: bytes, ask: Callable[[], Awaitable[ProbeResult]]
+        self, engine: EngineLink, tenant: str, what: str, messages: bytes, ask: Callable[[], Awaitable[ProbeResult]]
     ) -> ProbeResult:
         # The tenant is part of the key: how fast an answer comes must not tell one tenant what another has asked.
-        memo = (tenant, what, messages)
+        # So is the engine: another one may have another probe.
+        memo = (engine, tenant, what, messages)
         known = self._remembered.get(memo)
         if known is not None:
             self._remembered.move_to_end(memo)

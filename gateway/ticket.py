@@ -68,6 +68,7 @@ class Ticket:
         self.call = call
         self.query = query
         self.world = world
+        world.under_way += 1
         self.account = account
         self.grant = grant
         self.record = record
@@ -321,6 +322,7 @@ class Ticket:
         if self._settled:
             return
         self._settled = True
+        self.world.under_way -= 1
         if self._running:  # its caller left, or something of ours broke
             self.end_running("cancelled" if outcome == "cancelled" else "error")
         record = self.record

@@ -1,5 +1,6 @@
 """The probes that a policy names, in order, each read for what it is. Light: no torch, no numpy."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from probes.errors import ArtifactError
-from probes.manifest import ARTIFACTS, Manifest, bands_of, read_manifest
+from probes.manifest import ARTIFACTS, MANIFEST, Manifest, bands_of, read_manifest
 from probes.static import StaticProbe
 from probes.types import Bands, Tier
 from routers.policy import Policy
@@ -39,6 +40,8 @@ class Tiers:
     """Local models, by the engine's name, that a probe hears read."""
     bands: Mapping[str, Mapping[str, Bands]] = field(default_factory=dict)
     """By tier, `static` or `encoder`, or `heard:` and the local model; then by head."""
+    marks: Mapping[str, str] = field(default_factory=dict)
+    """As `marks` found them."""
 
     def __bool__(self) -> bool:
         return self.static is not None or self.encoder or bool(self.heard)
@@ -55,7 +58,17 @@ def load(policy: Policy, folder: Path, sources: Mapping[str, str]) -> Tiers:
         dense is not None,
         tuple(heard),
         {name: _bands([place for place in found if place is not None]) for name, found in own.items()},
+        marks(policy, folder),
     )
+
+
+def marks(policy: Policy, folder: Path) -> dict[str, str]:
+    """By folder, a digest of each artifact's manifest, which holds one of its tensors."""
+    found = {}
+    for place in places(policy, folder):
+        with suppress(OSError):
+            found[str(place)] = hashlib.sha256((place / MANIFEST).read_bytes()).hexdigest()
+    return found
 
 
 def _bands(found: Sequence[Path]) -> dict[str, Bands]:

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gateway.app import App
+from gateway.engine_keepers import EnginesOfParent
 from gateway.http_server import HttpServer, loop_factory, settle_memory, share_heap
 from gateway.policies import CannotServe, checked_policy
 from gateway.settings import Settings
@@ -37,14 +38,18 @@ def main(argument: str) -> int:
         log.error("worker.cannot_serve", error=str(error))
         return 1
     settings = replace(Settings.from_env(), worker=order["worker"], peers=Path(order["peers"]))
-    gateway = App(settings, policy, folder, file)
-    server = HttpServer(gateway, order["drain_s"], gateway.drain)
     listener, control = socket.socket(fileno=order["listener"]), socket.socket(fileno=order["control"])
+
+    async def run() -> int:
+        parent = EnginesOfParent(*await asyncio.open_unix_connection(sock=control))
+        gateway = App(settings, policy, folder, file, parent)
+        return await _serve(gateway, HttpServer(gateway, order["drain_s"], gateway.drain), listener, parent)
+
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        return runner.run(_serve(gateway, server, listener, control))
+        return runner.run(run())
 
 
-async def _serve(gateway: App, server: HttpServer, listener: socket.socket, control: socket.socket) -> int:
+async def _serve(gateway: App, server: HttpServer, listener: socket.socket, parent: EnginesOfParent) -> int:
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, gateway.reload_policy)
     serving = asyncio.create_task(server.serve_on(listener))
     while not server.started and not serving.done():
@@ -53,16 +58,13 @@ async def _serve(gateway: App, server: HttpServer, listener: socket.socket, cont
         log.error("worker.cannot_serve", error=gateway.start_failed)
         return 1
     settle_memory()
-    control.setblocking(False)
-    loop = asyncio.get_running_loop()
-    await loop.sock_sendall(control, b"1")
-    orphaned = asyncio.create_task(loop.sock_recv(control, 1))  # nothing is ever sent: it ends when the parent does
-    await asyncio.wait((serving, orphaned), return_when=asyncio.FIRST_COMPLETED)
-    if orphaned.done():
+    parent.serving()
+    await asyncio.wait((serving, parent.orphaned), return_when=asyncio.FIRST_COMPLETED)
+    if parent.orphaned.done():
         log.error("worker.orphaned")
         server.should_exit = True
-    orphaned.cancel()
     await serving
+    parent.orphaned.cancel()
     return 0
 
 

@@ -2,7 +2,8 @@
 
 It owns the listening sockets, one per place (SO_REUSEPORT: the kernel spreads connections evenly), and never closes
 them while it lives: whatever becomes of a worker, connections that wait are served by the one that takes its place.
-It starts the one engine, starts a dead worker again after a pause, and acts on signals:
+It starts the engine, and another one when workers ask for it (`gateway.shared_engines`), starts a dead worker again
+after a pause, and acts on signals:
 
     SIGTERM, SIGINT   drain all workers, then end with status 0
     SIGHUP            rolling restart, one place at a time: start the replacement, wait until it serves, drain the old
@@ -20,14 +21,14 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
 from gateway.banner import announce, url_of
 from gateway.engine_needs import EngineNeeds
-from gateway.engine_process import EngineProcess
+from gateway.shared_engines import SharedEngines
 from gateway.telemetry.logs import configure_logs, get_logger
 
 log = get_logger(__name__)
@@ -51,6 +52,8 @@ class Plan(TypedDict):
     """The folder where workers answer each other's scrapes."""
     made_first_key: bool
     engine: EngineNeeds | None
+    """What the first engine is told; None: none is needed now, or somebody else keeps it up."""
+    engine_socket: str
     engine_state: str
     """The engine in words, for the operator."""
 
@@ -61,7 +64,8 @@ class Order(TypedDict):
     worker: int
     listener: int
     control: int
-    """It writes one byte here once it serves; the end of this stream is the end of its parent."""
+    """Its line to its parent, JSON a line: it says that it serves, and asks for engines (`EnginesOfParent`). The end of
+    this stream is the end of its parent."""
     policy: str | None
     drain_s: float
     peers: str
@@ -71,11 +75,16 @@ class Order(TypedDict):
 class Worker:
     index: int
     process: asyncio.subprocess.Process
-    control: socket.socket
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
     ready: "asyncio.Future[bool]"
     """Whether it came up."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     began: float = field(default_factory=time.monotonic)
+
+    def say(self, message: Mapping[str, str]) -> None:
+        if not self.writer.is_closing():
+            self.writer.write(json.dumps(message).encode() + b"\n")
 
     def signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -100,6 +109,7 @@ class Workers:
         self._stopping = asyncio.Event()
         self._roll_wanted = asyncio.Event()
         self._stop_signal = signal.SIGTERM
+        self._engines = SharedEngines(Path(plan["engine_socket"]))
 
     async def run(self) -> int:
         """Returns the exit status."""
@@ -107,16 +117,13 @@ class Workers:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._told_to_stop, number)
         loop.add_signal_handler(signal.SIGHUP, self._roll_wanted.set)
-        needs = self._plan["engine"]
-        engine = EngineProcess(needs) if needs is not None else None
-        if engine is not None:
-            engine.start()
+        if self._plan["engine"] is not None:
+            self._engines.start(self._plan["engine"])
         try:
             return await self._run()
         finally:
             await self._stop_all()
-            if engine is not None:
-                await engine.stop()
+            await self._engines.stop()
 
     async def _run(self) -> int:
         for place in self._places:
@@ -148,7 +155,7 @@ class Workers:
         taken = {worker.index for worker in self._alive}
         index = next(i for i in itertools.count() if i not in taken)
         ours, theirs = socket.socketpair()
-        ours.setblocking(False)
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
         with theirs:
             order = Order(
                 worker=index, listener=place.listener, control=theirs.fileno(), policy=self._plan["policy"],
@@ -157,32 +164,49 @@ class Workers:
             # A session of its own: Ctrl-C reaches this process alone, which then stops its workers in order.
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "gateway.worker", json.dumps(order), stdin=asyncio.subprocess.DEVNULL,
-                start_new_session=True, pass_fds=(place.listener, theirs.fileno()), env=self._env(),
+                start_new_session=True, pass_fds=(place.listener, theirs.fileno()),
             )  # fmt: skip
-        worker = Worker(index, process, ours, asyncio.get_running_loop().create_future())
+        worker = Worker(index, process, reader, writer, asyncio.get_running_loop().create_future())
         self._alive.add(worker)
         watching = asyncio.create_task(self._watch(worker))
         self._watching.add(watching)
         watching.add_done_callback(self._watching.discard)
         return worker
 
-    def _env(self) -> dict[str, str]:
-        needs = self._plan["engine"]
-        return {**os.environ, **({"LEADLINE_ENGINE": needs["socket_path"]} if needs is not None else {})}
-
     async def _watch(self, worker: Worker) -> None:
-        came_up = False
+        hearing = asyncio.create_task(self._hear(worker))
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                came_up = bool(await asyncio.get_running_loop().sock_recv(worker.control, 1))
-        except (TimeoutError, OSError):
+                await asyncio.wait((hearing, worker.ready), return_when=asyncio.FIRST_COMPLETED)
+        except TimeoutError:
             worker.signal(signal.SIGKILL)
-        worker.ready.set_result(came_up)
+        if not worker.ready.done():
+            worker.ready.set_result(False)
         status = await worker.process.wait()
-        worker.control.close()
+        hearing.cancel()
+        await asyncio.gather(hearing, return_exceptions=True)
+        worker.writer.close()
+        self._engines.forget(worker)
         self._alive.discard(worker)
         worker.ended.set()
         log.info("worker.ended", worker=worker.index, pid=worker.process.pid, status=status)
+
+    async def _hear(self, worker: Worker) -> None:
+        """What a worker says, until it has ended."""
+
+        def tell(place: Path, why: str) -> None:
+            worker.say({"place": str(place), "up": why})
+
+        with contextlib.suppress(ConnectionError):
+            while line := await worker.reader.readline():
+                said = json.loads(line)
+                if "needs" in said:
+                    worker.say({"place": str(self._engines.place_of(said["needs"]))})
+                    self._engines.use(worker, said["needs"], tell)
+                elif "leave" in said:
+                    self._engines.leave(worker, Path(said["leave"]))
+                elif not worker.ready.done():
+                    worker.ready.set_result(True)
 
     async def _keep(self, place: Place) -> None:
         """Start the worker of one place again whenever it has ended and nobody has replaced it."""

@@ -28,9 +28,18 @@ class MissingSecret(ValueError):
 
 class World:
     def __init__(
-        self, policy: Policy, targets: Mapping[str, Target], upstreams: Mapping[str, Upstream], probes: tiers.Tiers
+        self,
+        policy: Policy,
+        targets: Mapping[str, Target],
+        upstreams: Mapping[str, Upstream],
+        probes: tiers.Tiers,
+        engine: EngineLink,
     ) -> None:
         self.policy = policy
+        self.engine = engine
+        """What its local models and its probes run on."""
+        self.under_way = 0
+        """Requests and shadows that were admitted in it and have not ended."""
         self.probes = probes
         self.targets = targets
         """By the policy's name of the model."""
@@ -98,7 +107,8 @@ def build_world(
         raise MissingSecret("; ".join(missing))
     upstreams: dict[str, Upstream] = {}
     for provider in policy.providers.values():
-        if before is not None and before.policy.providers.get(provider.name) == provider:
+        same = before is not None and before.policy.providers.get(provider.name) == provider
+        if before is not None and same and (provider.base_url is not None or before.engine is engine):
             upstreams[provider.name] = before.upstreams[provider.name]
         elif provider.base_url is None:
             upstreams[provider.name] = LocalUpstream(engine)
@@ -137,7 +147,7 @@ def build_world(
             plans = {effort: plan for effort, plan in planned.items() if effort not in apart}
             steps = {effort: plan for effort, plan in planned.items() if effort in apart}
             targets[model.name] = replace(targets[model.name], plans=plans, steps=steps)
-    world = World(policy, targets, upstreams, tiers.load(policy, place, local_models(policy, place)))
+    world = World(policy, targets, upstreams, tiers.load(policy, place, local_models(policy, place)), engine)
     if before is not None:
         for name, target in targets.items():
             same_place = upstreams[target.provider] is before.upstreams.get(target.provider)

@@ -66,6 +66,11 @@ class EngineClient:
         return self._writer is not None and not self._writer.is_closing()
 
     @property
+    def busy(self) -> bool:
+        """Whether somebody waits for an answer."""
+        return bool(self._inboxes)
+
+    @property
     def hello(self) -> Hello:
         """What the engine said of itself. Raises EngineGone before the first `connect`."""
         if self._hello is None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -69,7 +70,7 @@ def load_model(name: str, source: str, dtype: Dtype = "auto", device: Device = "
         network = AutoModelForCausalLM.from_pretrained(
             place, config=config, dtype=_torch_dtype(dtype, where), use_safetensors=True, **options
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelLoadError(f"model {name!r} cannot be loaded from {source}: {error}") from error
     if not tokenizer.chat_template:
         raise ModelLoadError(f"model {name!r} ({source}) has no chat template; use an instruction-tuned checkpoint")

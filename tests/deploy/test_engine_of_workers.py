@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+import shutil
 from pathlib import Path
 
 import aiohttp
 import psutil
 import pytest
 
+from local_engine.config import locate
 from tests.deploy.conftest import PATIENCE_S, Deployment, deployed
 
 pytestmark = [pytest.mark.anyio, pytest.mark.engine, pytest.mark.timeout(240)]
@@ -63,4 +65,40 @@ async def test_workers_share_an_engine_that_their_parent_keeps_up(tmp_path: Path
                 f"{running.url}/v1/chat/completions", json=body, headers=running.headers()
             ) as answer:
                 assert answer.status == 200, "a replacement starts with its link"
+    await asyncio.to_thread(second.wait, PATIENCE_S)
+
+
+async def test_a_policy_with_a_new_local_model_gets_one_fresh_engine_for_all_workers(
+    tmp_path: Path, two_workers: dict[str, str]
+) -> None:
+    async with deployed(tmp_path / "h", POLICY, "--workers", "2", **two_workers) as running:
+        await answered_by_all(running)
+        (first,) = engines(running)
+        both = POLICY.replace("models: {local", "models: {small: {provider: home, model: bundled/nano}, local")
+        file = running.home / "policy.yaml"
+        file.write_text(both)
+        await running.until(lambda: len(running.events("policy.loaded")) == 2, "the workers did not take the policy")
+        async with aiohttp.ClientSession() as session:
+            for _ in range(8):  # whichever worker answers
+                body = {"model": "small", "max_tokens": 4, "messages": [{"role": "user", "content": "What is 2 + 3?"}]}
+                async with session.post(
+                    f"{running.url}/v1/chat/completions",
+                    json=body,
+                    headers={**running.headers(), "connection": "close"},
+                ) as answer:
+                    assert answer.status == 200, await answer.text()
+        await running.until(lambda: len(running.events("engine.left")) == 2, "the workers did not leave the old engine")
+        await asyncio.to_thread(first.wait, PATIENCE_S)
+        (second,) = engines(running)
+        await running.roll()
+        assert engines(running) == [second], "replacements come to the same engine"
+        await answered_by_all(running)
+        broken = running.home / "broken"
+        shutil.copytree(locate("bundled/nano")[0], broken)
+        for weights in broken.glob("*.safetensors"):
+            weights.write_bytes(b"no weights")
+        file.write_text(both.replace("bundled/nano", "./broken"))
+        await running.until(lambda: len(running.events("policy.refused")) >= 2, "the workers did not refuse the policy")
+        await running.until(lambda: engines(running) == [second], "what did not start is gone")
+        await answered_by_all(running)
     await asyncio.to_thread(second.wait, PATIENCE_S)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gateway.upstream.breaker import Breaker
-from probes.manifest import ARTIFACTS, Certificate, read_manifest, write_manifest
+from probes.manifest import ARTIFACTS, Certificate, bands_of, read_manifest, write_manifest
 from tests.gateway.conftest import Gateway, ask, running, until
 from tests.gateway.fake_upstream import FakeUpstream
 
@@ -205,14 +205,6 @@ async def test_what_is_known_of_providers_that_stay_is_kept(watched: Watched) ->
     assert 'leadline_breaker_state{model="one"} 2.0' in await watched.get("/metrics")
 
 
-async def test_what_the_engine_has_not_loaded_is_refused_with_what_to_do(watched: Watched) -> None:
-    await watched.change(ONE.replace("models:\n", "  home: {{engine: embedded}}\nmodels:\n  local: {{provider: home, "
-                                     "model: bundled/nano}}\n"))  # fmt: skip
-    told = "models.local.model: the engine has not loaded 'bundled/nano' but nothing; restart the gateway to load it"
-    assert told in watched.reloader.refused
-    assert watched.reloader.refused.split(":")[1].isdigit(), "the line"
-
-
 async def test_a_secret_that_is_not_set_refuses_the_file(watched: Watched) -> None:
     await watched.change(ONE.replace("timeout: 30s, retries", "api_key: env:NOT_SET_HERE, timeout: 30s, retries"))
     assert "NOT_SET_HERE" in watched.reloader.refused
@@ -253,3 +245,25 @@ async def test_a_new_certificate_is_taken_up_where_the_file_is_read_again(watche
     watched.gateway.app.reload_policy()
     await until(lambda: threshold() == 0.7)
     assert watched.version == version
+
+
+async def test_a_static_probe_that_was_fitted_anew_is_read_where_the_file_is(watched: Watched, tmp_path: Path) -> None:
+    shutil.copytree(ARTIFACTS / "static", tmp_path / "words")
+    await watched.change(ONE.partition("routes:")[0] + GUARANTEED.partition("routes:")[0] + ONE[ONE.index("routes:") :])
+    assert watched.reloader.refused is None
+
+    def known() -> tuple[str, object]:
+        probes = watched.gateway.app.state.lifecycle.world.probes
+        assert probes.static is not None
+        return probes.static.version, probes.bands["static"]
+
+    version, bands = known()
+    manifest = read_manifest(tmp_path / "words")
+    assert bands == bands_of(manifest)
+    assert any(head.bands for head in manifest.heads)
+    anew = {"name": "anew", "heads": tuple(head.model_copy(update={"bands": ()}) for head in manifest.heads)}
+    write_manifest(manifest.model_copy(update=anew), tmp_path / "words")
+    watched.gateway.app.reload_policy()
+    await until(lambda: known()[0] != version)
+    assert not any(bands_of(read_manifest(tmp_path / "words")).values())
+    assert known()[1] == bands_of(read_manifest(tmp_path / "words"))

@@ -337,6 +337,13 @@ def test_pickled_weights_are_never_read(tiny_folder: Callable[[str], Path], tmp_
         load_model("m", str(tmp_path / "m"))
 
 
+def test_weights_that_are_none_are_named(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder("llama"), tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"<html>not found</html>")
+    with pytest.raises(ModelLoadError, match=r"'m' cannot be loaded from .*header"):
+        load_model("m", str(tmp_path / "m"))
+
+
 @pytest.mark.parametrize(
     ("source", "reason"), [("bundled/none", "bundled are: base, draft, nano"), ("./no/such/folder", "no folder")]
 )
