@@ -267,7 +267,7 @@ async def test_explain_refuses_what_is_no_character(gateway: Gateway) -> None:
         headers=gateway.headers(**{"Content-Type": "application/json"}),
     ) as response:
         assert response.status == 400
-        assert (await response.json())["error"]["param"] == "messages"
+        assert (await response.json())["error"]["param"] == "messages[0].content"
 
 
 def test_a_damaged_pepper_is_not_used(tmp_path: Path) -> None:
