@@ -298,8 +298,8 @@ class Lane:
                 self._pace.observe(plan.tokens, self._clock() - began)
                 if self.store is not None:
                     self.store.observe_prefill(plan.tokens, self._clock() - began)
-            if self._drafting is not None:
-                self._drafting.settle(plan.tokens)
+            if self.speculator is not None:
+                self.speculator.settle(plan.tokens, len(plan.work))
         else:
             self._await_arrival()
         return turns

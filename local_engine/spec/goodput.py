@@ -16,7 +16,8 @@ from local_engine.spec.steptime import StepTime
 
 LOSS_SHARE = 0.0075
 """Most that speculation may lose, as a share of all time."""
-_LOSS_STEPS = 6.0  # and what it may be in debt at any moment, in plain steps of the running batch
+_LOSS_STEPS = 24.0  # and what it may be in debt at any moment, in plain steps of the running batch
+_PAID_STEPS = 8.0  # once it is, it pauses until it owes no more than this: a drafter that begins has texts to read
 _BANKED_STEPS = 16.0  # of what it gained, this pays for later losses: above all, when a drafter reads the next prompt
 _LEAST_GAIN = 0.05  # a draft that promises less is not made: what it promises is known no better than that
 
@@ -36,11 +37,17 @@ class Goodput:
     def __init__(self, step_time: StepTime) -> None:
         self._step_time = step_time
         self._loss_s: dict[int, float] = {}  # by doublings of the running sequences
+        self._pausing: set[int] = set()  # likewise
 
     def owed_s(self, sequences: int) -> float:
-        """For how long speculation has to pause, beside so many running sequences; not at all if negative."""
-        loss_s = self._loss_s.get(sequences.bit_length(), 0.0)
-        return (loss_s - _LOSS_STEPS * self._step_time(sequences, sequences)) / LOSS_SHARE
+        """For how long speculation has to pause, beside so many running sequences; zero while it need not."""
+        bucket, plain_s = sequences.bit_length(), self._step_time(sequences, sequences)
+        loss_s = self._loss_s.get(bucket, 0.0)
+        if loss_s > _LOSS_STEPS * plain_s:
+            self._pausing.add(bucket)
+        elif loss_s <= _PAID_STEPS * plain_s:
+            self._pausing.discard(bucket)
+        return (loss_s - _PAID_STEPS * plain_s) / LOSS_SHARE if bucket in self._pausing else 0.0
 
     def best(self, kept: Sequence[float], sequences: int, other_rows: int = 0, pass_s: float = 0.0) -> Offer:
         """The length with the most tokens per second, where `kept[n]` tokens are expected of all sequences together

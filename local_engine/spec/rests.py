@@ -1,6 +1,7 @@
 """When drafts are looked for: in every step while they pay, and ever more rarely while they do not.
 
-A step in between is plain decoding: it is neither looked at nor timed, and nothing is learned of it.
+A step in between is plain decoding: it is not looked at, and nothing is learned of it. A few are timed, never the first
+of a rest: right after drafts a plain step takes up to a quarter longer than among its like.
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ _MOST_IDLE_STEPS: Final = 64
 _LOOK_SHARE: Final = 0.005
 """Of the time that looks may take where they find nothing."""
 MOST_REST: Final = 512
+_TIMED_STEPS: Final = 32
+"""Of a rest one in so many is timed, and the last."""
+_SHORT_REST: Final = 3
 
 
 @dataclass(slots=True)
@@ -46,6 +50,11 @@ class Rests:
         return True
 
     @property
+    def timed(self) -> bool:
+        """Whether this step of a rest is one to be timed."""
+        return self._now.left % _TIMED_STEPS == 0
+
+    @property
     def pay(self) -> bool:
         return self._now.pay
 
@@ -53,6 +62,10 @@ class Rests:
         """Steps of rest that nobody has accounted for yet."""
         taken, self._now.taken = self._now.taken, 0
         return taken
+
+    def pause(self) -> None:
+        """Let nobody look for as long as it takes to time plain steps."""
+        self._now.left = _SHORT_REST
 
     def rest(self, steps: float) -> None:
         """Let nobody look for so long, rounded."""

@@ -83,7 +83,7 @@ class Speculator:
         self._acceptance = Acceptance()
         self._clock = clock
         self._looks: dict[Sequence, _Look | None] = {}
-        self._step = _Step(0.0, 0)
+        self._step = _UNTIMED
         self._rests = Rests()
         self._pass_s: dict[int, float] = {}  # seconds of a drafting pass, by doublings of the sequences
         self._free_s: dict[int, float] = {}  # seconds per token that free drafts promised lately, likewise
@@ -96,7 +96,7 @@ class Speculator:
         """Whether the next step, of so many sequences, is one that speculation has no part in: it is plain decoding."""
         if not self._rests.rests(running):
             return False
-        self._step = _UNTIMED
+        self._step = _Step(self._clock(), running) if self._rests.timed else _UNTIMED
         return True
 
     def propose(self, sequences: Sized[Sequence], other_rows: int = 0) -> list[Draft]:
@@ -110,8 +110,9 @@ class Speculator:
             return [NOTHING for _ in sequences]
         self._goodput.rest(self._rests.taken() * self._step_time(count, count), count)
         if not other_rows and not self._step_time.fresh(count, count):
-            self._step = _Step(self._clock(), count)
-        if self._step.timed or not self._may_look(count):
+            self._rests.pause()
+            return [NOTHING for _ in sequences]
+        if not self._may_look(count):
             return [NOTHING for _ in sequences]
         began = self._clock()
         self._looks = dict.fromkeys(sequences)
@@ -120,7 +121,8 @@ class Speculator:
         for sequence, draft in zip(sequences, drafts, strict=True):
             if draft.tokens:
                 self._look(sequence).verified = draft
-        found = any(draft.tokens for draft in drafts)
+        asked = self._drafter is not None and not self._untried  # it may have read only, or doubted
+        found = asked or any(draft.tokens for draft in drafts)
         self._step = _Step(began, count, looked=True, propose_s=self._clock() - began, drafts=found)
         return drafts
 
@@ -174,16 +176,16 @@ class Speculator:
         """Whether `learn` wants predictions of this step."""
         return self._step.looked and bool(self._free) and not self._unfree
 
-    def settle(self, rows: int) -> None:
-        """The step of `rows` rows, which began with `propose`, is over."""
+    def settle(self, rows: int, sequences: int) -> None:
+        """The step of `rows` rows of so many sequences, which began with `rests`, is over."""
         step = self._step
         if not step.timed:
             return
         self._step = _UNTIMED
         seconds = self._clock() - step.began
         if not step.looked:
-            self._step_time.observe(rows, seconds, step.count, mixed=rows > step.count)
-            self._goodput.rest(seconds, step.count)
+            if rows == sequences:
+                self._step_time.observe_plain(sequences, seconds)
             return
         others = rows - step.writing - step.verified
         if step.writing:

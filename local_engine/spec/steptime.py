@@ -11,7 +11,8 @@ _SHARED_RATE = 0.1  # of a surprise, how much moves the whole curve
 _OWN_RATE = 0.2  # and how much moves its own knots at least; more while little is known of them
 _MEASURED_WEIGHT = 4.0  # a calibration counts for as many steps
 _CLIP = math.log(2)  # no single step counts for more than twice or half of what was expected: machines hiccup
-_FRESH_STEPS = 64  # a knot that was last seen longer ago, or less than this often, is worth another look
+_PLAIN_RATE = 0.2  # how fast the time of plain steps is followed
+_FRESH_STEPS = 128  # a knot that was last seen longer ago, or less than this often, is worth another look
 _FRESH_WEIGHT = 3.0
 _ROWS_FOR_FREE = 16.0  # where nothing was measured: rows that cost as much as starting a step
 
@@ -27,6 +28,7 @@ class StepTime:
     def __init__(self, measured: Mapping[tuple[int, int], float] | None = None) -> None:
         """`measured`: seconds by (rows, sequences), from a calibration. Without it the first steps set the scale."""
         self._curves: dict[int, _Curve] = {}
+        self._plain: dict[int, float] = {}
         by_bucket: dict[int, dict[int, float]] = {}
         for (rows, sequences), seconds in (measured or {}).items():
             by_bucket.setdefault(sequences.bit_length(), {})[rows] = seconds
@@ -35,7 +37,17 @@ class StepTime:
             self._curves[bucket] = _Curve(logs, _MEASURED_WEIGHT)
 
     def __call__(self, rows: int, sequences: int = 1) -> float:
-        return self._curve(sequences)(rows)
+        plain_s = self._plain.get(rows) if rows == sequences else None
+        return self._curve(sequences)(rows) if plain_s is None else plain_s
+
+    def observe_plain(self, sequences: int, seconds: float) -> None:
+        """A step of one row for each sequence took so long, among others of its kind.
+
+        It is known apart from the curve, which all other steps move too: what drafts gain is measured by it.
+        """
+        self.observe(sequences, seconds, sequences)
+        before = self._plain.get(sequences, seconds)
+        self._plain[sequences] = before + _PLAIN_RATE * (min(seconds, 2 * before) - before)
 
     def observe(self, rows: int, seconds: float, sequences: int = 1, *, mixed: bool = False) -> None:
         """A step over so many rows took so long. `mixed`: prompts were among them; that tells of this size alone."""

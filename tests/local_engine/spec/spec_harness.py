@@ -76,7 +76,7 @@ def decode(
                 speculator.learn(sequence, len(window.drafted), tokens, predictions[row : row + window.rows])
             row += window.rows
         if speculator:
-            speculator.settle(row)
+            speculator.settle(row, len(active))
     for sequence in sequences:
         if speculator:
             speculator.forget(sequence)

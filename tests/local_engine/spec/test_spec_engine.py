@@ -203,13 +203,13 @@ def test_a_drafter_that_fails_ends_drafting_and_no_request(bundled: LocalModel, 
 
 
 def test_a_step_that_rests_is_plain_decoding(bundled: LocalModel, start_engine: StartEngine) -> None:
-    """Whoever is asked, told or timed in it fails."""
+    """Whoever is asked or told something in it fails."""
 
     class Asleep(Speculator):
         def rests(self, running: int) -> bool:
             return True
 
-        propose = learns = learn = settle = None  # type: ignore[assignment]
+        propose = learns = learn = None  # type: ignore[assignment]
 
     caller = Caller(start_engine(bundled, make_speculator=lambda *_: Asleep()))
     assert caller.content(caller.generate(QUESTIONS[0])) == "The answer is 7."

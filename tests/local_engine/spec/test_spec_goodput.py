@@ -144,13 +144,23 @@ def test_many_sequences_cost_more_than_many_rows_of_one() -> None:
     assert step_time(32, 32) == pytest.approx(6e-3, rel=0.05)
 
 
+def test_plain_steps_are_known_apart_from_the_others() -> None:
+    step_time = StepTime({(1, 1): 1e-3, (8, 1): 2e-3})
+    for _ in range(40):
+        step_time.observe_plain(1, 1e-3)
+        for _ in range(4):
+            step_time.observe(8, 4e-3)
+    assert step_time(1) == pytest.approx(1e-3)
+    assert step_time(8) == pytest.approx(4e-3, rel=0.1)
+
+
 def test_a_size_not_timed_lately_is_not_fresh() -> None:
     step_time = StepTime()
     for _ in range(3):
         assert not step_time.fresh(1)
         step_time.observe(1, 1e-3)
     assert step_time.fresh(1)
-    for _ in range(64):
+    for _ in range(128):
         step_time.observe(4, 1e-3)
     assert not step_time.fresh(1)
 
@@ -191,7 +201,7 @@ def asked_in(steps: int, machine: Callable[[int], float], sequences: int) -> tup
         for writer, draft in zip(writers, drafts, strict=True):
             writer.ids.append(5)
             speculator.learn(writer, len(draft.tokens), [5], [])
-        speculator.settle(rows)
+        speculator.settle(rows, sequences)
     return proposer.asked, now / (steps * machine(sequences))
 
 
@@ -209,17 +219,14 @@ def test_where_looks_do_not_pay_a_few_sequences_stand_for_all() -> None:
     speculator = Speculator([proposer], step_time=StepTime(measured(machine)), clock=lambda: now)
     writers = [writing([1, 2, 3], SAMPLER) for _ in range(8)]
     for _ in range(1000):
-        if speculator.rests(8):
-            now += machine(8)
-            continue
         before = proposer.asked
-        drafts = speculator.propose(writers)
+        drafts = [NOTHING] * 8 if speculator.rests(8) else speculator.propose(writers)
         asked += [proposer.last_asked_for] * (proposer.asked - before)
         for writer, draft in zip(writers, drafts, strict=True):
             speculator.learn(writer, len(draft.tokens), [5], [])
         rows = sum(1 + len(draft.tokens) for draft in drafts)
         now += machine(rows)
-        speculator.settle(rows)
+        speculator.settle(rows, 8)
     assert asked[0] == 4
     assert asked[-4:] == [4, 4, 4, 4], "the others are looked at where those promise something"
 
@@ -299,7 +306,7 @@ def test_a_drafter_that_leads_is_asked_though_it_read_a_prompt_first_and_free_on
         written = [5] * (1 + len(draft.tokens)) if draft.tokens[:1] == [5] else [5]
         writer.ids.extend(written)
         speculator.learn(writer, len(draft.tokens), written, [])
-        speculator.settle(1 + len(draft.tokens))
+        speculator.settle(1 + len(draft.tokens), 1)
         steps += 1
     assert steps < 1000
     assert free.asked < steps / 8
