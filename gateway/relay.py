@@ -12,6 +12,7 @@ from gateway.resume import Transcript, resumable
 from gateway.ticket import Ticket
 from gateway.upstream.gather import Kept, as_stream
 from gateway.upstream.sse import DONE, write_event
+from gateway.upstream.told_usage import told_as
 from gateway.upstream.types import Answer, AnswerStream, ChatCall, Event, UpstreamError
 
 MAX_KEPT_BYTES = 2 << 20
@@ -55,6 +56,7 @@ class Relay:
         resumes = route is not None and route.on_stream_failure == "resume" and resumable(ticket.call)
         self._transcript = Transcript() if resumes else None
         self._keeping = ticket.cache_key is not None or casts_shadows(ticket)
+        self._broke: AttemptRecord | None = None
         self.started = False
         self._metered = False
         self.kept = Kept()
@@ -72,6 +74,8 @@ class Relay:
     def resumes(self) -> None:
         """Another target goes on with it."""
         assert self._transcript is not None
+        if self._broke is not None and not self._transcript.resumed:
+            self._ticket.told(self._broke)
         self._transcript.resumed = self._ticket.resumed = True
         self._keeping = False
 
@@ -108,6 +112,9 @@ class Relay:
                     deltas=state.deltas,
                     plan=state.plan if state.done else None,
                 )
+                self._broke = attempt
+                if self._transcript is not None and self._transcript.resumed:
+                    ticket.told(attempt)
             finally:
                 await stream.close()
 
@@ -177,6 +184,8 @@ def last_events(ticket: Ticket, usage_event: Event | None) -> bytes:
     if ticket.call.include_usage and usage_event is not None:
         fields = msgspec.json.decode(usage_event.data, type=dict[str, msgspec.Raw])
         fields["leadline"] = msgspec.Raw(_encode(ticket.receipt()))
+        if ticket.resumed and ticket.told_usage is not None:  # the chunk knows the last of its writers alone
+            fields["usage"] = msgspec.Raw(_encode(told_as(ticket.told_usage)))
         out = write_event(_encode(fields))
     if ticket.resumed:
         out += b": leadline-resumed\n\n"

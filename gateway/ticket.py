@@ -187,6 +187,16 @@ class Ticket:
             self._upstream_ns = before + min(waited, time.perf_counter_ns() - began_ns)
             self.record.first_byte_us = None
 
+    def told(self, attempt: AttemptRecord) -> None:
+        """An attempt has ended that wrote a part of what the caller got, beside other calls. The prompt is the first
+        one's: of those that go on, the words so far are a part of theirs."""
+        usage, before = _usage(attempt), self.told_usage
+        if before is not None:
+            usage = msgspec.structs.replace(
+                before, output=before.output + usage.output, reasoning=before.reasoning + usage.reasoning
+            )
+        self.told_usage = usage
+
     def accept(self, attempt: AttemptRecord) -> None:
         """This attempt's answer is the request's."""
         self.record.model_served, self.record.provider = attempt.model, attempt.provider

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from gateway.ledger.settle import NO_USAGE, Usage
+from gateway.upstream.told_usage import told_as
 from gateway.upstream.types import Event
 
 _encode = msgspec.json.Encoder().encode
@@ -44,17 +45,8 @@ class Teller:
 
     def end(self, reason: str) -> list[Event]:
         """The last two: why it ended, and the usage."""
-        read = self.prompt or NO_USAGE
-        prompt = read.input + read.cached_input + read.cache_write
-        output = self.thought_tokens + self.answer_tokens
-        usage = {
-            "prompt_tokens": prompt,
-            "completion_tokens": output,
-            "total_tokens": prompt + output,
-            "prompt_tokens_details": {"cached_tokens": read.cached_input},
-            "completion_tokens_details": {"reasoning_tokens": self.thought_tokens},
-        }
-        return [self._chunk({}, reason), Event(_encode({**self._frame, "choices": [], "usage": usage}), True)]
+        usage = {**self._frame, "choices": [], "usage": told_as(self.usage)}
+        return [self._chunk({}, reason), Event(_encode(usage), True)]
 
     @property
     def usage(self) -> Usage:

@@ -17,6 +17,7 @@ from gateway.upstream.embed import embed
 from gateway.upstream.gather import Gathered, whole_of
 from gateway.upstream.local_params import sampling_params, tool_choice
 from gateway.upstream.local_plans import planned_for, report_of
+from gateway.upstream.told_usage import told_as
 from gateway.upstream.types import Answer, Cause, ChatCall, Event, Hear, Progress, StreamState, Target, UpstreamError
 from local_engine.client import EngineClient
 from local_engine.errors import EngineFailure, EngineGone
@@ -211,13 +212,7 @@ class LocalStream:
         self.state.usage = Usage(prompt - cached, cached, output=output - reasoning, reasoning=reasoning)
         if self._planned is not None:
             self.state.plan, self.state.usage = report_of(self._planned.plan, self._finished[0], self.state.usage)
-        usage: dict[str, Any] = {
-            "prompt_tokens": prompt,
-            "completion_tokens": output,
-            "total_tokens": prompt + output,
-            "prompt_tokens_details": {"cached_tokens": cached},
-            "completion_tokens_details": {"reasoning_tokens": reasoning},
-        }
+        usage = told_as(Usage(prompt - cached, cached, output=output - reasoning, reasoning=reasoning))
         if (use := self._finished[0].plan) is not None:
             usage["plan"] = msgspec.to_builtins(use)
         return Event(_encode({**self._frame(), "choices": [], "usage": usage}), usage_only=True)

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from gateway.ledger.settle import Usage, cost_nanousd
+from routers.explain import from_dict
 from tests.gateway import test_leaving, test_stepping
 from tests.gateway.conftest import Gateway, running, until
 from tests.gateway.reasoner import ANSWER, BAD, Mind, Reasoner, dying_after, failing, saying
@@ -212,8 +214,10 @@ async def test_a_plans_stream_that_breaks_in_its_answer_is_resumed(
     policy = stepping(far, f"method: {method}")
     policy = policy.replace("on_failure: [weak]", "on_failure: [weak], on_stream_failure: resume")
     async with running(policy, tmp_path / "home") as gateway:
-        status, _, raw = await gateway.stream(ask(model="think"))
+        status, _, raw = await gateway.stream(ask(model="think", stream_options={"include_usage": True}))
         row = (await gateway.rows())[0]
+        candidates = from_dict(json.loads(row["decision"])).candidates
+        dearest = gateway.app.state.lifecycle.world.dearest(tuple(found.model for found in candidates))
     assert status == 200
     last = row["attempt_rows"][-1]
     if thinking:
@@ -227,6 +231,16 @@ async def test_a_plans_stream_that_breaks_in_its_answer_is_resumed(
     assert len({chunk["id"] for chunk in chunks}) == 1
     assert (row["outcome"], row["degraded"]) == ("ok", "resumed")
     assert (last["model"], last["kind"], last["outcome"]) == ("weak", "resume", "ok")
+    usage = chunks[-1]["usage"]
+    told = usage["completion_tokens"]
+    assert last["output_tokens"] < told, "what the plan had told counts, too"
+    written = sum(attempt["output_tokens"] + attempt["reasoning_tokens"] for attempt in row["attempt_rows"])
+    assert told + chunks[-1]["leadline"]["plan"]["discarded_tokens"] == written
+    assert usage["total_tokens"] == usage["prompt_tokens"] + told
+    thought = usage["completion_tokens_details"]["reasoning_tokens"]
+    assert thought > 0
+    read = Usage(usage["prompt_tokens"], output=told - thought, reasoning=thought)
+    assert row["baseline_nanousd"] == cost_nanousd(dearest, read)
 
 
 async def test_an_answer_that_its_caller_has_begun_is_gone_on_with_as_it_is(far: Reasoner, tmp_path: Path) -> None:

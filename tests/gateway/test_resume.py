@@ -10,6 +10,7 @@ import pytest
 from aiohttp import web
 
 from gateway.edge.wire import read_chat
+from gateway.ledger.settle import Usage, cost_nanousd
 from gateway.resume import Transcript, resumable
 from gateway.upstream.breaker import Breaker
 from gateway.upstream.types import CallHeaders, Event
@@ -113,6 +114,13 @@ async def test_a_cut_stream_goes_on_where_it_broke(gateway: Gateway, upstream: F
     assert (row["outcome"], row["model_served"], row["degraded"]) == ("ok", "next", "resumed")
     assert row["first_byte_us"] < row["duration_us"]
     assert row["overhead_us"] <= row["first_byte_us"]
+    told = first["output_tokens"] + second["output_tokens"]
+    assert chunks[-1]["usage"]["completion_tokens"] == told, "all that the caller has, not the rest alone"
+    assert chunks[-1]["usage"]["prompt_tokens"] == first["input_tokens"], (
+        "the words so far are no prompt of the caller's"
+    )
+    dearest = gateway.app.state.lifecycle.world.dearest(("main",))
+    assert row["baseline_nanousd"] == cost_nanousd(dearest, Usage(first["input_tokens"], output=told))
 
     status, headers, raw = await gateway.stream(body)
     assert headers["x-leadline-cache"] == "miss", "an answer of two models is not kept"
