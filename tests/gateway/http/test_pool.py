@@ -1,0 +1,103 @@
+"""Which connections serve again, and for how long."""
+
+import asyncio
+import socket
+import threading
+import time
+
+import pytest
+
+from gateway.upstream import http_errors as errors
+from gateway.upstream.http import HttpClient, RequestHead, Statistics
+from tests.gateway.conftest import until
+from tests.gateway.http.conftest import HELLO, NOTHING, PATIENT, START, hangs, to, whole
+from tests.gateway.raw_server import in_pieces, raw_server
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_a_connection_that_its_server_closed_is_not_used_again(client: HttpClient) -> None:
+    async with raw_server(HELLO) as server:
+        await whole(client, to(server))
+        server.writers[0].close()
+        await until(lambda: client.statistics() == NOTHING)
+        assert await whole(client, to(server)) == b"hello"
+        assert server.connections == 2
+
+
+async def test_an_idle_connection_that_speaks_is_not_used_again(client: HttpClient) -> None:
+    async with raw_server(HELLO) as server:
+        await whole(client, to(server))
+        server.writers[0].write(HELLO)
+        await until(lambda: client.statistics() == NOTHING)
+        assert await whole(client, to(server)) == b"hello"
+        assert server.connections == 2
+
+
+async def test_a_goodbye_that_the_loop_has_not_read_yet_is_noticed(client: HttpClient) -> None:
+    """The loop was busy while the server closed: without a look at the socket, a paid call would be lost."""
+    answered, served = threading.Event(), 0
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            nonlocal served
+            for _ in range(2):
+                connection = listening.accept()[0]
+                connection.recv(1 << 16)
+                connection.sendall(HELLO)
+                served += 1
+                answered.wait(30)
+                connection.close()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        head = RequestHead("POST", f"http://127.0.0.1:{listening.getsockname()[1]}/")
+        assert await whole(client, head) == b"hello"
+        answered.set()
+        time.sleep(1.2)  # noqa: ASYNC251 - it is the loop that must not run
+        assert await whole(client, head) == b"hello"
+        assert served == 2
+        await asyncio.to_thread(thread.join)
+
+
+async def test_idle_connections_grow_old_and_few() -> None:
+    client = HttpClient(keep_alive_s=0.2, max_idle=2)
+    async with raw_server(HELLO) as server:
+        await asyncio.gather(*[whole(client, to(server)) for _ in range(5)])
+        assert client.statistics() == Statistics(open=2, idle=2, in_use=0, connecting=0)
+        await until(lambda: client.statistics() == NOTHING)
+        await until(lambda: server.left == 5)
+    await client.close()
+
+
+async def test_the_rest_of_a_stream_is_read_beside_its_reader(client: HttpClient) -> None:
+    async with raw_server(in_pieces(START, b"0\r\n\r\n", pause_s=0.1)) as server:
+        for _ in range(2):
+            response = await client.request(to(server), b"", PATIENT)
+            assert await response.read_some() == b"hel"
+            response.release(linger_s=30)
+            await until(lambda: client.statistics().idle == 1)
+        assert server.connections == 1
+    async with raw_server(in_pieces(START, START * 20_000, b"", pause_s=0.1)) as endless:
+        response = await client.request(to(endless), b"", PATIENT)
+        await response.read_some()
+        response.release(linger_s=30)
+        await until(lambda: client.statistics().in_use == 0 and endless.left == 1)
+    async with raw_server(in_pieces(START, b"", pause_s=30)) as silent:
+        response = await client.request(to(silent), b"", PATIENT)
+        await response.read_some()
+        response.release(linger_s=0.05)
+        await until(lambda: client.statistics().in_use == 0)
+
+
+async def test_closing_the_client_ends_what_is_under_way() -> None:
+    client = HttpClient()
+    async with raw_server(hangs) as server:
+        call = asyncio.ensure_future(whole(client, to(server)))
+        await until(lambda: server.requests)
+        await client.close()
+        with pytest.raises(errors.ConnectionCut):
+            await call
+        with pytest.raises(RuntimeError):
+            await whole(client, to(server))
+    assert client.statistics() == NOTHING
