@@ -121,9 +121,10 @@ class Greedy:
         slot: int,
         reading: Reading,
         angles: tuple[Tensor, Tensor],
+        layers: int,
     ) -> None:
         """`kernel`: by `advance`; `reading`: of a span of one token after those in `slot`; `angles` as
-        `WholeForward.run` takes them."""
+        `WholeForward.run` takes them; the first `layers` run, and what follows the last one."""
         self._kv, self._slot, self._reading = kv, slot, reading
         self._tokens = array("q", [0, 0])
         self._found = array("f", [0.0, 0.0])
@@ -145,7 +146,7 @@ class Greedy:
             _Word.SIN: one.sin,
             _Word.STEP: address(one.step),
             _Word.LAYERS: one.layers,
-            _Word.LAST: one.layer_count,
+            _Word.LAST: layers,
             _Word.NORM: one.norm,
             _Word.HEAD: head.packed.data_ptr(),
             _Word.LOGITS: self._logits.data_ptr(),

@@ -138,10 +138,10 @@ class Runner:
         """Whether our own kernels are for `greedy`."""
         return self._advance is not None
 
-    def greedy(self, slot: int, room: int) -> Greedy | None:
+    def greedy(self, slot: int, room: int, *, layers: int | None = None) -> Greedy | None:
         """Writes on from what a slot holds, up to `room` tokens in all; None where our own kernels are not for this.
 
-        Raises KVFull, ValueError.
+        `layers`: by the first so many of them alone. Raises KVFull, ValueError.
         """
         if self._advance is None:
             return None
@@ -152,7 +152,8 @@ class Runner:
         self.rotary.reach(room)
         reading = self.kv.plan([Span(slot, self.kv.length(slot), 1)]).reading
         assert reading is not None, "one token is not too long"
-        return Greedy(self._advance, self._whole, self._head, self.kv, slot, reading, self.rotary.turned)
+        last = self.layers if layers is None else layers
+        return Greedy(self._advance, self._whole, self._head, self.kv, slot, reading, self.rotary.turned, last)
 
     def logits(self, states: Tensor) -> Tensor:
         """float32 [rows, vocabulary] that hidden states [rows, width] of any layer would give as the last layer's."""

@@ -171,7 +171,6 @@ class OneToken:
 
     step: "array[int]"
     layers: int
-    layer_count: int
     embedding: int
     hidden: int
     cos: int
@@ -291,7 +290,6 @@ class WholeForward:
         return OneToken(
             step=self._step(1, reading, self._no_taps, array("q")),
             layers=address(self._layers),
-            layer_count=len(self._kept),
             embedding=self._embedding.data_ptr(),
             hidden=self._hidden.data_ptr(),
             cos=self._cos.data_ptr(),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from local_engine.errors import ModelLoadError
+from local_engine.greedy import Greedy
 from local_engine.kv import KVFull
 from local_engine.model import LocalModel
 from local_engine.runner import Runner, Segment
@@ -75,12 +76,12 @@ class ModelProposer:
             given = sequence.ids[self._kv.length(slot) :]
             greedy = self._runner.greedy(slot, len(sequence.ids) + most)
             assert greedy is not None, "it was asked before"
-            tokens, shares = greedy.ahead(given, most, weigh.floor)
+            draft = _ahead(greedy, given, most, weigh)
             greedy.commit()
-            while tokens and max(tokens) >= self._vocabulary:
-                tokens.pop()
-            self._followed[sequence].drafted[:] = tokens
-            drafts.append(Draft(tokens, [_grade(share) for share in shares[: len(tokens)]]))
+            while max(draft.tokens, default=0) >= self._vocabulary:
+                draft = draft.cut(len(draft.tokens) - 1)
+            self._followed[sequence].drafted[:] = draft.tokens
+            drafts.append(draft)
         return drafts
 
     def _chained(self, sequences: Sized[Sequence], segments: Sized[Segment], most: int, weigh: Weigh) -> list[Draft]:
@@ -174,14 +175,30 @@ class ExitProposer:
         if not ready:
             return [NOTHING for _ in sequences]
         drafting = [sequences[at] for at in ready]
+        drafts = self._favourites(drafting, most, weigh) or self._chained(drafting, most, weigh)
+        found = dict(zip(ready, drafts, strict=True))
+        return [found.get(at, NOTHING) for at in range(len(sequences))]
+
+    def _favourites(self, sequences: Sized[Sequence], most: int, weigh: Weigh) -> list[Draft] | None:
+        """As `ModelProposer._favourites`. Nothing is committed: to the KV these tokens were never there."""
+        if not self._runner.writes_alone or not all(map(_is_favourite, map(_required, sequences))):
+            return None
+        weigh.begin(0)
+        drafts = []
+        for sequence in sequences:
+            greedy = self._runner.greedy(_slot(sequence), len(sequence.ids) + most, layers=self._layers[1])
+            assert greedy is not None, "it was asked before"
+            drafts.append(_ahead(greedy, sequence.ids[-1:], most, weigh))
+        return drafts
+
+    def _chained(self, drafting: Sized[Sequence], most: int, weigh: Weigh) -> list[Draft]:
+        """As `ModelProposer._chained`."""
         try:
             logits = self._run(drafting, [sequence.ids[-1] for sequence in drafting])
-            drafts = _chains(drafting, logits, lambda tokens: self._run(drafting, tokens), most, weigh)
+            return _chains(drafting, logits, lambda tokens: self._run(drafting, tokens), most, weigh)
         finally:
             for sequence in drafting:
                 self._kv.truncate(_slot(sequence), len(sequence.ids) - 1)
-        found = dict(zip(ready, drafts, strict=True))
-        return [found.get(at, NOTHING) for at in range(len(sequences))]
 
     def observe(self, sequence: Sequence, start: int, drafted: Sized[int], predictions: Sized[int]) -> None:
         """Nothing to learn."""
@@ -260,6 +277,12 @@ def _chains(
         Draft(chain, grade[: len(chain)], torch.stack(rows) if rows else None)
         for chain, grade, rows in zip(tokens, grades, proposed, strict=True)
     ]
+
+
+def _ahead(greedy: Greedy, given: Sized[int], most: int, weigh: Weigh) -> Draft:
+    """What comes after `given`, for as long as it is worth a pass."""
+    tokens, shares = greedy.ahead(given, most, weigh.floor)
+    return Draft(tokens, list(map(_grade, shares)))
 
 
 def _grade(share: float) -> int:

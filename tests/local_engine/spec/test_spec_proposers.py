@@ -10,7 +10,7 @@ import torch
 from local_engine import kernels
 from local_engine.errors import ModelLoadError
 from local_engine.model import LocalModel, load_model
-from local_engine.runner import Runner, new_kv
+from local_engine.runner import Runner, Segment, new_kv
 from local_engine.sampler import Sampler
 from local_engine.sequence import Sequence
 from local_engine.spec.chain import ExitProposer, ModelProposer, check_vocabulary
@@ -149,6 +149,24 @@ def test_a_drafter_that_is_in_doubt_ends_its_draft_alone() -> None:
     kept = drafter.propose(sequences, 4, UNWEIGHED)
     fresh = ModelProposer("itself", Runner(model, new_kv(model, BUDGET)), VOCABULARY)
     assert [draft.tokens for draft in kept] == [draft.tokens for draft in fresh.propose(sequences, 4, UNWEIGHED)]
+
+
+@pytest.mark.skipif(not kernels.made_for(torch.float32), reason="this CPU is not one for our kernels")
+def test_an_exit_drafts_the_same_by_our_kernels_and_keeps_nothing_of_it() -> None:
+    drafts = []
+    for fused in (True, False):
+        model = load_model("m", "bundled/nano", dtype="float32", device="cpu")
+        runner = Runner(model, new_kv(model, BUDGET), fused=fused)
+        assert runner.writes_alone == fused
+        prompts = [text(20, seed) for seed in range(3)]
+        sequences = [
+            writing(prompt, Sampler(SamplingParams(temperature=0), CPU), runner.kv.open(40)) for prompt in prompts
+        ]
+        runner.run([Segment(slot(sequence), 0, sequence.ids[:-1]) for sequence in sequences])
+        drafts.append([draft.tokens for draft in ExitProposer(1, runner).propose(sequences, 5, UNWEIGHED)])
+        assert [runner.kv.length(slot(sequence)) for sequence in sequences] == [19, 19, 19]
+    assert drafts[0] == drafts[1]
+    assert [len(tokens) for tokens in drafts[0]] == [5, 5, 5]
 
 
 def test_an_exit_leaves_the_kv_as_it_was(model: LocalModel) -> None:
