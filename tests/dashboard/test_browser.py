@@ -229,3 +229,27 @@ def contrast(page: Page, selector: str) -> float:
     })""")
     assert found, selector
     return float(min(found))
+
+
+@pytest.mark.parametrize("width", [1440, 1200, 1024, 800, 390])
+def test_the_tiles_leave_no_empty_band(visit: Visit, width: int) -> None:
+    page, _ = visit(viewport={"width": width, "height": 900})
+    for count in (6, 7):  # the seventh is there once answers are rated
+        tiles: list[dict[str, float]] = page.evaluate(
+            """count => {
+                const all = document.querySelector(".tiles");
+                while (all.children.length < count) all.append(all.lastElementChild.cloneNode(true));
+                return [...all.children, all].map(one => one.getBoundingClientRect().toJSON());
+            }""",
+            count,
+        )
+        *tiles, whole = tiles
+        assert len(tiles) == count
+        rows: dict[float, list[dict[str, float]]] = {}
+        for tile in tiles:
+            rows.setdefault(tile["top"], []).append(tile)
+        assert all(abs(max(tile["right"] for tile in row) - whole["right"]) <= 2 for row in rows.values()), (
+            count,
+            rows,
+        )
+        assert all(tile["left"] >= 0 and tile["right"] <= width for tile in tiles)
