@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from local_engine import kernels
 from local_engine.kv import KVFull, KVShape, Span, check_range, check_spans
-from local_engine.pages import advise
+from local_engine.pages import zeros
 from local_engine.simd import LANES
 
 SMALLEST_ROW: Final = 256
@@ -48,7 +48,7 @@ class _Pool:
         kept = min(rows, len(self.members))
         for index, old in enumerate(self.layers):
             # Zeros, never whatever the memory held: a masked key may be anything but NaN.
-            new = advise(torch.zeros(2, rows, *self._size, dtype=old.dtype))
+            new = zeros((2, rows, *self._size), old.dtype)
             new[:, :kept] = old[:, :kept]
             self.layers[index] = new
         self.addresses = array("q", [part.data_ptr() for layer in self.layers for part in layer])

@@ -1,28 +1,70 @@
-"""Memory in pages of 2 MiB where the system has them: what a step reads lies on fewer pages than the CPU remembers."""
+"""Memory in pages of 2 MiB where the system has them: what a step reads lies on fewer pages than the CPU remembers.
+
+Fetching ahead needs them most: what it asks for on a page that the CPU has forgotten comes late, and what is asked for
+meanwhile waits.
+"""
 
 import ctypes
 import mmap
+import threading
+from collections.abc import Sequence
+from math import prod
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 _HUGE: Final = 2 << 20
+_ARENA: Final = 16 * _HUGE
+"""Weights share it: most are smaller than a page, or end within one."""
+_LINE: Final = 64
 
 
-def advise(tensor: Tensor) -> Tensor:
-    """The same tensor, which nobody has touched yet; its pages will be large ones where that is possible."""
-    if tensor.device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE"):
-        begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        first, last = -(-begin // _HUGE) * _HUGE, end // _HUGE * _HUGE
-        if first < last:  # refused where the system has none: nothing is lost
-            _madvise()(first, last - first, mmap.MADV_HUGEPAGE)
-    return tensor
+def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """On the CPU."""
+    size = prod(shape) * dtype.itemsize
+    return _whole_pages(size).view(dtype).view(*shape).zero_()
 
 
 def on_large_pages(tensor: Tensor) -> Tensor:
     """A copy of a tensor, contiguous."""
-    return advise(torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)).copy_(tensor)
+    if tensor.device.type != "cpu":
+        return tensor.contiguous().clone()
+    place = _weights.take(tensor.numel() * tensor.itemsize)
+    return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+class _Arenas:
+    """Room for tensors one behind the other; an arena is freed with the last of its tensors."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._arena = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def take(self, size: int) -> Tensor:
+        """Bytes that nobody else has."""
+        with self._lock:
+            if self._used + size > self._arena.numel():
+                self._arena = _whole_pages(max(_ARENA, -(-size // _HUGE) * _HUGE))
+                self._used = 0
+            begin = self._used
+            self._used += -(-size // _LINE) * _LINE
+            return self._arena[begin : begin + size]
+
+
+_weights: Final = _Arenas()
+
+
+def _whole_pages(size: int) -> Tensor:
+    """Bytes that nobody has touched yet, from the beginning of a large page on if they fill one."""
+    if size < _HUGE:
+        return torch.empty(size, dtype=torch.uint8)
+    room = torch.empty(size + _HUGE, dtype=torch.uint8)
+    begin = -room.data_ptr() % _HUGE
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # refused where the system has none: nothing is lost
+        _madvise()(room.data_ptr() + begin, size // _HUGE * _HUGE, mmap.MADV_HUGEPAGE)
+    return room[begin : begin + size]
 
 
 def _madvise() -> Any:
