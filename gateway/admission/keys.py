@@ -164,6 +164,8 @@ class KeyStore:
         return found[1]
 
     def _prove(self, token: str) -> Principal:
+        if not token:
+            raise Unauthenticated(f"No API key provided. {_SEND}")
         public_id, _, secret = token.removeprefix(PREFIX).partition("-")
         found = self._keys.get(public_id) if token.startswith(PREFIX) else None
         digest = self._digest(public_id, secret)
@@ -263,11 +265,14 @@ class KeyStore:
         return hmac.digest(self._pepper, f"{public_id}:{secret}".encode(), hashlib.sha256).hex()
 
 
+_SEND = (
+    "Send one of this gateway's keys (they start with `sk-ll-`) as `Authorization: Bearer …`; `leadline keys create "
+    "NAME` makes one."
+)
+
+
 def _incorrect() -> Unauthenticated:
-    return Unauthenticated(
-        "Incorrect API key provided. Send one of this gateway's keys (they start with `sk-ll-`) as "
-        "`Authorization: Bearer …`; `leadline keys create NAME` makes one."
-    )
+    return Unauthenticated(f"Incorrect API key provided. {_SEND}")
 
 
 def _start_counting(engine: Engine) -> None:

@@ -1,6 +1,7 @@
 """Refusals of the parts that a web framework serves, its own included, in the shape of all other errors."""
 
 from collections.abc import Callable, Coroutine, Iterable
+from difflib import get_close_matches
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -67,7 +68,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
         return refusal(error.__cause__)
     where = f"{request.method} {request.url.path[:200]}"
     if error.status_code == 404:
-        return refusal(NotFound(f"{where}: no such path; /openapi.json lists them."))
+        paths: list[str] = [*request.app.openapi()["paths"]]
+        close = get_close_matches(request.url.path[:200], paths, n=1, cutoff=0.8)
+        meant = f"did you mean {close[0]}? " if close else ""
+        return refusal(NotFound(f"{where}: no such path; {meant}/openapi.json lists them."))
     if error.status_code == 405:
         allowed = methods_of(request.app.routes, request.url.path)
         return refusal(

@@ -90,6 +90,8 @@ def decode_body(body: bytes, decoder: msgspec.json.Decoder[_Request]) -> tuple[d
     except msgspec.ValidationError as error:
         raise _invalid(str(error)) from error
     except msgspec.DecodeError as error:
+        if not body.strip():
+            raise InvalidRequest("The body is empty; send a JSON object.") from error
         raise half_character_in(body) or InvalidRequest(f"The body is not valid JSON: {error}.") from error
     except UnicodeDecodeError as error:
         raise InvalidRequest("The body is not valid JSON: it is not UTF-8.") from error

@@ -19,7 +19,8 @@ HELLO = '[{"role":"user","content":"x"}]'
 @pytest.mark.parametrize(
     ("body", "param", "words"),
     [
-        (b"", None, "not valid JSON"),
+        (b"", None, "is empty; send a JSON object"),
+        (b" \n", None, "is empty; send a JSON object"),
         (b"{", None, "not valid JSON"),
         (b"[]", None, "Expected `object`"),
         (b'{"model":"m"}', "messages", "messages: is missing"),
@@ -107,15 +108,45 @@ async def test_a_50_mb_body_is_refused(gateway: Gateway, declared: bool) -> None
 
 @anyio
 @pytest.mark.parametrize("path", ["/v1/chat/completions"])
-@pytest.mark.parametrize("authorization", ["", "Bearer ", "Bearer sk-ll-nope-nope", "Basic abc"])
-async def test_a_missing_or_wrong_key_is_a_401(gateway: Gateway, path: str, authorization: str) -> None:
+@pytest.mark.parametrize(
+    ("authorization", "said"),
+    [
+        ("", "No"),
+        ("Bearer ", "No"),
+        ("Bearer sk-ll-nope-nope", "Incorrect"),
+        ("Bearer x", "Incorrect"),
+        ("Basic x", "No"),
+    ],
+)
+async def test_a_missing_or_wrong_key_is_a_401(gateway: Gateway, path: str, authorization: str, said: str) -> None:
     async with gateway.session.post(
         gateway.url + path, json=ask(), headers={"Authorization": authorization}
     ) as response:
         assert response.status == 401
-        assert (await response.json())["error"]["code"] == "invalid_api_key"
+        error = (await response.json())["error"]
+        assert error["code"] == "invalid_api_key"
+        assert error["message"].startswith(f"{said} API key provided. Send one of this gateway's keys")
         assert response.headers["x-request-id"].startswith("req_")
     assert await gateway.rows() == []
+
+
+@anyio
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/v1/chat/completion", "/v1/chat/completions"),
+        ("/v1/embeddings/", "/v1/embeddings"),
+        ("/v1/audio/speech", None),
+    ],
+)
+async def test_a_path_that_is_none_is_answered_with_the_one_that_was_meant(
+    gateway: Gateway, path: str, meant: str | None
+) -> None:
+    async with gateway.session.post(gateway.url + path, json=ask(), headers=gateway.headers()) as response:
+        error = (await response.json())["error"]
+    assert response.status == 404
+    hint = f"did you mean {meant}? " if meant else ""
+    assert error["message"] == f"POST {path}: no such path; {hint}/openapi.json lists them."
 
 
 @anyio
