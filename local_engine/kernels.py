@@ -21,8 +21,9 @@ TILE_ROWS: Final = 8
 _AHEAD: Final = 16 << 10
 """Bytes of weights that are fetched before their turn: the CPU's own look-ahead ends with a page of memory. Of 1 to 64
 KiB the best; without, eight rows of a float32 step took 7.3 ms instead of 4.5, in bfloat16 4.3 instead of 2.3."""
-_LINE: Final = 64
-_STEP_BYTES: Final = 2 * _LINE
+LINE: Final = 64
+"""Bytes of a line of the caches."""
+_STEP_BYTES: Final = 2 * LINE
 """Weights of a panel that are used at once."""
 _SUMS: Final = 16
 """Vectors that attention sums up at once."""
@@ -51,6 +52,26 @@ def take(width: int, dtype: torch.dtype) -> Kernel:
         begin = w.times(w.load_int(indexes, row), width)
         with w.loop(w.whole(0), w.whole(width), LANES) as at:
             w.copy(source, w.add(begin, at), out, w.add(w.times(row, width), at), dtype)
+    return w.compiled()
+
+
+@cache
+def export(dim: int, dtype: torch.dtype) -> Kernel:
+    """(parts, blocks, count, sources, heads, tokens, offset, stride): copy keys and values out of a row in blocks.
+
+    `sources` addresses in `parts`, of each layer's keys and values; `offset` elements into each begins the first token
+    of the first head, `stride` later the next head's. Each of the `count` addresses in `blocks` is of room for
+    [sources, heads, tokens, dim], aligned to a line of the caches, which are left to what is read sooner.
+    """
+    w = Writer("export", [PTR, PTR] + [I64] * 6)
+    parts, blocks, count, sources, heads, tokens, offset, stride = w.arguments
+    size = w.times(tokens, dim)
+    with w.loop(w.whole(0), sources) as source, w.loop(w.whole(0), heads) as head, w.loop(w.whole(0), count) as block:
+        begin = w.add(offset, w.times(head, stride), w.times(block, size))
+        target = w.times(w.add(w.times(source, heads), head), size)
+        here, there = w.pointer(w.load_int(parts, source)), w.pointer(w.load_int(blocks, block))
+        with w.loop(w.whole(0), size, LANES) as at:
+            w.copy(here, w.add(begin, at), there, w.add(target, at), dtype, past_caches=True)
     return w.compiled()
 
 
@@ -335,7 +356,7 @@ def _fetch(w: Writer, panel: _Panel, done: Any, share: _Share | None) -> None:
     if share is None:
         ahead = w.add(done, _AHEAD)
         begin = w.either(ahead, "<", panel.size, panel.here, w.minus(panel.beyond, panel.size))
-        for line in range(0, _STEP_BYTES, _LINE):
+        for line in range(0, _STEP_BYTES, LINE):
             w.prefetch_from(w.add(begin, ahead, line), soon=True)
         return
     w.prefetch_from(w.add(share.begin, w.times(w.part(done, _STEP_BYTES), share.pace)), soon=True)

@@ -118,6 +118,10 @@ class KVCache(Protocol):
         """Copy of tokens start..stop-1 on the CPU: [layers, 2 (key, value), kv_heads, stop - start, head_dim]."""
         ...
 
+    def export_into(self, slot: int, start: int, blocks: Sequence[Tensor]) -> None:
+        """As `export`, of the tokens from `start` on, into contiguous tensors of equal size. Raises ValueError."""
+        ...
+
     def load(self, slot: int, start: int, data: Tensor) -> None:
         """Append what `export` gave, at `start`, which must be the slot's length. Raises KVFull, ValueError."""
         ...
@@ -141,6 +145,19 @@ def check_spans(kv: KVCache, spans: Sequence[Span]) -> None:
                 f"{span.count} tokens at {span.start} cannot follow the {kv.length(span.slot)} of slot {span.slot}:"
                 " a segment has at least one token and leaves no gap"
             )
+
+
+def check_blocks(shape: KVShape, blocks: Sequence[Tensor]) -> int:
+    """How many tokens each of `blocks` takes; raises ValueError where one is not for KV of this shape."""
+    tokens = blocks[0].shape[3] if blocks[0].dim() == 5 else 0
+    wanted = (shape.layers, 2, shape.kv_heads, tokens, shape.head_dim)
+    for block in blocks:
+        if block.shape != wanted or block.dtype != shape.dtype or not block.is_contiguous():
+            raise ValueError(
+                f"contiguous blocks of {shape.dtype} {wanted} are needed, and one is of {block.dtype} "
+                f"{tuple(block.shape)}, strides {block.stride()}"
+            )
+    return tokens
 
 
 def check_range(held: int, start: int, stop: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
-from local_engine.kv import KVFull, KVShape, Span, check_range, check_spans
+from local_engine.kv import KVFull, KVShape, Span, check_blocks, check_range, check_spans
 
 PAGE: Final = 256
 """Tokens. FlashAttention 2, which torch calls, takes multiples of 256 only (Dao-AILab/flash-attention issue 828)."""
@@ -97,6 +97,12 @@ class PagedKV:
         lines = self._lines(sequence, start, stop)
         data = torch.stack([layer.flatten(1, 2)[:, lines].transpose(1, 2) for layer in self.layers])
         return data.contiguous().cpu()
+
+    def export_into(self, slot: int, start: int, blocks: Sequence[Tensor]) -> None:
+        tokens = check_blocks(self.shape, blocks)
+        data = self.export(slot, start, start + len(blocks) * tokens)
+        for block, part in zip(blocks, data.split(tokens, dim=3), strict=True):
+            block.copy_(part)
 
     def load(self, slot: int, start: int, data: Tensor) -> None:
         sequence = self._sequences[slot]

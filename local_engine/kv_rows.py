@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from local_engine import kernels
-from local_engine.kv import KVFull, KVShape, Span, check_range, check_spans
+from local_engine.kv import KVFull, KVShape, Span, check_blocks, check_range, check_spans
 from local_engine.pages import zeros
 from local_engine.simd import LANES
 
@@ -89,6 +89,8 @@ class RowsKV:
         self._pools: dict[int, _Pool] = {}
         self._rows: dict[int, _Row] = {}
         self._slots = count()
+        usable = shape.head_dim % LANES == 0 and kernels.usable(shape.dtype, shape.device)
+        self._export = kernels.export(shape.head_dim, shape.dtype) if usable else None
 
     @property
     def bytes_used(self) -> int:
@@ -143,6 +145,28 @@ class RowsKV:
         row = self._rows[slot]
         check_range(row.length, start, stop)
         return torch.stack([layer[:, row.index, :, start:stop] for layer in row.pool.layers])
+
+    def export_into(self, slot: int, start: int, blocks: Sequence[Tensor]) -> None:
+        row, tokens = self._rows[slot], check_blocks(self.shape, blocks)
+        stop = start + len(blocks) * tokens
+        check_range(row.length, start, stop)
+        addresses = array("q", [block.data_ptr() for block in blocks])
+        if self._export is not None and not any(address % kernels.LINE for address in addresses):
+            stride = row.pool.capacity * self.shape.head_dim
+            self._export(
+                row.pool.addresses.buffer_info()[0],
+                addresses.buffer_info()[0],
+                len(blocks),
+                2 * self.shape.layers,
+                self.shape.kv_heads,
+                tokens,
+                row.index * self.shape.kv_heads * stride + start * self.shape.head_dim,
+                stride,
+            )
+            return
+        parts = [layer[:, row.index, :, start:stop].split(tokens, dim=2) for layer in row.pool.layers]
+        for block, layers in zip(blocks, zip(*parts, strict=True), strict=True):
+            torch.stack(layers, out=block)
 
     def load(self, slot: int, start: int, data: Tensor) -> None:
         if start != self._rows[slot].length:

@@ -183,7 +183,7 @@ class Lane:
         try:
             tokens = sequence.ids[: sequence.computed]  # no drafts: they are not part of `ids`
             sums = sequence.means.blocks if sequence.means is not None else None
-            self.store.commit(sequence.salt, tokens, partial(self.kv.export, sequence.slot), sums)
+            self.store.commit(sequence.salt, tokens, partial(self.kv.export_into, sequence.slot), sums)
         except Exception:
             logger.exception("storing a prefix failed")
 

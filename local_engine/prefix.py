@@ -27,11 +27,13 @@ from local_engine.prefix_block import Block, Node, Root, below
 from local_engine.prefix_format import Wanted
 from local_engine.prefix_identity import KVIdentity, child_digest, token_bytes
 from local_engine.prefix_match import COPY_BLOCKS, Match
+from local_engine.prefix_slabs import Slabs
 from local_engine.prefix_tiers import Fetch, SlowTiers
 from local_engine.prefix_types import MEMORY, BlockRemoved, BlockStored, KVEvent, PrefixStats
 
-Export = Callable[[int, int], torch.Tensor]
-"""(start, stop) → the KV of these tokens, [layers, 2, kv_heads, stop - start, head_dim]."""
+Export = Callable[[int, Sequence[torch.Tensor]], None]
+"""(start, blocks): copy the KV of the tokens from `start` on into these, [layers, 2, kv_heads, block_tokens, head_dim]
+each. Raises ValueError for KV of another shape or type."""
 Taps = Callable[[int, int], torch.Tensor | None]
 """(start, stop) → hidden states of these blocks, summed over each one's tokens, [stop - start, tap_layers, width]; None
 where they were not kept."""
@@ -68,6 +70,7 @@ class PrefixStore:
         self.on_event = on_event
         """Hears of blocks that come and go; None: nobody does, and nothing is put into words."""
         self._roots: dict[bytes, Root] = {}
+        self._slabs = Slabs(identity.layout, block_tokens)
         self._free: OrderedDict[Block, None] = OrderedDict()
         """Blocks that nobody holds, the next to be evicted first."""
         self._pins: dict[tuple[bytes, bytes], list[Block]] = {}
@@ -146,8 +149,7 @@ class PrefixStore:
 
         All of `tokens` must have been computed and accepted: no drafts. `export` is called for what is missing,
         `taps` also for blocks that were stored without. Where memory is short, older blocks go first; where all of it
-        is held, the rest of `tokens` is not stored. Raises ValueError if `export` gives another shape or type than the
-        store's identity states.
+        is held, the rest of `tokens` is not stored. Raises what `export` raises, and stores nothing that it was for.
         """
         data = token_bytes(tokens)
         count = len(tokens) // self.block_tokens
@@ -314,21 +316,16 @@ class PrefixStore:
     ) -> None:
         """Add the blocks `start` to `stop` of the tokens `data`, held, at the end of `path`."""
         tokens = self.block_tokens
-        layout = self.identity.layout
-        kv = export(start * tokens, stop * tokens)
-        if kv.shape != layout.shape((stop - start) * tokens) or kv.dtype != layout.dtype:
-            raise ValueError(
-                f"export gave {kv.dtype} {tuple(kv.shape)}; this store keeps {layout.dtype} "
-                f"{layout.shape((stop - start) * tokens)}: give it the KV of its own model"
-            )
+        slots = [self._slabs.take() for _ in range(start, stop)]
+        export(start * tokens, [slot.tensor for slot in slots])
         sums = self._tap_sums(taps, start, stop) if taps is not None else None
         root = self._root(salt)
         size = tokens * _TOKEN_BYTES
-        for i in range(start, stop):
-            first = (i - start) * tokens
-            part = kv[:, :, :, first : first + tokens].clone(memory_format=torch.contiguous_format)
+        for i, slot in enumerate(slots, start):
             node = path[-1] if path else root
-            path.append(self._add(node, data[i * size : (i + 1) * size], part, sums[i - start] if sums else None))
+            added = self._add(node, data[i * size : (i + 1) * size], slot.tensor, sums[i - start] if sums else None)
+            added.slot = slot
+            path.append(added)
         self._stored += (stop - start) * tokens
         self._tell_stored(salt, path[start:])
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from local_engine.prefix_identity import ADDRESS_BYTES, child_digest
+from local_engine.prefix_slabs import Slot
 
 
 class Node:
@@ -30,7 +31,7 @@ class Root(Node):
 class Block(Node):
     """Immutable KV of `block_tokens` tokens after `parent`."""
 
-    __slots__ = ("data", "held", "parent", "pins", "taps", "tokens")
+    __slots__ = ("data", "held", "parent", "pins", "slot", "taps", "tokens")
 
     def __init__(self, parent: Node, tokens: bytes, data: torch.Tensor, taps: torch.Tensor | None) -> None:
         super().__init__(child_digest(parent.digest, tokens))
@@ -41,6 +42,8 @@ class Block(Node):
         self.held = 0
         """Open matches and pins through it; it cannot be evicted before this is 0."""
         self.pins = 0
+        self.slot: Slot | None = None
+        """What `data` lies in; None: memory of its own. Whoever reads `data` keeps the block meanwhile."""
 
     @property
     def name(self) -> bytes:

@@ -144,12 +144,16 @@ class Writer:
         numbers = (ir.Constant(I32, number) for number in (0, 3 if soon else 2, 1))
         self._call("llvm.prefetch.p0", ir.VoidType(), self._builder.inttoptr(address, PTR), *numbers)
 
-    def copy(self, source: Any, at: Any, target: Any, to: Any, dtype: torch.dtype) -> None:
-        """LANES elements as they are."""
+    def copy(
+        self, source: Any, at: Any, target: Any, to: Any, dtype: torch.dtype, *, past_caches: bool = False
+    ) -> None:
+        """LANES elements as they are. `past_caches`: to memory, as they are not read soon; `target` is then aligned."""
         typ = VEC if dtype == torch.float32 else _VEC16
         size = dtype.itemsize
         value = self._builder.load(self.place(source, at, size), typ=typ, align=size)
-        self._builder.store(value, self.place(target, to, size), align=size)
+        stored = self._builder.store(value, self.place(target, to, size), align=LANES * size if past_caches else size)
+        if past_caches:
+            stored.set_metadata("nontemporal", self._module.add_metadata([ir.Constant(I32, 1)]))
 
     def load_int(self, base: Any, offset: Any) -> Any:
         return self._builder.load(self.place(base, offset, 8), typ=I64, align=8)

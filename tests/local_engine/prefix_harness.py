@@ -63,9 +63,11 @@ class Computed:
         self._taps = taps_of(salt, tokens)
         self.exported: list[tuple[int, int]] = []
 
-    def export(self, start: int, stop: int) -> torch.Tensor:
+    def export(self, start: int, blocks: Sequence[torch.Tensor]) -> None:
+        stop = start + len(blocks) * BLOCK
         self.exported.append((start, stop))
-        return self._kv[:, :, :, start:stop]
+        for block, part in zip(blocks, self._kv[:, :, :, start:stop].split(BLOCK, dim=3), strict=True):
+            block.copy_(part)
 
     def taps(self, start: int, stop: int) -> torch.Tensor | None:
         rows = self._taps[:, start * BLOCK : stop * BLOCK]

@@ -108,3 +108,21 @@ def test_what_a_row_gives_does_not_depend_on_its_batch(dtype: torch.dtype) -> No
     x = torch.randn(19, 96).to(dtype)
     together = product(x)
     assert all(torch.equal(product(x[at : at + 1])[0], together[at]) for at in range(19))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_blocks_are_copied_out_of_any_row_as_they_are(dtype: torch.dtype) -> None:
+    torch.manual_seed(3)
+    shape = KVShape(3, 4, 2, 32, 1024, dtype, CPU)
+    kv = RowsKV(shape, 1 << 24)
+    assert kv._export is not None, "or this shows nothing"
+    slots = {kv.open(length): length for length in (40, 300, 70)}
+    for slot, length in slots.items():
+        kv.load(slot, 0, torch.randn(3, 2, 2, length, 32).to(dtype))
+    for slot, length in slots.items():
+        room = torch.zeros(2, 3, 2, 2, 16, 32, dtype=dtype)
+        kv.export_into(slot, length - 33, room.unbind(0))
+        assert torch.equal(torch.cat(room.unbind(0), dim=3), kv.export(slot, length - 33, length - 1))
+        askew = torch.zeros(room[0].numel() + 1, dtype=dtype)[1:].view(room[0].shape)
+        kv.export_into(slot, 5, [askew])
+        assert torch.equal(askew, kv.export(slot, 5, 21))

@@ -42,6 +42,21 @@ def held(kv: KVCache, slot: int) -> list[int]:
     return tokens
 
 
+def test_blocks_are_exported_into_what_is_given(make_kv: MakeKV) -> None:
+    kv = make_kv(SHAPE, 1_000 * SHAPE.token_bytes)
+    for tokens in (list(range(100, 140)), list(range(40))):
+        slot = kv.open(40)
+        kv.load(slot, 0, content(tokens))
+    parts = [torch.full_like(kv.export(slot, 0, 8), -1.0) for _ in range(3)]
+    kv.export_into(slot, 8, parts)
+    assert torch.equal(torch.cat(parts, dim=3), kv.export(slot, 8, 32))
+    with pytest.raises(ValueError, match="holds 40"):
+        kv.export_into(slot, 24, parts)
+    with pytest.raises(ValueError, match="are needed, and one is of"):
+        kv.export_into(slot, 8, [parts[0], parts[1].double()])
+    assert torch.equal(torch.cat(parts, dim=3), kv.export(slot, 8, 32))
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_2500_random_operations_keep_content_and_budget_and_leak_nothing(make_kv: MakeKV, seed: int) -> None:
     draw = random.Random(seed)

@@ -1,5 +1,4 @@
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 from local_engine.kv import KVShape
 from local_engine.kv_rows import RowsKV
 from local_engine.prefix import PrefixStore
+from local_engine.prefix_block import Block
 from local_engine.prefix_identity import KVIdentity, KVLayout, child_digest, token_bytes, weights_fingerprint
 from local_engine.prefix_types import BlockRemoved, BlockStored, KVEvent
 from tests.local_engine.prefix_harness import (
@@ -90,7 +90,7 @@ def test_what_a_kv_cache_exports_can_be_stored_and_loaded_again() -> None:
     tokens = list(range(30))
     kv.load(slot, 0, kv_of(A, tokens))
     store = new_store()
-    assert store.commit(A, tokens, partial(kv.export, slot)) == 28
+    assert store.commit(A, tokens, partial(kv.export_into, slot)) == 28
     with store.lookup(A, tokens) as match:
         match.load(kv, other)
     assert kv.length(other) == 28
@@ -255,11 +255,16 @@ def test_evicting_a_prefix_leaves_what_others_continue() -> None:
 
 def test_kv_of_another_shape_is_refused_and_nothing_is_kept_of_it() -> None:
     store = new_store()
-    half: Callable[[int, int], torch.Tensor] = lambda start, stop: kv_of(A, SYSTEM[start:stop]).half()  # noqa: E731
+    shape = KVShape(
+        layers=2, query_heads=2, kv_heads=1, head_dim=2, context=64, dtype=torch.float16, device=torch.device("cpu")
+    )
+    kv = RowsKV(shape, 1 << 20)
+    slot = kv.open(8)
+    kv.load(slot, 0, kv_of(A, SYSTEM).half())
     with pytest.raises(
-        ValueError, match=r"export gave torch\.float16 \(2, 2, 1, 8, 2\); this store keeps torch\.float32"
+        ValueError, match=r"float16 \(2, 2, 1, 4, 2\) are needed, and one is of torch\.float32 \(2, 2, 1, 4, 2\)"
     ):
-        store.commit(A, SYSTEM, half)
+        store.commit(A, SYSTEM, partial(kv.export_into, slot))
     with pytest.raises(ValueError, match=r"taps gave \(1, 2, 3\); this store keeps layers \(1, 2\), so \(2, 2, 3\)"):
         store.commit(A, SYSTEM, Computed(A, SYSTEM).export, lambda start, stop: torch.zeros(1, stop - start, 3))
     assert store.stats().blocks == 0
@@ -271,9 +276,26 @@ def test_a_block_keeps_no_memory_but_its_own_alive() -> None:
     commit(store, A, [*SYSTEM, *range(20)], taps=True)
     with store.lookup(A, [*SYSTEM, *range(20)]) as match:
         for block in match.blocks:
-            assert block.data.untyped_storage().nbytes() == LAYOUT.kv_bytes(BLOCK)
             assert block.taps is not None
             assert block.taps.untyped_storage().nbytes() == LAYOUT.tap_bytes
+
+
+def test_memory_is_used_again_once_nobody_reads_it() -> None:
+    store = new_store(blocks=1)
+
+    def stored(token: int) -> Block:
+        commit(store, A, [token] * BLOCK)
+        with store.lookup(A, [token] * (BLOCK + 1)) as match:
+            return match.blocks[0]
+
+    read = stored(1)
+    before, place = read.data.clone(), read.data.data_ptr()
+    other = stored(2).data.data_ptr()
+    assert stored(3).data.data_ptr() == other != place
+    assert torch.equal(read.data, before), "somebody still reads it"
+    del read
+    store.bytes_limit *= 2  # or what is evicted for it is taken
+    assert stored(4).data.data_ptr() == place
 
 
 def test_a_store_without_room_stores_nothing_and_says_so() -> None:
