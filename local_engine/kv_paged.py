@@ -101,7 +101,7 @@ class PagedKV:
     def export_into(self, slot: int, start: int, blocks: Sequence[Tensor]) -> None:
         tokens = check_blocks(self.shape, blocks)
         data = self.export(slot, start, start + len(blocks) * tokens)
-        for block, part in zip(blocks, data.split(tokens, dim=3), strict=True):
+        for block, part in zip(blocks, torch.split(data, tokens, dim=3), strict=True):
             block.copy_(part)
 
     def load(self, slot: int, start: int, data: Tensor) -> None:

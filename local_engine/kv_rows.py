@@ -164,7 +164,7 @@ class RowsKV:
                 stride,
             )
             return
-        parts = [layer[:, row.index, :, start:stop].split(tokens, dim=2) for layer in row.pool.layers]
+        parts = [torch.split(layer[:, row.index, :, start:stop], tokens, dim=2) for layer in row.pool.layers]
         for block, layers in zip(blocks, zip(*parts, strict=True), strict=True):
             torch.stack(layers, out=block)
 

@@ -66,7 +66,7 @@ class Computed:
     def export(self, start: int, blocks: Sequence[torch.Tensor]) -> None:
         stop = start + len(blocks) * BLOCK
         self.exported.append((start, stop))
-        for block, part in zip(blocks, self._kv[:, :, :, start:stop].split(BLOCK, dim=3), strict=True):
+        for block, part in zip(blocks, torch.split(self._kv[:, :, :, start:stop], BLOCK, dim=3), strict=True):
             block.copy_(part)
 
     def taps(self, start: int, stop: int) -> torch.Tensor | None:
