@@ -23,7 +23,7 @@ _LINE: Final = 64
 def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """On the CPU."""
     size = prod(shape) * dtype.itemsize
-    return _whole_pages(size).view(dtype).view(*shape).zero_()
+    return whole_pages(size).view(dtype).view(*shape).zero_()
 
 
 def on_large_pages(tensor: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class _Arenas:
         """Bytes that nobody else has."""
         with self._lock:
             if self._used + size > self._arena.numel():
-                self._arena = _whole_pages(max(_ARENA, -(-size // _HUGE) * _HUGE))
+                self._arena = whole_pages(max(_ARENA, -(-size // _HUGE) * _HUGE))
                 self._used = 0
             begin = self._used
             self._used += -(-size // _LINE) * _LINE
@@ -56,7 +56,7 @@ class _Arenas:
 _weights: Final = _Arenas()
 
 
-def _whole_pages(size: int) -> Tensor:
+def whole_pages(size: int) -> Tensor:
     """Bytes that nobody has touched yet, from the beginning of a large page on if they fill one."""
     if size < _HUGE:
         return torch.empty(size, dtype=torch.uint8)

@@ -9,7 +9,7 @@ from typing import Final
 
 import torch
 
-from local_engine.pages import advise
+from local_engine.pages import whole_pages
 from local_engine.prefix_identity import KVLayout
 
 _SLAB_BYTES: Final = 16 << 20
@@ -36,10 +36,12 @@ class Slabs:
         self._shape = layout.shape(tokens)
         self._dtype = layout.dtype
         self._slots = max(1, _SLAB_BYTES // layout.kv_bytes(tokens))
+        self._slab_bytes = self._slots * layout.kv_bytes(tokens)
         self._free: deque[torch.Tensor] = deque()
 
     def take(self) -> Slot:
         """The one given back last, which the CPU may still remember; its content is whatever it was."""
         if not self._free:
-            self._free.extend(advise(torch.empty(self._slots, *self._shape, dtype=self._dtype)).unbind(0))
+            slab = whole_pages(self._slab_bytes).view(self._dtype)
+            self._free.extend(slab.view(self._slots, *self._shape).unbind(0))
         return Slot(self._free.pop(), self._free)
