@@ -64,6 +64,11 @@ class Engines:
         """To the engine in force."""
         return self._now.link
 
+    @property
+    def starting(self) -> bool:
+        """A fresh engine is on its way."""
+        return self._fresh is not None
+
     async def begin(self, policy: Policy) -> None:
         """Have the engine started that this policy needs, if it needs one; it comes up beside whoever called."""
         needs = engine_needs(policy, self._folder, Path())

@@ -56,6 +56,11 @@ class PolicyReloader:
         self.since_ms = time.time_ns() // 1_000_000
         """When the policy in force was put in force."""
 
+    @property
+    def waits(self) -> bool:
+        """A new version waits for a fresh engine, which loads what it names."""
+        return self._engines.starting
+
     def start(self) -> None:
         self._task = asyncio.create_task(self._watch(), name="policy-watch")
 

@@ -36,6 +36,8 @@ async def readiness(state: State) -> Answer:
         degraded["redis"] = "does not answer; each worker holds the rates by itself, and answers are not cached"
     if state.reloader is not None and state.reloader.refused is not None:
         degraded["policy"] = "the policy file is not in force, as something is wrong with it; the log says what"
+    elif state.reloader is not None and state.reloader.waits:
+        degraded["policy"] = "a new version of the policy file waits for a fresh engine to load what it names"
     unavailable = world.unavailable()
     ready = len(unavailable) < len(world.targets) and lifecycle.ledger.accepts
     body = {

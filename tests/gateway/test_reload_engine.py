@@ -99,7 +99,11 @@ async def test_new_local_models_are_served_by_a_fresh_engine_and_old_requests_en
             f"{at.gateway.url}/v1/chat/completions", json=LONG, headers=at.gateway.headers()
         ) as streaming:
             assert await streaming.content.readany()
+            at.write(HOME + SMALL + LARGE + ROUTE % "large")
+            await until(lambda: at.reloader.waits, START_S)
+            assert "waits for a fresh engine" in (await at.get("/health/readiness"))["degraded"]["policy"]
             await at.change(HOME + SMALL + LARGE + ROUTE % "large")
+            assert (await at.get("/health/readiness"))["degraded"] == {}
             second = await at.ready()
             assert second != first
             assert {process.pid for process in processes()} == {first, second}
