@@ -4,8 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
+
 import local_engine
-from gateway.policies import checked_policy, with_windows
+from gateway.policies import CannotServe, checked_policy, with_windows
 from gateway.upstream.http import HttpClient
 from gateway.world import build_world
 from local_engine.client import EngineClient
@@ -51,3 +53,15 @@ def test_a_local_model_has_its_own_window(tmp_path: Path) -> None:
     assert with_windows(policy, tmp_path).models["own"].context is None
     (tmp_path / "policy.yaml").write_text(POLICY)
     assert checked_policy(tmp_path / "policy.yaml")[0].models["bundled"].context == 1024
+
+
+def test_a_window_that_a_local_model_does_not_have_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(Path(local_engine.__file__).parent / "bundled" / "nano", tmp_path / "mine")
+    file = tmp_path / "policy.yaml"
+    file.write_text(POLICY.replace("context: 512", "context: 1025"))
+    with pytest.raises(CannotServe) as told:
+        checked_policy(file)
+    assert str(told.value) == (
+        f"{file}:9: models.shorter.context: 1025 is more than the 1024 tokens that the model has room for; write at most "
+        "that, or leave it out"
+    )
