@@ -171,24 +171,21 @@ def unloadable(policy: Policy, folder: Path) -> list[str]:
     found = tiers.problems(policy, folder, models)
     fields = {model.upstream: f"models.{model.name}" for model in policy.models.values()}
     missing = [f"{fields[name]}.model: {why}" for name, why in unloadable_models(models).items()]
-    return (
-        found
-        + missing
-        + _too_long(policy, models)
-        + _undraftable(_speculation(policy, folder), models, fields)
-        + _unfitted(policy, models)
-    )
+    found += missing + _too_long(policy, models)
+    return found + _undraftable(_speculation(policy, folder), models, fields) + _unfitted(policy, models)
 
 
 def _too_long(policy: Policy, sources: Mapping[str, str]) -> list[str]:
-    """A sentence for each local model whose `context` is more than it was made for: the engine takes no longer prompt."""
-    return [
-        f"models.{model.name}.context: {model.context} is more than the {window} tokens that the model has room for; write "
-        "at most that, or leave it out"
-        for model in policy.models.values()
-        if model.context is not None and not model.embeds and policy.providers[model.provider].engine is not None
-        and (window := _stated(sources[model.upstream], "max_position_embeddings")) is not None and model.context > window
-    ]  # fmt: skip
+    """A sentence for each local model whose `context` is more than it has: the engine takes no longer prompt."""
+    found = []
+    for model in policy.models.values():
+        if model.context is None or model.embeds or policy.providers[model.provider].engine is None:
+            continue
+        window = _stated(sources[model.upstream], "max_position_embeddings")
+        if window is not None and model.context > window:
+            told = f"{model.context} is more than the {window} tokens that the model has room for"
+            found.append(f"models.{model.name}.context: {told}; write at most that, or leave it out")
+    return found
 
 
 def unloadable_models(sources: Mapping[str, str]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from starlette.routing import BaseRoute, Route
 from gateway.edge.asgi import error_headers
 from gateway.edge.surrogates import half_character_in
 from gateway.errors import InternalError, InvalidRequest, LeadlineError, MethodNotAllowed, NotFound
+from gateway.telemetry.logs import strike
 
 
 class TextRoute(APIRoute):
@@ -89,9 +90,30 @@ async def _invalid(request: Request, error: Exception) -> Response:
         said = f"`{sent[:80]}`" if sent else "missing"
         fix = "so the body is not read as JSON; send the header `Content-Type: application/json`"
         return refusal(InvalidRequest(f"Content-Type: {said}, {fix}."))
-    if not path or first["type"] == "json_invalid":
+    if first["type"] == "json_invalid":
+        what, at = first["ctx"]["error"], first["loc"][-1]
+        return refusal(InvalidRequest(f"body: not valid JSON at character {at}: {what}; send a JSON object."))
+    if not path:
         return refusal(InvalidRequest(f"body: {first['msg']}; send a JSON object."))
-    return refusal(InvalidRequest(f"{path}: {first['msg']}.", param=path))
+    if first["type"] == "extra_forbidden":
+        close = get_close_matches(str(first["loc"][-1]), _fields_of(request), n=1)
+        meant = f"did you mean `{close[0]}`?" if close else "leave it out."
+        return refusal(InvalidRequest(f"{path}: unknown field; {meant}", param=path))
+    return refusal(InvalidRequest(f"{path}: {first['msg']}{_got(first['input'])}.", param=path))
+
+
+def _fields_of(request: Request) -> list[str]:
+    """Of the body that this path takes."""
+    body = getattr(request.scope.get("route"), "body_field", None)
+    return [*getattr(body.field_info.annotation, "model_fields", ())] if body is not None else []
+
+
+def _got(value: object) -> str:
+    """A value that is short enough to be told."""
+    if value is None or not isinstance(value, str | int | float):
+        return ""
+    told = strike(repr(value))
+    return f", got {told}" if len(told) <= 42 else ""
 
 
 async def _fault(request: Request, error: Exception) -> Response:

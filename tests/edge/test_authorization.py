@@ -252,6 +252,29 @@ async def test_a_body_that_is_not_sent_as_json_is_told_so(edge: Gateway, sent: s
         )
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        ("admin/keys", b'{"name": "made", "budgte": "$5/day"}', "budgte: unknown field; did you mean `budget`?"),
+        ("admin/keys", b'{"name": "made", "colour": 1}', "colour: unknown field; leave it out."),
+        ("admin/keys", b'{"name": "made", "role": "king"}',
+         "role: Input should be 'admin', 'user' or 'reader', got 'king'."),
+        ("admin/keys", b'{"name": "sk-ll-abcdefghijkl-mnop", "role": "sk-ll-abcdefghijkl-mnop"}',
+         "role: Input should be 'admin', 'user' or 'reader', got 'sk-ll-a…'."),
+        ("admin/keys", b'{"name": ', "body: not valid JSON at character 9: Expecting value; send a JSON object."),
+        ("explain", b'{"messages": [{"role": "user"}], "max_tokens": "9"}',
+         "max_tokens: Input should be a valid integer, got '9'."),
+        ("explain", b'{"messages": {"a": 1}}', "messages: Input should be a valid list."),
+    ],
+)  # fmt: skip
+async def test_a_wrong_field_is_told_with_its_value_and_the_one_that_was_meant(
+    edge: Gateway, path: str, body: bytes, said: str
+) -> None:
+    headers = edge.headers(**{"Content-Type": "application/json"})
+    async with edge.session.post(f"{edge.url}/leadline/v1/{path}", data=body, headers=headers) as answer:
+        assert (answer.status, (await answer.json())["error"]["message"]) == (400, said)
+
+
 async def test_an_admin_cannot_lock_itself_out(edge: Gateway) -> None:
     cast = cast_of(edge)
     own = f"/leadline/v1/admin/keys/{cast.key_id('admin')}"

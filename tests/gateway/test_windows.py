@@ -62,6 +62,6 @@ def test_a_window_that_a_local_model_does_not_have_is_refused(tmp_path: Path) ->
     with pytest.raises(CannotServe) as told:
         checked_policy(file)
     assert str(told.value) == (
-        f"{file}:9: models.shorter.context: 1025 is more than the 1024 tokens that the model has room for; write at most "
-        "that, or leave it out"
+        f"{file}:9: models.shorter.context: 1025 is more than the 1024 tokens that the model has room for; write at "
+        "most that, or leave it out"
     )
