@@ -4,8 +4,8 @@ Hidden states are numbered as transformers numbers them: 0 is the embeddings, k 
 the last one, too, is taken before the final norm.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +23,7 @@ from local_engine.model import LocalModel
 from local_engine.norms import best_norm
 from local_engine.products import KernelProduct, shared_product
 from local_engine.simd import Kernel
+from local_engine.tapped import Tapped
 from local_engine.whole import PackedRows, WholeForward
 
 
@@ -43,8 +44,7 @@ class Segment:
 class StepOutput:
     logits: Tensor
     """float32 [sum of segment.logits, vocabulary], in segment order."""
-    hidden: dict[int, Tensor] = field(default_factory=dict)
-    """Tapped layer -> [tapped tokens, width], in segment order."""
+    hidden: Tapped
     state: Tensor | None = None
     """[tokens, width] in segment order, when the step stopped before the last layer: what resumes it there."""
 
@@ -111,7 +111,7 @@ class Runner:
         packing = _Packing(segments, plan, self._device)
         self.rotary.reach(packing.furthest)
         # Outside of inference mode, because what is made in it may not be changed outside.
-        taps = self._room(set(tap_layers), packing.tapped)
+        taps = Tapped.room(tap_layers, packing.tapped, self._body.embed_tokens.weight)
         reading = plan.reading if self._whole is not None and isinstance(plan, RowsPlan) else None
         if self._whole is not None and reading is not None:
             with torch.no_grad():
@@ -160,15 +160,7 @@ class Runner:
         with torch.inference_mode():
             return self._head(self._norm(states)).to(torch.float32, copy=True)
 
-    def _room(self, layers: Collection[int], rows: int) -> dict[int, Tensor]:
-        """Room for hidden states [rows, width] of each layer."""
-        weight = self._body.embed_tokens.weight
-        room = torch.empty(len(layers), rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
-        return dict(zip(layers, room.unbind(), strict=True))
-
-    def _forward(
-        self, hidden: Tensor, packing: "_Packing", plan: StepPlan, layers: range, taps: dict[int, Tensor]
-    ) -> Tensor:
+    def _forward(self, hidden: Tensor, packing: "_Packing", plan: StepPlan, layers: range, taps: Tapped) -> Tensor:
         """Hidden states after the last of `layers`; those before the tapped ones go into `taps`."""
         cos, sin = self.rotary.at(packing.positions)
         if self._fused is None:
@@ -217,15 +209,25 @@ class _Packing:
         positions: list[int] = []
         for index in plan.order:
             segment = segments[index]
+            count = len(segment.tokens)
             offsets[index] = len(tokens)
-            tokens.extend(segment.tokens)
-            positions.extend(range(segment.start, segment.start + len(segment.tokens)))
+            tokens += segment.tokens
+            if (
+                count == 1
+            ):  # most are: what Python does here, after a step has filled the caches, takes part of the step
+                positions.append(segment.start)
+            else:
+                positions += range(segment.start, segment.start + count)
         logit_rows: list[int] = []
         tap_rows: list[int] = []
         for offset, segment in zip(offsets, segments, strict=True):
-            end = offset + len(segment.tokens)
-            logit_rows.extend(range(end - segment.logits, end))
-            tap_rows.extend(offset + tap for tap in segment.taps)
+            if segment.logits == 1:
+                logit_rows.append(offset + len(segment.tokens) - 1)
+            elif segment.logits:
+                end = offset + len(segment.tokens)
+                logit_rows += range(end - segment.logits, end)
+            if segment.taps:
+                tap_rows += [offset + tap for tap in segment.taps]
         self.furthest = max(positions)
         self.tapped = len(tap_rows)
         self.lists = PackedRows(tokens, logit_rows, tap_rows)

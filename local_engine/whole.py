@@ -6,7 +6,7 @@ memory does not wait for norms and attention.
 """
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, auto
 from functools import cache
@@ -21,6 +21,7 @@ from local_engine.kv_rows import GROUP_WORDS, GroupWord, Reading
 from local_engine.norms import KernelNorm, KernelTurn
 from local_engine.products import KernelGated, KernelProduct, Product
 from local_engine.simd import I64, LANES, PTR, Kernel, Writer
+from local_engine.tapped import Tapped
 
 
 class _Step(IntEnum):
@@ -250,7 +251,7 @@ class WholeForward:
         reading: Reading,
         angles: tuple[Tensor, Tensor],
         layers: tuple[int, int],
-        taps: Mapping[int, Tensor],
+        taps: Tapped,
         state: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """(logits, in the model's type; hidden states of all tokens, until the next run).
@@ -274,8 +275,8 @@ class WholeForward:
         tapped, targets = array("q", packed.tap_rows), self._no_taps
         if taps:
             targets = array("q", self._no_taps)
-            for layer, out in taps.items():
-                targets[layer] = out.data_ptr()
+            for layer, place in taps.addresses():
+                targets[layer] = place
         step = self._step(count, reading, targets, tapped)
         self._decode(address(step), address(self._layers), *layers)
         return self._logits(array("q", packed.logit_rows)), hidden

@@ -158,8 +158,9 @@ def test_taps_are_the_hidden_states_of_transformers_bit_for_bit(family: str, bun
         hook.remove()
     expected = [*hidden[:-1], last[0]]
     slot = pair.kv.open(20)
-    out = pair.runner.run([Segment(slot, 0, tokens, taps=(19, 0, 7))], tap_layers=(3, 0, 1, 2))
+    out = pair.runner.run([Segment(slot, 0, tokens, taps=(19, 0, 7))], tap_layers=(3, 0, 1, 2, 0))
     assert sorted(out.hidden) == [0, 1, 2, 3]
+    assert 4 not in out.hidden
     for layer, states in out.hidden.items():
         assert torch.equal(states, expected[layer][0, [19, 0, 7]])
 
