@@ -32,7 +32,7 @@ class ModelProposer:
     It follows each sequence: what of its last draft was kept is kept here too, the rest truncated.
     """
 
-    def __init__(self, name: str, runner: Runner, vocabulary: int, *, read_chunk: int = 256) -> None:
+    def __init__(self, name: str, runner: Runner, vocabulary: int, *, read_chunk: int = 128) -> None:
         """`vocabulary`: the logits of the model that is drafted for. Of one sequence at most `read_chunk` tokens are
         read before a proposal, so that a long prompt delays no step for long."""
         self.name = f"draft:{name}"

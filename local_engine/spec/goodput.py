@@ -16,8 +16,9 @@ from local_engine.spec.steptime import StepTime
 
 LOSS_SHARE = 0.0075
 """Most that speculation may lose, as a share of all time."""
-_LOSS_STEPS = 24.0  # and what it may be in debt at any moment, in plain steps of the running batch
-_PAID_STEPS = 8.0  # once it is, it pauses until it owes no more than this: a drafter that begins has texts to read
+_LOSS_STEPS = 6.0  # and what it may be in debt at any moment, in plain steps of the running batch
+_READ_STEPS = 18.0  # and beyond that, for what a drafter that begins had to read: it has not drafted yet
+_PAID_STEPS = 2.0  # once it owes more, speculation pauses until it owes no more than this
 _BANKED_STEPS = 16.0  # of what it gained, this pays for later losses: above all, when a drafter reads the next prompt
 _LEAST_GAIN = 0.05  # a draft that promises less is not made: what it promises is known no better than that
 
@@ -37,14 +38,16 @@ class Goodput:
     def __init__(self, step_time: StepTime) -> None:
         self._step_time = step_time
         self._loss_s: dict[int, float] = {}  # by doublings of the running sequences
+        self._read_s: dict[int, float] = {}  # by drafters since the last pause, likewise
         self._pausing: set[int] = set()  # likewise
 
     def owed_s(self, sequences: int) -> float:
         """For how long speculation has to pause, beside so many running sequences; zero while it need not."""
         bucket, plain_s = sequences.bit_length(), self._step_time(sequences, sequences)
         loss_s = self._loss_s.get(bucket, 0.0)
-        if loss_s > _LOSS_STEPS * plain_s:
+        if loss_s > _LOSS_STEPS * plain_s + min(self._read_s.get(bucket, 0.0), _READ_STEPS * plain_s):
             self._pausing.add(bucket)
+            self._read_s[bucket] = 0.0
         elif loss_s <= _PAID_STEPS * plain_s:
             self._pausing.discard(bucket)
         return (loss_s - _PAID_STEPS * plain_s) / LOSS_SHARE if bucket in self._pausing else 0.0
@@ -66,6 +69,11 @@ class Goodput:
             mixed = [self._step_time(other_rows + count, sequences) + pass_s * at for at, count in enumerate(rows)]
             best = max(range(len(kept)), key=lambda at: kept[at] * token_s - mixed[at])
         return Offer(best, token_s)
+
+    def read(self, seconds: float, sequences: int) -> None:
+        """Of what speculation spends, so much went into reading texts."""
+        bucket = sequences.bit_length()
+        self._read_s[bucket] = self._read_s.get(bucket, 0.0) + seconds
 
     def rest(self, seconds: float, sequences: int) -> None:
         """Account for so much time, in which nobody drafted: it pays for losses."""

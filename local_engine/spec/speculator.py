@@ -109,7 +109,7 @@ class Speculator:
         if not 0 < count <= _MOST_ROWS:
             return [NOTHING for _ in sequences]
         self._goodput.rest(self._rests.taken() * self._step_time(count, count), count)
-        if not other_rows and not self._step_time.fresh(count, count):
+        if not other_rows and not self._step_time.fresh(count):
             self._rests.pause()
             return [NOTHING for _ in sequences]
         if not self._may_look(count):
@@ -318,8 +318,9 @@ class Speculator:
         else:
             return None
         self._untried = 0
-        watched = Watched(weigh, self._clock)
+        watched = Watched(weigh, self._clock, self._clock())
         drafts = drafter.propose(sequences, length, watched)
+        self._goodput.read(watched.read_s, count)
         spent_s = watched.pass_s(drafts, length)
         if spent_s is not None:
             if trials < _FIRST_TRIALS:

@@ -12,8 +12,8 @@ _OWN_RATE = 0.2  # and how much moves its own knots at least; more while little 
 _MEASURED_WEIGHT = 4.0  # a calibration counts for as many steps
 _CLIP = math.log(2)  # no single step counts for more than twice or half of what was expected: machines hiccup
 _PLAIN_RATE = 0.2  # how fast the time of plain steps is followed
-_FRESH_STEPS = 128  # a knot that was last seen longer ago, or less than this often, is worth another look
-_FRESH_WEIGHT = 3.0
+_FRESH_STEPS = 128  # plain steps that were timed longer ago, or less than this often, are worth another look
+_FRESH_TIMES = 3
 _ROWS_FOR_FREE = 16.0  # where nothing was measured: rows that cost as much as starting a step
 
 
@@ -29,6 +29,7 @@ class StepTime:
         """`measured`: seconds by (rows, sequences), from a calibration. Without it the first steps set the scale."""
         self._curves: dict[int, _Curve] = {}
         self._plain: dict[int, float] = {}
+        self._timed: dict[int, tuple[int, int]] = {}  # how often plain steps were, and when the last one was
         by_bucket: dict[int, dict[int, float]] = {}
         for (rows, sequences), seconds in (measured or {}).items():
             by_bucket.setdefault(sequences.bit_length(), {})[rows] = seconds
@@ -46,6 +47,8 @@ class StepTime:
         It is known apart from the curve, which all other steps move too: what drafts gain is measured by it.
         """
         self.observe(sequences, seconds, sequences)
+        times, _ = self._timed.get(sequences, (0, 0))
+        self._timed[sequences] = times + 1, self._curve(sequences).steps
         before = self._plain.get(sequences, seconds)
         self._plain[sequences] = before + _PLAIN_RATE * (min(seconds, 2 * before) - before)
 
@@ -53,9 +56,10 @@ class StepTime:
         """A step over so many rows took so long. `mixed`: prompts were among them; that tells of this size alone."""
         self._curve(sequences).observe(rows, seconds, mixed=mixed)
 
-    def fresh(self, rows: int, sequences: int = 1) -> bool:
-        """Whether steps of about so many rows were timed lately, and often enough."""
-        return self._curve(sequences).fresh(rows)
+    def fresh(self, sequences: int) -> bool:
+        """Whether plain steps of so many sequences were timed lately, and often enough."""
+        times, seen = self._timed.get(sequences, (0, 0))
+        return times >= _FRESH_TIMES and self._curve(sequences).steps - seen < _FRESH_STEPS
 
     def _curve(self, sequences: int) -> "_Curve":
         bucket = sequences.bit_length()
@@ -72,8 +76,7 @@ class _Curve:
         self.logs = list(logs or (math.log(1e-3 * (1 + rows / _ROWS_FOR_FREE)) for rows in _KNOTS))
         """Natural logarithm of the seconds at each knot."""
         self._weights = [weight] * len(_KNOTS)  # steps that were timed near each knot
-        self._steps = 0
-        self._seen = [-_FRESH_STEPS] * len(_KNOTS)
+        self.steps = 0
 
     def __call__(self, rows: int) -> float:
         if not self._seconds:
@@ -87,8 +90,7 @@ class _Curve:
         surprise = math.log(max(seconds, 1e-9) / self(rows))
         clipped = max(-_CLIP, min(_CLIP, surprise))
         at, share = _between(rows)
-        self._steps += 1
-        self._seen[at] = self._steps
+        self.steps += 1
         shared = 0.0 if mixed else clipped * _SHARED_RATE if self._known else surprise
         self._known = True
         moves = [shared] * len(_KNOTS)
@@ -101,10 +103,6 @@ class _Curve:
         for knot in reversed(range(len(self.logs) - 1)):
             self.logs[knot] = min(self.logs[knot], self.logs[knot + 1])  # fewer rows never take longer
         self._seconds = []
-
-    def fresh(self, rows: int) -> bool:
-        at, _ = _between(rows)
-        return self._steps - self._seen[at] < _FRESH_STEPS and self._weights[at] >= _FRESH_WEIGHT
 
 
 @lru_cache(maxsize=1 << 13)

@@ -19,6 +19,7 @@ class Watched:
 
     weigh: Weigh
     clock: Callable[[], float]
+    asked: float
     began: float = 0.0
     made: int | None = None
     """Passes that were made by then; None: it has not begun."""
@@ -32,6 +33,11 @@ class Watched:
 
     def __call__(self, sequences: Sized[Sequence], grades: Sized[Sized[int]]) -> Worth:
         return self.weigh(sequences, grades)
+
+    @property
+    def read_s(self) -> float:
+        """What reading took."""
+        return (self.clock() if self.made is None else self.began) - self.asked
 
     def pass_s(self, drafts: Sized[Draft], length: int) -> float | None:
         """What a drafting pass took, of those that led to `drafts` of at most `length` tokens."""

@@ -20,7 +20,7 @@ class FreeVerification(StepTime):
     def __call__(self, rows: int, sequences: int = 1) -> float:
         return 1e-3
 
-    def fresh(self, rows: int, sequences: int = 1) -> bool:
+    def fresh(self, sequences: int) -> bool:
         return True
 
 

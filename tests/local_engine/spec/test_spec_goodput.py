@@ -154,15 +154,15 @@ def test_plain_steps_are_known_apart_from_the_others() -> None:
     assert step_time(8) == pytest.approx(4e-3, rel=0.1)
 
 
-def test_a_size_not_timed_lately_is_not_fresh() -> None:
+def test_plain_steps_not_timed_lately_are_not_fresh() -> None:
     step_time = StepTime()
     for _ in range(3):
         assert not step_time.fresh(1)
-        step_time.observe(1, 1e-3)
-    assert step_time.fresh(1)
-    for _ in range(128):
-        step_time.observe(4, 1e-3)
-    assert not step_time.fresh(1)
+        step_time.observe_plain(1, 1e-3)
+    for rows in range(1, 129):
+        assert step_time.fresh(1)
+        step_time.observe(rows % 4 + 1, 1e-3)
+    assert not step_time.fresh(1), "drafts of few tokens tell nothing of none"
 
 
 class Wrong:
