@@ -1,7 +1,8 @@
 """The local engine beside its bounds and its peers: `make bench-engine`. Prints tables, writes results/engine.json.
 
-Sections: steps (decode steps over the machine's bound, taps), peers (tokens per second beside transformers and vLLM),
-prefix (first token of a shared prompt; cost where nothing hits), cancel (from the caller's leaving to freed rows).
+Sections: steps (decode steps over the machine's bound, taps), overhead (what of a step is no forward pass), peers
+(tokens per second beside transformers and vLLM), prefix (first token of a shared prompt; cost where nothing hits),
+cancel (from the caller's leaving to freed rows).
 Values are medians over rounds, ratios are taken within a round. Speculation has a command of its own: engine_spec.
 """
 
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+import engine_overhead
 import engine_peers
 import engine_prefix
 import torch
@@ -45,6 +47,13 @@ def steps(seed: int, into: Measured, seconds: float) -> None:
             into.add(name, "tokens_per_s", step.rows / step.seconds, "1/s")
             into.add(name, "of_the_bound", step.bound_s / step.seconds, "ratio")
             into.add(name, "taps_cost", step.tapped_s / step.seconds - 1, "ratio")
+
+
+def overhead(seed: int, into: Measured, seconds: float) -> None:
+    """What of a step at batch 32 is outside the forward pass, greedy and sampled; 29M float32."""
+    model = random_model("29m", torch.float32)
+    for metric, temperature in (("greedy_outside", 0.0), ("sampled_outside", 1.0)):
+        into.add("29M float32, 32 sequences", metric, engine_overhead.outside(model, temperature), "ratio")
 
 
 def peers(seed: int, into: Measured, seconds: float) -> None:
@@ -105,13 +114,16 @@ def _generate(id: int, text: str, tokens: int) -> Generate:
 
 
 SECTIONS: dict[str, Callable[[int, Measured, float], None]] = {
-    "steps": steps, "peers": peers, "prefix": prefix, "cancel": cancel,
+    "steps": steps, "overhead": overhead, "peers": peers, "prefix": prefix, "cancel": cancel,
 }  # fmt: skip
 
 
 def tables(rows: list[Row]) -> None:
     show(rows, "Decode steps, one thread", {
         "step_ms": "ms", "tokens_per_s": "tokens/s", "of_the_bound": "of the bound", "taps_cost": "all layers tapped",
+    })  # fmt: skip
+    show(rows, "Of a step, outside the forward pass", {
+        "greedy_outside": "greedy", "sampled_outside": "temperature 1, with sampling",
     })  # fmt: skip
     show(rows, "Peers, 29M float32, one thread", {
         "over_generate": "× generate", "over_serve": "× transformers serve", "over_vllm": "× vLLM",
