@@ -32,7 +32,7 @@ from gateway.errors import (
 )
 from gateway.ledger.records import HEDGE_LOST, AttemptKind, AttemptRecord
 from gateway.telemetry.metrics import Metrics
-from gateway.ticket import Ticket
+from gateway.ticket import Ticket, worst_cost
 from gateway.told import told
 from gateway.upstream.breaker import Breaker
 from gateway.upstream.gather import Gathered, whole_of
@@ -256,7 +256,7 @@ class AttemptEngine:
             if not done:
                 other = self._hedge_target(ticket, target)
                 beside = ask(ticket, other.model)
-                worst = self._worst_loss(ticket, (target, call), (other, beside))
+                worst = _worst_loss((target, call), (other, beside))
                 if worst is not None and budget.reserve(worst):
                     held, second = worst, _Runner()
                     second.task = asyncio.create_task(self._second(ticket, other, run, second, beside))
@@ -303,11 +303,6 @@ class AttemptEngine:
             if name != target.model and world.breakers[name].reason() is None:
                 return world.targets[name]
         return target
-
-    def _worst_loss(self, ticket: Ticket, *racing: tuple[Target, ChatCall]) -> int | None:
-        """The most that the loser can cost, whichever it is. None: no bound is known, as one of them has no price."""
-        costs = [ticket.worst_cost(target, call) for target, call in racing]
-        return None if None in costs else max(cost or 0 for cost in costs)
 
     async def _second(
         self, ticket: Ticket, target: Target, run: Run[_T], runner: "_Runner[_T]", call: ChatCall
@@ -443,6 +438,12 @@ async def followed(upstream: Upstream, target: Target, call: ChatCall, progress:
 async def _let_go(answer: Answer | AnswerStream | None) -> None:
     if answer is not None and not isinstance(answer, Answer):
         await answer.close()
+
+
+def _worst_loss(*racing: tuple[Target, ChatCall]) -> int | None:
+    """The most that the loser can cost, whichever it is. None: no bound is known, as one of them has no price."""
+    costs = [worst_cost(target, call) for target, call in racing]
+    return None if None in costs else max(cost or 0 for cost in costs)
 
 
 def _left_alone(target: Target, breaker: Breaker) -> UpstreamError:

@@ -32,8 +32,9 @@ from gateway.ledger.tables import SampleRow, insert_into
 from gateway.priority import beside
 from gateway.telemetry.logs import get_logger
 from gateway.telemetry.metrics import Metrics
-from gateway.ticket import Ticket
+from gateway.ticket import Ticket, worst_cost
 from gateway.upstream.types import ChatCall, UpstreamError
+from gateway.world import World
 from routers.aims import Shadow
 
 log = get_logger(__name__)
@@ -143,10 +144,10 @@ class Shadows:
             team=record.team,
             parent=record.id,
         )
-        ticket = Ticket(call, asked.query, world, account, NO_LIMIT, own, self._ledger, self._metrics)
-        if not _affordable(ticket, account, rule, decision.shadow):
+        if not _affordable(call, world, account, rule, decision.shadow):
             return "dropped"
         self._ledger.journal.opened(own)
+        ticket = Ticket(call, asked.query, world, account, NO_LIMIT, own, self._ledger, self._metrics)
         try:
             fate = await self._compare(ticket, asked, rule, text, decision.shadow)
         except asyncio.CancelledError:
@@ -247,15 +248,14 @@ class Shadows:
             await asyncio.to_thread(write)
 
 
-def _affordable(ticket: Ticket, account: Account, rule: Shadow, models: tuple[str, ...]) -> bool:
+def _affordable(call: ChatCall, world: World, account: Account, rule: Shadow, models: tuple[str, ...]) -> bool:
     """Whether all that this shadow can cost is a small part of what is left of each budget."""
     if not account.budgets:
         return True
-    targets = ticket.world.targets
-    costs = [ticket.worst_cost(targets[model]) for model in models]
+    costs = [worst_cost(world.targets[model], call) for model in models]
     if rule.judge is not None:
-        ask = question(b"x" * MAX_JUDGED_BYTES, "", "", ticket.call)
-        costs += [ticket.worst_cost(targets[rule.judge], ask)] * (2 * len(models))
+        ask = question(b"x" * MAX_JUDGED_BYTES, "", "", call)
+        costs += [worst_cost(world.targets[rule.judge], ask)] * (2 * len(models))
     if any(cost is None for cost in costs):
         return False
     whole = sum(cost for cost in costs if cost is not None)

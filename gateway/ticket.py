@@ -108,10 +108,6 @@ class Ticket:
 
     # attempts -------------------------------------------------------------------------------------------------------
 
-    def worst_cost(self, target: Target, call: ChatCall | None = None) -> int | None:
-        """The most that one attempt at `target` can cost, in nano-dollars; None: unpriced. `call`: what goes out."""
-        return _worst(call or self.call, target)[1]
-
     async def begin_attempt(self, target: Target, kind: AttemptKind, call: ChatCall | None = None) -> AttemptRecord:
         """Hold the most this attempt can cost, then journal it: only then may it go out.
 
@@ -119,8 +115,8 @@ class Ticket:
         journal does not take it.
         """
         record, call = self.record, call or self.call
-        worst, worst_cost = _worst(call, target)
-        hold = await self.account.reserve(worst_cost or 0)  # what is unpriced runs only where no budget holds
+        worst, most = _worst(call, target)
+        hold = await self.account.reserve(most or 0)  # what is unpriced runs only where no budget holds
         seq = len(self.attempts)
         attempt = AttemptRecord(
             id=f"{record.id}-{seq}",
@@ -131,7 +127,7 @@ class Ticket:
             started_at_ms=time.time_ns() // 1_000_000,
             kind=kind,
         )
-        attempt.bill(worst, worst_cost)  # what the journal believes until the end is known
+        attempt.bill(worst, most)  # what the journal believes until the end is known
         try:
             self._ledger.journal.dispatched(attempt)
         except OSError as error:
@@ -142,11 +138,11 @@ class Ticket:
         self.attempts.append(attempt)
         if (target.plans or target.steps) and (why := unplanned(target, call, kind)):
             self._unplanned[target.model] = why
-        self._running[attempt.id] = _Running(call, hold, worst, worst_cost, time.perf_counter_ns(), Progress())
+        self._running[attempt.id] = _Running(call, hold, worst, most, time.perf_counter_ns(), Progress())
         if self.world.loads is not None:
             self.world.loads.began(target.model)
         record.model_served, record.provider = target.model, target.provider
-        record.reserved_nanousd += worst_cost or 0
+        record.reserved_nanousd += most or 0
         if self._ledger.full:
             try:
                 await self._ledger.durable()
@@ -448,6 +444,11 @@ class Ticket:
             "attempts": len(self.attempts),
             "resumed": self.resumed,
         }
+
+
+def worst_cost(target: Target, call: ChatCall) -> int | None:
+    """The most that one attempt at `target` can cost, in nano-dollars; None: unpriced. `call`: what goes out."""
+    return _worst(call, target)[1]
 
 
 def _worst(call: ChatCall, target: Target) -> tuple[Usage, int | None]:

@@ -239,6 +239,7 @@ async def test_a_shadow_takes_a_small_part_of_a_budget_or_none(shadowed: Any, up
         await gateway.chat(ask("hello", model="shadowed", max_tokens=1000))  # dear may cost $0.0125
         await idle(gateway)
         assert (len(upstream.bodies), counted(gateway, "dropped")) == (1, 1)
+        assert gateway.app.state.lifecycle.world.under_way == 0, "an engine that a reload replaced would never be left"
         await gateway.chat(ask("hello", model="shadowed", max_tokens=100))
         await idle(gateway)
         assert len(upstream.bodies) == 3
