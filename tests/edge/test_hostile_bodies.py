@@ -5,12 +5,14 @@ import contextlib
 import gzip
 import json
 import re
+import tracemalloc
 import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gateway.edge.surrogates import half_character_in
 from gateway.edge.wire import MAX_MESSAGES
 from tests.edge.conftest import post
 from tests.edge.provider import Provider
@@ -136,6 +138,24 @@ async def test_half_a_character_is_refused_by_its_place(
     )
     assert "send both halves" in error["message"]
     assert provider.bodies == []
+
+
+@anyio
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/leadline/v1/explain"])
+async def test_half_a_character_in_much_is_refused_in_little_memory(edge: Gateway, path: str) -> None:
+    """To find its place takes objects and paths for all that stands before it: 120 times the body's memory."""
+    much = chat(b'"unread":[' + b"1," * 500_000 + b'"\\ud800"]')
+    tracemalloc.start()
+    try:
+        assert half_character_in(much) is not None
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < len(much)
+    assert half_character_in(chat(b'"unread":[' + b"1," * 500_000 + b'"\\ud83d\\ude00"]')) is None
+    status, _, answer = await post(edge, path, much, **{"Content-Type": "application/json"})
+    assert (status, answer["error"]["code"]) == (400, "invalid_request")
+    assert "half of a surrogate pair" in answer["error"]["message"]
 
 
 @anyio
