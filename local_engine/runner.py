@@ -23,7 +23,7 @@ from local_engine.model import LocalModel
 from local_engine.norms import best_norm
 from local_engine.products import KernelProduct, shared_product
 from local_engine.simd import Kernel
-from local_engine.tapped import Tapped
+from local_engine.tapped import NOTHING, Tapped
 from local_engine.whole import PackedRows, WholeForward
 
 
@@ -45,6 +45,7 @@ class StepOutput:
     logits: Tensor
     """float32 [sum of segment.logits, vocabulary], in segment order."""
     hidden: Tapped
+    """Until the runner's next step."""
     state: Tensor | None = None
     """[tokens, width] in segment order, when the step stopped before the last layer: what resumes it there."""
 
@@ -68,6 +69,7 @@ class Runner:
         network.set_attn_implementation(attention.NAME)
         self._body = network.model
         self._device = model.device
+        self._tapped = NOTHING
         self.rotary = _RotaryTable(self._body.rotary_emb, kv.shape)
         self.layers = len(self._body.layers)
         self._fused = fuse(self._body, kv, self.rotary.first(CHECK_TOKENS)) if fused else None
@@ -111,7 +113,7 @@ class Runner:
         packing = _Packing(segments, plan, self._device)
         self.rotary.reach(packing.furthest)
         # Outside of inference mode, because what is made in it may not be changed outside.
-        taps = Tapped.room(tap_layers, packing.tapped, self._body.embed_tokens.weight)
+        taps = self._room(tap_layers, packing.tapped)
         reading = plan.reading if self._whole is not None and isinstance(plan, RowsPlan) else None
         if self._whole is not None and reading is not None:
             with torch.no_grad():
@@ -159,6 +161,12 @@ class Runner:
         """float32 [rows, vocabulary] that hidden states [rows, width] of any layer would give as the last layer's."""
         with torch.inference_mode():
             return self._head(self._norm(states)).to(torch.float32, copy=True)
+
+    def _room(self, layers: Sequence[int], rows: int) -> Tapped:
+        """For hidden states of `rows` tokens of each layer; the last step's, where it fits."""
+        if layers and not self._tapped.fits(layers, rows):
+            self._tapped = Tapped.room(layers, rows, self._body.embed_tokens.weight)
+        return self._tapped if layers else NOTHING
 
     def _forward(self, hidden: Tensor, packing: "_Packing", plan: StepPlan, layers: range, taps: Tapped) -> Tensor:
         """Hidden states after the last of `layers`; those before the tapped ones go into `taps`."""
@@ -226,7 +234,9 @@ class _Packing:
             elif segment.logits:
                 end = offset + len(segment.tokens)
                 logit_rows += range(end - segment.logits, end)
-            if segment.taps:
+            if len(segment.taps) == 1:
+                tap_rows.append(offset + segment.taps[0])
+            elif segment.taps:
                 tap_rows += [offset + tap for tap in segment.taps]
         self.furthest = max(positions)
         self.tapped = len(tap_rows)

@@ -1,6 +1,10 @@
-"""Hidden states that a step tapped, in one piece of memory, so that a tap costs the step no tensor of its own."""
+"""Hidden states that a step tapped, in one piece of memory, so that a tap costs the step no tensor of its own.
+
+A runner uses that memory again: what comes from the system anew has to be cleared and mapped, page by page.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -18,11 +22,13 @@ class Tapped(Mapping[int, Tensor]):
 
     @classmethod
     def room(cls, layers: Sequence[int], rows: int, like: Tensor) -> "Tapped":
-        """For so many tokens; `like` [..., width]. A layer that is named twice is held once."""
-        if not layers:
-            return _NOTHING
+        """For `rows` tokens, `like` [..., width]. A layer that is named twice is held once."""
         named = list(dict.fromkeys(layers))
         return cls(named, torch.empty(len(named), rows, like.shape[-1], dtype=like.dtype, device=like.device))
+
+    def fits(self, layers: Sequence[int], rows: int) -> bool:
+        """Whether it is room for just these."""
+        return self.layers == list(dict.fromkeys(layers)) and self.states.shape[1] == rows
 
     def addresses(self) -> Iterator[tuple[int, int]]:
         """Each layer, and where its states begin."""
@@ -44,4 +50,4 @@ class Tapped(Mapping[int, Tensor]):
         return len(self.layers)
 
 
-_NOTHING = Tapped((), torch.empty(0, 0, 0))
+NOTHING: Final = Tapped((), torch.empty(0, 0, 0))
