@@ -298,7 +298,7 @@ class Lane:
                 self._pace.observe(plan.tokens, self._clock() - began)
                 if self.store is not None:
                     self.store.observe_prefill(plan.tokens, self._clock() - began)
-            if self.speculator is not None:
+            if self.speculator is not None and self.speculator.timed:
                 self.speculator.settle(plan.tokens, len(plan.work))
         else:
             self._await_arrival()

@@ -10,12 +10,12 @@ from typing import Final
 _IDLE_LOOKS: Final = 4
 """Looks in a row that find nothing worth drafting, after which there is a rest."""
 _IDLE_STEPS: Final = 16
-_MOST_IDLE_STEPS: Final = 64
+_MOST_IDLE_STEPS: Final = 128
 """Each look that finds nothing either doubles the rest, up to this; one that costs much makes it longer."""
 _LOOK_SHARE: Final = 0.005
 """Of the time that looks may take where they find nothing."""
 MOST_REST: Final = 512
-_TIMED_STEPS: Final = 32
+_TIMED_STEPS: Final = 128
 """Of a rest one in so many is timed, and the last."""
 _SHORT_REST: Final = 3
 
@@ -38,6 +38,8 @@ class Rests:
     def __init__(self) -> None:
         self._of: dict[int, _Rest] = {}
         self._now = _Rest()
+        self.timed = False
+        """Whether this step of a rest is one to be timed."""
 
     def rests(self, running: int) -> bool:
         """Whether the next step, of so many sequences, is one without a look. All else is said of its size."""
@@ -47,12 +49,8 @@ class Rests:
             return False
         rest.left -= 1
         rest.taken += 1
+        self.timed = not rest.left % _TIMED_STEPS
         return True
-
-    @property
-    def timed(self) -> bool:
-        """Whether this step of a rest is one to be timed."""
-        return self._now.left % _TIMED_STEPS == 0
 
     @property
     def pay(self) -> bool:

@@ -176,12 +176,14 @@ class Speculator:
         """Whether `learn` wants predictions of this step."""
         return self._step.looked and bool(self._free) and not self._unfree
 
+    @property
+    def timed(self) -> bool:
+        """Whether this step is one to `settle`."""
+        return self._step.timed
+
     def settle(self, rows: int, sequences: int) -> None:
         """The step of `rows` rows of so many sequences, which began with `rests`, is over."""
-        step = self._step
-        if not step.timed:
-            return
-        self._step = _UNTIMED
+        step, self._step = self._step, _UNTIMED
         seconds = self._clock() - step.began
         if not step.looked:
             if rows == sequences:

@@ -75,7 +75,7 @@ def decode(
             if speculator:
                 speculator.learn(sequence, len(window.drafted), tokens, predictions[row : row + window.rows])
             row += window.rows
-        if speculator:
+        if speculator and speculator.timed:
             speculator.settle(row, len(active))
     for sequence in sequences:
         if speculator:
