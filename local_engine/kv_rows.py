@@ -270,8 +270,8 @@ class _Group:
     def _attend(self, layer: Tensor, query: Tensor, scale: float, window: int | None) -> Tensor:
         """query and result [rows * count, query_heads, head_dim]."""
         shape, count, rows = self._shape, self.count, self.rows
-        keys = layer.as_strided(*self._view, self._key_offset)
-        values = layer.as_strided(*self._view, self._value_offset)
+        keys = layer.as_strided(*self._view, layer.storage_offset() + self._key_offset)
+        values = layer.as_strided(*self._view, layer.storage_offset() + self._value_offset)
         mask = self._mask(window)
         if not self._folded:
             heads_first = query.reshape(rows, count, shape.query_heads, shape.head_dim).transpose(1, 2)

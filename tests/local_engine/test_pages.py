@@ -22,3 +22,9 @@ def test_what_fills_a_page_begins_with_one_and_holds_zeros() -> None:
         assert tensor.dtype == torch.bfloat16
         assert not tensor.any()
         assert tensor.nbytes < PAGE or tensor.data_ptr() % PAGE == 0
+
+
+def test_memory_first_asked_for_in_inference_mode_is_written_outside() -> None:
+    with torch.inference_mode():
+        on_large_pages(torch.ones(9_000_000))  # more than any arena has left
+    assert on_large_pages(torch.ones(3)).sum() == 3
