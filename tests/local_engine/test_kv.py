@@ -121,6 +121,19 @@ def test_one_sequence_may_grow_to_the_whole_budget(make_kv: MakeKV) -> None:
     assert held(kv, slot) == tokens
 
 
+def test_what_is_held_in_large_pages_is_what_is_attended_to() -> None:
+    kv = RowsKV(SHAPE, 1 << 24)
+    slots = [kv.open(SHAPE.context) for _ in range(20)]
+    for slot in slots:
+        kv.load(slot, 0, content([3] * 7))
+    plan = kv.plan([Span(slot, 7, 1) for slot in slots])
+    query, new = (
+        torch.ones(20, SHAPE.query_heads, SHAPE.head_dim),
+        torch.full((20, SHAPE.kv_heads, SHAPE.head_dim), 3.0),
+    )
+    torch.testing.assert_close(plan.attend(1, query, new, new, 1.0, None), 3 * query)
+
+
 def test_a_closed_slot_is_unknown_and_its_name_is_not_used_again(make_kv: MakeKV) -> None:
     kv = make_kv(SHAPE, 4_096 * SHAPE.token_bytes)
     slot = kv.open(1)
