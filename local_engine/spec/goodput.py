@@ -16,9 +16,9 @@ from local_engine.spec.steptime import StepTime
 
 LOSS_SHARE = 0.0075
 """Most that speculation may lose, as a share of all time."""
-_LOSS_STEPS = 12.0  # and what it may be in debt at any moment, in plain steps of the running batch
+_LOSS_STEPS = 24.0  # and what it may be in debt at any moment, in plain steps of the running batch
 _READ_STEPS = 12.0  # and beyond that, for what a drafter that begins had to read: it has not drafted yet
-_PAID_STEPS = 2.0  # once it owes more, speculation pauses until it owes no more than this
+_PAID_STEPS = 8.0  # once it owes more, speculation pauses until it owes no more than this
 _BANKED_STEPS = 16.0  # of what it gained, this pays for later losses: above all, when a drafter reads the next prompt
 _LEAST_GAIN = 0.05  # a draft that promises less is not made: what it promises is known no better than that
 

@@ -10,7 +10,7 @@ from typing import Final
 _IDLE_LOOKS: Final = 4
 """Looks in a row that find nothing worth drafting, after which there is a rest."""
 _IDLE_STEPS: Final = 16
-_MOST_IDLE_STEPS: Final = 128
+_MOST_IDLE_STEPS: Final = 64
 """Each look that finds nothing either doubles the rest, up to this; one that costs much makes it longer."""
 _LOOK_SHARE: Final = 0.005
 """Of the time that looks may take where they find nothing."""

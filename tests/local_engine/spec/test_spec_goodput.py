@@ -250,7 +250,7 @@ def test_rests_grow_while_looks_find_nothing_and_end_where_drafts_gain() -> None
         assert not rests.rests(1)
         rests.looked(0.0, found=False, gained=False)
         lengths.append(next(steps for steps in itertools.count() if not rests.rests(1)))
-    assert lengths == [0, 0, 0, 16, 32, 64, 128]
+    assert lengths == [0, 0, 0, 16, 32, 64, 64]
     rests.looked(1.0, found=False, gained=False)
     assert next(steps for steps in itertools.count() if not rests.rests(1)) == 200, "a look is half a percent"
     rests.looked(0.0, found=True, gained=True)
