@@ -410,9 +410,8 @@ def _next(ticket: Ticket, decision: Decision, error: UpstreamError, tried: list[
     if error.cause == "refused":
         return None
     failure = _FAILURE.get(error.cause, "error")
-    reserve = decision.on_cause.get(failure)
-    if reserve is None:
-        reserve = decision.fallbacks if failure in ("error", "rate_limit") else ()
+    spare = decision.fallbacks if failure in ("error", "rate_limit") else ()
+    reserve = decision.on_cause.get(failure, spare)
     hedged = [attempt.model for attempt in ticket.attempts if attempt.kind == "hedge"]
     return next((name for name in reserve if name not in tried and name not in hedged), None)
 
