@@ -423,13 +423,13 @@ async def complete(upstream: Upstream, target: Target, call: ChatCall, progress:
 
 async def stream(upstream: Upstream, target: Target, call: ChatCall, progress: Progress) -> AnswerStream:
     """The run of a stream."""
-    return await upstream.stream(target, call)
+    return await upstream.stream(target, call, progress)
 
 
 async def followed(upstream: Upstream, target: Target, call: ChatCall, progress: Progress) -> Answer:
     """The run of a whole answer that is asked for as a stream: one that breaks off, or is stopped, is billed for what
     was written of it."""
-    answer = await upstream.stream(target, call)
+    answer = await upstream.stream(target, call, progress)
     progress.state = answer.state
     return await whole_of(answer, Gathered())
 

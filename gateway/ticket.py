@@ -248,6 +248,8 @@ class Ticket:
         state = running.progress.state
         if usage is None and state is not None:
             usage, delivered_bytes, deltas = state.so_far(), state.delivered_bytes, state.deltas
+        if usage is None and running.progress.unsent:
+            usage = NO_USAGE
         if usage is None:
             usage = running.worst
             if running.call.stream or delivered_bytes or state is not None:

@@ -81,6 +81,7 @@ class Connection(asyncio.Protocol):
     def _reset(self) -> None:
         self._raw = b""
         self._unsent = b""
+        self._on_sent: Callable[[], None] | None = None
         self._begun = False
         self._paused = False
         self._uploading = False
@@ -100,9 +101,20 @@ class Connection(asyncio.Protocol):
     # the exchange ---------------------------------------------------------------------------------------------------
 
     def start(
-        self, data: bytes, timeouts: Timeouts, deadline: float, *, head_only: bool, more: bool, crowded: bool
+        self,
+        data: bytes,
+        timeouts: Timeouts,
+        deadline: float,
+        *,
+        head_only: bool,
+        more: bool,
+        crowded: bool,
+        on_sent: Callable[[], None] | None = None,
     ) -> None:
-        """Send a request's first bytes. `more`: `upload` will send the rest. `crowded`: others ask this server too."""
+        """Send a request's first bytes. `more`: `upload` will send the rest. `crowded`: others ask this server too.
+
+        `on_sent` is called right before they go out.
+        """
         assert self._transport is not None
         now = self._loop.time()
         self.exchanging = True
@@ -112,15 +124,17 @@ class Connection(asyncio.Protocol):
         self._deadline = deadline
         self._sent_at = now
         self._arm(min(deadline, now + timeouts.first_byte_s))
+        self._unsent, self._on_sent = data, on_sent
         if crowded and not more:
-            self._unsent = data
             self._loop.call_soon(self._send)
         else:
-            self._transport.write(data)
+            self._send()
 
     def _send(self) -> None:
         data, self._unsent = self._unsent, b""
         if data and not self.closed and self._transport is not None:
+            if self._on_sent is not None:
+                self._on_sent()
             self._transport.write(data)
 
     async def upload(self, body: bytes) -> None:

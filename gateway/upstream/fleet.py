@@ -108,10 +108,10 @@ class Fleet:
 
         return await self._first(call, ask)
 
-    async def stream(self, target: Target, call: ChatCall) -> AnswerStream:
+    async def stream(self, target: Target, call: ChatCall, progress: Progress | None = None) -> AnswerStream:
         async def ask(replica: Replica) -> AnswerStream:
             try:
-                return _Counted(await replica.upstream.stream(target, call), replica)
+                return _Counted(await replica.upstream.stream(target, call, progress), replica)
             except BaseException:
                 replica.in_flight -= 1
                 raise

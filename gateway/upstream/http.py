@@ -169,8 +169,13 @@ class HttpClient:
         self._pools: dict[str, _Pool] = {}
         self._closed = False
 
-    async def request(self, head: RequestHead, body: bytes, timeouts: Timeouts) -> HttpResponse:
-        """Send one request and wait for the headers of its answer. Raises HttpError."""
+    async def request(
+        self, head: RequestHead, body: bytes, timeouts: Timeouts, on_sent: Callable[[], None] | None = None
+    ) -> HttpResponse:
+        """Send one request and wait for the headers of its answer. Raises HttpError.
+
+        `on_sent` is called right before its first byte goes out: who leaves before has asked nobody for anything.
+        """
         if self._closed:
             raise RuntimeError("the client is closed")
         pool = self._pools.get(head.origin)
@@ -185,7 +190,10 @@ class HttpClient:
             data = head.data + b"%d\r\n\r\n" % len(body)
             more = len(body) > WRITE_BYTES
             first = data if more else data + body
-            connection.start(first, timeouts, deadline, head_only=head.head_only, more=more, crowded=pool.crowded())
+            connection.start(
+                first, timeouts, deadline,
+                head_only=head.head_only, more=more, crowded=pool.crowded(), on_sent=on_sent,
+            )  # fmt: skip
             if more:
                 await connection.upload(body)
             while not connection.answered:

@@ -50,6 +50,9 @@ class LocalUpstream:
         return None
 
     async def stream(self, target: Target, call: ChatCall, progress: Progress | None = None) -> "LocalStream":
+        return await self._begun(target, call, None)  # whoever relays it has its state
+
+    async def _begun(self, target: Target, call: ChatCall, progress: Progress | None) -> "LocalStream":
         client = self._link.client
         if client is None:
             raise UpstreamError("engine_gone", "the engine process is not up")
@@ -73,7 +76,7 @@ class LocalUpstream:
                 return await embed(client, target, call)
             except (EngineFailure, EngineGone) as error:
                 raise _upstream_error(error) from error
-        stream = await self.stream(target, call, progress)
+        stream = await self._begun(target, call, progress)
         return await whole_of(stream, Gathered(stream.completion_id, stream.created, target.model))
 
     def _generation(self, client: EngineClient, target: Target, call: ChatCall) -> AsyncIterator[Delta | Finished]:

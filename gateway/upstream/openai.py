@@ -86,21 +86,21 @@ class OpenAIUpstream:
 
     async def complete(self, target: Target, call: ChatCall, progress: Progress | None = None) -> Answer:
         try:
-            return await self._complete(target, call)
+            return await self._complete(target, call, progress)
         except UpstreamError as error:
             raise self._discreet(error) from None
 
-    async def stream(self, target: Target, call: ChatCall) -> "OpenAIStream":
+    async def stream(self, target: Target, call: ChatCall, progress: Progress | None = None) -> "OpenAIStream":
         try:
-            return await self._stream(target, call)
+            return await self._stream(target, call, progress)
         except UpstreamError as error:
             raise self._discreet(error) from None
 
     def _discreet(self, error: UpstreamError) -> UpstreamError:
         return error.hide(self._secret) if self._secret else error
 
-    async def _complete(self, target: Target, call: ChatCall) -> Answer:
-        response = await self._post(target, call)
+    async def _complete(self, target: Target, call: ChatCall, progress: Progress | None) -> Answer:
+        response = await self._post(target, call, progress)
         try:
             body = await response.read(MAX_ANSWER_BYTES)
         except HttpError as error:
@@ -130,8 +130,8 @@ class OpenAIUpstream:
             )
         return Answer(body, usage, delivered_bytes=len(body))
 
-    async def _stream(self, target: Target, call: ChatCall) -> "OpenAIStream":
-        response = await self._post(target, call)
+    async def _stream(self, target: Target, call: ChatCall, progress: Progress | None) -> "OpenAIStream":
+        response = await self._post(target, call, progress)
         kind = response.header(b"content-type")
         if kind is not None and not kind.startswith("text/event-stream"):
             raise await self._no_stream(response, kind)
@@ -143,7 +143,7 @@ class OpenAIUpstream:
             raise
         return stream
 
-    async def _post(self, target: Target, call: ChatCall) -> HttpResponse:
+    async def _post(self, target: Target, call: ChatCall, progress: Progress | None) -> HttpResponse:
         fields = dict(call.fields)
         fields["model"] = _as_json(target.wire_model)
         fields.pop("leadline", None)
@@ -158,8 +158,11 @@ class OpenAIUpstream:
         timeouts = Timeouts(
             target.connect_timeout_s, target.first_byte_timeout_s, target.idle_timeout_s, target.timeout_s
         )
+        on_sent = None
+        if progress is not None:
+            progress.unsent, on_sent = True, progress.goes_out
         try:
-            response = await self._client.request(self._heads[call.endpoint], _encode(fields), timeouts)
+            response = await self._client.request(self._heads[call.endpoint], _encode(fields), timeouts, on_sent)
         except ConnectError as error:
             raise UpstreamError("connect", f"{self._provider} cannot be reached: {error}") from error
         except ExchangeTimeout as error:

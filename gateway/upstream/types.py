@@ -253,10 +253,15 @@ class StreamState:
 
 @dataclass(slots=True)
 class Progress:
-    """Of a whole answer that is followed while it is written: what one that breaks off is billed by."""
+    """How far a call has come whose answer is not here yet: what one that breaks off is billed by."""
 
     state: StreamState | None = None
     """None: nobody sees anything of it before its end."""
+    unsent: bool = False
+    """Nothing has gone out yet that somebody could work on."""
+
+    def goes_out(self) -> None:
+        self.unsent = False
 
 
 class Event(msgspec.Struct, frozen=True, gc=False):
@@ -296,7 +301,7 @@ class Upstream(Protocol):
         """`progress` is told how far the answer has come, where that is seen before its end."""
         ...
 
-    async def stream(self, target: Target, call: ChatCall) -> AnswerStream: ...
+    async def stream(self, target: Target, call: ChatCall, progress: Progress | None = None) -> AnswerStream: ...
 
     def unavailable(self, target: Target) -> str | None:
         """Why this target cannot serve now; None when it can."""
