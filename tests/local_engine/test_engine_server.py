@@ -157,10 +157,11 @@ async def test_a_slow_reader_gets_merged_deltas(client: EngineClient) -> None:
         first = await anext(stream)
         await answer(client, "What is 3 + 4?")  # by now the first stream is over as well
         rest = [event async for event in stream]
-    assert isinstance(first, Delta)
-    assert len(rest) == 2
-    assert isinstance(rest[0], Delta)
-    assert rest[0].content.endswith("The answer is 7.")
+    *deltas, end = [first, *rest]
+    assert isinstance(end, Finished)
+    assert len(rest) <= 2, "one delta and the end; the first may have held all, where the engine was faster"
+    assert "".join(delta.content for delta in deltas if isinstance(delta, Delta)).endswith("The answer is 7.")
+    assert end.output_tokens > 2
 
 
 async def test_frames_survive_any_cut(client: EngineClient, socket_path: str) -> None:
