@@ -20,6 +20,22 @@ def at_row(number: object) -> str:
     return f"row {number} (the first is row 0)"
 
 
+def read_frame(path: Path) -> Any:
+    """A .parquet or .csv table with the types that pandas finds; rows are numbered as in the file, whatever index is
+    stored with them. TableError names value and fix."""
+    import pandas as pd
+
+    if path.suffix not in (".parquet", ".csv"):
+        raise TableError(f"{path}: unknown table type {path.suffix!r}; give a .parquet or .csv file")
+    try:
+        frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+    except FileNotFoundError:
+        raise TableError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise TableError(f"{path}: cannot be read: {error}") from None
+    return frame.reset_index(drop=True)
+
+
 def read_columns(path: Path, columns: Sequence[str]) -> dict[str, list[Any]]:
     """These columns of a .parquet, .csv or .jsonl table, as Python values; TableError names field, value and fix."""
     import pandas as pd

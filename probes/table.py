@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from probes.calibrate import Array
-from probes.cells import Unreadable, at_row, conversation, read_columns
+from probes.cells import Unreadable, at_row, conversation, read_columns, read_frame
 from probes.errors import TableError
 from probes.text import render
 from probes.types import Kind
@@ -79,17 +79,7 @@ def read_table(
     pair of 0/1 columns (right without thinking, right with it), of which thinking pays where only the second is 1.
     """
     tokens = tokens or {}
-    if path.suffix not in (".parquet", ".csv"):
-        raise TableError(f"{path}: unknown table type {path.suffix!r}; give a .parquet or .csv file")
-    try:
-        # Labels from pandas. Prompts as they stand: a conversation stays one, "007" stays a text.
-        frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
-    except FileNotFoundError:
-        raise TableError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise TableError(f"{path}: cannot be read: {error}") from None
-    # A stored index is not the file's row, which complaints name.
-    frame = frame.reset_index(drop=True)
+    frame = read_frame(path)  # for the labels; prompts as they stand: a conversation stays one, "007" stays a text
     for option, column in [
         ("--prompt", prompt),
         *((f"--head {name}", column) for name, column in heads.items()),

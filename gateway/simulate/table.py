@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from probes.cells import at_row
+from probes.cells import at_row, read_frame
 from probes.errors import TableError
 
 Array = npt.NDArray[np.float64]
@@ -142,17 +142,10 @@ def _outcomes(
 
 
 def _read(path: Path) -> Any:
-    if path.suffix not in (".parquet", ".csv"):
-        raise TableError(f"{path}: unknown table type {path.suffix!r}; give a .parquet or .csv file")
-    try:
-        frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
-    except FileNotFoundError:
-        raise TableError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise TableError(f"{path}: cannot be read: {error}") from None
+    frame = read_frame(path)
     if not len(frame):
         raise TableError(f"{path}: holds no rows")
-    return frame.reset_index(drop=True)
+    return frame
 
 
 def _widened(
