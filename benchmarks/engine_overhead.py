@@ -7,10 +7,9 @@ import statistics
 import time
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Final
+from typing import Any, Final
 
 import torch
-from torch import Tensor
 
 from local_engine.engine import Engine
 from local_engine.kv import KVCache
@@ -29,16 +28,9 @@ class Watched(Runner):
         super().__init__(model, kv)
         self.passes: list[tuple[float, float]] = []
 
-    def run(
-        self,
-        segments: Sequence[Segment],
-        *,
-        tap_layers: Sequence[int] = (),
-        layers: tuple[int, int] | None = None,
-        state: Tensor | None = None,
-    ) -> StepOutput:
+    def run(self, segments: Sequence[Segment], **how: Any) -> StepOutput:
         began = time.perf_counter()
-        output = super().run(segments, tap_layers=tap_layers, layers=layers, state=state)
+        output = super().run(segments, **how)
         if [len(segment.tokens) for segment in segments] == [1] * SEQUENCES:
             self.passes.append((began, time.perf_counter()))
         return output

@@ -19,8 +19,8 @@ from local_engine.kv import KVCache
 from local_engine.kv_rows import Reading
 from local_engine.products import KernelProduct
 from local_engine.sampler import Choice
-from local_engine.simd import LANES, PTR, Kernel, Writer
-from local_engine.whole import Built, WholeForward, address
+from local_engine.simd import LANES, PTR, Kernel, Writer, address
+from local_engine.whole import Built, WholeForward
 
 _NOWHERE: Final = 1 << 62
 

@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from local_engine import kernels
 from local_engine.kv import KVFull, KVShape, Span, check_blocks, check_range, check_spans
 from local_engine.pages import zeros
-from local_engine.simd import LANES
+from local_engine.simd import LANES, address
 
 SMALLEST_ROW: Final = 256
 """Tokens. Smaller rows would save little memory and split the decode rows of short chats over more calls."""
@@ -89,8 +89,7 @@ class RowsKV:
         self._pools: dict[int, _Pool] = {}
         self._rows: dict[int, _Row] = {}
         self._slots = count()
-        usable = shape.head_dim % LANES == 0 and kernels.usable(shape.dtype, shape.device)
-        self._export = kernels.export(shape.head_dim, shape.dtype) if usable else None
+        self._export = kernels.export(shape.head_dim, shape.dtype) if _has_kernels(shape) else None
 
     @property
     def bytes_used(self) -> int:
@@ -150,12 +149,12 @@ class RowsKV:
         row, tokens = self._rows[slot], check_blocks(self.shape, blocks)
         stop = start + len(blocks) * tokens
         check_range(row.length, start, stop)
-        addresses = array("q", [block.data_ptr() for block in blocks])
-        if self._export is not None and not any(address % kernels.LINE for address in addresses):
+        places = array("q", [block.data_ptr() for block in blocks])
+        if self._export is not None and not any(place % kernels.LINE for place in places):
             stride = row.pool.capacity * self.shape.head_dim
             self._export(
-                row.pool.addresses.buffer_info()[0],
-                addresses.buffer_info()[0],
+                address(row.pool.addresses),
+                address(places),
                 len(blocks),
                 2 * self.shape.layers,
                 self.shape.kv_heads,
@@ -342,8 +341,7 @@ class _KernelAttention:
 
     @classmethod
     def of(cls, shape: KVShape, members: Sequence[tuple[Span, _Row]]) -> "_KernelAttention | None":
-        usable = shape.head_dim % LANES == 0 and kernels.usable(shape.dtype, shape.device)
-        return cls(shape, members) if usable else None
+        return cls(shape, members) if _has_kernels(shape) else None
 
     def run(
         self, pool: _Pool, layer: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
@@ -372,6 +370,11 @@ class _KernelAttention:
             window or shape.context,
         )
         return out
+
+
+def _has_kernels(shape: KVShape) -> bool:
+    """Whether our own kernels are for rows of this shape."""
+    return shape.head_dim % LANES == 0 and kernels.usable(shape.dtype, shape.device)
 
 
 def _with_whole_heads(tensor: Tensor) -> Tensor:
@@ -424,7 +427,7 @@ class Reading:
         for span, row in packed:
             pool = row.pool
             if pool is not last:
-                groups.extend((len(rows), 0, pool.capacity, pool.addresses.buffer_info()[0]))
+                groups.extend((len(rows), 0, pool.capacity, address(pool.addresses)))
                 last = pool
             for at in range(span.count):
                 rows.append(row.index)

@@ -5,6 +5,7 @@ installed. Vectors have 16 float32 lanes; bfloat16 is widened when it is loaded 
 """
 
 import ctypes
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
@@ -288,6 +289,11 @@ class Writer:
     def compiled(self) -> "Kernel":
         self._builder.ret_void()
         return Kernel(_compile(str(self._module), self._function.name), self._types)
+
+
+def address(words: "array[int] | array[float]") -> int:
+    """The address of an array's first element; good for as long as somebody keeps the array."""
+    return words.buffer_info()[0]
 
 
 class Kernel:

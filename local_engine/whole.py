@@ -20,7 +20,7 @@ from local_engine.fused import FusedLayer
 from local_engine.kv_rows import GROUP_WORDS, GroupWord, Reading
 from local_engine.norms import KernelNorm, KernelTurn
 from local_engine.products import KernelGated, KernelProduct, Product
-from local_engine.simd import I64, LANES, PTR, Kernel, Writer
+from local_engine.simd import I64, LANES, PTR, Kernel, Writer, address
 from local_engine.tapped import Tapped
 
 
@@ -336,11 +336,6 @@ class WholeForward:
         self._cos, self._sin = (like.new_empty(self._rows, sizes.head_dim) for _ in range(2))
         buffers = self._hidden, self._normed, self._heads, self._seen, self._gated, self._scores, self._cos, self._sin
         self._buffers = [buffer.data_ptr() for buffer in buffers]
-
-
-def address(words: "array[int] | array[float]") -> int:
-    """The address of an array's first element."""
-    return words.buffer_info()[0]
 
 
 def _product(product: Product) -> KernelProduct:
