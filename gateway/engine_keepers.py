@@ -82,12 +82,12 @@ class EnginesOfParent:
 
     def serving(self) -> None:
         """Tell the parent that this worker serves."""
-        self._say({"serving": True})
+        say(self._writer, {"serving": True})
 
     async def place(self, needs: EngineNeeds) -> Path:
         answer: asyncio.Future[Path] = asyncio.get_running_loop().create_future()
         self._asked.put_nowait(answer)
-        self._say({"needs": needs})
+        say(self._writer, {"needs": needs})
         return await answer
 
     async def up(self, place: Path) -> None:
@@ -96,15 +96,11 @@ class EnginesOfParent:
 
     async def leave(self, place: Path) -> None:
         del self._up[place]
-        self._say({"leave": str(place)})
+        say(self._writer, {"leave": str(place)})
 
     async def stop(self) -> None:
         for place in tuple(self._up):
             await self.leave(place)
-
-    def _say(self, message: Mapping[str, Any]) -> None:
-        if not self._writer.is_closing():
-            self._writer.write(json.dumps(message).encode() + b"\n")
 
     async def _hear(self) -> None:
         with contextlib.suppress(ConnectionError):
@@ -124,6 +120,12 @@ class EnginesOfParent:
         for waiting in self._up.values():
             if not waiting.done():
                 waiting.set_result("the parent of the workers is gone")
+
+
+def say(line: asyncio.StreamWriter, message: Mapping[str, Any]) -> None:
+    """One message on the line between a worker and its parent, unless that has gone."""
+    if not line.is_closing():
+        line.write(json.dumps(message).encode() + b"\n")
 
 
 def nth_socket(first: Path, number: int) -> Path:

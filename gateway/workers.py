@@ -21,12 +21,13 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
 from gateway.banner import announce, url_of
+from gateway.engine_keepers import say
 from gateway.engine_needs import EngineNeeds
 from gateway.shared_engines import SharedEngines
 from gateway.telemetry.logs import configure_logs, get_logger
@@ -81,10 +82,6 @@ class Worker:
     """Whether it came up."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     began: float = field(default_factory=time.monotonic)
-
-    def say(self, message: Mapping[str, str]) -> None:
-        if not self.writer.is_closing():
-            self.writer.write(json.dumps(message).encode() + b"\n")
 
     def signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -195,13 +192,13 @@ class Workers:
         """What a worker says, until it has ended."""
 
         def tell(place: Path, why: str) -> None:
-            worker.say({"place": str(place), "up": why})
+            say(worker.writer, {"place": str(place), "up": why})
 
         with contextlib.suppress(ConnectionError):
             while line := await worker.reader.readline():
                 said = json.loads(line)
                 if "needs" in said:
-                    worker.say({"place": str(self._engines.place_of(said["needs"]))})
+                    say(worker.writer, {"place": str(self._engines.place_of(said["needs"]))})
                     self._engines.use(worker, said["needs"], tell)
                 elif "leave" in said:
                     self._engines.leave(worker, Path(said["leave"]))
