@@ -49,7 +49,7 @@ class Rests:
             return False
         rest.left -= 1
         rest.taken += 1
-        self.timed = not rest.left % _TIMED_STEPS
+        self.timed = rest.taken > 1 and not rest.left % _TIMED_STEPS
         return True
 
     @property

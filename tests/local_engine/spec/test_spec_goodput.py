@@ -243,6 +243,17 @@ def test_a_rest_is_of_one_size_of_batch() -> None:
     assert rests.taken() == 0
 
 
+def test_the_first_step_of_a_rest_is_never_timed() -> None:
+    rests = Rests()
+    timed = []
+    rests.rests(8)
+    rests.rest(257)
+    for _ in range(257):
+        assert rests.rests(8)
+        timed.append(rests.timed)
+    assert [at for at, one in enumerate(timed) if one] == [128, 256]
+
+
 def test_rests_grow_while_looks_find_nothing_and_end_where_drafts_gain() -> None:
     rests = Rests()
     lengths = []
