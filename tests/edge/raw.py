@@ -2,11 +2,17 @@
 
 import asyncio
 import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from tests.gateway.conftest import Gateway
+import uvicorn
 
+from gateway.edge.asgi import Receive, Scope, Send
+from gateway.edge.protocol import GuardedProtocol
+from tests.gateway.conftest import Gateway, until
+
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
 READ_S = 20.0
 
 
@@ -50,6 +56,21 @@ def _dechunk(raw: bytes) -> tuple[bytes, bytes]:
         if not length:
             break
     return body, raw
+
+
+@contextlib.asynccontextmanager
+async def guarded(app: App) -> AsyncIterator[tuple[str, int]]:
+    """Serve an ASGI app by our own protocol alone; its address."""
+    config = uvicorn.Config(
+        app, port=0, http=GuardedProtocol, lifespan="off", log_level="error", server_header=False, date_header=False
+    )
+    server = uvicorn.Server(config)
+    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+    serving = asyncio.create_task(server.serve())
+    await until(lambda: server.started)
+    yield server.servers[0].sockets[0].getsockname()
+    server.should_exit = True
+    await serving
 
 
 async def exchange(gateway: Gateway, *parts: bytes, pause_s: float = 0.02) -> bytes:

@@ -9,13 +9,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-import uvicorn
 
 from gateway.edge.asgi import AsgiReply, Receive, Scope, Send
 from gateway.edge.protocol import GuardedProtocol
 from tests.edge.conftest import StartEdge
 from tests.edge.provider import Provider
-from tests.edge.raw import exchange, responses_of
+from tests.edge.raw import exchange, guarded, responses_of
 from tests.faults.load import chat_request
 from tests.faults.test_disconnect import POLICY
 from tests.gateway.conftest import Gateway, running, until
@@ -139,19 +138,11 @@ async def test_an_empty_piece_does_not_end_a_stream() -> None:
             await reply.send(piece)
         await reply.end()
 
-    config = uvicorn.Config(
-        app, port=0, http=GuardedProtocol, lifespan="off", log_level="error", server_header=False, date_header=False
-    )
-    server = uvicorn.Server(config)
-    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
-    serving = asyncio.create_task(server.serve())
-    await until(lambda: server.started)
-    reader, writer = await asyncio.open_connection(*server.servers[0].sockets[0].getsockname())
-    writer.write(b"GET / HTTP/1.1\r\nhost: g\r\n\r\n")
-    head = await reader.readuntil(b"\r\n\r\n")
-    chunks = await reader.readuntil(b"0\r\n\r\n")
-    writer.close()
-    server.should_exit = True
-    await serving
+    async with guarded(app) as address:
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(b"GET / HTTP/1.1\r\nhost: g\r\n\r\n")
+        head = await reader.readuntil(b"\r\n\r\n")
+        chunks = await reader.readuntil(b"0\r\n\r\n")
+        writer.close()
     assert b"transfer-encoding: chunked" in head
     assert chunks == b"3\r\none\r\n3\r\ntwo\r\n0\r\n\r\n"

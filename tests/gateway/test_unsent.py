@@ -8,9 +8,9 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway.upstream.connection import Timeouts
 from gateway.upstream.http import HttpClient, RequestHead
 from tests.gateway.conftest import running, until
+from tests.gateway.http.conftest import PATIENT, hangs
 from tests.gateway.raw_server import raw_server
 
 pytestmark = pytest.mark.anyio
@@ -23,11 +23,6 @@ models:
            price: {{input: $3/Mtok, output: $15/Mtok}}}}
 limits: [{{key: "*", budget: $10/month}}]
 """
-PATIENT = Timeouts(connect_s=30, first_byte_s=30, idle_s=30, total_s=60)
-
-
-async def hangs(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    await reader.read()
 
 
 @pytest.mark.parametrize("left", ["by its caller", "at its deadline"])

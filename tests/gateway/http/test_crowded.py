@@ -4,30 +4,22 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator
-from typing import Any
 
 import pytest
-import uvicorn
 
 from gateway.edge.asgi import AsgiReply, Receive, Scope, Send
 from gateway.edge.protocol import GuardedProtocol
-from gateway.upstream.connection import Connection, Timeouts
+from gateway.upstream.connection import Connection
 from gateway.upstream.http import HttpClient, RequestHead
 from gateway.upstream.http_errors import ConnectRefused
-from tests.edge.raw import responses_of
-from tests.gateway.conftest import until
+from tests.edge.raw import guarded, responses_of
+from tests.gateway.http.conftest import PATIENT
 from tests.gateway.raw_server import raw_server
 
 pytestmark = pytest.mark.anyio
 
-PATIENT = Timeouts(connect_s=30, first_byte_s=30, idle_s=30, total_s=60)
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 GOODBYE = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-
-
-@pytest.fixture(params=[False, True], ids=["asyncio", "uvloop"])
-def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
-    return "asyncio", {"use_uvloop": request.param}
 
 
 @contextlib.asynccontextmanager
@@ -120,25 +112,16 @@ async def test_an_answer_that_waits_for_its_turn_goes_out_before_its_connection_
         else:
             protocol.data_received(b"no such thing\r\n\r\n")
 
-    config = uvicorn.Config(
-        app, port=0, http=GuardedProtocol, lifespan="off", log_level="error", server_header=False, date_header=False
-    )
-    server = uvicorn.Server(config)
-    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
-    serving = asyncio.create_task(server.serve())
-    await until(lambda: server.started)
-    address = server.servers[0].sockets[0].getsockname()
-    slow, slow_writer = await asyncio.open_connection(*address)
-    slow_writer.write(b"GET /slow HTTP/1.1\r\nhost: g\r\n\r\n")
-    await entered.wait()
-    reader, writer = await asyncio.open_connection(*address)
-    writer.write(b"GET / HTTP/1.1\r\nhost: g\r\n\r\n")
-    heard = responses_of(await reader.read())
-    leave.set()
-    (other,) = responses_of(await slow.readuntil(b"whole"))
-    for stream in (writer, slow_writer):
-        stream.close()
-    server.should_exit = True
-    await serving
+    async with guarded(app) as address:
+        slow, slow_writer = await asyncio.open_connection(*address)
+        slow_writer.write(b"GET /slow HTTP/1.1\r\nhost: g\r\n\r\n")
+        await entered.wait()
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(b"GET / HTTP/1.1\r\nhost: g\r\n\r\n")
+        heard = responses_of(await reader.read())
+        leave.set()
+        (other,) = responses_of(await slow.readuntil(b"whole"))
+        for stream in (writer, slow_writer):
+            stream.close()
     assert [answer.status for answer in heard] == ([200] if then == "shutdown" else [200, 400])
     assert heard[0].body == other.body == b"whole"
