@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from gateway.upstream.http import HttpClient, RequestHead
@@ -33,7 +33,7 @@ async def test_a_call_that_ends_while_it_connects_is_billed_nothing(tmp_path: Pa
         headers = {"authorization": f"Bearer {gateway.key}"}
         if left == "at its deadline":
             headers["x-leadline-timeout"] = "0.3"
-        async with httpx.AsyncClient(timeout=60) as client:
+        async with httpx2.AsyncClient(timeout=60) as client:
             asking = asyncio.create_task(client.post(f"{gateway.url}/v1/chat/completions", json=body, headers=headers))
             await until(lambda: server.connections > 0)
             if left == "by its caller":
