@@ -1,8 +1,10 @@
-"""Keys and values on CPU: every sequence is one contiguous row, because gathering pages costs several times the
-attention itself there.
+"""Keys and values on CPU: every sequence is a row whose place follows from its index, because gathering pages costs
+several times the attention itself there.
 
 Rows of one capacity live side by side in a pool, without holes, so that decode rows are attended to in one call per
-pool and layer, padded to the longest of them. Capacities double, which bounds both the padding and the unused part.
+pool and layer. Capacities double, which bounds the unused part. For our own kernels a pool holds the first tokens of
+all its rows, then the next ones, chunk by chunk: what a step reads lies end to end (`kernels.attend`). For torch's,
+which want a row's tokens at equal distances, a chunk is the whole row, and rows are padded to the longest of them.
 """
 
 from array import array
@@ -20,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from local_engine import kernels
 from local_engine.kv import KVFull, KVShape, Span, check_blocks, check_range, check_spans
 from local_engine.pages import zeros
-from local_engine.simd import LANES, address
+from local_engine.simd import LANES, Kernel, address
 
 SMALLEST_ROW: Final = 256
 """Tokens. Smaller rows would save little memory and split the decode rows of short chats over more calls."""
@@ -32,14 +34,18 @@ LONGEST_SPAN: Final = 128
 
 
 class _Pool:
-    """Rows of one capacity: a tensor [2 (key, value), rows, kv_heads, capacity, head_dim] per layer."""
+    """Rows of one capacity: a tensor [2 (key, value), chunks, rows, kv_heads, chunk, head_dim] per layer."""
 
-    def __init__(self, shape: KVShape, capacity: int) -> None:
+    def __init__(self, shape: KVShape, capacity: int, chunk: int | None) -> None:
+        """`chunk` tokens of a row and head lie side by side, for our own kernels; None: all of them, for torch's."""
         self.capacity = capacity
+        self.chunk = chunk or capacity
+        self.in_chunks = chunk is not None
         self.rows = 0  # allocated; the first len(members) are in use
         self.members: list[_Row] = []
-        self._size = (shape.kv_heads, capacity, shape.head_dim)
-        self.layers = [torch.empty(2, 0, *self._size, dtype=shape.dtype) for _ in range(shape.layers)]
+        self._chunks = capacity // self.chunk
+        self._size = (shape.kv_heads, self.chunk, shape.head_dim)
+        self.layers = [torch.empty(2, self._chunks, 0, *self._size, dtype=shape.dtype) for _ in range(shape.layers)]
         self.addresses = array("q")
         """Of each layer's keys, then its values."""
 
@@ -48,16 +54,38 @@ class _Pool:
         kept = min(rows, len(self.members))
         for index, old in enumerate(self.layers):
             # Zeros, never whatever the memory held: a masked key may be anything but NaN.
-            new = zeros((2, rows, *self._size), old.dtype)
-            new[:, :kept] = old[:, :kept]
+            new = zeros((2, self._chunks, rows, *self._size), old.dtype)
+            new[:, :, :kept] = old[:, :, :kept]
             self.layers[index] = new
         self.addresses = array("q", [part.data_ptr() for layer in self.layers for part in layer])
         self.rows = rows
 
     def copy(self, source: "_Row", target: int, length: int) -> None:
         """Copy the first `length` tokens of `source`, a row of any pool, to row `target` of this one."""
+        tokens = min(length, self.chunk, source.pool.chunk)
+        chunks = -(-length // self.chunk)
         for mine, theirs in zip(self.layers, source.pool.layers, strict=True):
-            mine[:, target, :, :length] = theirs[:, source.index, :, :length]
+            mine[:, :chunks, target, :, :tokens] = theirs[:, :chunks, source.index, :, :tokens]
+
+    def read(self, layer: Tensor, rows: slice, stop: int) -> Tensor:
+        """The first tokens of some rows in one of `layers`: [2 (key, value), rows, kv_heads, stop, head_dim]."""
+        parts = layer[:, : -(-stop // self.chunk), rows].permute(0, 2, 3, 1, 4, 5)
+        return parts.flatten(3, 4)[:, :, :, :stop]
+
+    def write(self, layer: Tensor, row: int, start: int, data: Tensor) -> None:
+        """Put tokens [2 (key, value), kv_heads, tokens, head_dim] into a row from `start` on."""
+        done = 0
+        while done < data.shape[2]:
+            index, within = divmod(start + done, self.chunk)
+            whole = (data.shape[2] - done) // self.chunk if within == 0 else 0
+            if whole:
+                parts = data[:, :, done : done + whole * self.chunk].unflatten(2, (whole, self.chunk))
+                layer[:, index : index + whole, row] = parts.transpose(1, 2)
+                done += whole * self.chunk
+            else:
+                count = min(self.chunk - within, data.shape[2] - done)
+                layer[:, index, row, :, within : within + count] = data[:, :, done : done + count]
+                done += count
 
     def remove(self, row: "_Row") -> None:
         """The last row moves into the hole."""
@@ -76,7 +104,8 @@ class _Row:
 
 
 class RowsKV:
-    """KVCache of contiguous rows. Capacities are rounded up to SMALLEST_ROW times a power of two, at most the context.
+    """KVCache of contiguous rows. Capacities are rounded up to SMALLEST_ROW times a power of two, at most the chunks
+    that the context fills.
 
     `bytes_limit` bounds what is allocated, spare rows included. While a pool is resized, one layer of it comes on top;
     while a row grows, its tokens do.
@@ -89,7 +118,11 @@ class RowsKV:
         self._pools: dict[int, _Pool] = {}
         self._rows: dict[int, _Row] = {}
         self._slots = count()
-        self._export = kernels.export(shape.head_dim, shape.dtype) if _has_kernels(shape) else None
+        self._chunk: int | None = None
+        self._export: Kernel | None = None
+        if shape.head_dim % LANES == 0 and kernels.usable(shape.dtype, shape.device):
+            self._chunk = kernels.chunk_tokens(shape.head_dim, shape.dtype)
+            self._export = kernels.export(shape.head_dim, shape.dtype)
 
     @property
     def bytes_used(self) -> int:
@@ -143,7 +176,8 @@ class RowsKV:
     def export(self, slot: int, start: int, stop: int) -> Tensor:
         row = self._rows[slot]
         check_range(row.length, start, stop)
-        return torch.stack([layer[:, row.index, :, start:stop] for layer in row.pool.layers])
+        rows = slice(row.index, row.index + 1)
+        return torch.stack([row.pool.read(layer, rows, stop)[:, 0, :, start:] for layer in row.pool.layers])
 
     def export_into(self, slot: int, start: int, blocks: Sequence[Tensor]) -> None:
         row, tokens = self._rows[slot], check_blocks(self.shape, blocks)
@@ -151,7 +185,6 @@ class RowsKV:
         check_range(row.length, start, stop)
         places = array("q", [block.data_ptr() for block in blocks])
         if self._export is not None and not any(place % kernels.LINE for place in places):
-            stride = row.pool.capacity * self.shape.head_dim
             self._export(
                 address(row.pool.addresses),
                 address(places),
@@ -159,13 +192,13 @@ class RowsKV:
                 2 * self.shape.layers,
                 self.shape.kv_heads,
                 tokens,
-                row.index * self.shape.kv_heads * stride + start * self.shape.head_dim,
-                stride,
+                row.index,
+                start,
+                row.pool.rows,
             )
             return
-        parts = [torch.split(layer[:, row.index, :, start:stop], tokens, dim=2) for layer in row.pool.layers]
-        for block, layers in zip(blocks, zip(*parts, strict=True), strict=True):
-            torch.stack(layers, out=block)
+        for block, part in zip(blocks, self.export(slot, start, stop).split(tokens, dim=3), strict=True):
+            block.copy_(part)
 
     def load(self, slot: int, start: int, data: Tensor) -> None:
         if start != self._rows[slot].length:
@@ -174,7 +207,7 @@ class RowsKV:
         self.reserve(slot, stop)
         row = self._rows[slot]
         for layer, part in zip(row.pool.layers, data, strict=True):
-            layer[:, row.index, :, start:stop] = part
+            row.pool.write(layer, row.index, start, part)
         row.length = stop
 
     def plan(self, spans: Sequence[Span]) -> "RowsPlan":
@@ -191,7 +224,8 @@ class RowsKV:
         rounded = SMALLEST_ROW
         while rounded < capacity:
             rounded *= 2
-        return min(rounded, self.shape.context)
+        whole = self._chunk or 1
+        return min(rounded, -(-self.shape.context // whole) * whole)
 
     def _check_budget(self, tokens: int) -> None:
         free = self.bytes_limit - self.bytes_used
@@ -202,7 +236,9 @@ class RowsKV:
             )
 
     def _new_row(self, capacity: int) -> _Row:
-        pool = self._pools.get(capacity) or self._pools.setdefault(capacity, _Pool(self.shape, capacity))
+        pool = self._pools.get(capacity)
+        if pool is None:
+            pool = self._pools[capacity] = _Pool(self.shape, capacity, self._chunk)
         if len(pool.members) == pool.rows:
             self._grow(pool)
         row = _Row(pool, len(pool.members), 0)
@@ -235,18 +271,10 @@ class _Group:
         self._row = first.index
         self._heads_per_kv = shape.query_heads // shape.kv_heads
         self._batched = self.count <= BATCHED_SPAN
-        self._kernel = _KernelAttention.of(shape, members) if self._batched else None
+        self._kernel = _KernelAttention(shape, members) if self._batched and self.pool.in_chunks else None
         self._folded = self._batched and not (shape.dtype == torch.bfloat16 and _has_amx())
-        self._targets = self._target_indexes() if self._batched and self._kernel is None else None
+        self._targets = self._target_indexes() if self._kernel is None else torch.empty(0)
         self._masks: dict[int | None, Tensor | None] = {}
-        # The rows' part of a layer, seen as [rows, kv_heads, longest, head_dim] without walking there in each layer.
-        line = self.pool.capacity * shape.head_dim
-        self._view = (
-            (self.rows, shape.kv_heads, self._longest, shape.head_dim),
-            (shape.kv_heads * line, line, shape.head_dim, 1),
-        )
-        self._key_offset = first.index * shape.kv_heads * line
-        self._value_offset = self._key_offset + self.pool.rows * shape.kv_heads * line
 
     def run(self, layer: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """StepPlan.attend for this group's tokens."""
@@ -256,11 +284,6 @@ class _Group:
         return self._attend(layer, query, scale, window)
 
     def _store(self, layer: Tensor, key: Tensor, value: Tensor) -> None:
-        if self._targets is None:
-            held = slice(self._starts[0], self._longest)
-            layer[0, self._row, :, held] = key.transpose(0, 1)
-            layer[1, self._row, :, held] = value.transpose(0, 1)
-            return
         dim = self._shape.head_dim
         keys, values = layer.view(2, -1, dim).unbind()
         keys.index_copy_(0, self._targets, key.reshape(-1, dim))
@@ -269,8 +292,7 @@ class _Group:
     def _attend(self, layer: Tensor, query: Tensor, scale: float, window: int | None) -> Tensor:
         """query and result [rows * count, query_heads, head_dim]."""
         shape, count, rows = self._shape, self.count, self.rows
-        keys = layer.as_strided(*self._view, layer.storage_offset() + self._key_offset)
-        values = layer.as_strided(*self._view, layer.storage_offset() + self._value_offset)
+        keys, values = self.pool.read(layer, slice(self._row, self._row + rows), self._longest)
         mask = self._mask(window)
         if not self._folded:
             heads_first = query.reshape(rows, count, shape.query_heads, shape.head_dim).transpose(1, 2)
@@ -297,11 +319,12 @@ class _Group:
         return out.reshape(-1, shape.query_heads, shape.head_dim)
 
     def _target_indexes(self) -> Tensor:
-        """Where each packed (token, kv head) goes in a layer's keys seen as [rows * kv_heads * capacity, head_dim]."""
-        heads = self._shape.kv_heads
+        """Where each packed (token, kv head) goes in a layer's keys seen as [all places, head_dim]."""
+        heads, pool = self._shape.kv_heads, self.pool
         rows = torch.arange(self._row, self._row + self.rows).view(-1, 1, 1)
         tokens = torch.tensor(self._starts).view(-1, 1, 1) + torch.arange(self.count).view(1, -1, 1)
-        return ((rows * heads + torch.arange(heads)) * self.pool.capacity + tokens).flatten()
+        lines = (tokens // pool.chunk * pool.rows + rows) * heads + torch.arange(heads)
+        return (lines * pool.chunk + tokens % pool.chunk).flatten()
 
     def _mask(self, window: int | None) -> Tensor | None:
         if window not in self._masks:
@@ -334,14 +357,9 @@ class _KernelAttention:
         self._shape = shape
         places = [(row.index, span.start + at) for span, row in members for at in range(span.count)]
         self._places = torch.tensor(places).t().contiguous()
-        self._scores = torch.empty(
-            shape.query_heads // shape.kv_heads * (members[0][1].pool.capacity + LANES), dtype=torch.float32
-        )
+        longest = max(position for _, position in places) + 1
+        self._scores = torch.empty(kernels.scores_room(len(places), shape.query_heads, longest, shape.head_dim))
         self._kernel = kernels.attend(shape.head_dim, shape.query_heads // shape.kv_heads, shape.dtype)
-
-    @classmethod
-    def of(cls, shape: KVShape, members: Sequence[tuple[Span, _Row]]) -> "_KernelAttention | None":
-        return cls(shape, members) if _has_kernels(shape) else None
 
     def run(
         self, pool: _Pool, layer: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
@@ -362,7 +380,7 @@ class _KernelAttention:
             self._scores.data_ptr(),
             query.shape[0],
             shape.kv_heads,
-            pool.capacity,
+            pool.rows,
             query.stride(0),
             key.stride(0),
             value.stride(0),
@@ -370,11 +388,6 @@ class _KernelAttention:
             window or shape.context,
         )
         return out
-
-
-def _has_kernels(shape: KVShape) -> bool:
-    """Whether our own kernels are for rows of this shape."""
-    return shape.head_dim % LANES == 0 and kernels.usable(shape.dtype, shape.device)
 
 
 def _with_whole_heads(tensor: Tensor) -> Tensor:
@@ -402,7 +415,8 @@ class GroupWord(IntEnum):
 
     FIRST = 0
     TOKENS = auto()
-    CAPACITY = auto()
+    HELD = auto()
+    """Rows of the pool."""
     ADDRESSES = auto()
 
 
@@ -427,7 +441,7 @@ class Reading:
         for span, row in packed:
             pool = row.pool
             if pool is not last:
-                groups.extend((len(rows), 0, pool.capacity, address(pool.addresses)))
+                groups.extend((len(rows), 0, pool.rows, address(pool.addresses)))
                 last = pool
             for at in range(span.count):
                 rows.append(row.index)
@@ -450,7 +464,8 @@ class RowsPlan:
     @cached_property
     def reading(self) -> "Reading | None":
         """What our own kernels need to attend to all tokens of the step; None where some span is too long for them."""
-        if self._packed[-1][0].count > LONGEST_SPAN:  # the longest come last
+        span, row = self._packed[-1]
+        if span.count > LONGEST_SPAN or not row.pool.in_chunks:  # the longest come last
             return None
         return Reading.of(self._packed)
 

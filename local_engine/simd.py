@@ -77,11 +77,18 @@ class Writer:
         """value / divisor, rounded down, for numbers that are not negative."""
         return self._builder.udiv(value, self.whole(divisor) if isinstance(divisor, int) else divisor)
 
+    def rest(self, value: Any, divisor: int) -> Any:
+        """What `part` leaves."""
+        return self._builder.urem(value, self.whole(divisor))
+
     def either(self, left: Any, relation: str, right: Any, then: Any, otherwise: Any) -> Any:
         return self._builder.select(self._builder.icmp_signed(relation, left, right), then, otherwise)
 
     def greater(self, left: Any, right: Any) -> Any:
         return self._builder.select(self._builder.icmp_signed(">", left, right), left, right)
+
+    def lesser(self, left: Any, right: Any) -> Any:
+        return self._builder.select(self._builder.icmp_signed("<", left, right), left, right)
 
     @contextmanager
     def loop(self, begin: Any, end: Any, step: int = 1) -> Iterator[Any]:
@@ -135,10 +142,15 @@ class Writer:
         self._builder.store(self._builder.trunc(self._builder.lshr(rounded, self._lanes32(16)), _VEC16), place, align=2)
 
     def prefetch(self, base: Any, offset: Any, count: int, dtype: torch.dtype) -> None:
-        """Have `count` elements from there on fetched into the caches; the address may be of nothing."""
-        address = self.address(self.place(base, offset, dtype.itemsize))
+        """Have `count` elements from there on fetched into the first cache; the address may be of nothing.
+
+        At this very place: LLVM gathers its own prefetches at the beginning of a loop, and what is asked for all at
+        once is dropped by the CPU.
+        """
+        place, typ = self.place(base, offset, dtype.itemsize), ir.FunctionType(ir.VoidType(), [PTR])
         for line in range(0, count * dtype.itemsize, 64):
-            self.prefetch_from(self.add(address, line), soon=True)
+            fetch = ir.InlineAsm(typ, f"prefetcht0 {line}($0)", "r,~{memory}", side_effect=True)
+            self._builder.call(fetch, [place])
 
     def prefetch_from(self, address: Any, *, soon: bool) -> None:
         """Have one line fetched from an address, a whole number; not into the first cache if it is not needed soon."""
@@ -220,9 +232,10 @@ class Writer:
         """Sums of neighbouring groups of `width` lanes: of each pair of groups the left vector's, then the right's."""
         pairs = [(begin, half) for begin in range(0, LANES, 2 * width) for half in (0, LANES)]
         lanes = [begin + half + lane for begin, half in pairs for lane in range(width)]
-        return self.plus(self._picked(left, right, lanes), self._picked(left, right, [lane + width for lane in lanes]))
+        return self.plus(self.picked(left, right, lanes), self.picked(left, right, [lane + width for lane in lanes]))
 
-    def _picked(self, left: Any, right: Any, lanes: Sequence[int]) -> Any:
+    def picked(self, left: Any, right: Any, lanes: Sequence[int]) -> Any:
+        """The lanes that are named, those of `right` from LANES on."""
         return self._builder.shuffle_vector(left, right, ir.Constant(_VEC32, list(lanes)))
 
     def top(self, vector: Any) -> Any:
@@ -308,8 +321,8 @@ class Kernel:
         self._function(*values)
 
 
-SUMMED_IN_ORDER: Final = [int(f"{lane:04b}"[::-1], 2) for lane in range(LANES)]
-"""The order in which vectors are given to `Sums`."""
+_SUMMED: Final = [int(f"{lane:04b}"[::-1], 2) for lane in range(LANES)]
+"""The lanes in which `Sums` finds the sums of what it was given one after the other."""
 
 
 class Sums:
@@ -330,7 +343,7 @@ class Sums:
     def all(self) -> Any:
         """When all have been added."""
         ((_, vector),) = self._held
-        return vector
+        return self._writer.picked(vector, vector, _SUMMED)
 
 
 class Variable:
@@ -358,6 +371,7 @@ def _compile(text: str, name: str) -> int:
     """Where the function begins."""
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
+    binding.initialize_native_asmparser()
     machine = binding.Target.from_default_triple().create_target_machine(
         cpu=binding.get_host_cpu_name(), features=binding.get_host_cpu_features().flatten(), opt=3
     )

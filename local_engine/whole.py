@@ -20,7 +20,7 @@ from local_engine.fused import FusedLayer
 from local_engine.kv_rows import GROUP_WORDS, GroupWord, Reading
 from local_engine.norms import KernelNorm, KernelTurn
 from local_engine.products import KernelGated, KernelProduct, Product
-from local_engine.simd import I64, LANES, PTR, Kernel, Writer, address
+from local_engine.simd import I64, PTR, Kernel, Writer, address
 from local_engine.tapped import Tapped
 
 
@@ -133,7 +133,7 @@ def _decode(sizes: _Sizes) -> Kernel:
             out = w.add(seen, w.times(offset, sizes.seen_width * itemsize))
             at = w.times(offset, 8)
             which = w.add(told[_Step.PLACES], at), w.add(told[_Step.POSITIONS], at), told[_Step.SCORES]
-            counts = of_group(group, GroupWord.TOKENS), sizes.kv_heads, of_group(group, GroupWord.CAPACITY)
+            counts = of_group(group, GroupWord.TOKENS), sizes.kv_heads, of_group(group, GroupWord.HELD)
             w.call(
                 attend, query, key, value, *held, out, *which, *counts, stride, stride, stride, sizes.scale,
                 own[_Layer.WINDOW],
@@ -216,9 +216,9 @@ class WholeForward:
         last = head if isinstance(head, KernelProduct) else layers[0].qkv
         self._layers.extend([0] * _Layer.QKV + [_product(last).packed.data_ptr()])
         self._no_taps = array("q", [0] * (len(layers) + 1))
-        self._scores = torch.empty(shape.query_heads // shape.kv_heads * (shape.context + LANES))
         self._rows = 0
-        self._reach(1)
+        self._scores = torch.empty(0)
+        self._reach(1, shape.context)
 
     @classmethod
     def of(cls, embedding: Tensor, layers: Sequence[FusedLayer], norm: Any, head: Any) -> "WholeForward | None":
@@ -260,7 +260,7 @@ class WholeForward:
         Raises IndexError for a token that the model does not have.
         """
         count = len(packed.tokens)
-        self._reach(count)
+        self._reach(count, max(reading.positions) + 1)
         hidden = self._hidden[:count]
         if state is None:
             most, last = max(packed.tokens), self._embedding.shape[0] - 1
@@ -323,12 +323,16 @@ class WholeForward:
         logits: Tensor = self._head(normed)
         return logits
 
-    def _reach(self, count: int) -> None:
-        """Buffers for so many tokens."""
-        if count <= self._rows:
+    def _reach(self, count: int, longest: int) -> None:
+        """Buffers for so many tokens, the last of which sees `longest`."""
+        sizes = self._sizes
+        scores = kernels.scores_room(count, sizes.query_heads, longest, sizes.head_dim)
+        if count <= self._rows and scores <= self._scores.numel():
             return
-        self._rows = max(32, 1 << (count - 1).bit_length())
-        sizes, like = self._sizes, self._embedding
+        if scores > self._scores.numel():
+            self._scores = torch.empty(scores + scores // 2)
+        self._rows = max(32, self._rows, 1 << (count - 1).bit_length())
+        like = self._embedding
         widths = sizes.width, sizes.width, sizes.heads_width, sizes.seen_width, sizes.inner
         self._hidden, self._normed, self._heads, self._seen, self._gated = (
             like.new_empty(self._rows, width) for width in widths
