@@ -144,7 +144,7 @@ def chunk_tokens(dim: int, dtype: torch.dtype) -> int:
 @cache
 def attend(dim: int, group: int, dtype: torch.dtype) -> Kernel:
     """(query, key, value, keys, values, out, rows, positions, scores, tokens, heads, held, query_stride, key_stride,
-    value_stride, scale, window): all tokens store their keys and values, then each attends.
+    value_stride, scale, window): all tokens store their keys and values, and attend.
 
     keys, values [chunks, held rows, heads, `chunk_tokens`, dim]; `rows` and `positions` (int64) say where each token
     goes; it sees the `window` tokens up to itself. query has heads * group heads per token; out [tokens, heads * group,
@@ -160,27 +160,16 @@ def attend(dim: int, group: int, dtype: torch.dtype) -> Kernel:
     chunk = chunk_tokens(dim, dtype)
     longest = w.variable(w.whole(0))
     with w.loop(w.whole(0), tokens) as token:
-        position = w.load_int(positions, token)
-        longest.value = w.greater(longest.value, w.add(position, 1))
-        index, within = w.part(position, chunk), w.rest(position, chunk)
-        line = w.times(w.add(w.times(index, held), w.load_int(rows, token)), heads)
-        with w.loop(w.whole(0), heads) as head:
-            here = w.times(w.add(w.times(w.add(line, head), chunk), within), dim)
-            own = w.times(head, dim)
-            for at in range(0, dim, LANES):
-                w.copy(key, w.add(w.times(token, key_stride), own, at), keys, w.add(here, at), dtype)
-                w.copy(value, w.add(w.times(token, value_stride), own, at), values, w.add(here, at), dtype)
+        longest.value = w.greater(longest.value, w.add(w.load_int(positions, token), 1))
     most = w.times(w.add(w.part(longest.value, LANES), 2), LANES)
     seen = _Seen(rows, positions, tokens, heads, held, window, longest.value, scores, most, chunk, dim, group, dtype)
     with _chunks(w, seen) as block:
+        _keep(w, seen, block, key, key_stride, keys)
         asked = w.add(w.times(block.token, query_stride), w.times(block.head, group * dim))
         _score(w, seen, block, keys, query, asked, scale)
-    with w.loop(w.whole(0), tokens) as token:
-        begin, stop = seen.reach(w, token)
-        with w.loop(w.whole(0), w.times(heads, group)) as head:
-            line = seen.line(w, token, head, 0)
-            _soften(w, seen, line, begin, stop)
     with _chunks(w, seen) as block:
+        _keep(w, seen, block, value, value_stride, values)
+        _soften(w, seen, block)
         _gather(w, seen, block, values)
     with w.loop(w.whole(0), tokens) as token, w.loop(w.whole(0), w.times(heads, group)) as head:
         told = w.times(w.add(w.times(token, w.times(heads, group)), head), dim)
@@ -217,11 +206,6 @@ class _Seen:
     group: int
     dtype: torch.dtype
 
-    def reach(self, w: Writer, token: Any) -> tuple[Any, Any]:
-        """The first position that a token sees, and the first that it does not."""
-        stop = w.add(w.load_int(self.positions, token), 1)
-        return w.greater(w.minus(stop, self.window), w.whole(0)), stop
-
     def line(self, w: Writer, token: Any, head: Any, one: int) -> Any:
         """Where the scores of a token and query head begin; `one` more than the head."""
         return w.times(w.add(w.times(token, w.times(self.heads, self.group)), head, one), w.add(self.share, LANES + self.dim))
@@ -244,7 +228,10 @@ class _Block:
     """As `here`, of the block that is read next: its elements are fetched meanwhile."""
     begin: Any
     stop: Any
-    """The first position that it sees, and the first that it does not."""
+    """The first position of the chunk that it sees, and the first that it does not."""
+    first: Any
+    last: Any
+    """The same of all chunks."""
 
 
 @contextmanager
@@ -255,20 +242,30 @@ def _chunks(w: Writer, seen: _Seen) -> Iterator[_Block]:
         w.loop(w.whole(0), w.part(w.add(seen.longest, chunk - 1), chunk)) as index,
         w.loop(w.whole(0), seen.tokens) as token,
     ):
-        first = w.times(index, chunk)
-        begin, stop = seen.reach(w, token)
-        begin, stop = w.greater(begin, first), w.lesser(stop, w.add(first, chunk))
+        last = w.add(w.load_int(seen.positions, token), 1)
+        first = w.greater(w.minus(last, seen.window), w.whole(0))
+        origin = w.times(index, chunk)
+        begin, stop = w.greater(first, origin), w.lesser(last, w.add(origin, chunk))
         with w.where(begin, "<", stop):
             other = w.add(token, 1)
-            last = w.either(other, "<", seen.tokens, w.whole(0), w.whole(1))
+            more = w.either(other, "<", seen.tokens, w.whole(0), w.whole(1))
             following = w.either(other, "<", seen.tokens, other, w.whole(0))
-            past = w.times(first, seen.dim)
+            past = w.times(origin, seen.dim)
             base = w.minus(seen.place(w, token, index), past)
-            beyond = w.minus(seen.place(w, following, w.add(index, last)), past)
+            beyond = w.minus(seen.place(w, following, w.add(index, more)), past)
             with w.loop(w.whole(0), seen.heads) as head:
                 here = w.add(base, w.times(head, size))
                 ahead = w.either(w.add(head, 1), "<", seen.heads, w.add(here, size), beyond)
-                yield _Block(token, head, here, ahead, begin, stop)
+                yield _Block(token, head, here, ahead, begin, stop, first, last)
+
+
+def _keep(w: Writer, seen: _Seen, block: _Block, given: Any, stride: Any, kept: Any) -> None:
+    """Store a token's own key or value when its chunk is read, before it is."""
+    with w.where(block.stop, "==", block.last):
+        source = w.add(w.times(block.token, stride), w.times(block.head, seen.dim))
+        target = w.add(block.here, w.times(w.add(block.last, -1), seen.dim))
+        for at in range(0, seen.dim, LANES):
+            w.copy(given, w.add(source, at), kept, w.add(target, at), seen.dtype)
 
 
 def _score(w: Writer, seen: _Seen, block: _Block, keys: Any, query: Any, asked: Any, scale: Any) -> None:
@@ -309,23 +306,29 @@ def _score(w: Writer, seen: _Seen, block: _Block, keys: Any, query: Any, asked: 
             w.store_scalar(w.sum(total), seen.scores, w.add(line, place))
 
 
-def _soften(w: Writer, seen: _Seen, line: Any, begin: Any, stop: Any) -> None:
-    """exp(score - greatest) in the scores' place, and what they are to be multiplied by to sum to one; no values yet."""
-    scores = seen.scores
-    w.store(w.number(float("-inf")), scores, w.add(line, stop), torch.float32)
-    greatest = w.variable(w.number(float("-inf")))
-    with w.loop(begin, stop, LANES) as at:
-        greatest.value = w.largest(greatest.value, w.load(scores, w.add(line, at), torch.float32))
-    top = w.splat(w.top(greatest.value))
-    total = w.variable(w.number(0.0))
-    with w.loop(begin, stop, LANES) as at:
-        power = w.exp(w.less(w.load(scores, w.add(line, at), torch.float32), top))
-        total.value = w.plus(total.value, power)
-        w.store(power, scores, w.add(line, at), torch.float32)
-    share = w.over(w.number(1.0), w.splat(w.sum(total.value)))
-    w.store(share, scores, w.add(line, seen.share), torch.float32)
-    for at in range(0, seen.dim, LANES):
-        w.store(w.number(0.0), scores, w.add(line, seen.share, LANES + at), torch.float32)
+def _soften(w: Writer, seen: _Seen, block: _Block) -> None:
+    """exp(score - greatest) in the scores' place, and what they are to be multiplied by to sum to one; no values yet.
+
+    When a token's first values are read, so that memory does not wait meanwhile.
+    """
+    scores, f32 = seen.scores, torch.float32
+    with w.where(block.begin, "==", block.first):
+        for one in range(seen.group):
+            line = seen.line(w, block.token, w.times(block.head, seen.group), one)
+            w.store(w.number(float("-inf")), scores, w.add(line, block.last), f32)
+            greatest = w.variable(w.number(float("-inf")))
+            with w.loop(block.first, block.last, LANES) as at:
+                greatest.value = w.largest(greatest.value, w.load(scores, w.add(line, at), f32))
+            top = w.splat(w.top(greatest.value))
+            total = w.variable(w.number(0.0))
+            with w.loop(block.first, block.last, LANES) as at:
+                power = w.exp(w.less(w.load(scores, w.add(line, at), f32), top))
+                total.value = w.plus(total.value, power)
+                w.store(power, scores, w.add(line, at), f32)
+            share = w.over(w.number(1.0), w.splat(w.sum(total.value)))
+            w.store(share, scores, w.add(line, seen.share), f32)
+            for at in range(0, seen.dim, LANES):
+                w.store(w.number(0.0), scores, w.add(line, seen.share, LANES + at), f32)
 
 
 def _gather(w: Writer, seen: _Seen, block: _Block, values: Any) -> None:
