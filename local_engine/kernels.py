@@ -432,7 +432,13 @@ def _tile(
     w: Writer, count: int, row: Any, panel: _Panel, dtype: torch.dtype, ending: Ending, share: _Share | None
 ) -> None:
     """`count` rows from `row` on of a panel."""
-    x, weights, _, _, _, inputs, *_ = w.arguments
+    x, weights, _, out, _, inputs, outputs, _ = w.arguments
+    for at in range(count):
+        width = LANES if ending == "gated" else PANEL
+        column = w.half(panel.left) if ending == "gated" else panel.left
+        begin = w.add(w.times(w.add(row, at), w.half(outputs) if ending == "gated" else outputs), column)
+        for line in range(0, width * dtype.itemsize, LINE):
+            w.prefetch_from(w.add(w.address(w.place(out, begin, dtype.itemsize)), line), written=True)
     sums = [[w.variable(w.number(0.0)) for _ in range(2)] for _ in range(count)]
     lines = [w.times(w.add(row, at), inputs) for at in range(count)]
     step = 1 if dtype == torch.float32 else 2
@@ -459,9 +465,9 @@ def _fetch(w: Writer, panel: _Panel, done: Any, share: _Share | None) -> None:
         ahead = w.add(done, _AHEAD)
         begin = w.either(ahead, "<", panel.size, panel.here, w.minus(panel.beyond, panel.size))
         for line in range(0, _STEP_BYTES, LINE):
-            w.prefetch_from(w.add(begin, ahead, line), soon=True)
+            w.prefetch_from(w.add(begin, ahead, line))
         return
-    w.prefetch_from(w.add(share.begin, w.times(w.part(done, _STEP_BYTES), share.pace)), soon=True)
+    w.prefetch_from(w.add(share.begin, w.times(w.part(done, _STEP_BYTES), share.pace)))
 
 
 def _end(w: Writer, row: Any, left: Any, totals: list[Variable], dtype: torch.dtype, ending: Ending) -> None:
