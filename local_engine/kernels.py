@@ -208,7 +208,9 @@ class _Seen:
 
     def line(self, w: Writer, token: Any, head: Any, one: int) -> Any:
         """Where the scores of a token and query head begin; `one` more than the head."""
-        return w.times(w.add(w.times(token, w.times(self.heads, self.group)), head, one), w.add(self.share, LANES + self.dim))
+        return w.times(
+            w.add(w.times(token, w.times(self.heads, self.group)), head, one), w.add(self.share, LANES + self.dim)
+        )
 
     def place(self, w: Writer, token: Any, index: Any) -> Any:
         """Where a chunk of a token's row begins, in elements."""

@@ -5,7 +5,7 @@ Two caches keep this promise: contiguous rows on CPU (`kv_rows.py`) and pages on
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -50,8 +50,7 @@ class KVShape:
         return self.layers * 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """`count` tokens of a slot, at positions `start` to `start + count - 1`, that one step computes."""
 
     slot: int
@@ -137,12 +136,12 @@ class KVCache(Protocol):
 
 def check_spans(kv: KVCache, spans: Sequence[Span]) -> None:
     """Raise ValueError for spans that a step cannot run."""
-    if len({span.slot for span in spans}) != len(spans):
+    if len({slot for slot, _, _ in spans}) != len(spans):
         raise ValueError("a slot may have one segment in a step; join the tokens of a slot into one segment")
-    for span in spans:
-        if span.count < 1 or not 0 <= span.start <= kv.length(span.slot):
+    for slot, start, count in spans:
+        if count < 1 or not 0 <= start <= kv.length(slot):
             raise ValueError(
-                f"{span.count} tokens at {span.start} cannot follow the {kv.length(span.slot)} of slot {span.slot}:"
+                f"{count} tokens at {start} cannot follow the {kv.length(slot)} of slot {slot}:"
                 " a segment has at least one token and leaves no gap"
             )
 

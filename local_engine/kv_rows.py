@@ -438,15 +438,18 @@ class Reading:
         """Good until a pool is resized."""
         rows, positions, groups = array("q"), array("q"), array("q")
         last: _Pool | None = None
-        for span, row in packed:
+        for (_, start, count), row in packed:
             pool = row.pool
             if pool is not last:
                 groups.extend((len(rows), 0, pool.rows, address(pool.addresses)))
                 last = pool
-            for at in range(span.count):
+            if count == 1:
                 rows.append(row.index)
-                positions.append(span.start + at)
-            groups[GroupWord.TOKENS - GROUP_WORDS] += span.count
+                positions.append(start)
+            else:
+                rows.extend([row.index] * count)
+                positions.extend(range(start, start + count))
+            groups[GroupWord.TOKENS - GROUP_WORDS] += count
         return cls(rows, positions, groups)
 
 
@@ -455,11 +458,12 @@ class RowsPlan:
 
     def __init__(self, shape: KVShape, spans: Sequence[Span], rows: Sequence[_Row]) -> None:
         places = sorted(
-            range(len(spans)), key=lambda index: (spans[index].count, rows[index].pool.capacity, rows[index].index)
+            (span.count, row.pool.capacity, row.index, at)
+            for at, (span, row) in enumerate(zip(spans, rows, strict=True))
         )
-        self.order: Sequence[int] = places
+        self.order: Sequence[int] = [place[3] for place in places]
         self._shape = shape
-        self._packed = [(spans[index], rows[index]) for index in places]
+        self._packed = [(spans[at], rows[at]) for at in self.order]
 
     @cached_property
     def reading(self) -> "Reading | None":
