@@ -4,12 +4,12 @@ Fetching ahead needs them most: what it asks for on a page that the CPU has forg
 meanwhile waits.
 """
 
-import ctypes
 import mmap
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from math import prod
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ _LINE: Final = 64
 def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """On the CPU."""
     size = prod(shape) * dtype.itemsize
-    return whole_pages(size).view(dtype).view(*shape).zero_()
+    return whole_pages(size).view(dtype).view(*shape)
 
 
 def on_large_pages(tensor: Tensor) -> Tensor:
@@ -57,17 +57,15 @@ _weights: Final = _Arenas()
 
 
 def whole_pages(size: int) -> Tensor:
-    """Bytes that nobody has touched yet, from the beginning of a large page on if they fill one."""
-    if size < _HUGE:
-        return torch.empty(size, dtype=torch.uint8)
-    room = torch.empty(size + _HUGE, dtype=torch.uint8)
-    begin = -room.data_ptr() % _HUGE
-    if hasattr(mmap, "MADV_HUGEPAGE"):  # refused where the system has none: nothing is lost
-        _madvise()(room.data_ptr() + begin, size // _HUGE * _HUGE, mmap.MADV_HUGEPAGE)
-    return room[begin : begin + size]
+    """Bytes that are zero, from the beginning of a large page on if they fill one.
 
-
-def _madvise() -> Any:
-    function = ctypes.CDLL(None, use_errno=True).madvise
-    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return function
+    Straight from the system: what `malloc` hands out again was cut into small pages by those who had it before.
+    """
+    if size < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(size, dtype=torch.uint8)
+    room = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a system that was built without: nothing is lost
+        room.madvise(mmap.MADV_HUGEPAGE)
+    place = torch.frombuffer(room, dtype=torch.uint8)
+    begin = -place.data_ptr() % _HUGE
+    return place[begin : begin + size]
