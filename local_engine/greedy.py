@@ -78,7 +78,7 @@ def advance(built: Built, vocabulary: int) -> Kernel:
         w.store_int(w.add(w.load_int(place, w.whole(0)), 1), place, w.whole(0))
         with w.where(at, ">=", last):
             w.call(norm, hidden, told[_Word.NORM], hidden, 1, epsilon)
-            w.call(product, hidden, told[_Word.HEAD], 0, logits, 1, width, vocabulary, told[_Word.HEAD])
+            w.call(product, hidden, told[_Word.HEAD], 0, logits, 1, width, vocabulary, told[_Word.HEAD], 0)
             which, total, weighed = _favourite(w, rows, vocabulary, dtype)
             index = w.minus(at, last)
             w.store_scalar(total, found, w.times(index, 2))

@@ -51,11 +51,11 @@ class KVShape:
 
 
 class Span(NamedTuple):
-    """`count` tokens of a slot, at positions `start` to `start + count - 1`, that one step computes."""
+    """`tokens` of a slot, at positions from `start` on, that one step computes."""
 
     slot: int
     start: int
-    count: int
+    tokens: int
 
 
 class StepPlan(Protocol):
@@ -138,10 +138,10 @@ def check_spans(kv: KVCache, spans: Sequence[Span]) -> None:
     """Raise ValueError for spans that a step cannot run."""
     if len({slot for slot, _, _ in spans}) != len(spans):
         raise ValueError("a slot may have one segment in a step; join the tokens of a slot into one segment")
-    for slot, start, count in spans:
-        if count < 1 or not 0 <= start <= kv.length(slot):
+    for slot, start, tokens in spans:
+        if tokens < 1 or not 0 <= start <= kv.length(slot):
             raise ValueError(
-                f"{count} tokens at {start} cannot follow the {kv.length(slot)} of slot {slot}:"
+                f"{tokens} tokens at {start} cannot follow the {kv.length(slot)} of slot {slot}:"
                 " a segment has at least one token and leaves no gap"
             )
 

@@ -119,7 +119,7 @@ class PagedKV:
         check_spans(self, spans)
         sequences = [self._sequences[span.slot] for span in spans]
         for span, sequence in zip(spans, sequences, strict=True):
-            stop = span.start + span.count
+            stop = span.start + span.tokens
             if stop > len(sequence.pages) * PAGE:
                 raise ValueError(f"slot {span.slot} has no room for {stop} tokens; reserve it first")
             self._make_room(sequence, span.start, stop)
@@ -184,18 +184,18 @@ class PagedPlan:
         lines = [
             held[at // PAGE] * PAGE + at % PAGE
             for span, held in zip(spans, pages, strict=True)
-            for at in range(span.start, span.start + span.count)
+            for at in range(span.start, span.start + span.tokens)
         ]
         self._lines = torch.tensor(lines, device=device)
-        lengths = [span.start + span.count for span in spans]
+        lengths = [span.start + span.tokens for span in spans]
         used = [held[: -(-length // PAGE)] for held, length in zip(pages, lengths, strict=True)]
         widest = max(map(len, used))
         table = [[*row, *[0] * (widest - len(row))] for row in used]
         self._table = torch.tensor(table, dtype=torch.int32, device=device)
         self._lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
-        self._query_ends = _ends([span.count for span in spans], device)
+        self._query_ends = _ends([span.tokens for span in spans], device)
         self._key_ends = _ends(lengths, device)
-        self._most_queries = max(span.count for span in spans)
+        self._most_queries = max(span.tokens for span in spans)
         self._most_keys = max(lengths)
         half = kv.shape.dtype in (torch.float16, torch.bfloat16)
         self._attend = self._by_kernel if device.type == "cuda" and half else self._by_gathering
@@ -229,15 +229,15 @@ class PagedPlan:
         parts = []
         first = 0
         for span, pages in zip(self._spans, self._table, strict=True):
-            length = span.start + span.count
+            length = span.start + span.tokens
             keys, values = held[:, pages].flatten(1, 2)[:, :length].transpose(1, 2).unsqueeze(1)
             place = torch.arange(span.start, length, device=held.device).unsqueeze(1)
             seen = torch.arange(length, device=held.device)
             mask = seen <= place if window is None else (seen <= place) & (seen > place - window)
-            queries = query[first : first + span.count].transpose(0, 1).unsqueeze(0)
+            queries = query[first : first + span.tokens].transpose(0, 1).unsqueeze(0)
             out = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
             parts.append(out[0].transpose(0, 1))
-            first += span.count
+            first += span.tokens
         return torch.cat(parts)
 
 

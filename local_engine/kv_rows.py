@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from local_engine import kernels
+from local_engine import chunks, kernels
 from local_engine.kv import KVFull, KVShape, Span, check_blocks, check_range, check_spans
 from local_engine.pages import zeros
 from local_engine.simd import LANES, Kernel, address
@@ -63,9 +63,9 @@ class _Pool:
     def copy(self, source: "_Row", target: int, length: int) -> None:
         """Copy the first `length` tokens of `source`, a row of any pool, to row `target` of this one."""
         tokens = min(length, self.chunk, source.pool.chunk)
-        chunks = -(-length // self.chunk)
+        whole = -(-length // self.chunk)
         for mine, theirs in zip(self.layers, source.pool.layers, strict=True):
-            mine[:, :chunks, target, :, :tokens] = theirs[:, :chunks, source.index, :, :tokens]
+            mine[:, :whole, target, :, :tokens] = theirs[:, :whole, source.index, :, :tokens]
 
     def read(self, layer: Tensor, rows: slice, stop: int) -> Tensor:
         """The first tokens of some rows in one of `layers`: [2 (key, value), rows, kv_heads, stop, head_dim]."""
@@ -79,7 +79,8 @@ class _Pool:
             index, within = divmod(start + done, self.chunk)
             whole = (data.shape[2] - done) // self.chunk if within == 0 else 0
             if whole:
-                parts = data[:, :, done : done + whole * self.chunk].unflatten(2, (whole, self.chunk))
+                parts = data[:, :, done : done + whole * self.chunk]
+                parts = parts.reshape(2, parts.shape[1], whole, self.chunk, parts.shape[3])
                 layer[:, index : index + whole, row] = parts.transpose(1, 2)
                 done += whole * self.chunk
             else:
@@ -121,8 +122,8 @@ class RowsKV:
         self._chunk: int | None = None
         self._export: Kernel | None = None
         if shape.head_dim % LANES == 0 and kernels.usable(shape.dtype, shape.device):
-            self._chunk = kernels.chunk_tokens(shape.head_dim, shape.dtype)
-            self._export = kernels.export(shape.head_dim, shape.dtype)
+            self._chunk = chunks.chunk_tokens(shape.head_dim, shape.dtype)
+            self._export = chunks.export(shape.head_dim, shape.dtype)
 
     @property
     def bytes_used(self) -> int:
@@ -197,7 +198,7 @@ class RowsKV:
                 row.pool.rows,
             )
             return
-        for block, part in zip(blocks, self.export(slot, start, stop).split(tokens, dim=3), strict=True):
+        for block, part in zip(blocks, torch.split(self.export(slot, start, stop), tokens, dim=3), strict=True):
             block.copy_(part)
 
     def load(self, slot: int, start: int, data: Tensor) -> None:
@@ -214,8 +215,10 @@ class RowsKV:
         check_spans(self, spans)
         rows = [self._rows[span.slot] for span in spans]
         for span, row in zip(spans, rows, strict=True):
-            if span.start + span.count > row.pool.capacity:
-                raise ValueError(f"slot {span.slot} has no room for {span.start + span.count} tokens; reserve it first")
+            if span.start + span.tokens > row.pool.capacity:
+                raise ValueError(
+                    f"slot {span.slot} has no room for {span.start + span.tokens} tokens; reserve it first"
+                )
         return RowsPlan(self.shape, spans, rows)
 
     def _rounded(self, capacity: int) -> int:
@@ -263,7 +266,7 @@ class _Group:
         first = members[0][1]
         self.pool = first.pool
         self.rows = len(members)
-        self.count = members[0][0].count
+        self.count = members[0][0].tokens
         self.tokens = slice(offset, offset + self.rows * self.count)
         self._starts = [span.start for span, _ in members]
         self._longest = max(self._starts) + self.count
@@ -355,11 +358,11 @@ class _KernelAttention:
 
     def __init__(self, shape: KVShape, members: Sequence[tuple[Span, _Row]]) -> None:
         self._shape = shape
-        places = [(row.index, span.start + at) for span, row in members for at in range(span.count)]
+        places = [(row.index, span.start + at) for span, row in members for at in range(span.tokens)]
         self._places = torch.tensor(places).t().contiguous()
         longest = max(position for _, position in places) + 1
-        self._scores = torch.empty(kernels.scores_room(len(places), shape.query_heads, longest, shape.head_dim))
-        self._kernel = kernels.attend(shape.head_dim, shape.query_heads // shape.kv_heads, shape.dtype)
+        self._scores = torch.empty(chunks.scores_room(len(places), shape.query_heads, longest, shape.head_dim))
+        self._kernel = chunks.attend(shape.head_dim, shape.query_heads // shape.kv_heads, shape.dtype)
 
     def run(
         self, pool: _Pool, layer: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
@@ -438,18 +441,18 @@ class Reading:
         """Good until a pool is resized."""
         rows, positions, groups = array("q"), array("q"), array("q")
         last: _Pool | None = None
-        for (_, start, count), row in packed:
+        for (_, start, tokens), row in packed:
             pool = row.pool
             if pool is not last:
                 groups.extend((len(rows), 0, pool.rows, address(pool.addresses)))
                 last = pool
-            if count == 1:
+            if tokens == 1:
                 rows.append(row.index)
                 positions.append(start)
             else:
-                rows.extend([row.index] * count)
-                positions.extend(range(start, start + count))
-            groups[GroupWord.TOKENS - GROUP_WORDS] += count
+                rows.extend([row.index] * tokens)
+                positions.extend(range(start, start + tokens))
+            groups[GroupWord.TOKENS - GROUP_WORDS] += tokens
         return cls(rows, positions, groups)
 
 
@@ -458,7 +461,7 @@ class RowsPlan:
 
     def __init__(self, shape: KVShape, spans: Sequence[Span], rows: Sequence[_Row]) -> None:
         places = sorted(
-            (span.count, row.pool.capacity, row.index, at)
+            (span.tokens, row.pool.capacity, row.index, at)
             for at, (span, row) in enumerate(zip(spans, rows, strict=True))
         )
         self.order: Sequence[int] = [place[3] for place in places]
@@ -469,7 +472,7 @@ class RowsPlan:
     def reading(self) -> "Reading | None":
         """What our own kernels need to attend to all tokens of the step; None where some span is too long for them."""
         span, row = self._packed[-1]
-        if span.count > LONGEST_SPAN or not row.pool.in_chunks:  # the longest come last
+        if span.tokens > LONGEST_SPAN or not row.pool.in_chunks:  # the longest come last
             return None
         return Reading.of(self._packed)
 
@@ -497,7 +500,9 @@ class RowsPlan:
 
 def _joins(left: tuple[Span, _Row], right: tuple[Span, _Row]) -> bool:
     (before, row), (after, next_row) = left, right
-    return before.count == after.count <= BATCHED_SPAN and row.pool is next_row.pool and row.index + 1 == next_row.index
+    return (
+        before.tokens == after.tokens <= BATCHED_SPAN and row.pool is next_row.pool and row.index + 1 == next_row.index
+    )
 
 
 def _has_amx() -> bool:

@@ -115,7 +115,7 @@ class KernelProduct:
         place = None if other is None else other.data_ptr()
         weights = self.packed.data_ptr()
         sizes = rows, self.inputs, self.outputs
-        kernel(x.data_ptr(), weights, place, out.data_ptr(), *sizes, weights)
+        kernel(x.data_ptr(), weights, place, out.data_ptr(), *sizes, weights, 0)
         return out
 
 
@@ -145,7 +145,7 @@ class KernelGated:
         out = x.new_empty(rows, columns)
         weights = self.packed.data_ptr()
         sizes = rows, self.inputs, self.outputs
-        kernel(x.data_ptr(), weights, None, out.data_ptr(), *sizes, weights)
+        kernel(x.data_ptr(), weights, None, out.data_ptr(), *sizes, weights, 0)
         return out
 
 

@@ -1,5 +1,7 @@
 """Our own kernels beside torch: the same numbers, and the same bits for a row whatever is beside it."""
 
+from array import array
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from local_engine.kv import KVShape, Span
 from local_engine.kv_rows import RowsKV
 from local_engine.norms import HeadNorms, KernelNorm, KernelTurn, _TorchTurn
 from local_engine.products import KernelGated, KernelProduct
+from local_engine.simd import address
 
 CPU = torch.device("cpu")
 DTYPES = [
@@ -46,6 +49,26 @@ def test_products_are_torchs(dtype: torch.dtype, rows: int) -> None:
     assert near(gated(x), silu(exact) * exact_up)
     assert near(gated.part(0, x), exact)
     assert near(gated.part(1, x), exact_up)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_a_product_fetches_beside_its_weights_changes_nothing(dtype: torch.dtype) -> None:
+    torch.manual_seed(2)
+    product = KernelProduct(torch.randn(96, 50).to(dtype), None)
+    x = torch.randn(37, 50).to(dtype)
+    told = {
+        kernels.Beside.ADDRESS: x.data_ptr(),
+        kernels.Beside.RUN: 300,
+        kernels.Beside.STRIDE: 1000,
+        kernels.Beside.END: 5000,
+        kernels.Beside.PACE: 24,
+    }
+    words = array("q", [told[word] for word in kernels.Beside])
+    out = torch.full((37, 96), torch.nan, dtype=dtype)
+    weights = product.packed.data_ptr()
+    kernel = kernels.product(dtype, "plain")
+    kernel(x.data_ptr(), weights, None, out.data_ptr(), 37, 50, 96, weights, address(words))
+    assert torch.equal(out, product(x))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -97,7 +120,7 @@ def test_attention_is_torchs(dtype: torch.dtype, query_heads: int, head_dim: int
     got = plan.attend(0, query[packed], key[packed], value[packed], 0.3, window)
     assert near(got, torch.cat(expected)[packed])
     for span in spans:
-        kv.commit(span.slot, span.start + span.count)
+        kv.commit(span.slot, span.start + span.tokens)
     assert torch.equal(kv.export(spans[3].slot, 40, 43)[0, 0].transpose(0, 1), key[3:6])
 
 
