@@ -16,8 +16,8 @@ from torch import Tensor
 
 from local_engine import kernels
 from local_engine.kv import KVCache
-from local_engine.kv_rows import Reading
 from local_engine.products import KernelProduct
+from local_engine.rows_plan import Reading
 from local_engine.sampler import Choice
 from local_engine.simd import LANES, PTR, Kernel, Writer, address
 from local_engine.whole import Built, WholeForward

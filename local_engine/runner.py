@@ -18,10 +18,11 @@ from local_engine.fused import CHECK_TOKENS, fuse, fused_rotary
 from local_engine.greedy import Greedy, advance
 from local_engine.kv import KVCache, KVShape, Span, StepPlan
 from local_engine.kv_paged import PagedKV
-from local_engine.kv_rows import RowsKV, RowsPlan
+from local_engine.kv_rows import RowsKV
 from local_engine.model import LocalModel
 from local_engine.norms import best_norm
 from local_engine.products import KernelProduct, shared_product
+from local_engine.rows_plan import RowsPlan
 from local_engine.simd import Kernel
 from local_engine.tapped import NOTHING, Tapped
 from local_engine.whole import PackedRows, WholeForward

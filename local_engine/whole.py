@@ -17,9 +17,9 @@ from torch import Tensor
 
 from local_engine import chunks, kernels
 from local_engine.fused import FusedLayer
-from local_engine.kv_rows import GROUP_WORDS, GroupWord, Reading
 from local_engine.norms import KernelNorm, KernelTurn
 from local_engine.products import KernelGated, KernelProduct, Product
+from local_engine.rows_plan import GROUP_WORDS, GroupWord, Reading
 from local_engine.simd import I64, PTR, Kernel, Writer, address
 from local_engine.tapped import Tapped
 
