@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from local_engine import fused, kernels
-from local_engine.model import LocalModel, load_model
+from local_engine import fused
+from local_engine.model import LocalModel
 from local_engine.products import OneDNNProduct, PlainProduct, Stand
 from local_engine.runner import Runner, Segment, new_kv
 from tests.local_engine.engine_harness import ARCHITECTURES
@@ -45,27 +45,6 @@ def test_repacked_layers_and_the_modules_that_share_their_weights_agree_with_tra
         )
         expected = [pair.expected(tokens, last=new) for tokens, new in zip(texts, (1, 1, 4), strict=True)]
         assert close(out.logits, torch.cat(expected))
-
-
-@pytest.mark.skipif(not kernels.made_for(torch.float32), reason="this CPU is not one that our kernels are for")
-def test_many_rows_give_the_bits_that_few_give() -> None:
-    """Rows of two pools, some of several tokens: enough that products fetch keys and values beside their weights."""
-    model = load_model("base", "bundled/base", "float32", "cpu")
-    kv = new_kv(model, 2 * BUDGET)
-    runner = Runner(model, kv)
-    assert runner._whole is not None
-    segments = []
-    for row in range(40):
-        tokens, new = text(20 + 8 * row, seed=row), 1 if row % 5 else 3
-        slot = kv.open(len(tokens))
-        runner.run([Segment(slot, 0, tokens[:-new])])
-        segments.append(Segment(slot, len(tokens) - new, tokens[-new:], logits=new))
-    few = torch.cat([runner.run(segments[row : row + 5]).logits for row in range(0, 40, 5)])
-    runner._whole._fetch[kernels.Beside.ADDRESS] = 0
-    for segment in segments:
-        kv.truncate(segment.slot, segment.start)
-    assert torch.equal(runner.run(segments).logits, few)
-    assert runner._whole._fetch[kernels.Beside.ADDRESS] > 0
 
 
 def test_repacked_weights_are_not_held_twice(bundled: LocalModel) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from local_engine import kernels
 from local_engine.kv import KVCache
-from local_engine.model import LocalModel
+from local_engine.model import LocalModel, load_model
 from local_engine.runner import Runner, Segment, StepOutput, new_kv
 from local_engine.tapped import Tapped
 from tests.local_engine.runner_harness import BUDGET, FAMILIES, LAYERS, text, tiny_model
@@ -82,3 +82,23 @@ def test_a_token_that_the_model_does_not_have_is_refused_and_no_memory_read_for_
     with pytest.raises(IndexError, match="the model has tokens 0 to"):
         runner.run([Segment(slot, 0, [5, runner._body.embed_tokens.num_embeddings])])
     assert runner.kv.length(slot) == 0
+
+
+def test_many_rows_give_the_bits_that_few_give() -> None:
+    """Rows of two pools, some of several tokens: enough that products fetch keys and values beside their weights."""
+    model = load_model("base", "bundled/base", "float32", "cpu")
+    kv = new_kv(model, 2 * BUDGET)
+    runner = Runner(model, kv)
+    assert runner._whole is not None
+    segments = []
+    for row in range(40):
+        tokens, new = text(20 + 8 * row, seed=row), 1 if row % 5 else 3
+        slot = kv.open(len(tokens))
+        runner.run([Segment(slot, 0, tokens[:-new])])
+        segments.append(Segment(slot, len(tokens) - new, tokens[-new:], logits=new))
+    few = torch.cat([runner.run(segments[row : row + 5]).logits for row in range(0, 40, 5)])
+    runner._whole._fetch[kernels.Beside.ADDRESS] = 0
+    for segment in segments:
+        kv.truncate(segment.slot, segment.start)
+    assert torch.equal(runner.run(segments).logits, few)
+    assert runner._whole._fetch[kernels.Beside.ADDRESS] > 0
