@@ -23,11 +23,11 @@ def run_alone(socket: Path | None, listen: str | None, policy: Path | None, mode
         raise CannotServe("say where to listen: --socket PATH, --listen HOST:PORT, or both")
     if listen is None:
         assert socket is not None
-        needs = _needs(socket.absolute(), policy, models, exit_with_parent=False)
+        needs = _needs(policy, models, exit_with_parent=False)
         from gateway.engine_main import main
 
         socket.unlink(missing_ok=True)  # what a killed engine left; a gateway connects to the new one by itself
-        main(json.dumps(needs))
+        main(json.dumps(needs), str(socket.absolute()))
         return
     host, port = _address(listen)
     token = os.environ.get(TOKEN_VARIABLE) or None
@@ -38,7 +38,7 @@ def run_alone(socket: Path | None, listen: str | None, policy: Path | None, mode
         )
     with tempfile.TemporaryDirectory(prefix="leadline-engine-") as folder:
         place = socket.absolute() if socket is not None else Path(folder) / "engine.sock"
-        needs = _needs(place, policy, models, exit_with_parent=True)
+        needs = _needs(policy, models, exit_with_parent=True)
         try:
             listener = sockets.create_server(
                 (host, port), family=sockets.AF_INET6 if ":" in host else sockets.AF_INET, backlog=1024
@@ -48,13 +48,13 @@ def run_alone(socket: Path | None, listen: str | None, policy: Path | None, mode
         from gateway.engine_service import EngineService
         from gateway.http_server import HttpServer
 
-        service = EngineService(needs, token)
+        service = EngineService(needs, place, token)
         asyncio.run(HttpServer(service.app, DRAIN_S).serve_on(listener))
         if service.never_up:
             raise CannotServe("the engine did not come up; its own words above say why")
 
 
-def _needs(place: Path, policy: Path | None, models: list[str], *, exit_with_parent: bool) -> EngineNeeds:
+def _needs(policy: Path | None, models: list[str], *, exit_with_parent: bool) -> EngineNeeds:
     if models:
         if policy is not None:
             raise CannotServe("--policy and --model both say what to load; give one of them")
@@ -64,10 +64,10 @@ def _needs(place: Path, policy: Path | None, models: list[str], *, exit_with_par
             raise CannotServe("\n".join(problems))
         return EngineNeeds(
             models=named, speculation={}, probe=None, encoder="default", embeds=False, readers={},
-            socket_path=str(place), exit_with_parent=exit_with_parent,
+            exit_with_parent=exit_with_parent,
         )  # fmt: skip
     loaded, folder = checked_policy(policy, secrets=False)
-    needs = engine_needs(loaded, folder, place, exit_with_parent=exit_with_parent)
+    needs = engine_needs(loaded, folder, exit_with_parent=exit_with_parent)
     if needs is None:
         raise CannotServe("this policy needs no engine: it has neither a model with `engine: embedded` nor a probe")
     return needs

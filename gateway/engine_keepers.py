@@ -51,7 +51,7 @@ class OwnEngines:
 
     async def place(self, needs: EngineNeeds) -> Path:
         place = nth_socket(self._first, next(self._count))
-        process = self.processes[place] = EngineProcess({**needs, "socket_path": str(place)})
+        process = self.processes[place] = EngineProcess(needs, place)
         process.start()
         return place
 

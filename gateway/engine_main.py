@@ -1,4 +1,4 @@
-"""The engine process: `python -m gateway.engine_main CONFIG`, CONFIG being an `EngineNeeds` as JSON.
+"""The engine process: `python -m gateway.engine_main NEEDS SOCKET`, NEEDS being an `EngineNeeds` as JSON.
 
 The one place where engine and probe meet: neither package knows the other. The only module of `gateway` that leads to
 torch; no worker imports it.
@@ -21,7 +21,7 @@ _VARIABLES = {"prefix_disk": "LEADLINE_KV_DISK", "prefix_redis": "LEADLINE_KV_RE
 """Where the operator writes a setting of the engine."""
 
 
-def main(argument: str) -> None:
+def main(argument: str, socket_path: str) -> None:
     configure_logs()
     config: EngineNeeds = json.loads(argument)
     try:
@@ -31,7 +31,7 @@ def main(argument: str) -> None:
     engine = EngineConfig(
         models=config["models"],
         speculation=config["speculation"],
-        socket_path=config["socket_path"],
+        socket_path=socket_path,
         exit_with_parent=config["exit_with_parent"],
         prefix_disk=kept.disk,
         prefix_disk_bytes=kept.disk_bytes,
@@ -75,4 +75,4 @@ def _readers(config: EngineNeeds) -> dict[str, list[PromptReader]]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

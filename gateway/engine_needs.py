@@ -5,7 +5,7 @@ from typing import TypedDict
 
 
 class EngineNeeds(TypedDict):
-    """The one argument of `python -m gateway.engine_main`, as JSON."""
+    """The first argument of `python -m gateway.engine_main`, as JSON; the second is the socket that it answers at."""
 
     models: Mapping[str, str]
     """The engine's name of a model → a path or a hub id."""
@@ -17,5 +17,4 @@ class EngineNeeds(TypedDict):
     """The engine's name of a model → the artifacts of the probes that hear it read a prompt."""
     embeds: bool
     """Vectors are asked of the encoder, with or without a probe."""
-    socket_path: str
     exit_with_parent: bool

@@ -31,9 +31,10 @@ class EngineEnded(RuntimeError):
 class EngineProcess:
     """Owns the process from `start` to `stop`; starts it again after a pause that doubles up to `MAX_PAUSE_S`."""
 
-    def __init__(self, needs: EngineNeeds) -> None:
+    def __init__(self, needs: EngineNeeds, socket: Path) -> None:
+        """`socket`: where it answers."""
         self._needs = needs
-        self._socket = Path(needs["socket_path"])
+        self._socket = socket
         self._process: asyncio.subprocess.Process | None = None
         self._task: asyncio.Task[None] | None = None
         self.failed = asyncio.Event()
@@ -84,7 +85,7 @@ class EngineProcess:
         self._socket.unlink(missing_ok=True)
         # A session of its own: Ctrl-C reaches the gateway alone, which then stops its engine in order.
         self._process = process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "gateway.engine_main", json.dumps(self._needs),
+            sys.executable, "-m", "gateway.engine_main", json.dumps(self._needs), str(self._socket),
             stdin=asyncio.subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         async with asyncio.timeout(START_TIMEOUT_S):

@@ -62,13 +62,13 @@ _Small = Annotated[int, Field(ge=0, lt=1 << 31)]
 class EngineService:
     """The HTTP side. `token`: what callers must send as a bearer; None: nothing, for loopback addresses alone."""
 
-    def __init__(self, needs: EngineNeeds, token: str | None) -> None:
+    def __init__(self, needs: EngineNeeds, socket: Path, token: str | None) -> None:
         self._token = token
-        self._process = EngineProcess(needs)
+        self._process = EngineProcess(needs, socket)
         registry = CollectorRegistry()
         self._metrics = EngineMetrics(registry)
         self._registry = registry
-        self._link = EngineConnection(Path(needs["socket_path"]), self._metrics)
+        self._link = EngineConnection(socket, self._metrics)
         self._upstream = LocalUpstream(self._link)
         self.never_up = False
         """The engine failed before it ever answered: what it was told to load or to use is wrong."""

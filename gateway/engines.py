@@ -71,7 +71,7 @@ class Engines:
 
     async def begin(self, policy: Policy) -> None:
         """Have the engine started that this policy needs, if it needs one; it comes up beside whoever called."""
-        needs = engine_needs(policy, self._folder, Path())
+        needs = engine_needs(policy, self._folder)
         if needs is None:
             return
         place = await self._keeper.place(needs) if self._keeper is not None else None
@@ -85,7 +85,7 @@ class Engines:
 
         A fresh one is to be put in force, or dropped. Raises CannotServe; then nothing has changed.
         """
-        needs = await asyncio.to_thread(engine_needs, policy, self._folder, Path())
+        needs = await asyncio.to_thread(engine_needs, policy, self._folder)
         marks = await asyncio.to_thread(tiers.marks, policy, self._folder)
         wrong = _lacks(self._now, policy, needs, marks) if needs is not None else []
         if needs is None or not wrong:
@@ -93,7 +93,8 @@ class Engines:
         if self._keeper is None:
             fix = "restart that engine with this policy, then this gateway"
             raise _refused(wrong, f"somebody else keeps the engine up: {fix}", file)
-        if self._leaving is not None:
+        if self._leaving is not None and not self._leaving.done():
+            log.info("engine.waiting", why="the one before the one in force is still being left")
             await asyncio.wait((self._leaving,))
         log.info("engine.another", wanted=wrong)
         place = await self._keeper.place(needs)
@@ -139,13 +140,15 @@ class Engines:
     async def _leave_when_quiet(self, engine: Engine) -> None:
         loop = asyncio.get_running_loop()
         used = loop.time()
-        while loop.time() - used < QUIET_S:
-            client = engine.link.client
-            if any(world.under_way for world in engine.worlds) or (client is not None and client.busy):
-                used = loop.time()
-            await asyncio.sleep(LOOK_S)
-        log.info("engine.left", pid=engine.link.pid)
-        await self._leave(engine)
+        try:
+            while loop.time() - used < QUIET_S:
+                client = engine.link.client
+                if any(world.under_way for world in engine.worlds) or (client is not None and client.busy):
+                    used = loop.time()
+                await asyncio.sleep(LOOK_S)
+        finally:  # at once where the gateway stops
+            log.info("engine.left", pid=engine.link.pid)
+            await self._leave(engine)
 
     async def _leave(self, engine: Engine) -> None:
         await engine.link.retire()

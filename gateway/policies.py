@@ -128,9 +128,7 @@ def _local_embedders(policy: Policy) -> list[str]:
     return [model.upstream for model in policy.models.values() if model.embeds and model.provider in engines]
 
 
-def engine_needs(
-    policy: Policy, folder: Path, socket_path: Path, *, exit_with_parent: bool = True
-) -> EngineNeeds | None:
+def engine_needs(policy: Policy, folder: Path, *, exit_with_parent: bool = True) -> EngineNeeds | None:
     """What the policy's engine process has to be told; None when the policy needs no engine."""
     models = local_models(policy, folder)
     embeds = bool(_local_embedders(policy))
@@ -144,7 +142,6 @@ def engine_needs(
         encoder=encoder(policy, folder),
         embeds=embeds,
         readers=tiers.readers(policy, folder, models),
-        socket_path=str(socket_path),
         exit_with_parent=exit_with_parent,
     )
 

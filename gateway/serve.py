@@ -53,7 +53,7 @@ def serve(host: str, port: int, policy: Path | None, workers: int, drain_s: floa
     if settings.engine is not None:
         state = f"kept up by somebody else, at {settings.engine}"
     else:
-        needs = engine_needs(loaded, folder, socket_path)
+        needs = engine_needs(loaded, folder)
         if needs is not None:
             state = "one for all workers; it is ready when the log says so"
     plan = Plan(

@@ -76,11 +76,11 @@ class SharedEngines:
         await asyncio.gather(*self._ending)
 
     def _of(self, needs: EngineNeeds) -> _Shared:
-        key = json.dumps({**needs, "socket_path": ""}, sort_keys=True)
+        key = json.dumps(needs, sort_keys=True)
         if key not in self._engines:
             self._count += 1
             place = nth_socket(self._first, self._count)
-            process = EngineProcess({**needs, "socket_path": str(place)})
+            process = EngineProcess(needs, place)
             process.start()
             engine = self._engines[key] = _Shared(place, process)
             engine.starting = asyncio.create_task(self._tell_users(engine), name=f"engine at {place.name}")

@@ -227,10 +227,11 @@ def test_an_engines_setting_is_named_as_the_operator_wrote_it(tmp_path: Path) ->
     (tmp_path / "file").touch()
     needs = {
         "models": {"bundled/nano": "bundled/nano"}, "speculation": {}, "probe": None, "encoder": "default",
-        "embeds": False, "readers": {}, "socket_path": str(tmp_path / "s"), "exit_with_parent": False,
+        "embeds": False, "readers": {}, "exit_with_parent": False,
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", "gateway.engine_main", json.dumps(needs)], capture_output=True, text=True, timeout=100,
+        [sys.executable, "-m", "gateway.engine_main", json.dumps(needs), str(tmp_path / "s")],
+        capture_output=True, text=True, timeout=100,
         env={**os.environ, "LEADLINE_KV_DISK": str(tmp_path / "file" / "kv")}, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode != 0

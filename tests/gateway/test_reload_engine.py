@@ -1,5 +1,6 @@
 """A policy that names models or probes which the running engine has not loaded: a fresh engine takes its place."""
 
+import asyncio
 import shutil
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -118,6 +119,17 @@ async def test_new_local_models_are_served_by_a_fresh_engine_and_old_requests_en
         rows = await at.gateway.rows()
     assert {(row["model_served"], row["outcome"]) for row in rows} == {("small", "ok"), ("large", "ok")}
     assert [*processes()] == []
+
+
+async def test_a_gateway_that_stops_keeps_nothing_of_the_engine_that_it_was_leaving(tmp_path: Path) -> None:
+    before = asyncio.all_tasks()
+    async with home(tmp_path, HOME + SMALL + ROUTE % "small") as at:
+        first = await at.ready()
+        await at.change(HOME + SMALL + LARGE + ROUTE % "large")
+        assert await at.ready() != first
+        assert first in {process.pid for process in processes()}, "it is left once it has been quiet for a while"
+    assert [*processes()] == []
+    assert asyncio.all_tasks() == before
 
 
 async def test_what_cannot_be_loaded_leaves_the_engine_and_the_policy_as_they_were(tmp_path: Path) -> None:
