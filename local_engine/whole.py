@@ -19,7 +19,7 @@ from local_engine import chunks, kernels
 from local_engine.fused import FusedLayer
 from local_engine.norms import KernelNorm, KernelTurn
 from local_engine.products import KernelGated, KernelProduct, Product
-from local_engine.rows_plan import GROUP_WORDS, GroupWord, Reading
+from local_engine.rows_plan import GROUP_WORDS, MOST_TOGETHER, GroupWord, Reading
 from local_engine.simd import I64, PTR, Kernel, Writer, address
 from local_engine.tapped import Tapped
 
@@ -412,7 +412,7 @@ class WholeForward:
     def _reach(self, count: int, longest: int) -> None:
         """Buffers for so many tokens, the last of which sees `longest`."""
         sizes = self._sizes
-        scores = chunks.scores_room(count, sizes.query_heads, longest, sizes.head_dim)
+        scores = chunks.scores_room(min(count, MOST_TOGETHER), sizes.query_heads, longest, sizes.head_dim)
         if count <= self._rows and scores <= self._scores.numel():
             return
         if scores > self._scores.numel():

@@ -52,7 +52,7 @@ def test_a_step_gives_what_its_layers_give_one_by_one(runner: Runner) -> None:
     """Windows of several tokens, rows of two sizes, taps of every layer, more tokens than are multiplied together."""
     kv, whole = runner.kv, runner._whole
     own = slots(kv, runner)
-    for counts in ((1, 1, 1, 1), (1, 5, 2, 16), (9, 9, 9, 9)):
+    for counts in ((1, 1, 1, 1), (1, 5, 2, 16), (9, 9, 9, 9), (100, 1, 70, 128)):
         segments = [
             Segment(slot, held, text(count, seed=count + held), logits=1 + held % count, taps=(0, count - 1))
             for slot, held, count in zip(own, HELD, counts, strict=True)
@@ -75,6 +75,15 @@ def test_it_stops_at_a_layer_and_goes_on_there(runner: Runner) -> None:
         runner.kv.truncate(slot, held)
     begun = runner.run(segments, layers=(0, 1))
     near(straight, runner.run(segments, layers=(1, LAYERS), state=begun.state, tap_layers=[2]))
+
+
+def test_a_step_of_more_tokens_takes_no_more_room_for_their_scores(runner: Runner) -> None:
+    assert runner._whole is not None
+    segments = [Segment(runner.kv.open(64), 0, text(64, seed=row)) for row in range(4)]
+    runner.run(segments[:1])
+    room = runner._whole._scores.numel()
+    runner.run(segments[1:])
+    assert runner._whole._scores.numel() == room
 
 
 def test_a_token_that_the_model_does_not_have_is_refused_and_no_memory_read_for_it(runner: Runner) -> None:
