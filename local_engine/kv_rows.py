@@ -47,6 +47,11 @@ class RowsKV:
             self._export = chunks.export(shape.head_dim, shape.dtype)
 
     @property
+    def in_chunks(self) -> bool:
+        """Whether rows are held for our own kernels."""
+        return self._chunk is not None
+
+    @property
     def bytes_used(self) -> int:
         return self.token_bytes * sum(len(pool.members) * pool.capacity for pool in self._pools.values())
 

@@ -88,7 +88,8 @@ class Runner:
             else None
         )
         self._advance: Kernel | None = None
-        if self._whole is not None and isinstance(self._head, KernelProduct) and isinstance(kv, RowsKV):
+        in_chunks = isinstance(kv, RowsKV) and kv.in_chunks
+        if self._whole is not None and isinstance(self._head, KernelProduct) and in_chunks:
             self._advance = advance(self._whole.built, self._head.outputs)
 
     def run(

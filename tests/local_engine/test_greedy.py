@@ -94,6 +94,19 @@ def test_many_tokens_in_one_call_are_those_of_one_each(dtype: torch.dtype) -> No
 
 
 @ours
+def test_rows_that_are_held_for_torch_are_not_written_by_our_kernels() -> None:
+    model = new_model()
+    torch.set_num_threads(2)
+    kv = new_kv(model, 1 << 24)
+    torch.set_num_threads(1)
+    runner = Runner(model, kv)
+    slot = kv.open(64)
+    runner.run([Segment(slot, 0, PROMPT)])
+    assert not runner.writes_alone
+    assert runner.greedy(slot, 60) is None
+
+
+@ours
 def test_logits_that_are_no_numbers_name_no_token() -> None:
     model = new_model()
     model.network.model.norm.weight.data.fill_(torch.nan)
