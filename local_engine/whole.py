@@ -44,6 +44,14 @@ class _Step(IntEnum):
     TAP_ROWS = auto()
     TAP_COUNT = auto()
     FETCH = auto()
+    EMBEDDING = auto()
+    """0: the hidden states are there already."""
+    TOKENS = auto()
+    COS_TABLE = auto()
+    SIN_TABLE = auto()
+    LOGIT_ROWS = auto()
+    LOGIT_COUNT = auto()
+    LOGITS = auto()
 
 
 class _Stream(IntEnum):
@@ -179,6 +187,33 @@ def _decode(sizes: _Sizes) -> Kernel:
     return w.compiled()
 
 
+@cache
+def _whole(sizes: _Sizes, epsilon: float, vocabulary: int | None) -> Kernel:
+    """(step, layers, first, last, norm, head): from tokens through `_decode` to LOGITS of LOGIT_ROWS.
+
+    One call, because what Python does between two has to come from memory again after each. Without a `vocabulary` the
+    head is no product of ours, and what it is to be given is left in NORMED.
+    """
+    dtype, width = sizes.dtype, sizes.width
+    row, angles, norm = kernels.take(width, dtype), kernels.take(sizes.head_dim, dtype), kernels.rms_norm(width, dtype)
+    w = Writer("whole", [PTR, PTR, I64, I64, I64, I64])
+    step, layers, first, last, weight, head = w.arguments
+    told = {word: w.load_int(step, w.whole(word)) for word in _Step}
+    hidden, normed, count = told[_Step.HIDDEN], told[_Step.NORMED], told[_Step.LOGIT_COUNT]
+    with w.where(told[_Step.EMBEDDING], "!=", w.whole(0)):
+        w.call(row, told[_Step.EMBEDDING], told[_Step.TOKENS], hidden, told[_Step.ROWS])
+    for table, target in ((_Step.COS_TABLE, _Step.COS), (_Step.SIN_TABLE, _Step.SIN)):
+        w.call(angles, told[table], told[_Step.POSITIONS], told[target], told[_Step.ROWS])
+    w.call(_decode(sizes), step, layers, first, last)
+    with w.where(count, ">", w.whole(0)):
+        w.call(row, hidden, told[_Step.LOGIT_ROWS], normed, count)
+        w.call(norm, normed, weight, normed, count, epsilon)
+        if vocabulary is not None:
+            product = kernels.product(dtype, "plain")
+            w.call(product, normed, head, 0, told[_Step.LOGITS], count, width, vocabulary, head, 0)
+    return w.compiled()
+
+
 @dataclass(frozen=True, slots=True)
 class PackedRows:
     """The tokens of a step, and for which of them logits and hidden states are wanted."""
@@ -239,10 +274,10 @@ class WholeForward:
             normed=one.turn.weights is not None,
             biased=_product(one.qkv).bias is not None,
         )
-        self._decode = _decode(self._sizes)
-        self._take = kernels.take(self._sizes.width, shape.dtype)
-        self._angles = kernels.take(shape.head_dim, shape.dtype)
-        self._run_norm = kernels.rms_norm(self._sizes.width, shape.dtype)
+        own = isinstance(head, KernelProduct) and head.bias is None
+        self._vocabulary = head.outputs if own else None
+        self._run = _whole(self._sizes, norm.epsilon, self._vocabulary)
+        self._ends = norm.weight.data_ptr(), head.packed.data_ptr() if own else 0
         self._layers = array("q")
         for layer in layers:
             self._layers.extend(self._words(layer))
@@ -290,37 +325,45 @@ class WholeForward:
         taps: Tapped,
         state: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """(logits, in the model's type; hidden states of all tokens, until the next run).
+        """(logits, in the model's type; hidden states, of whose rows the first are the tokens', until the next run).
 
         All in packed order: `angles` are tables by position, as `fused.fused_rotary` gives them; `state` resumes.
         Raises IndexError for a token that the model does not have.
         """
         count = len(packed.tokens)
         self._reach(count, max(reading.positions) + 1)
-        hidden = self._hidden[:count]
         if state is None:
             most, last = max(packed.tokens), self._embedding.shape[0] - 1
             if most > last:  # the kernel would read whatever lies there
                 raise IndexError(f"token {most}: the model has tokens 0 to {last}; its tokenizer has more")
-            named = array("q", packed.tokens)
-            self._take(self._embedding.data_ptr(), address(named), hidden.data_ptr(), count)
         else:
-            hidden.copy_(state)
-        for table, target in zip(angles, (self._cos, self._sin), strict=True):
-            self._angles(table.data_ptr(), address(reading.positions), target.data_ptr(), count)
-        tapped, targets = array("q", packed.tap_rows), self._no_taps
+            self._hidden[:count].copy_(state)
+        targets = self._no_taps
         if taps:
             targets = array("q", self._no_taps)
             for layer, place in taps.addresses():
                 targets[layer] = place
+        tokens, tapped, asked = (array("q", rows) for rows in (packed.tokens, packed.tap_rows, packed.logit_rows))
+        logits = self._embedding.new_empty(len(asked), self._vocabulary or 0)
         step = self._step(count, reading, targets, tapped)
-        self._decode(address(step), address(self._layers), *layers)
-        return self._logits(array("q", packed.logit_rows)), hidden
+        step[_Step.EMBEDDING :] = array(
+            "q",
+            [
+                self._embedding.data_ptr() if state is None else 0,
+                address(tokens),
+                *(table.data_ptr() for table in angles),
+                address(asked),
+                len(asked),
+                logits.data_ptr(),
+            ],
+        )
+        self._run(address(step), address(self._layers), *layers, *self._ends)
+        return logits if self._vocabulary is not None else self._head(self._normed[: len(asked)]), self._hidden
 
     @property
     def built(self) -> Built:
         sizes = self._sizes
-        return Built(self._decode, sizes.width, sizes.head_dim, sizes.dtype, self._norm.epsilon)
+        return Built(_decode(self._sizes), sizes.width, sizes.head_dim, sizes.dtype, self._norm.epsilon)
 
     def one_token(self, reading: Reading) -> OneToken:
         """For the token that `reading` is of, and those after it; until the next `run`."""
@@ -335,7 +378,7 @@ class WholeForward:
         )
 
     def _step(self, count: int, reading: Reading, targets: "array[int]", tapped: "array[int]") -> "array[int]":
-        """What `_decode` is told of a step."""
+        """What `_decode` is told of a step; what `_whole` is, is 0."""
         return array(
             "q",
             [
@@ -349,6 +392,7 @@ class WholeForward:
                 address(tapped),
                 len(tapped),
                 self._fetching(count, reading),
+                *[0] * (len(_Step) - _Step.EMBEDDING),
             ],
         )
 
@@ -400,14 +444,6 @@ class WholeForward:
             at = stream * _STREAM_WORDS
             offset = first * line + skipped * stride
             self._fetch[at : at + _STREAM_WORDS] = array("q", [*(told[word] for word in kernels.Beside), offset])
-
-    def _logits(self, rows: "array[int]") -> Tensor:
-        normed = self._normed[: len(rows)]
-        place = normed.data_ptr()
-        self._take(self._hidden.data_ptr(), address(rows), place, len(rows))
-        self._run_norm(place, self._norm.weight.data_ptr(), place, len(rows), self._norm.epsilon)
-        logits: Tensor = self._head(normed)
-        return logits
 
     def _reach(self, count: int, longest: int) -> None:
         """Buffers for so many tokens, the last of which sees `longest`."""
