@@ -260,7 +260,7 @@ class RowsPlan:
             return Reading(
                 array("q", [self._rows[at].index for at in self.order]),
                 array("q", [self._spans[at].start for at in self.order]),
-                array("q", [0, len(self.order), row.pool.rows, address(row.pool.addresses)]),
+                _split(array("q", [0, len(self.order), row.pool.rows, address(row.pool.addresses)])),
             )
         if span.tokens > LONGEST_SPAN or not row.pool.in_chunks:  # the longest come last
             return None

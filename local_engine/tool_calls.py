@@ -64,6 +64,8 @@ class ToolCallParser:
         self._deltas: list[ToolCallDelta] = []
         self.calls = 0
         """Calls told of."""
+        self._after_call = False
+        """No text has come since the last one."""
 
     def push(self, text: str) -> Told:
         """What this text sets free."""
@@ -77,7 +79,7 @@ class ToolCallParser:
             self._give_back()
             self._read()
         if self._state in ("start", "text") and not self._is_gap(self._held):
-            self._content.append(self._held)
+            self._tell(self._held)
         self._held = ""
         return self._take()
 
@@ -102,7 +104,7 @@ class ToolCallParser:
             if at < 0:
                 return False
         else:
-            self._content.append(self._held[:end])
+            self._tell(self._held[:end])
         if at < 0:
             self._held = self._held[end:]
             return False
@@ -135,7 +137,7 @@ class ToolCallParser:
         if self._call.refused:
             return self._give_back()
         if self._call.complete:
-            self._call, self._state = None, "between"
+            self._call, self._state, self._after_call = None, "between", True
         return True
 
     def _between(self) -> bool:
@@ -153,13 +155,17 @@ class ToolCallParser:
 
     def _give_back(self) -> Literal[True]:
         """What looked like a call is none: its marker is content, and what follows is read as text."""
-        self._content.append(self._marker)
+        self._tell(self._marker)
         self._held = (self._call.text if self._call else "") + self._held
         self._marker, self._call, self._state = "", None, "text"
         return True
 
+    def _tell(self, text: str) -> None:
+        self._content.append(text)
+        self._after_call &= not text
+
     def _is_gap(self, text: str) -> bool:
-        return self.calls > 0 and not text.strip()
+        return self._after_call and not text.strip()
 
     def _take(self) -> Told:
         told = Told("".join(self._content), tuple(self._deltas))

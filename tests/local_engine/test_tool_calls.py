@@ -47,6 +47,7 @@ CASES: list[tuple[ToolFormat, str, str, Calls]] = [
     ("llama", '<|python_tag|>{"name": "f", "parameters": {}}; {"name": "g", "parameters": {}}', "",
      [("f", "{}"), ("g", "{}")]),
     ("llama", '{"type": "function", "function": "f", "parameters": {"a": 1}}', "", [("f", '{"a":1}')]),
+    ("llama", '{"name": "f", "parameters": {}} so ', " so ", [("f", "{}")]),
     ("llama", '{"answer": 42}', '{"answer": 42}', []),
     ("llama", 'Use {"name": "f", "parameters": {}}', 'Use {"name": "f", "parameters": {}}', []),
     ("llama", "{not json", "{not json", []),

@@ -93,19 +93,21 @@ def test_a_token_that_the_model_does_not_have_is_refused_and_no_memory_read_for_
     assert runner.kv.length(slot) == 0
 
 
-def test_many_rows_give_the_bits_that_few_give() -> None:
-    """Rows of two pools, some of several tokens: enough that products fetch keys and values beside their weights."""
+@pytest.mark.parametrize(("rows", "apart", "some"), [(40, 8, 3), (80, 2, 1)])
+def test_many_rows_give_the_bits_that_few_give(rows: int, apart: int, some: int) -> None:
+    """Rows of two pools, some of several tokens, or more of one pool than are attended to together: enough that
+    products fetch keys and values beside their weights."""
     model = load_model("base", "bundled/base", "float32", "cpu")
-    kv = new_kv(model, 2 * BUDGET)
+    kv = new_kv(model, 4 * BUDGET)
     runner = Runner(model, kv)
     assert runner._whole is not None
     segments = []
-    for row in range(40):
-        tokens, new = text(20 + 8 * row, seed=row), 1 if row % 5 else 3
+    for row in range(rows):
+        tokens, new = text(20 + apart * row, seed=row), 1 if row % 5 else some
         slot = kv.open(len(tokens))
         runner.run([Segment(slot, 0, tokens[:-new])])
         segments.append(Segment(slot, len(tokens) - new, tokens[-new:], logits=new))
-    few = torch.cat([runner.run(segments[row : row + 5]).logits for row in range(0, 40, 5)])
+    few = torch.cat([runner.run(segments[row : row + 5]).logits for row in range(0, rows, 5)])
     runner._whole._fetch[kernels.Beside.ADDRESS] = 0
     for segment in segments:
         kv.truncate(segment.slot, segment.start)
