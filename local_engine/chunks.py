@@ -254,8 +254,16 @@ def export(dim: int, dtype: torch.dtype) -> Kernel:
     with w.loop(w.whole(0), sources) as source, w.loop(w.whole(0), heads) as head, w.loop(w.whole(0), count) as block:
         target = w.times(w.add(w.times(source, heads), head), tokens)
         here, there = w.pointer(w.load_int(parts, source)), w.pointer(w.load_int(blocks, block))
-        with w.loop(w.whole(0), tokens) as token:
-            position = w.add(start, w.times(block, tokens), token)
+        begin = w.add(start, w.times(block, tokens))
+        within = w.rest(begin, chunk)
+        with w.where(w.add(within, tokens), "<=", w.whole(chunk)):  # all in one chunk: most blocks
+            line = w.add(w.times(w.add(w.times(w.part(begin, chunk), held), row), heads), head)
+            place = w.times(w.add(w.times(line, chunk), within), dim)
+            with w.loop(w.whole(0), w.times(tokens, dim), LANES) as at:
+                w.copy(here, w.add(place, at), there, w.add(w.times(target, dim), at), dtype, past_caches=True)
+        apart = w.either(w.add(within, tokens), "<=", w.whole(chunk), w.whole(0), tokens)
+        with w.loop(w.whole(0), apart) as token:
+            position = w.add(begin, token)
             line = w.add(w.times(w.add(w.times(w.part(position, chunk), held), row), heads), head)
             place = w.times(w.add(w.times(line, chunk), w.rest(position, chunk)), dim)
             for at in range(0, dim, LANES):

@@ -9,7 +9,6 @@ from typing import Final
 
 import torch
 
-from local_engine.pages import whole_pages
 from local_engine.prefix_identity import KVLayout
 
 _SLAB_BYTES: Final = 16 << 20
@@ -42,6 +41,6 @@ class Slabs:
     def take(self) -> Slot:
         """The one given back last, which the CPU may still remember; its content is whatever it was."""
         if not self._free:
-            slab = whole_pages(self._slab_bytes).view(self._dtype)
+            slab = torch.empty(self._slab_bytes, dtype=torch.uint8).view(self._dtype)
             self._free.extend(slab.view(self._slots, *self._shape).unbind(0))
         return Slot(self._free.pop(), self._free)
