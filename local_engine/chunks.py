@@ -251,22 +251,21 @@ def export(dim: int, dtype: torch.dtype) -> Kernel:
     w = Writer("export", [PTR, PTR] + [I64] * 7)
     parts, blocks, count, sources, heads, tokens, row, start, held = w.arguments
     chunk = chunk_tokens(dim, dtype)
+
+    def copy(here: Any, there: Any, head: Any, position: Any, target: Any, count: Any) -> None:
+        """`count` tokens of one chunk from `position` on, to token `target` of a block."""
+        line = w.add(w.times(w.add(w.times(w.part(position, chunk), held), row), heads), head)
+        place = w.times(w.add(w.times(line, chunk), w.rest(position, chunk)), dim)
+        with w.loop(w.whole(0), w.times(count, dim), LANES) as at:
+            w.copy(here, w.add(place, at), there, w.add(w.times(target, dim), at), dtype, past_caches=True)
+
     with w.loop(w.whole(0), sources) as source, w.loop(w.whole(0), heads) as head, w.loop(w.whole(0), count) as block:
         target = w.times(w.add(w.times(source, heads), head), tokens)
         here, there = w.pointer(w.load_int(parts, source)), w.pointer(w.load_int(blocks, block))
         begin = w.add(start, w.times(block, tokens))
-        within = w.rest(begin, chunk)
-        with w.where(w.add(within, tokens), "<=", w.whole(chunk)):  # all in one chunk: most blocks
-            line = w.add(w.times(w.add(w.times(w.part(begin, chunk), held), row), heads), head)
-            place = w.times(w.add(w.times(line, chunk), within), dim)
-            with w.loop(w.whole(0), w.times(tokens, dim), LANES) as at:
-                w.copy(here, w.add(place, at), there, w.add(w.times(target, dim), at), dtype, past_caches=True)
-        apart = w.either(w.add(within, tokens), "<=", w.whole(chunk), w.whole(0), tokens)
-        with w.loop(w.whole(0), apart) as token:
-            position = w.add(begin, token)
-            line = w.add(w.times(w.add(w.times(w.part(position, chunk), held), row), heads), head)
-            place = w.times(w.add(w.times(line, chunk), w.rest(position, chunk)), dim)
-            for at in range(0, dim, LANES):
-                to = w.add(w.times(w.add(target, token), dim), at)
-                w.copy(here, w.add(place, at), there, to, dtype, past_caches=True)
+        end = w.add(w.rest(begin, chunk), tokens)
+        with w.where(end, "<=", w.whole(chunk)):  # all in one chunk: most blocks
+            copy(here, there, head, begin, target, tokens)
+        with w.where(end, ">", w.whole(chunk)), w.loop(w.whole(0), tokens) as token:
+            copy(here, there, head, w.add(begin, token), w.add(target, token), w.whole(1))
     return w.compiled()

@@ -244,24 +244,12 @@ class RowsPlan:
         )
         self.order: Sequence[int] = [place[3] for place in places]
         self._shape = shape
-        self._spans, self._rows = spans, rows
-
-    @cached_property
-    def _packed(self) -> list[tuple[Span, Row]]:
-        return [(self._spans[at], self._rows[at]) for at in self.order]
+        self._packed = [(spans[at], rows[at]) for at in self.order]
 
     @cached_property
     def reading(self) -> "Reading | None":
         """What our own kernels need to attend to all tokens of the step; None where some span is too long for them."""
-        first, last = self.order[0], self.order[-1]
-        span, row = self._spans[last], self._rows[last]
-        if span.tokens == 1 and self._rows[first].pool is row.pool and row.pool.in_chunks:
-            # All of one token, in one pool: most steps, of which Python's part is felt.
-            return Reading(
-                array("q", [self._rows[at].index for at in self.order]),
-                array("q", [self._spans[at].start for at in self.order]),
-                _split(array("q", [0, len(self.order), row.pool.rows, address(row.pool.addresses)])),
-            )
+        span, row = self._packed[-1]
         if span.tokens > LONGEST_SPAN or not row.pool.in_chunks:  # the longest come last
             return None
         return Reading.of(self._packed)
