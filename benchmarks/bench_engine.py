@@ -78,7 +78,9 @@ def prefix(seed: int, into: Measured, seconds: float) -> None:
         for metric in ("cold_median_ms", "warm_median_ms"):
             into.add(f"prefix, {size}", metric, first[metric], "ms")
         into.add(f"prefix, {size}", "times_faster", first["cold_median_ms"] / first["warm_median_ms"], "ratio")
-        into.add(f"prefix, {size}", "no_hit_cost", engine_prefix.cost_without_hits(model, 15)["cost_percent"], "%")
+        costs = engine_prefix.cost_without_hits(model, engine_prefix.TURNS[size])
+        into.add(f"prefix, {size}", "no_hit_cost", costs["resting_percent"], "%")
+        into.add(f"prefix, {size}", "no_hit_cost_while_storing", costs["storing_percent"], "%")
 
 
 def cancel(seed: int, into: Measured, seconds: float) -> None:

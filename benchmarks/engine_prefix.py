@@ -2,7 +2,7 @@
 
 - time to first token of a prompt of which 1,000 tokens were computed before, beside the same prompt cold;
 - what looking up, hashing and copying out cost when nothing ever hits, as a share of all CPU time: the same requests on
-  an engine with a store and on one without, in turns, the median of the turns' ratios;
+  engines with a store and on one without, in turns, the median of the turns' ratios;
 - the two again for one prompt of 1,000 tokens on the host alone.
 
 CPU time of this process, not wall time, for what is compared: a busy machine does not change it much.
@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from operator import truediv
 from typing import Any
 
 import msgspec
@@ -26,11 +27,14 @@ from local_engine.engine import Engine
 from local_engine.model import LocalModel, load_model
 from local_engine.prefix import PrefixStore
 from local_engine.prefix_identity import KVIdentity, KVLayout
+from local_engine.prefix_types import PrefixStats
 from local_engine.types import Delta, Event, Finished, Generate, SamplingParams
 
 SHARED = 1000
 SIZES = {"2.4M": None, "29M": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 9}}
 """The bundled base, and a random Qwen3 with 8 query and 4 KV heads of 64."""
+TURNS = {"2.4M": 45, "29M": 11}
+"""Of a comparison of CPU times, so that each takes some twenty seconds."""
 
 
 def model_of(size: str) -> LocalModel:
@@ -101,31 +105,52 @@ def first_token(model: LocalModel, repeats: int) -> dict[str, float]:
 
 
 def cost_without_hits(model: LocalModel, repeats: int) -> dict[str, float]:
-    """CPU seconds of 8 requests of 256 new prompt tokens and 32 generated ones, by a store that is full."""
-    engines = {name: Engine({"m": model}, prefix_bytes=size) for name, size in (("without", 0), ("with", 1 << 25))}
-    spent: dict[str, list[float]] = {name: [] for name in engines}
+    """CPU seconds of 8 requests of 256 new prompt tokens and 32 generated ones, by stores that are full.
+
+    `storing` takes everything in, `resting` has found that nothing of it is used (`prefix_admission.py`).
+    """
+    config = model.network.config
+    layout = KVLayout(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, torch.float32)
+    turn_bytes = 8 * (256 + 32) * layout.kv_bytes(1)  # a little less than a turn stores
+    sizes = {"without": 0, "storing": (repeats + 2) * turn_bytes, "resting": turn_bytes}
+    engines = {name: Engine({"m": model}, prefix_bytes=size) for name, size in sizes.items()}
     talks = {}
     for name, engine in engines.items():
         engine.start()
         talks[name] = Talk(engine)
-    for turn in range(-3, repeats):
-        order = list(engines) if turn % 2 else list(reversed(engines))
-        for name in order:
-            prompts = [words(1000 * turn + at, 256) for at in range(8)]
-            began = time.process_time()
-            talks[name].run(prompts, 32)
-            if turn >= 0:
-                spent[name].append(time.process_time() - began)
-    stats = engines["with"].prefix_stats()["m"]
-    assert stats.hit_tokens <= 16 * 8 * (repeats + 3), "only the chat template may hit"
+    turns = iter(range(1_000_000))
+
+    def run(name: str) -> float:
+        turn = next(turns)
+        prompts = [words(1000 * turn + at, 256) for at in range(8)]
+        began = time.process_time()
+        talks[name].run(prompts, 32)
+        return time.process_time() - began
+
+    def stats(name: str) -> PrefixStats:
+        return engines[name].prefix_stats()["m"]
+
+    for _ in range(3):
+        run("without")
+    for name in ("storing", "resting"):
+        while not stats(name).evicted_tokens:
+            run(name)
+    while not stats("resting").resting:
+        run("resting")
+    spent: dict[str, list[float]] = {name: [] for name in engines}
+    for turn in range(repeats):
+        for name in list(engines)[:: 1 if turn % 2 else -1]:
+            spent[name].append(run(name))
+    assert not stats("storing").resting, "it stored to the end"
+    assert stats("resting").resting, "and it not at all"
+    assert all(stats(name).hit_tokens <= 16 * 8 * next(turns) for name in sizes if name != "without"), "the template's"
     for engine in engines.values():
         engine.stop()
-    ratios = [have / lack for have, lack in zip(spent["with"], spent["without"], strict=True)]
-    return {
-        "cpu_without_s": round(statistics.median(spent["without"]), 4),
-        "cpu_with_s": round(statistics.median(spent["with"]), 4),
-        "cost_percent": round(100 * (statistics.median(ratios) - 1), 2),
+    costs = {
+        f"{name}_percent": round(100 * (statistics.median(map(truediv, spent[name], spent["without"])) - 1), 2)
+        for name in ("storing", "resting")
     }
+    return {f"cpu_{name}_s": round(statistics.median(seconds), 4) for name, seconds in spent.items()} | costs
 
 
 def host_cost(model: LocalModel, repeats: int) -> dict[str, float]:
@@ -174,7 +199,7 @@ def measure(size: str, repeats: int) -> dict[str, Any]:
         ).kv_bytes(1),
         "host": host_cost(model, 10 * repeats),
         "first_token": first_token(model, repeats),
-        "no_hits": cost_without_hits(model, repeats),
+        "no_hits": cost_without_hits(model, TURNS[size]),
     }
 
 

@@ -113,7 +113,8 @@ class Lane:
         if self.speculator is not None:
             self.speculator.forget(sequence)
         if sequence.slot is not None:
-            self.give(sequence)
+            self.publish(sequence)
+            self.kv.close(sequence.slot)
             sequence.forget()
 
     def branch(self, parent: Sequence, child: Sequence) -> None:
@@ -176,14 +177,17 @@ class Lane:
             self.kv.truncate(sequence.slot, length)
             sequence.computed = length
 
-    def publish(self, sequence: Sequence) -> None:
-        """Give what is computed of its text to the prefix store. A store that fails costs its hits and no request."""
+    def publish(self, sequence: Sequence, *, needed: bool = False) -> None:
+        """Give what is computed of its text to the prefix store. A store that fails costs its hits and no request.
+
+        `needed`: it is sure to be read again.
+        """
         if self.store is None or sequence.slot is None or sequence.scored_from is not None:
             return
         try:
             tokens = sequence.ids[: sequence.computed]  # no drafts: they are not part of `ids`
             sums = sequence.means.blocks if sequence.means is not None else None
-            self.store.commit(sequence.salt, tokens, partial(self.kv.export_into, sequence.slot), sums)
+            self.store.commit(sequence.salt, tokens, partial(self.kv.export_into, sequence.slot), sums, needed=needed)
         except Exception:
             logger.exception("storing a prefix failed")
 
@@ -206,7 +210,7 @@ class Lane:
 
     def give(self, sequence: Sequence) -> None:
         assert sequence.slot is not None, "only those with a slot are asked to give it"
-        self.publish(sequence)
+        self.publish(sequence, needed=True)
         self.kv.close(sequence.slot)
 
     def soon(self, sequence: Sequence, running: list[Sequence]) -> bool:
@@ -224,7 +228,7 @@ class Lane:
         if reader in running and reader.computed < shared and not reader.at_rest:
             return True
         sequence.awaited = None
-        self.publish(reader)
+        self.publish(reader, needed=True)
         return False
 
     def _reader(self, sequence: Sequence, running: list[Sequence]) -> tuple[Sequence, int] | None:
@@ -436,7 +440,7 @@ class Lane:
                 rows += these
             elif not sequence.pending:
                 sequence.at_rest = turn.rested = True
-                self.publish(sequence)
+                self.publish(sequence, needed=True)
         if writers:
             self._write(writers, output.logits if len(rows) == len(output.logits) else output.logits[rows])
         if output.hidden:

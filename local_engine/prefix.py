@@ -12,6 +12,8 @@ it ends: eviction never touches a running sequence. Whoever is used last is evic
 a path is put at the young end deepest block first, and what is held is held with all its ancestors, so the old end of
 the list is always a leaf.
 
+Where nothing that it has is ever used, a store without slower tiers rests: `prefix_admission.py`.
+
 Owned by the engine's thread. Everything is O(blocks of the prefix); one eviction is O(1).
 """
 
@@ -23,6 +25,7 @@ from typing import Final
 
 import torch
 
+from local_engine.prefix_admission import Admission
 from local_engine.prefix_block import Block, Node, Root, below
 from local_engine.prefix_format import Wanted
 from local_engine.prefix_identity import KVIdentity, child_digest, token_bytes
@@ -76,11 +79,17 @@ class PrefixStore:
         self._pins: dict[tuple[bytes, bytes], list[Block]] = {}
         self._fetches: deque[tuple[Fetch, bytes, list[Block]]] = deque()
         """Under way: whose they are, and the held path that they continue."""
+        self._admission = Admission(bytes_limit)
         self._compute_s: float | None = None
         """To compute one prompt token, a running mean."""
         self._blocks = self._bytes = self._pinned_blocks = 0
         self._asked = self._hit = self._stored = self._evicted = self._refused = self._promoted = 0
         self._bare_block_bytes = identity.layout.kv_bytes(block_tokens) + block_tokens * _TOKEN_BYTES + _OVERHEAD_BYTES
+
+    @property
+    def resting(self) -> bool:
+        """Whether only what is sure to be read again is taken in. Slower tiers keep for longer than this can tell."""
+        return self.slow is None and self._admission.resting
 
     def lookup(self, salt: bytes, tokens: Sequence[int], *, taps: bool = False) -> Match:
         """The longest stored prefix of `tokens`, but for the last of them, which is always left to compute.
@@ -88,11 +97,15 @@ class PrefixStore:
         With `taps`, only of blocks whose hidden states were kept. Close the match once it is loaded.
         """
         self._adopt()
-        path = self._walk(salt, token_bytes(tokens), self._matchable(tokens))
+        data, count = token_bytes(tokens), self._matchable(tokens)
+        path = self._walk(salt, data, count)
+        if self.resting and len(path) < count:
+            self._miss(salt, path, data, count)
         if taps:
             bare = next((i for i, block in enumerate(path) if block.taps is None), len(path))
             del path[bare:]
         self._hold(path)
+        self._use(path)
         self._asked += len(tokens)
         self._hit += len(path) * self.block_tokens
         return Match(path, self.block_tokens, self._release)
@@ -144,12 +157,15 @@ class PrefixStore:
         new = seconds / tokens
         self._compute_s = new if self._compute_s is None else self._compute_s + _WEIGHT * (new - self._compute_s)
 
-    def commit(self, salt: bytes, tokens: Sequence[int], export: Export, taps: Taps | None = None) -> int:
+    def commit(
+        self, salt: bytes, tokens: Sequence[int], export: Export, taps: Taps | None = None, *, needed: bool = True
+    ) -> int:
         """Store the full blocks of `tokens` that are not there yet; how many tokens that were.
 
         All of `tokens` must have been computed and accepted: no drafts. `export` is called for what is missing,
         `taps` also for blocks that were stored without. Where memory is short, older blocks go first; where all of it
-        is held, the rest of `tokens` is not stored. Raises what `export` raises, and stores nothing that it was for.
+        is held, the rest of `tokens` is not stored. While the store rests, nothing is that is not `needed`, that is,
+        sure to be read again. Raises what `export` raises, and stores nothing that it was for.
         """
         data = token_bytes(tokens)
         count = len(tokens) // self.block_tokens
@@ -160,7 +176,7 @@ class PrefixStore:
         known = len(path)
         try:
             richer = self._add_taps(path, taps) if taps is not None else []
-            for start in range(known, count, COPY_BLOCKS):
+            for start in range(known, count if needed or not self.resting else known, COPY_BLOCKS):
                 wanted = min(COPY_BLOCKS, count - start)
                 fits = self._make_room(wanted, taps is not None)
                 if fits:
@@ -247,6 +263,7 @@ class PrefixStore:
             bytes_used=self._bytes,
             bytes_limit=self.bytes_limit,
             promoted_tokens=self._promoted,
+            resting=self.resting,
             tiers=self.slow.stats() if self.slow is not None else [],
         )
 
@@ -291,6 +308,20 @@ class PrefixStore:
             node = block
         return path
 
+    def _miss(self, salt: bytes, path: list[Block], data: bytes, count: int) -> None:
+        """A prompt that is not to be stored lacks the blocks after `path`, up to `count` of its tokens `data`."""
+        at, size = len(path), self.block_tokens * _TOKEN_BYTES
+        parent = path[-1].digest if path else self.identity.root(salt, self.block_tokens)
+        first = child_digest(parent, data[at * size : (at + 1) * size])
+        self._admission.missed(first, (count - at) * self._bare_block_bytes)
+
+    def _use(self, path: list[Block]) -> None:
+        for block in reversed(path):
+            if block.used:  # and so is all that it continues
+                break
+            block.used = True
+            self._admission.used()
+
     def _hold(self, path: list[Block]) -> None:
         for block in path:
             if block.held == 0:
@@ -308,7 +339,9 @@ class PrefixStore:
         """Evict until `count` more blocks fit, or all that can be; how many fit then."""
         size = self._bare_block_bytes + (self.identity.layout.tap_bytes if taps else 0)
         while self._free and self._bytes + count * size > self.bytes_limit:
-            self._remove(self._free.popitem(last=False)[0])
+            block, _ = self._free.popitem(last=False)
+            self._admission.evicted(self._size(block))
+            self._remove(block)
         return min(count, (self.bytes_limit - self._bytes) // size)
 
     def _store_blocks(

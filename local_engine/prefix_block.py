@@ -31,7 +31,7 @@ class Root(Node):
 class Block(Node):
     """Immutable KV of `block_tokens` tokens after `parent`."""
 
-    __slots__ = ("data", "held", "parent", "pins", "slot", "taps", "tokens")
+    __slots__ = ("data", "held", "parent", "pins", "slot", "taps", "tokens", "used")
 
     def __init__(self, parent: Node, tokens: bytes, data: torch.Tensor, taps: torch.Tensor | None) -> None:
         super().__init__(child_digest(parent.digest, tokens))
@@ -42,6 +42,8 @@ class Block(Node):
         self.held = 0
         """Open matches and pins through it; it cannot be evicted before this is 0."""
         self.pins = 0
+        self.used = False
+        """Whether it was ever matched."""
         self.slot: Slot | None = None
         """What `data` lies in; None: memory of its own. Whoever reads `data` keeps the block meanwhile."""
 

@@ -64,4 +64,6 @@ class PrefixStats(msgspec.Struct, frozen=True):
     bytes_limit: int
     promoted_tokens: int = 0
     """Brought to memory from a slower tier."""
+    resting: bool = False
+    """Blocks of its whole size were evicted unused, so it takes in only what is sure to be read again."""
     tiers: list[TierStats] = []

@@ -28,7 +28,7 @@ class Room(Protocol):
         ...
 
     def give(self, sequence: Sequence) -> None:
-        """Free everything it has."""
+        """Free everything it has, for it to be computed again later."""
         ...
 
     def soon(self, sequence: Sequence, running: list[Sequence]) -> bool:

@@ -96,6 +96,17 @@ async def test_a_pin_reads_what_is_not_there_and_keeps_it_until_it_is_undone(run
     assert (await running.do("lookup", RULES, QUESTION))[0] == 0
 
 
+async def test_a_pin_is_kept_by_a_store_that_rests(running: Running) -> None:
+    number = 0
+    while not (await running.client.prefix_stats())["m"].resting:
+        number += 1_000_003
+        await running.ask({"role": "user", "content": f"{number} is a number. " * 40})
+    await running.ask({"role": "user", "content": "Who will read this again? " * 40})
+    assert (await running.do("lookup", {"role": "user", "content": "Who will read this again? " * 40}))[0] < 20
+    pinned, tokens = await running.do("pin", RULES)
+    assert pinned == tokens // BLOCK * BLOCK > 100
+
+
 async def test_evicting_a_conversation_forgets_it_and_no_other(running: Running) -> None:
     other = {"role": "user", "content": "Another conversation altogether. " * 10}
     for salt in ("a", "b"):

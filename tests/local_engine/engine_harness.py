@@ -67,7 +67,7 @@ class Watch:
     """
 
     def __init__(self, *, gated: bool = False) -> None:
-        self._gated = gated
+        self.gated = gated
         self._leave = threading.Semaphore(0)
         self._asked = threading.Condition()
         self.passes: list[list[Segment]] = []
@@ -81,7 +81,7 @@ class Watch:
         with self._asked:
             self.passes.append(segments)
             self._asked.notify_all()
-        if self._gated and not self._leave.acquire(timeout=PATIENCE_S):
+        if self.gated and not self._leave.acquire(timeout=PATIENCE_S):
             raise TimeoutError("nobody gave leave for a forward pass")
         if self.fails(segments):
             raise self.error
