@@ -75,8 +75,13 @@ class RowsKV:
         # Out and in again, so that the old row's memory counts for the new one.
         held = self.export(slot, 0, row.length)
         row.pool.remove(row)
-        self._rows[slot] = self._new_row(capacity)
-        self.load(slot, 0, held)
+        try:
+            self._rows[slot] = self._new_row(capacity)
+        except torch.OutOfMemoryError:
+            self._rows[slot] = self._new_row(row.pool.capacity)
+            raise
+        finally:
+            self.load(slot, 0, held)
 
     def length(self, slot: int) -> int:
         return self._rows[slot].length

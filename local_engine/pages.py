@@ -59,11 +59,15 @@ _weights: Final = _Arenas()
 def whole_pages(size: int) -> Tensor:
     """Bytes that are zero, from the beginning of a large page on if they fill one.
 
-    Straight from the system: what `malloc` hands out again was cut into small pages by those who had it before.
+    Straight from the system: what `malloc` hands out again was cut into small pages by those who had it before. Raises
+    torch.OutOfMemoryError.
     """
-    if size < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(size, dtype=torch.uint8)
-    room = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        if size < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+            return torch.zeros(size, dtype=torch.uint8)
+        room = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, RuntimeError) as error:
+        raise torch.OutOfMemoryError(f"the system has no {size} bytes: {error}") from error
     with suppress(OSError):  # a system that was built without: nothing is lost
         room.madvise(mmap.MADV_HUGEPAGE)
     place = torch.frombuffer(room, dtype=torch.uint8)

@@ -27,12 +27,15 @@ class Pool:
         """Of each layer's keys, then its values."""
 
     def resize(self, rows: int) -> None:
-        """One layer after the other, so that no more than one layer is ever held twice."""
+        """One layer after the other, so that no more than one layer is ever held twice: zeros take none until written.
+
+        Raises torch.OutOfMemoryError, and nothing has changed.
+        """
         kept = min(rows, len(self.members))
-        for index, old in enumerate(self.layers):
-            # Zeros, never whatever the memory held: a masked key may be anything but NaN.
-            new = zeros((2, self._chunks, rows, *self._size), old.dtype)
-            new[:, :, :kept] = old[:, :, :kept]
+        # Zeros, never whatever the memory held: a masked key may be anything but NaN.
+        fresh = [zeros((2, self._chunks, rows, *self._size), old.dtype) for old in self.layers]
+        for index, new in enumerate(fresh):
+            new[:, :, :kept] = self.layers[index][:, :, :kept]
             self.layers[index] = new
         self.addresses = array("q", [part.data_ptr() for layer in self.layers for part in layer])
         self.rows = rows

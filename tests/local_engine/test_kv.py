@@ -1,7 +1,10 @@
 """Every KV cache: what was stored comes back, the budget holds, and nothing leaks."""
 
 import random
+import resource
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,16 +41,16 @@ def make_kv(request: pytest.FixtureRequest) -> MakeKV:
     return make
 
 
-def content(tokens: list[int]) -> Tensor:
+def content(tokens: list[int], shape: KVShape = SHAPE) -> Tensor:
     """Keys and values that tell which token they are of."""
     values = torch.tensor(tokens, dtype=torch.float32).view(1, 1, 1, -1, 1)
-    return values.expand(SHAPE.layers, 2, SHAPE.kv_heads, -1, SHAPE.head_dim)
+    return values.expand(shape.layers, 2, shape.kv_heads, -1, shape.head_dim)
 
 
 def held(kv: KVCache, slot: int) -> list[int]:
     exported = kv.export(slot, 0, kv.length(slot))
     tokens: list[int] = exported[0, 0, 0, :, 0].int().tolist()
-    assert torch.equal(exported, content(tokens))
+    assert torch.equal(exported, content(tokens, kv.shape))
     return tokens
 
 
@@ -128,6 +131,37 @@ def test_one_sequence_may_grow_to_the_whole_budget(make_kv: MakeKV) -> None:
     for start in range(0, 1024, 64):
         kv.load(slot, start, content(tokens[start : start + 64]))
     assert held(kv, slot) == tokens
+
+
+def open_rows(kv: RowsKV, slot: int) -> None:
+    for _ in range(100):
+        kv.open(256)
+
+
+def lengthen(kv: RowsKV, slot: int) -> None:
+    kv.reserve(slot, 512)
+
+
+@pytest.mark.parametrize("grow", [open_rows, lengthen])
+def test_where_the_system_has_no_memory_nothing_changes(grow: Callable[[RowsKV, int], None]) -> None:
+    kv = RowsKV(replace(SHAPE, layers=8, query_heads=8, kv_heads=8, head_dim=128), 1 << 40)  # 2 MiB a row and layer
+    slots = [kv.open(256) for _ in range(3)]
+    tokens = [list(range(at, at + 200)) for at in (0, 1000, 2000)]
+    for slot, these in zip(slots, tokens, strict=True):
+        kv.load(slot, 0, content(these, kv.shape))
+    before = kv.bytes_allocated
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (taken + (40 << 20), limits[1]))  # for some layers
+        with pytest.raises(torch.OutOfMemoryError):
+            grow(kv, slots[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert kv.bytes_allocated == before
+    assert [held(kv, slot) for slot in slots] == tokens
+    kv.reserve(slots[0], 512)
+    assert [held(kv, slot) for slot in slots] == tokens
 
 
 def test_what_is_held_in_large_pages_is_what_is_attended_to() -> None:
