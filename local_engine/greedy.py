@@ -14,71 +14,57 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from local_engine import kernels
 from local_engine.kv import KVCache
 from local_engine.products import KernelProduct
 from local_engine.rows_plan import Reading
 from local_engine.sampler import Choice
 from local_engine.simd import LANES, PTR, Kernel, Writer, address
-from local_engine.whole import Built, WholeForward
+from local_engine.whole import StepWord, WholeForward
 
 _NOWHERE: Final = 1 << 62
 
 
 class _Word(IntEnum):
-    """What the kernel is told: addresses, and how many layers there are."""
+    """What the kernel is told: addresses, and how many layers and tokens there are."""
 
-    EMBEDDING = 0
-    COS_TABLE = auto()
-    SIN_TABLE = auto()
-    TOKENS = auto()
-    GIVEN = auto()
-    MOST = auto()
-    POSITION = auto()
-    HIDDEN = auto()
-    COS = auto()
-    SIN = auto()
-    STEP = auto()
+    STEP = 0
     LAYERS = auto()
     LAST = auto()
     NORM = auto()
     HEAD = auto()
-    LOGITS = auto()
+    TOKENS = auto()
+    GIVEN = auto()
+    MOST = auto()
     FOUND = auto()
     FLOOR = auto()
     WRITTEN = auto()
 
 
 @cache
-def advance(built: Built, vocabulary: int) -> Kernel:
+def advance(run: Kernel, vocabulary: int, dtype: torch.dtype) -> Kernel:
     """(words): reads GIVEN of the TOKENS, and writes up to MOST more after them, each the most probable one.
 
     It ends early where the written ones together have a probability of FLOOR (one float32) or less; the last one is not
     read. WRITTEN gets how many there are; FOUND two float32 for each: the sum of exp(logit - greatest), and of
-    exp(logit - greatest) * (logit - greatest).
+    exp(logit - greatest) * (logit - greatest). `run` is `WholeForward.kernel`, its logits of `dtype`.
     """
-    decode, width, dim, dtype, epsilon = built.decode, built.width, built.head_dim, built.dtype, built.epsilon
-    row, angles = kernels.take(width, dtype), kernels.take(dim, dtype)
-    norm, product = kernels.rms_norm(width, dtype), kernels.product(dtype, "plain")
     w = Writer("advance", [PTR])
     (words,) = w.arguments
     told = {word: w.load_int(words, w.whole(word)) for word in _Word}
-    hidden, logits, position = (told[word] for word in (_Word.HIDDEN, _Word.LOGITS, _Word.POSITION))
-    rows, found, place = w.pointer(logits), w.pointer(told[_Word.FOUND]), w.pointer(position)
+    step, found = w.pointer(told[_Word.STEP]), w.pointer(told[_Word.FOUND])
     tokens, written = w.pointer(told[_Word.TOKENS]), w.pointer(told[_Word.WRITTEN])
+    rows, place = (w.pointer(w.load_int(step, w.whole(word))) for word in (StepWord.LOGITS, StepWord.POSITIONS))
     floor = w.splat_from(w.pointer(told[_Word.FLOOR]), w.whole(0))
     chance, going = w.variable(w.number(1.0)), w.variable(w.whole(1))
     last = w.minus(told[_Word.GIVEN], w.whole(1))
     w.store_int(w.whole(0), written, w.whole(0))
     with w.loop(w.whole(0), w.add(last, told[_Word.MOST])) as at, w.where(going.value, "!=", w.whole(0)):
-        w.call(row, told[_Word.EMBEDDING], w.add(told[_Word.TOKENS], w.times(at, 8)), hidden, 1)
-        w.call(angles, told[_Word.COS_TABLE], position, told[_Word.COS], 1)
-        w.call(angles, told[_Word.SIN_TABLE], position, told[_Word.SIN], 1)
-        w.call(decode, told[_Word.STEP], told[_Word.LAYERS], 0, told[_Word.LAST])
+        w.store_int(w.add(told[_Word.TOKENS], w.times(at, 8)), step, w.whole(StepWord.TOKENS))
+        w.store_int(w.either(at, ">=", last, w.whole(1), w.whole(0)), step, w.whole(StepWord.LOGIT_COUNT))
+        ends = told[_Word.NORM], told[_Word.HEAD]
+        w.call(run, told[_Word.STEP], told[_Word.LAYERS], 0, told[_Word.LAST], *ends)
         w.store_int(w.add(w.load_int(place, w.whole(0)), 1), place, w.whole(0))
         with w.where(at, ">=", last):
-            w.call(norm, hidden, told[_Word.NORM], hidden, 1, epsilon)
-            w.call(product, hidden, told[_Word.HEAD], 0, logits, 1, width, vocabulary, told[_Word.HEAD], 0)
             which, total, weighed = _favourite(w, rows, vocabulary, dtype)
             index = w.minus(at, last)
             w.store_scalar(total, found, w.times(index, 2))
@@ -123,33 +109,26 @@ class Greedy:
         angles: tuple[Tensor, Tensor],
         layers: int,
     ) -> None:
-        """`kernel`: by `advance`; `reading`: of a span of one token after those in `slot`; `angles` as
-        `WholeForward.run` takes them; the first `layers` run, and what follows the last one."""
+        """`kernel`: by `advance`; `head`: of `whole`; `reading`: of a span of one token after those in `slot`; `angles`
+        as `WholeForward.run` takes them; the first `layers` run, and what follows the last one."""
         self._kv, self._slot, self._reading = kv, slot, reading
         self._tokens = array("q", [0, 0])
         self._found = array("f", [0.0, 0.0])
         self._floor = array("f", [0.0])
         self._written = array("q", [0])
-        self._one = one = whole.one_token(reading)
+        self._asked = array("q", [0])
         self._vocabulary = head.outputs
         self._logits = torch.empty(head.outputs, dtype=head.packed.dtype)
+        self._one = one = whole.one_token(reading, angles, self._asked, self._logits)
         told = {
-            _Word.EMBEDDING: one.embedding,
-            _Word.COS_TABLE: angles[0].data_ptr(),
-            _Word.SIN_TABLE: angles[1].data_ptr(),
-            _Word.TOKENS: address(self._tokens),
-            _Word.GIVEN: 1,
-            _Word.MOST: 1,
-            _Word.POSITION: address(reading.positions),
-            _Word.HIDDEN: one.hidden,
-            _Word.COS: one.cos,
-            _Word.SIN: one.sin,
             _Word.STEP: address(one.step),
             _Word.LAYERS: one.layers,
             _Word.LAST: layers,
             _Word.NORM: one.norm,
-            _Word.HEAD: head.packed.data_ptr(),
-            _Word.LOGITS: self._logits.data_ptr(),
+            _Word.HEAD: one.head,
+            _Word.TOKENS: address(self._tokens),
+            _Word.GIVEN: 1,
+            _Word.MOST: 1,
             _Word.FOUND: address(self._found),
             _Word.FLOOR: address(self._floor),
             _Word.WRITTEN: address(self._written),

@@ -89,8 +89,8 @@ class Runner:
         )
         self._advance: Kernel | None = None
         in_chunks = isinstance(kv, RowsKV) and kv.in_chunks
-        if self._whole is not None and isinstance(self._head, KernelProduct) and in_chunks:
-            self._advance = advance(self._whole.built, self._head.outputs)
+        if self._whole is not None and isinstance(self._head, KernelProduct) and self._whole.kernel and in_chunks:
+            self._advance = advance(self._whole.kernel, self._head.outputs, self._head.packed.dtype)
 
     def run(
         self,

@@ -24,8 +24,8 @@ from local_engine.simd import I64, PTR, Kernel, Writer, address
 from local_engine.tapped import Tapped
 
 
-class _Step(IntEnum):
-    """The words of what a step is told."""
+class StepWord(IntEnum):
+    """The words of what a step is told: addresses and counts."""
 
     ROWS = 0
     HIDDEN = auto()
@@ -123,9 +123,11 @@ def _decode(sizes: _Sizes) -> Kernel:
 
     w = Writer("decode", [PTR, PTR, I64, I64])
     step, layers, first, last = w.arguments
-    told = {word: w.load_int(step, w.whole(word)) for word in _Step}
-    rows, hidden, normed = told[_Step.ROWS], told[_Step.HIDDEN], told[_Step.NORMED]
-    heads, seen, gated, groups = (told[word] for word in (_Step.HEADS, _Step.SEEN, _Step.GATED, _Step.GROUPS))
+    told = {word: w.load_int(step, w.whole(word)) for word in StepWord}
+    rows, hidden, normed = told[StepWord.ROWS], told[StepWord.HIDDEN], told[StepWord.NORMED]
+    heads, seen, gated, groups = (
+        told[word] for word in (StepWord.HEADS, StepWord.SEEN, StepWord.GATED, StepWord.GROUPS)
+    )
 
     def of_group(base: Any, word: GroupWord) -> Any:
         return w.load_int(w.pointer(groups), w.add(base, word))
@@ -135,20 +137,20 @@ def _decode(sizes: _Sizes) -> Kernel:
         return w.load_int(w.pointer(of_group(base, GroupWord.ADDRESSES)), w.add(w.times(layer, 2), which))
 
     def tapped(layer: Any) -> None:
-        target = w.load_int(w.pointer(told[_Step.TAPS]), layer)
+        target = w.load_int(w.pointer(told[StepWord.TAPS]), layer)
         with w.where(target, "!=", w.whole(0)):
-            w.call(tap, hidden, told[_Step.TAP_ROWS], target, told[_Step.TAP_COUNT])
+            w.call(tap, hidden, told[StepWord.TAP_ROWS], target, told[StepWord.TAP_COUNT])
 
     def beside(stream: _Stream, layer: Any, which: int) -> Any:
         """The address of a stream's words, made to be of the keys (0) or values (1) of a layer; 0 if there are none."""
         words = w.variable(w.whole(0))
-        with w.where(told[_Step.FETCH], "!=", w.whole(0)), w.where(layer, "<", last):
-            fetch, at = w.pointer(told[_Step.FETCH]), stream * _STREAM_WORDS
+        with w.where(told[StepWord.FETCH], "!=", w.whole(0)), w.where(layer, "<", last):
+            fetch, at = w.pointer(told[StepWord.FETCH]), stream * _STREAM_WORDS
             held = w.load_int(w.pointer(w.load_int(fetch, w.whole(_ADDRESSES))), w.add(w.times(layer, 2), which))
             w.store_int(
                 w.add(held, w.load_int(fetch, w.whole(at + _OFFSET))), fetch, w.whole(at + kernels.Beside.ADDRESS)
             )
-            words.value = w.add(told[_Step.FETCH], at * 8)
+            words.value = w.add(told[StepWord.FETCH], at * 8)
         return words.value
 
     with w.loop(first, last) as layer:
@@ -160,9 +162,9 @@ def _decode(sizes: _Sizes) -> Kernel:
         sides = own[_Layer.QKV], own[_Layer.QKV_BIAS], heads
         w.call(first_product, normed, *sides, rows, width, stride, own[_Layer.OUTPUT], beside(_Stream.QKV, layer, 0))
         rotated = sizes.query_heads + sizes.kv_heads
-        places = heads, own[_Layer.HEAD_NORMS], told[_Step.COS], told[_Step.SIN]
+        places = heads, own[_Layer.HEAD_NORMS], told[StepWord.COS], told[StepWord.SIN]
         w.call(turn, *places, rows, rotated, stride, sizes.head_epsilon)
-        with w.loop(w.whole(0), told[_Step.GROUP_COUNT]) as index:
+        with w.loop(w.whole(0), told[StepWord.GROUP_COUNT]) as index:
             group = w.times(index, GROUP_WORDS)
             offset = of_group(group, GroupWord.FIRST)
             query = w.add(heads, w.times(offset, stride * itemsize))
@@ -171,7 +173,7 @@ def _decode(sizes: _Sizes) -> Kernel:
             held = keys_of(group, layer, 0), keys_of(group, layer, 1)
             out = w.add(seen, w.times(offset, sizes.seen_width * itemsize))
             at = w.times(offset, 8)
-            which = w.add(told[_Step.PLACES], at), w.add(told[_Step.POSITIONS], at), told[_Step.SCORES]
+            which = w.add(told[StepWord.PLACES], at), w.add(told[StepWord.POSITIONS], at), told[StepWord.SCORES]
             counts = of_group(group, GroupWord.TOKENS), sizes.kv_heads, of_group(group, GroupWord.HELD)
             w.call(
                 attend, query, key, value, *held, out, *which, *counts, stride, stride, stride, sizes.scale,
@@ -198,19 +200,19 @@ def _whole(sizes: _Sizes, epsilon: float, vocabulary: int | None) -> Kernel:
     row, angles, norm = kernels.take(width, dtype), kernels.take(sizes.head_dim, dtype), kernels.rms_norm(width, dtype)
     w = Writer("whole", [PTR, PTR, I64, I64, I64, I64])
     step, layers, first, last, weight, head = w.arguments
-    told = {word: w.load_int(step, w.whole(word)) for word in _Step}
-    hidden, normed, count = told[_Step.HIDDEN], told[_Step.NORMED], told[_Step.LOGIT_COUNT]
-    with w.where(told[_Step.EMBEDDING], "!=", w.whole(0)):
-        w.call(row, told[_Step.EMBEDDING], told[_Step.TOKENS], hidden, told[_Step.ROWS])
-    for table, target in ((_Step.COS_TABLE, _Step.COS), (_Step.SIN_TABLE, _Step.SIN)):
-        w.call(angles, told[table], told[_Step.POSITIONS], told[target], told[_Step.ROWS])
+    told = {word: w.load_int(step, w.whole(word)) for word in StepWord}
+    hidden, normed, count = told[StepWord.HIDDEN], told[StepWord.NORMED], told[StepWord.LOGIT_COUNT]
+    with w.where(told[StepWord.EMBEDDING], "!=", w.whole(0)):
+        w.call(row, told[StepWord.EMBEDDING], told[StepWord.TOKENS], hidden, told[StepWord.ROWS])
+    for table, target in ((StepWord.COS_TABLE, StepWord.COS), (StepWord.SIN_TABLE, StepWord.SIN)):
+        w.call(angles, told[table], told[StepWord.POSITIONS], told[target], told[StepWord.ROWS])
     w.call(_decode(sizes), step, layers, first, last)
     with w.where(count, ">", w.whole(0)):
-        w.call(row, hidden, told[_Step.LOGIT_ROWS], normed, count)
+        w.call(row, hidden, told[StepWord.LOGIT_ROWS], normed, count)
         w.call(norm, normed, weight, normed, count, epsilon)
         if vocabulary is not None:
             product = kernels.product(dtype, "plain")
-            w.call(product, normed, head, 0, told[_Step.LOGITS], count, width, vocabulary, head, 0)
+            w.call(product, normed, head, 0, told[StepWord.LOGITS], count, width, vocabulary, head, 0)
     return w.compiled()
 
 
@@ -224,27 +226,13 @@ class PackedRows:
 
 
 @dataclass(frozen=True, slots=True)
-class Built:
-    """What a kernel that runs whole steps is built of."""
-
-    decode: Kernel
-    width: int
-    head_dim: int
-    dtype: torch.dtype
-    epsilon: float
-
-
-@dataclass(frozen=True, slots=True)
 class OneToken:
-    """What it takes to run steps of one token of one sequence; the rest are addresses."""
+    """What it takes to run steps of one token of one sequence: the words of StepWord, and addresses."""
 
     step: "array[int]"
     layers: int
-    embedding: int
-    hidden: int
-    cos: int
-    sin: int
     norm: int
+    head: int
 
 
 class WholeForward:
@@ -345,40 +333,35 @@ class WholeForward:
                 targets[layer] = place
         tokens, tapped, asked = (array("q", rows) for rows in (packed.tokens, packed.tap_rows, packed.logit_rows))
         logits = self._embedding.new_empty(len(asked), self._vocabulary or 0)
-        step = self._step(count, reading, targets, tapped)
-        step[_Step.EMBEDDING :] = array(
-            "q",
-            [
-                self._embedding.data_ptr() if state is None else 0,
-                address(tokens),
-                *(table.data_ptr() for table in angles),
-                address(asked),
-                len(asked),
-                logits.data_ptr(),
-            ],
-        )
+        step = self._step(count, reading, (targets, tapped), state is None, address(tokens), angles, asked, logits)
         self._run(address(step), address(self._layers), *layers, *self._ends)
         return logits if self._vocabulary is not None else self._head(self._normed[: len(asked)]), self._hidden
 
     @property
-    def built(self) -> Built:
-        sizes = self._sizes
-        return Built(_decode(self._sizes), sizes.width, sizes.head_dim, sizes.dtype, self._norm.epsilon)
+    def kernel(self) -> Kernel | None:
+        """(step, layers, first, last, norm, head), as `OneToken` has them; None where it gives no logits."""
+        return self._run if self._vocabulary is not None else None
 
-    def one_token(self, reading: Reading) -> OneToken:
-        """For the token that `reading` is of, and those after it; until the next `run`."""
-        return OneToken(
-            step=self._step(1, reading, self._no_taps, array("q")),
-            layers=address(self._layers),
-            embedding=self._embedding.data_ptr(),
-            hidden=self._hidden.data_ptr(),
-            cos=self._cos.data_ptr(),
-            sin=self._sin.data_ptr(),
-            norm=self._norm.weight.data_ptr(),
-        )
+    def one_token(
+        self, reading: Reading, angles: tuple[Tensor, Tensor], asked: "array[int]", logits: Tensor
+    ) -> OneToken:
+        """For the token that `reading` is of, and those after it, until the next `run`; TOKENS are yet to be told."""
+        step = self._step(1, reading, (self._no_taps, array("q")), True, 0, angles, asked, logits)
+        return OneToken(step, address(self._layers), *self._ends)
 
-    def _step(self, count: int, reading: Reading, targets: "array[int]", tapped: "array[int]") -> "array[int]":
-        """What `_decode` is told of a step; what `_whole` is, is 0."""
+    def _step(
+        self,
+        count: int,
+        reading: Reading,
+        taps: tuple["array[int]", "array[int]"],
+        embedded: bool,
+        tokens: int,
+        angles: tuple[Tensor, Tensor],
+        asked: "array[int]",
+        logits: Tensor,
+    ) -> "array[int]":
+        """What `_whole` is told. `taps`: per layer where they go, and of which rows; `tokens`: their address."""
+        targets, tapped = taps
         return array(
             "q",
             [
@@ -392,7 +375,12 @@ class WholeForward:
                 address(tapped),
                 len(tapped),
                 self._fetching(count, reading),
-                *[0] * (len(_Step) - _Step.EMBEDDING),
+                self._embedding.data_ptr() if embedded else 0,
+                tokens,
+                *(table.data_ptr() for table in angles),
+                address(asked),
+                len(asked),
+                logits.data_ptr(),
             ],
         )
 
