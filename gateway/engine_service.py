@@ -8,6 +8,7 @@ answer), `/hidden` (hidden states of chosen layers at chosen tokens), `/prefix/â
 `gateway.engine_prefixes`), `/embed`, `/health`, `/metrics`, and the load of the engine in the answer's
 `endpoint-load-metrics` header (ORCA) where a request asks for it. Chat takes a `plan` beside OpenAI's fields
 (`local_engine.plan_types.Plan`, told apart by `type`), and `usage.plan` says what each of its models did.
+`/v1/completions` is read as a gateway reads it, and refused as by a gateway's local models: they take no raw prompt.
 """
 
 import asyncio
@@ -27,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from gateway import __version__
 from gateway.edge.asgi import Receive, Scope, Send
-from gateway.edge.prompts import read_embedding
+from gateway.edge.prompts import read_completion, read_embedding
 from gateway.edge.refused import TextRoute, tell_refusals
 from gateway.edge.wire import read_chat
 from gateway.engine_answers import answered, attempted, bytes_of, error_of, gone, until_gone
@@ -108,6 +109,7 @@ class EngineService:
         app.add_api_route("/metrics", self._show_metrics)
         app.add_api_route("/v1/models", self._models)
         app.add_api_route("/v1/chat/completions", self._chat, methods=["POST"])
+        app.add_api_route("/v1/completions", self._completions, methods=["POST"])
         app.add_api_route("/v1/embeddings", self._embeddings, methods=["POST"])
         app.add_api_route("/embed", self._embeddings, methods=["POST"])
         app.add_api_route("/score", self._score, methods=["POST"])
@@ -144,7 +146,12 @@ class EngineService:
     # OpenAI's API --------------------------------------------------------------------------------------------------
 
     async def _chat(self, request: Request) -> Response:
-        call = read_begun(await self._read(request, read_chat))
+        return await self._answer(request, read_begun(await self._read(request, read_chat)))
+
+    async def _completions(self, request: Request) -> Response:
+        return await self._answer(request, await self._read(request, read_completion))
+
+    async def _answer(self, request: Request, call: ChatCall) -> Response:
         target = _planned(self._target(call.model), call)
         headers = await self._load_headers(request)
         if call.stream:

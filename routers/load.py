@@ -266,7 +266,7 @@ class _Loader:
             prefix = PREFIX_STYLES[provider.server] if part.prefix is True else part.prefix or None
             if part.prefix is None and local:
                 prefix = PREFIX_STYLES["leadline"]
-            completes = part.completes if part.completes is not None else not local
+            completes = part.completes if part.completes is not None else not (local or provider.server == "leadline")
             self._models[name] = Model(
                 name, part.provider, part.model, context, max_output, price, tools, part.structured, part.logprobs,
                 prefix, embeds=part.embeds, completes=completes,

@@ -266,7 +266,8 @@ class ModelFile(Strict):
     embeds: bool = False
     """Whether it turns texts into vectors; such a model answers no conversation."""
     completes: bool | None = None
-    """Whether it continues a raw text (`/v1/completions`). Default: yes, and no on the local engine."""
+    """Whether it continues a raw text (`/v1/completions`). Default: yes, and no on the local engine or
+    another one's (`server: leadline`), which take conversations only."""
     speculation: Speculation | None = None
     """How the local engine drafts tokens for it; what it writes stays the same. `off`, or some of `ngram`, `recycle`,
     `auto` (both) and one of `draft:MODEL` (a smaller one with the same tokenizer) and `exit:LAYER` (its own first

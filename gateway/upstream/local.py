@@ -15,7 +15,7 @@ import msgspec
 from gateway.ledger.settle import Usage
 from gateway.upstream.embed import embed
 from gateway.upstream.gather import Gathered, whole_of
-from gateway.upstream.local_params import sampling_params, tool_choice
+from gateway.upstream.local_params import refused, sampling_params, tool_choice
 from gateway.upstream.local_plans import planned_for, report_of
 from gateway.upstream.told_usage import told_as
 from gateway.upstream.types import Answer, Cause, ChatCall, Event, Hear, Progress, StreamState, Target, UpstreamError
@@ -56,6 +56,9 @@ class LocalUpstream:
         client = self._link.client
         if client is None:
             raise UpstreamError("engine_gone", "the engine process is not up")
+        if call.endpoint == "completions":
+            fix = "send it as `messages` to /v1/chat/completions"
+            raise refused("prompt", f"{target.model} takes conversations only, no raw prompt; {fix}")
         stream = LocalStream(self._generation(client, target, call), target, call)
         if progress is not None:
             progress.state = stream.state

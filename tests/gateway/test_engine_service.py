@@ -142,8 +142,9 @@ async def test_it_goes_on_from_a_thought_and_says_what_stopped_it(service: Servi
 async def test_without_its_token_nothing_is_told(service: Service) -> None:
     async with httpx2.AsyncClient(base_url=service.url) as client:
         for method, path in [
-            ("GET", "/v1/models"), ("GET", "/metrics"), ("POST", "/v1/chat/completions"), ("POST", "/score"),
-            ("POST", "/probe"), ("POST", "/hidden"), ("POST", "/embed"), ("POST", "/v1/embeddings"),
+            ("GET", "/v1/models"), ("GET", "/metrics"), ("POST", "/v1/chat/completions"),
+            ("POST", "/v1/completions"), ("POST", "/score"), ("POST", "/probe"), ("POST", "/hidden"),
+            ("POST", "/embed"), ("POST", "/v1/embeddings"),
         ]:  # fmt: skip
             for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": f"Basic {TOKEN}"}):
                 answer = await client.request(method, path, headers=headers, json={"model": "base", "messages": SUM})
@@ -226,7 +227,14 @@ async def test_hidden_states_of_chosen_layers_at_chosen_tokens(service: Service)
         ("/v1/chat/completions", {"model": "base", "messages": SUM, "logit_bias": {"x": 1}}, 400, "invalid_request",
          "logit_bias: expected `int`, got `str`"),
         ("/v1/embeddings", {"model": "base", "input": "x"}, 400, "invalid_request", "no embedding model; load one"),
-        ("/v1/completions", {"model": "base", "prompt": "x"}, 404, "not_found", "no such path"),
+        ("/v1/completions", {"model": "base", "prompt": "x"}, 400, "invalid_request",
+         "prompt: base takes conversations only, no raw prompt; send it as `messages` to /v1/chat/completions"),
+        ("/v1/completions", {"model": "base", "prompt": "x", "stream": True, "n": 2, "stop": ["."], "logprobs": 1},
+         400, "invalid_request", "prompt: base takes conversations only"),
+        ("/v1/completions", {"model": "nope", "prompt": "x"}, 404, "model_not_found", "there is base"),
+        ("/v1/completions", {"model": "base", "prompt": 7}, 400, "invalid_request", "prompt: send a text"),
+        ("/v1/completions", {"model": "base", "prompt": "x", "n": 0}, 400, "invalid_request", "n: 0"),
+        ("/v1/completions", {"model": "base", "prompt": "x", "logprobs": 21}, 400, "invalid_request", "logprobs: 21"),
         ("/hidden", {"model": "base", "messages": SUM, "layers": [10**30]}, 400, "invalid_request", "layers.0"),
         ("/hidden", {"model": "base", "messages": SUM, "layers": [1], "seed": 10**30}, 400, "invalid_request", "seed"),
         ("/hidden", {"model": "base", "messages": SUM, "layers": [1], "where": "tokens", "tokens": [99999]}, 400,

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from gateway.edge.prompts import read_completion
 from gateway.edge.wire import read_chat
 from gateway.ledger.settle import Usage
 from gateway.upstream.local import LocalStream, LocalUpstream
@@ -88,6 +89,15 @@ async def test_choices_share_one_prompt(upstream: LocalUpstream) -> None:
     choices = json.loads(three.body)["choices"]
     assert [choice["index"] for choice in choices] == [0, 1, 2]
     assert choices[0]["message"] == json.loads(one.body)["choices"][0]["message"]
+
+
+async def test_a_raw_prompt_is_refused_by_its_field(upstream: LocalUpstream) -> None:
+    """Also where the policy says that the model `completes`."""
+    asked = read_completion(b'{"model": "local", "prompt": "Once upon"}', CallHeaders(""))
+    for answer in (upstream.complete, upstream.stream):
+        with pytest.raises(UpstreamError, match="prompt: local takes conversations only") as told:
+            await answer(TARGET, asked)
+        assert (told.value.cause, told.value.error and told.value.error["param"]) == ("refused", "prompt")
 
 
 async def test_an_answer_that_is_late_is_a_timeout(client: EngineClient) -> None:

@@ -132,6 +132,17 @@ def test_timeouts_and_the_breaker() -> None:
     assert set_all.breaker == Breaker(2, 30_000, 1_000)
 
 
+def test_engines_of_leadline_take_no_raw_prompt_unless_it_is_said() -> None:
+    def completes(server: str, more: str = "") -> bool:
+        provider = f'p: {{{server}base_url: "http://127.0.0.1:1/v1"}}'
+        model = f"m: {{provider: p, model: x, price: free{more}}}"
+        return parse(f"version: 1\nproviders: {{{provider}}}\nmodels: {{{model}}}\n").models["m"].completes
+
+    assert [completes(f"server: {server}, ") for server in ("vllm", "leadline")] == [True, False]
+    assert completes("server: leadline, ", ", completes: true")
+    assert [model.completes for model in parse(BASE).models.values()] == [False, True, True]
+
+
 def test_fallbacks_by_cause() -> None:
     def read(lines: str) -> Route:
         return parse(changed("use: [local]", f"use: [local]\n    {lines}")).routes[0]
