@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from gateway.engine_needs import EngineNeeds
-from gateway.settings import KVSettings, SettingsError
+from gateway.settings import EngineSettings, SettingsError
 from gateway.telemetry.logs import configure_logs
 from local_engine.config import EngineConfig, configure_process, locate
 from local_engine.errors import ConfigError, ModelLoadError
@@ -17,7 +17,11 @@ from local_engine.probe_types import Prober, PromptReader
 from local_engine.server import run_engine
 from probes.errors import ArtifactError, ProbeError
 
-_VARIABLES = {"prefix_disk": "LEADLINE_KV_DISK", "prefix_redis": "LEADLINE_KV_REDIS"}
+_VARIABLES = {
+    "device": "LEADLINE_ENGINE_DEVICE",
+    "prefix_disk": "LEADLINE_KV_DISK",
+    "prefix_redis": "LEADLINE_KV_REDIS",
+}
 """Where the operator writes a setting of the engine."""
 
 
@@ -25,7 +29,7 @@ def main(argument: str, socket_path: str) -> None:
     configure_logs()
     config: EngineNeeds = json.loads(argument)
     try:
-        kept = KVSettings.from_env()
+        given = EngineSettings.from_env().given()
     except SettingsError as error:
         sys.exit(f"engine: {error}")
     engine = EngineConfig(
@@ -33,9 +37,7 @@ def main(argument: str, socket_path: str) -> None:
         speculation=config["speculation"],
         socket_path=socket_path,
         exit_with_parent=config["exit_with_parent"],
-        prefix_disk=kept.disk,
-        prefix_disk_bytes=kept.disk_bytes,
-        prefix_redis=kept.redis_url,
+        **given,
     )
     configure_process(engine.threads)
     from transformers.utils import logging as of_transformers

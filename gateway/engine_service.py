@@ -137,7 +137,7 @@ class EngineService:
             "data": [
                 {
                     "id": card.name, "object": "model", "created": 0, "owned_by": "leadline",
-                    "max_model_len": card.context_window,
+                    "max_model_len": card.context_window, "dtype": card.dtype, "device": card.device,
                 }
                 for card in self._client().hello.models
             ],

@@ -3,9 +3,11 @@
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
+
+from local_engine.config import Device, Dtype
 
 Durability = Literal["process", "full"]
 """What an acknowledged row survives: the death of any process, or power loss as well."""
@@ -15,24 +17,42 @@ class SettingsError(ValueError):
     """An environment variable has a value that cannot be used; the message names it and the fix."""
 
 
-@dataclass(frozen=True, slots=True)
-class KVSettings:
-    """Where engines keep what they computed of prompts, beyond their memory. As confidential as the prompts."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """How engines use their host: what `EngineConfig` says of each, None being its default."""
 
-    disk: Path | None = None
-    disk_bytes: int = 4 << 30
-    redis_url: str | None = None
+    dtype: Dtype
+    device: Device
+    threads: int | None
+    max_running: int | None
+    prefill_chunk: int | None
+    kv_bytes: int | None
+    prefix_bytes: int | None
+    prefix_disk: Path | None
+    prefix_disk_bytes: int | None
+    prefix_redis: str | None
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str] | None = None) -> "KVSettings":
+    def from_env(cls, env: Mapping[str, str] | None = None) -> "EngineSettings":
         """Raises SettingsError."""
         env = os.environ if env is None else env
         folder = env.get("LEADLINE_KV_DISK")
         return cls(
-            disk=Path(folder).expanduser().absolute() if folder else None,
-            disk_bytes=_mebibytes(env, "LEADLINE_KV_DISK_MIB", 4096),
-            redis_url=_redis_url(env.get("LEADLINE_KV_REDIS"), "LEADLINE_KV_REDIS"),
+            dtype=cast(Dtype, _word(env, "LEADLINE_ENGINE_DTYPE", get_args(Dtype))),
+            device=cast(Device, _word(env, "LEADLINE_ENGINE_DEVICE", get_args(Device))),
+            threads=_count(env, "LEADLINE_ENGINE_THREADS", "threads"),
+            max_running=_count(env, "LEADLINE_ENGINE_RUNNING", "sequences"),
+            prefill_chunk=_count(env, "LEADLINE_ENGINE_CHUNK", "tokens"),
+            kv_bytes=_bytes(env, "LEADLINE_KV_MIB"),
+            prefix_bytes=_bytes(env, "LEADLINE_KV_PREFIX_MIB", least=0),
+            prefix_disk=Path(folder).expanduser().absolute() if folder else None,
+            prefix_disk_bytes=_bytes(env, "LEADLINE_KV_DISK_MIB"),
+            prefix_redis=_redis_url(env.get("LEADLINE_KV_REDIS"), "LEADLINE_KV_REDIS"),
         )
+
+    def given(self) -> dict[str, Any]:
+        """The fields of `EngineConfig` that are not left to it."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +88,12 @@ class Settings:
             home=home,
             database_url=_database_url(env.get("DATABASE_URL"), home),
             redis_url=_redis_url(env.get("REDIS_URL")),
-            max_body_bytes=_mebibytes(env, "LEADLINE_MAX_BODY_MIB", 16),
-            cache_bytes=_mebibytes(env, "LEADLINE_CACHE_MIB", 4),
+            max_body_bytes=_bytes(env, "LEADLINE_MAX_BODY_MIB") or 16 << 20,
+            cache_bytes=_bytes(env, "LEADLINE_CACHE_MIB") or 4 << 20,
             engine=Path(env["LEADLINE_ENGINE"]).absolute() if env.get("LEADLINE_ENGINE") else None,
             durability=_durability(env.get("LEADLINE_DURABILITY", "process")),
         )
-        KVSettings.from_env(env)  # an engine reads it; what is wrong with it is said here
+        EngineSettings.from_env(env)  # an engine reads it; what is wrong with it is said here
         asked = env.get("LEADLINE_SHARED") or "0"
         if asked not in ("0", "1"):
             raise SettingsError(f"LEADLINE_SHARED: {asked!r} is neither 1 nor 0")
@@ -142,10 +162,22 @@ def _durability(word: str) -> Durability:
     )
 
 
-def _mebibytes(env: Mapping[str, str], name: str, default: int) -> int:
+def _word(env: Mapping[str, str], name: str, words: tuple[str, ...]) -> str:
+    word = env.get(name) or words[0]
+    if word not in words:
+        raise SettingsError(f"{name}: {word!r} is none of {', '.join(words)}")
+    return word
+
+
+def _count(env: Mapping[str, str], name: str, unit: str, *, least: int = 1) -> int | None:
     raw = env.get(name)
     if raw is None:
-        return default << 20
-    if not raw.isdecimal() or int(raw) == 0:
-        raise SettingsError(f"{name}: {raw!r} is not a positive whole number of MiB")
-    return int(raw) << 20
+        return None
+    if not (raw.isascii() and raw.isdecimal()) or int(raw) < least:
+        raise SettingsError(f"{name}: {raw!r} is not a {'positive ' if least else ''}whole number of {unit}")
+    return int(raw)
+
+
+def _bytes(env: Mapping[str, str], name: str, *, least: int = 1) -> int | None:
+    count = _count(env, name, "MiB", least=least)
+    return count << 20 if count is not None else None

@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from local_engine.config import Device, Dtype, locate
 from local_engine.constrain import Grammars
-from local_engine.errors import ModelLoadError
+from local_engine.errors import ConfigError, ModelLoadError
 from local_engine.pieces import Pieces
 from local_engine.reason.artifact import ExitArtifact, read_for
 from local_engine.tool_calls import MARKERS, ToolFormat, tool_format
@@ -52,13 +52,16 @@ def load_model(name: str, source: str, dtype: Dtype = "auto", device: Device = "
     """Load the model `name` from `source`: `bundled/<name>`, a local folder, else a hub id.
 
     Only safetensors weights are read, never pickles, and no code of the checkpoint runs. A folder never touches the
-    network; a hub id honours `HF_HUB_OFFLINE`. Raises ModelLoadError naming what is wrong.
+    network; a hub id honours `HF_HUB_OFFLINE`. Raises ModelLoadError naming what is wrong,
+    and ConfigError for a device that is not there.
     """
     transformers_logging.disable_progress_bar()
     place, local = locate(source)
     where = torch.device(
         "cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device
     )
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device", "torch sees no CUDA device here; install its CUDA build, or say cpu or auto")
     options = {"local_files_only": local, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(place, **options)
@@ -89,6 +92,8 @@ def load_model(name: str, source: str, dtype: Dtype = "auto", device: Device = "
         context_window=config.max_position_embeddings,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         reasoning=end_think is not None and "</think>" in tokenizer.chat_template,
+        dtype=str(network.dtype).removeprefix("torch."),
+        device=where.type,
     )
     return LocalModel(
         card=card,

@@ -206,6 +206,9 @@ class ModelCard(msgspec.Struct, frozen=True):
     """Tokens, prompt and answer together."""
     parameters: int
     reasoning: bool
+    dtype: str = ""
+    """Of its weights, as torch calls it."""
+    device: str = ""
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
