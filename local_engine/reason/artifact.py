@@ -1,6 +1,6 @@
-"""A fitted exit rule on disk, beside the model it was fitted on: `exits.safetensors` (numbers), `exits.json` (what they
-mean). Never pickle. Fitted and certified by `leadline exits`; the engine only reads it. No torch here, and numpy only
-where tensors are read: a policy is checked by the manifest alone."""
+"""A fitted exit rule on disk, beside the model it was fitted on: `exits.fit` (numbers, as safetensors), `exits.json`
+(what they mean). Never pickle. Fitted and certified by `leadline exits`; the engine only reads it. No torch here, and
+numpy only where tensors are read: a policy is checked by the manifest alone."""
 
 import hashlib
 import math
@@ -19,7 +19,8 @@ from local_engine.reason.thought import FEATURES
 
 FORMAT: Final = 1
 MANIFEST: Final = "exits.json"
-TENSORS: Final = "exits.safetensors"
+TENSORS: Final = "exits.fit"
+"""Not `.safetensors`: other engines take every such file in a model's folder for weights, and refuse the model."""
 _NAMES: Final = ("mean", "scale", "weight", "bias")
 
 
@@ -165,10 +166,9 @@ def weights_sha256(folder: Path) -> str:
     """Of the model's weight files, by name."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
-        if path.name != TENSORS:
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 

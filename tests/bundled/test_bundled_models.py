@@ -46,6 +46,13 @@ def test_each_loads_as_a_reasoning_model(name: str) -> None:
     assert model.card.parameters == card(name)["parameters"]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_other_engines_find_one_file_of_weights(name: str) -> None:
+    """vLLM and others load every such file in the folder."""
+    weights = [path.name for pattern in ("*.safetensors", "*.bin", "*.pt") for path in (BUNDLED / name).glob(pattern)]
+    assert weights == ["model.safetensors"]
+
+
 def test_together_they_are_small() -> None:
     assert sum(path.stat().st_size for path in BUNDLED.rglob("*") if path.is_file()) < 12e6
     sizes = [card(name)["parameters"] for name in NAMES]

@@ -1,6 +1,8 @@
 """`leadline exits` on trajectories that were made up: nothing is generated, but for two questions of `compare`."""
 
 import random
+import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import msgspec
@@ -9,10 +11,12 @@ from typer.testing import CliRunner
 
 from gateway.cli import app
 from gateway.exits.fitting import certify_artifact, fit_artifact, proofs
-from local_engine.reason.artifact import read
+from local_engine.config import locate
+from local_engine.reason.artifact import MANIFEST, TENSORS, read, read_for
 from local_engine.reason.thought import FEATURES
 from local_engine.reason.trajectories import CueOutcome, Trajectory, arithmetic_questions
 from probes.errors import CertificateError
+from probes.prefill import weights_sha256
 
 
 def made(keys: list[str], seed: int = 0) -> list[Trajectory]:
@@ -94,6 +98,20 @@ def test_fit_and_certify_write_an_artifact_and_a_page(tmp_path: Path) -> None:
     assert second is not None
     assert second.probe == first.probe
     assert second.manifest.data_sha256 != first.manifest.data_sha256
+
+
+def test_a_fit_beside_the_weights_adds_nothing_that_is_loaded_as_weights(tmp_path: Path) -> None:
+    model = tmp_path / "draft"
+    shutil.copytree(locate("bundled/draft")[0], model)
+    before, heard = {path.name for path in model.iterdir()}, weights_sha256(model)
+    fit = ["exits", "fit", str(kept_file(tmp_path, 5, 60)), "--seed", "5", "--per-level", "60", "--delta", "0.2"]
+    done = CliRunner().invoke(app, [*fit, "--model", str(model)])
+    assert done.exit_code == 0, done.output
+    added = {path.name for path in model.iterdir()} - before
+    assert added == {MANIFEST, TENSORS}
+    assert not any(fnmatch(name, pattern) for name in added for pattern in ("*.safetensors", "*.bin", "*.pt"))
+    assert read_for(model) is not None
+    assert weights_sha256(model) == heard, "what hears the model goes on hearing it"
 
 
 def test_a_delta_that_cannot_be_certified_is_an_error(tmp_path: Path) -> None:
