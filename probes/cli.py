@@ -123,6 +123,10 @@ def fit(
         from probes.table import read_table
         from probes.train import Recipe
 
+        if (out / "config.json").is_file():
+            raise TableError(
+                f"--out {out}: a model is there, and engines would take a probe for its weights; give another"
+            )
         if (model is None) == (tier in ("prefill", "self")):
             raise TableError(f"--tier {tier}: " + ("say whose, by --model" if model is None else "leave out --model"))
         if clusters and tier != "encoder":

@@ -187,7 +187,12 @@ def test_a_probe_of_a_model_that_the_policy_lacks_is_named(fitted: Path, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("options", "complaint"), [(["--tier", "prefill"], "say whose"), (["--model", "x"], "leave out")]
+    ("options", "complaint"),
+    [
+        (["--tier", "prefill"], "say whose"),
+        (["--model", "x"], "leave out"),
+        (["--out", str(BASE)], "a model is there"),
+    ],
 )
 def test_a_tier_and_its_model_go_together(fitted: Path, options: list[str], complaint: str) -> None:
     done = CliRunner().invoke(
