@@ -82,6 +82,9 @@ def engine(
     ] = None,
     policy: Annotated[Path | None, typer.Option(help="The gateways' policy: it names models and probe.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="NAME=SOURCE in place of a policy; may be repeated.")] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="For embeddings, without a policy: `default`, a folder, or a hub id.")
+    ] = None,
 ) -> None:
     """Run the engine alone, for gateways in other containers or on other hosts, until SIGTERM or Ctrl-C."""
     if context.invoked_subcommand is not None:
@@ -90,7 +93,7 @@ def engine(
     from gateway.policies import CannotServe
 
     try:
-        run_alone(socket, listen, policy, model or [])
+        run_alone(socket, listen, policy, model or [], encoder)
     except CannotServe as error:
         stop(str(error))
 

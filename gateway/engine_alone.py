@@ -16,14 +16,16 @@ TOKEN_VARIABLE = "LEADLINE_ENGINE_TOKEN"
 DRAIN_S = 30.0
 
 
-def run_alone(socket: Path | None, listen: str | None, policy: Path | None, models: list[str]) -> None:
+def run_alone(
+    socket: Path | None, listen: str | None, policy: Path | None, models: list[str], encoder: str | None
+) -> None:
     """Until it is told to stop. Raises CannotServe, in words for whoever typed the command."""
     configure_logs()
     if socket is None and listen is None:
         raise CannotServe("say where to listen: --socket PATH, --listen HOST:PORT, or both")
     if listen is None:
         assert socket is not None
-        needs = _needs(policy, models, exit_with_parent=False)
+        needs = _needs(policy, models, encoder, exit_with_parent=False)
         from gateway.engine_main import main
 
         socket.unlink(missing_ok=True)  # what a killed engine left; a gateway connects to the new one by itself
@@ -38,7 +40,7 @@ def run_alone(socket: Path | None, listen: str | None, policy: Path | None, mode
         )
     with tempfile.TemporaryDirectory(prefix="leadline-engine-") as folder:
         place = socket.absolute() if socket is not None else Path(folder) / "engine.sock"
-        needs = _needs(policy, models, exit_with_parent=True)
+        needs = _needs(policy, models, encoder, exit_with_parent=True)
         try:
             listener = sockets.create_server(
                 (host, port), family=sockets.AF_INET6 if ":" in host else sockets.AF_INET, backlog=1024
@@ -54,17 +56,19 @@ def run_alone(socket: Path | None, listen: str | None, policy: Path | None, mode
             raise CannotServe("the engine did not come up; its own words above say why")
 
 
-def _needs(policy: Path | None, models: list[str], *, exit_with_parent: bool) -> EngineNeeds:
-    if models:
-        if policy is not None:
+def _needs(policy: Path | None, models: list[str], encoder: str | None, *, exit_with_parent: bool) -> EngineNeeds:
+    if models or encoder is not None:
+        if policy is not None and models:
             raise CannotServe("--policy and --model both say what to load; give one of them")
+        if policy is not None:
+            raise CannotServe("--policy names the encoder, by a model that `embeds`; leave out --encoder")
         named = dict(_named(model) for model in models)
         problems = [f"models: {name}: {why}" for name, why in unloadable_models(named).items()]
         if problems:
             raise CannotServe("\n".join(problems))
         return EngineNeeds(
-            models=named, speculation={}, probe=None, encoder="default", embeds=False, readers={},
-            exit_with_parent=exit_with_parent,
+            models=named, speculation={}, probe=None, encoder=encoder or "default", embeds=encoder is not None,
+            readers={}, exit_with_parent=exit_with_parent,
         )  # fmt: skip
     loaded, folder = checked_policy(policy, secrets=False)
     needs = engine_needs(loaded, folder, exit_with_parent=exit_with_parent)

@@ -208,9 +208,13 @@ class EngineService:
 
     async def _probe(self, asked: "ProbeRequest") -> dict[str, Any]:
         """Calibrated chances of a good answer, and the prompt's length for each model."""
-        result = await answered(self._client().probe(bytes_of(asked.messages)))
-        if not result.p_success:
-            raise InvalidRequest("this engine has no probe; start it by a policy that names one under `signals`")
+        client = self._client()
+        if not client.hello.probe_heads:
+            raise InvalidRequest(
+                "this engine has no probe; start it with `--policy FILE`, a policy that names one as "
+                "`signals.difficulty.probe` (e.g. `default`)."
+            )
+        result = await answered(client.probe(bytes_of(asked.messages)))
         return {"p_success": result.p_success, "prompt_tokens": result.input_tokens, "cost_us": result.cost_us}
 
     async def _hidden(self, asked: "HiddenRequest", request: Request) -> dict[str, Any]:
@@ -267,7 +271,9 @@ class EngineService:
         """Raises UnknownModel, and Unavailable while there is no engine."""
         cards = {card.name: card for card in self._client().hello.models}
         if model not in cards:
-            raise UnknownModel(f"model: {model[:100]!r} is not loaded; there is {', '.join(cards)}.", param="model")
+            raise UnknownModel(
+                f"model: {model[:100]!r} is not loaded; there is {', '.join(cards) or 'none'}.", param="model"
+            )
         context = cards[model].context_window
         return Target(
             model, "engine", model, None, context, context, ANSWER_TIMEOUT_S, 0,

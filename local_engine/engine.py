@@ -353,7 +353,10 @@ class Engine:
 
     def _embed(self, job: _Job, command: Embed) -> None:
         if self._beside is None:
-            problem = "this engine has no embedding model; load one, by a policy with a model that `embeds`"
+            problem = (
+                "this engine has no embedding model; load one, by a policy with a model that `embeds`, or by "
+                "`leadline engine --encoder`"
+            )
             raise InvalidRequest(problem, "model")
         self._beside.embed(job, command.texts)
 

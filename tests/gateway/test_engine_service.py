@@ -8,14 +8,12 @@ import signal
 import struct
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx2
 import openai
-import psutil
 import pytest
 
 from gateway.engine_alone import run_alone
@@ -23,60 +21,18 @@ from gateway.engine_door import MAX_BODY_BYTES, Door
 from gateway.engine_service import EventStream
 from gateway.policies import CannotServe
 from gateway.upstream.types import Event, Hear, StreamState
-from tests.conftest import free_port, stop
+from tests.conftest import free_port
+from tests.gateway.alone import SUM, TOKEN, Service, healthy, started, wait
 from tests.gateway.conftest import running
 
 pytestmark = pytest.mark.anyio
-TOKEN = "a-token-of-the-test"
-SUM: list[Any] = [{"role": "user", "content": "What is 2 + 3?"}]
-START_S = 300
-
-
-class Service(NamedTuple):
-    url: str
-    process: "subprocess.Popen[bytes]"
-    log: Path
-
-    def client(self) -> httpx2.AsyncClient:
-        return httpx2.AsyncClient(base_url=self.url, headers={"authorization": f"Bearer {TOKEN}"}, timeout=60)
-
-    @property
-    def engine(self) -> psutil.Process:
-        (child,) = psutil.Process(self.process.pid).children()
-        return child
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    port = free_port()
-    command = [
-        sys.executable, "-m", "gateway", "engine", "--listen", f"127.0.0.1:{port}", "--model", "base=bundled/base",
-        "--model", "small=bundled/nano",
-    ]  # fmt: skip
-    place = tmp_path_factory.mktemp("engine") / "log"
-    log = place.open("wb")
-    process = subprocess.Popen(command, env={**os.environ, "LEADLINE_ENGINE_TOKEN": TOKEN}, stdout=log, stderr=log)
-    try:
-        wait(lambda: healthy(f"http://127.0.0.1:{port}"))
-        yield Service(f"http://127.0.0.1:{port}", process, place)
-    finally:
-        stop(process)
-        log.close()
-    assert process.returncode == 0
-
-
-def healthy(url: str) -> bool:
-    try:
-        return httpx2.get(f"{url}/health", timeout=5).status_code == 200
-    except httpx2.TransportError:
-        return False
-
-
-def wait(holds: Callable[[], bool]) -> None:
-    until = time.monotonic() + START_S
-    while not holds():
-        assert time.monotonic() < until, "it takes too long"
-        time.sleep(0.05)
+    models = ("--model", "base=bundled/base", "--model", "small=bundled/nano")
+    with started(tmp_path_factory.mktemp("engine"), *models) as service:
+        yield service
 
 
 def sdk(service: Service) -> openai.AsyncOpenAI:
@@ -156,7 +112,8 @@ async def test_an_engine_without_a_probe_says_how_to_get_one(service: Service) -
     async with httpx2.AsyncClient(base_url=service.url, headers={"authorization": f"Bearer {TOKEN}"}) as client:
         answer = await client.post("/probe", json={"messages": SUM})
     assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
-    assert "this engine has no probe; start it by a policy" in answer.json()["error"]["message"]
+    words = "start it with `--policy FILE`, a policy that names one as `signals.difficulty.probe`"
+    assert words in answer.json()["error"]["message"]
 
 
 async def test_no_body_is_read_for_a_stranger() -> None:
@@ -226,7 +183,7 @@ async def test_hidden_states_of_chosen_layers_at_chosen_tokens(service: Service)
         ("/v1/chat/completions", {"model": "base"}, 400, "invalid_request", "messages: is missing"),
         ("/v1/chat/completions", {"model": "base", "messages": SUM, "logit_bias": {"x": 1}}, 400, "invalid_request",
          "logit_bias: expected `int`, got `str`"),
-        ("/v1/embeddings", {"model": "base", "input": "x"}, 400, "invalid_request", "no embedding model; load one"),
+        ("/v1/embeddings", {"model": "base", "input": "x"}, 400, "invalid_request", "`leadline engine --encoder`"),
         ("/v1/completions", {"model": "base", "prompt": "x"}, 400, "invalid_request",
          "prompt: base takes conversations only, no raw prompt; send it as `messages` to /v1/chat/completions"),
         ("/v1/completions", {"model": "base", "prompt": "x", "stream": True, "n": 2, "stop": ["."], "logprobs": 1},
@@ -440,7 +397,7 @@ async def test_what_cannot_be_served_is_said(
 ) -> None:
     monkeypatch.delenv("LEADLINE_ENGINE_TOKEN", raising=False)
     with pytest.raises(CannotServe, match=words):
-        run_alone(socket, listen, None, models)
+        run_alone(socket, listen, None, models, None)
 
 
 def test_an_engine_that_cannot_start_ends_the_command() -> None:
