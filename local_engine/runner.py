@@ -14,7 +14,7 @@ from torch import Tensor
 
 from local_engine import attention
 from local_engine.errors import ModelLoadError
-from local_engine.fused import CHECK_TOKENS, fuse, fused_rotary
+from local_engine.fused import CHECK_TOKENS, FusedLayer, fuse, fused_rotary
 from local_engine.greedy import Greedy, advance
 from local_engine.kv import KVCache, KVShape, Span, StepPlan
 from local_engine.kv_paged import PagedKV
@@ -26,6 +26,7 @@ from local_engine.rows_plan import RowsPlan
 from local_engine.simd import Kernel
 from local_engine.tapped import NOTHING, Tapped
 from local_engine.whole import PackedRows, WholeForward
+from local_engine.whole_check import gives_the_same
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +83,23 @@ class Runner:
             if tied and self._fused
             else network.lm_head
         )
-        self._whole = (
-            WholeForward.of(self._body.embed_tokens.weight.detach(), self._fused, self._norm, self._head)
-            if self._fused
-            else None
-        )
+        self._whole: WholeForward | None = None
         self._advance: Kernel | None = None
-        in_chunks = isinstance(kv, RowsKV) and kv.in_chunks
-        if self._whole is not None and isinstance(self._head, KernelProduct) and self._whole.kernel and in_chunks:
-            self._advance = advance(self._whole.kernel, self._head.outputs, self._head.packed.dtype)
+        if self._fused and isinstance(kv, RowsKV) and kv.in_chunks:
+            self._take_whole(network, self._fused)
+
+    def _take_whole(self, network: Any, layers: Sequence[FusedLayer]) -> None:
+        """Run steps in one native call where that gives the same; else take the network's own norm and head, too."""
+        whole = WholeForward.of(self._body.embed_tokens.weight.detach(), layers, self._norm, self._head)
+        if whole is None:
+            return
+        greedy = None
+        if whole.kernel and isinstance(self._head, KernelProduct):
+            greedy = advance(whole.kernel, self._head.outputs, self._head.packed.dtype), self._head
+        if gives_the_same(network, layers, self.rotary.first(CHECK_TOKENS), whole, greedy, self.rotary.turned):
+            self._whole, self._advance = whole, greedy[0] if greedy else None
+        else:
+            self._norm, self._head = self._body.norm, network.lm_head
 
     def run(
         self,

@@ -109,9 +109,9 @@ def test_rows_that_are_held_for_torch_are_not_written_by_our_kernels() -> None:
 @ours
 def test_logits_that_are_no_numbers_name_no_token() -> None:
     model = new_model()
-    model.network.model.norm.weight.data.fill_(torch.nan)
     kv = new_kv(model, 1 << 24)
     runner = Runner(model, kv)
+    model.network.model.norm.weight.data.fill_(torch.nan)
     slot = kv.open(64)
     runner.run([Segment(slot, 0, PROMPT)])
     greedy = runner.greedy(slot, 60)
