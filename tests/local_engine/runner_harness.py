@@ -25,7 +25,7 @@ def tiny_network(family: str, width: int = WIDTH) -> Any:
     config_class, network_class = ARCHITECTURES[family]
     windows = {
         "mistral": {"sliding_window": 24},
-        "qwen3": {"sliding_window": 24, "use_sliding_window": True, "max_window_layers": 2, "head_dim": 16},
+        "qwen3": {"sliding_window": 24, "use_sliding_window": True, "max_window_layers": 2, "head_dim": 32},
     }
     config = config_class(
         vocab_size=512,

@@ -10,7 +10,7 @@ from local_engine.kv import KVCache
 from local_engine.model import LocalModel, load_model
 from local_engine.runner import Runner, Segment, StepOutput, new_kv
 from local_engine.tapped import Tapped
-from tests.local_engine.runner_harness import BUDGET, FAMILIES, LAYERS, text, tiny_model
+from tests.local_engine.runner_harness import BUDGET, FAMILIES, LAYERS, close, text, tiny_model, tiny_network
 
 pytestmark = pytest.mark.skipif(
     not kernels.made_for(torch.float32), reason="this CPU is not one that our float32 kernels are for"
@@ -20,7 +20,7 @@ HELD = (40, 33, 12, 30)
 LONG = 3  # this one has a row of its own size
 
 
-@pytest.fixture(params=[family for family in FAMILIES if family != "qwen3"])  # whose tiny heads are too short for it
+@pytest.fixture(params=FAMILIES)
 def runner(request: pytest.FixtureRequest, bundled: LocalModel) -> Runner:
     torch.set_num_threads(1)
     model = tiny_model(request.param, bundled, WIDTH)
@@ -65,6 +65,44 @@ def test_a_step_gives_what_its_layers_give_one_by_one(runner: Runner) -> None:
                 kv.truncate(slot, held)
         near(*outputs)
         runner._whole = whole
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        pytest.param(
+            torch.bfloat16,
+            marks=pytest.mark.skipif(
+                not kernels.made_for(torch.bfloat16), reason="this CPU is not one for our bfloat16 kernels"
+            ),
+        ),
+    ],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_gives_the_logits_of_transformers(family: str, dtype: torch.dtype, bundled: LocalModel) -> None:
+    """In bfloat16: logits as near to the exact ones as transformers' are."""
+    model = tiny_model(family, bundled, WIDTH)
+    exact, theirs = (tiny_network(family, WIDTH) for _ in range(2))
+    model.network.to(dtype)
+    theirs.to(dtype)
+    kv = new_kv(model, BUDGET)
+    runner = Runner(model, kv)
+    assert runner._whole is not None
+    texts, news = [text(length, seed=length) for length in (40, 33, 12)], (1, 4, 1)
+    triples = list(zip([kv.open(64) for _ in texts], texts, news, strict=True))
+    runner.run([Segment(slot, 0, tokens[:-new]) for slot, tokens, new in triples])
+    steps = [Segment(slot, len(tokens) - new, tokens[-new:], logits=new) for slot, tokens, new in triples]
+    ours = runner.run(steps).logits
+    with torch.no_grad():
+        expected, rounded = (
+            torch.cat([network(torch.tensor([tokens])).logits[0, -new:] for _, tokens, new in triples]).float()
+            for network in (exact, theirs)
+        )
+    if dtype == torch.float32:
+        assert close(ours, expected)
+    else:
+        assert float((ours - expected).abs().max()) <= 2 * float((rounded - expected).abs().max())
 
 
 def test_it_stops_at_a_layer_and_goes_on_there(runner: Runner) -> None:
