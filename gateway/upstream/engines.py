@@ -41,30 +41,45 @@ CAPABILITIES: dict[Server, Capabilities] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a server says of its load."""
+
+    requests: float = 0.0
+    """That wait there; where the server is asked for its load, those that run, too."""
+    kv: float = 0.0
+    """Share of its KV that running requests hold, from 0 to 1; 0 where it does not say. Prefixes kept are no part."""
+
+
 @lru_cache(maxsize=4096)
 def tenant_salt(secret: bytes, tenant: str) -> str:
     """The `cache_salt` of a tenant: the same on every worker and host that has the secret."""
     return hashlib.blake2b(tenant.encode(), key=secret[:64], digest_size=16).hexdigest()
 
 
-def load_of_header(value: str) -> float | None:
-    """Requests that wait at a vLLM server, by the `JSON {...}` form of its load header; None: it does not say."""
+def load_of_header(value: str) -> Load | None:
+    """The load of a vLLM server, by the `JSON {...}` form of its load header; None: it does not say."""
     kind, _, body = value.partition(" ")
     if kind.upper() != "JSON":
         return None
     try:
         metrics = msgspec.json.decode(body)["named_metrics"]
-        return float(metrics["num_requests_waiting"])
+        return Load(float(metrics["num_requests_waiting"]), float(metrics.get("kv_cache_usage_perc", 0)))
     except (msgspec.DecodeError, KeyError, TypeError, ValueError):
         return None
 
 
-def load_of_body(server: Server, body: bytes) -> float | None:
-    """Requests that run or wait at a SGLang or llama.cpp server, by what its load path answers; None: unreadable."""
+def load_of_body(server: Server, body: bytes) -> Load | None:
+    """The load of a SGLang or llama.cpp server, by what its load path answers; None: unreadable.
+
+    Of SGLang's ranks, the emptiest says whether there is room.
+    """
     try:
         if server == "llamacpp":
-            return float(sum(slot["is_processing"] for slot in msgspec.json.decode(body, type=list[dict[str, Any]])))
+            slots = msgspec.json.decode(body, type=list[dict[str, Any]])
+            return Load(float(sum(slot["is_processing"] for slot in slots)))
         told: Any = msgspec.json.decode(body)
-        return float(sum(rank["num_running_reqs"] + rank["num_waiting_reqs"] for rank in told["loads"]))
+        requests = sum(rank["num_running_reqs"] + rank["num_waiting_reqs"] for rank in told["loads"])
+        return Load(float(requests), min((float(rank.get("token_usage", 0)) for rank in told["loads"]), default=0.0))
     except (msgspec.DecodeError, KeyError, TypeError, ValueError):
         return None

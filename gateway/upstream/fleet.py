@@ -2,7 +2,8 @@
 
 The score of a replica is the share of the prompt that it would have to read, plus its load over the mean load: among
 equals the prefix decides, and a replica gives up a full match once it is about a mean load busier than another. A score
-that ignores load sends everything to whoever was first.
+that ignores load sends everything to whoever was first. Where the KV is full, a call pushes another out, which is then
+read again: that counts as one prompt more to be read.
 """
 
 import asyncio
@@ -10,13 +11,13 @@ import contextlib
 import itertools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from gateway.telemetry.logs import get_logger
 from gateway.upstream.affinity import PrefixIndex, block_keys
 from gateway.upstream.connection import Timeouts
-from gateway.upstream.engines import CAPABILITIES, load_of_body
+from gateway.upstream.engines import CAPABILITIES, Load, load_of_body
 from gateway.upstream.http import HttpClient, RequestHead
 from gateway.upstream.http_errors import HttpError
 from gateway.upstream.openai import OpenAIUpstream
@@ -37,10 +38,13 @@ log = get_logger(__name__)
 
 LOAD_AGE_S = 1.0
 """How old a load may be before it is asked for anew, beside the calls."""
+FULL_KV = 0.9
+"""Share of the KV from which on there is hardly room for one more prompt while those that run go on growing."""
 DOWN_S = (1.0, 30.0)
 """How long a replica that does not serve is passed over: from the first to the second, doubling."""
 _LOAD_TIMEOUTS = Timeouts(1.0, 2.0, 2.0, 2.0)
 _MAX_LOAD_BYTES = 1 << 20
+_NO_LOAD = Load()
 _T = TypeVar("_T")
 
 
@@ -52,7 +56,7 @@ class Replica:
     upstream: OpenAIUpstream
     load_head: RequestHead | None
     in_flight: int = 0
-    told: float = 0.0
+    told: Load = _NO_LOAD
     told_at: float = float("-inf")
     failures: int = 0
     down_until: float = 0.0
@@ -60,7 +64,7 @@ class Replica:
 
     @property
     def load(self) -> float:
-        return self.in_flight + self.told
+        return self.in_flight + self.told.requests
 
 
 class Fleet:
@@ -157,7 +161,7 @@ class Fleet:
 
         def score(at: int) -> tuple[bool, float, int]:
             replica = self.replicas[at]
-            busy = (1 - matched[at]) + replica.load / (mean + 1)
+            busy = (1 - matched[at]) + replica.load / (mean + 1) + (replica.told.kv >= FULL_KV)
             return (replica.down_until > now, busy, (at - turn) % len(self.replicas))
 
         return sorted(range(len(self.replicas)), key=score)
@@ -167,7 +171,7 @@ class Fleet:
         pause_s = min(DOWN_S[0] * 2**replica.failures, DOWN_S[1])
         replica.failures += 1
         replica.down_until = time.monotonic() + pause_s
-        replica.told = 0.0
+        replica.told = _NO_LOAD
         self._prefixes.forget(at)
         log.warning("replica.passed_over", replica=replica.name, error=error.kept, passed_over_s=pause_s)
 
@@ -176,7 +180,7 @@ class Fleet:
         if now - replica.told_at < LOAD_AGE_S:
             return
         if replica.load_head is None:
-            replica.told = 0.0
+            replica.told = _NO_LOAD
         elif replica.asking is None or replica.asking.done():
             replica.asking = asyncio.create_task(self._ask_load(replica, replica.load_head), name="replica-load")
 
@@ -190,7 +194,7 @@ class Fleet:
                 load = load_of_body(self._server, body) if response.status == 200 else None
             finally:
                 response.release()
-        replica.told = max(0.0, load - sent) if load is not None else 0.0
+        replica.told = replace(load, requests=max(0.0, load.requests - sent)) if load is not None else _NO_LOAD
         replica.told_at = time.monotonic()
 
 
@@ -220,11 +224,11 @@ class _Counted:
         await self._stream.close()
 
 
-def _teller(replica: Replica) -> Callable[[float], None]:
+def _teller(replica: Replica) -> Callable[[Load], None]:
     """Takes the load that came with an answer."""
 
-    def tell(waiting: float) -> None:
-        replica.told, replica.told_at = waiting, time.monotonic()
+    def tell(load: Load) -> None:
+        replica.told, replica.told_at = load, time.monotonic()
 
     return tell
 

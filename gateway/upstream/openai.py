@@ -10,7 +10,7 @@ from gateway.ledger.settle import Usage, WireUsage
 from gateway.upstream.begun import begun
 from gateway.upstream.chunks import ABSENT, Timings, error_message, read_chunk, read_usage
 from gateway.upstream.connection import Timeouts
-from gateway.upstream.engines import CAPABILITIES, LOAD_HEADER, load_of_header, tenant_salt
+from gateway.upstream.engines import CAPABILITIES, LOAD_HEADER, Load, load_of_header, tenant_salt
 from gateway.upstream.http import HttpClient, HttpResponse, RequestHead
 from gateway.upstream.http_errors import BadResponse, ConnectError, ExchangeTimeout, FirstByteTimeout, HttpError
 from gateway.upstream.refusals import error_object, refusal
@@ -68,8 +68,8 @@ class OpenAIUpstream:
         offers = CAPABILITIES[server]
         self._salt = salt if offers.salt else None
         self._priority = offers.priority if priority_scheduling or not offers.priority_if_told else 0
-        self.on_load: Callable[[float], None] | None = None
-        """Hears how many requests wait at the server, where answers tell."""
+        self.on_load: Callable[[Load], None] | None = None
+        """Hears the load of the server, where answers tell."""
         self._client = client
         self._provider = provider
         self._secret = api_key

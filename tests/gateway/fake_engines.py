@@ -26,6 +26,8 @@ class FakeEngine:
         self.headers: list[dict[str, str]] = []
         self.waiting = 0
         self.running = 0
+        self.kv = 0.1
+        """Share that running requests hold. llama.cpp does not tell it."""
         self.starting = False
         """It listens, and its engine is not there: 503, at once."""
         self.loads_asked = 0
@@ -73,7 +75,7 @@ class FakeEngine:
             usage["prompt_tokens_details"] = {"cached_tokens": cached}
         headers = {}
         if self.kind == "vllm" and request.headers.get("endpoint-load-metrics-format") == "JSON":
-            told = {"named_metrics": {"num_requests_waiting": self.waiting, "kv_cache_usage_perc": 0.1}}
+            told = {"named_metrics": {"num_requests_waiting": self.waiting, "kv_cache_usage_perc": self.kv}}
             headers["endpoint-load-metrics"] = f"JSON {json.dumps(told)}"
         self.running += 1
         try:
@@ -116,7 +118,8 @@ class FakeEngine:
     async def loads(self, request: web.Request) -> web.Response:
         self.loads_asked += 1
         await self.tells_load.wait()
-        rank = {"dp_rank": 0, "num_running_reqs": self.running, "num_waiting_reqs": self.waiting, "token_usage": 0.1}
+        counts = {"num_running_reqs": self.running, "num_waiting_reqs": self.waiting}
+        rank = {"dp_rank": 0, **counts, "token_usage": self.kv}
         return web.json_response({"timestamp": "now", "version": "0", "loads": [rank]})
 
     async def slots(self, request: web.Request) -> web.Response:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.upstream import fleet
 from gateway.upstream.affinity import PrefixIndex, block_keys
-from gateway.upstream.engines import load_of_body, load_of_header
-from gateway.upstream.fleet import Fleet
+from gateway.upstream.engines import Load, load_of_body, load_of_header
+from gateway.upstream.fleet import FULL_KV, LOAD_AGE_S, Fleet
 from routers.policy import Server
 from tests.gateway.conftest import Gateway, ask, running, until
 from tests.gateway.fake_engines import FakeEngine, engine
@@ -113,10 +115,38 @@ async def test_what_an_engine_says_of_its_load_counts(engines: Engines) -> None:
     engines.servers[at].waiting = 8  # others use it, too
     replica = engines.fleet.replicas[at]
     async with asyncio.timeout(20):
-        while replica.told < 7:
+        while replica.told.requests < 7:
             await engines.gateway.chat(conversation("a"))
             await asyncio.sleep(0.05)
     assert await engines.served_by(conversation("a", 3)) != at
+
+
+@anyio
+async def test_a_conversation_leaves_a_replica_whose_kv_is_full_unless_all_are(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = await engines.served_by(conversation("a"))
+    replica = engines.fleet.replicas[at]
+    for server in engines.servers:
+        server.kv = 0.8
+    await asyncio.sleep(LOAD_AGE_S)
+    for _ in range(4):
+        assert await engines.served_by(conversation("a")) == at, "a KV that is in use keeps its prefixes"
+    if engines.servers[at].kind == "llamacpp":
+        assert replica.told.kv == 0, "it does not say"
+        return
+    engines.servers[at].kv = 0.97
+    async with asyncio.timeout(20):
+        while replica.told.kv < FULL_KV:
+            await engines.gateway.chat(conversation("a"))
+            await asyncio.sleep(0.05)
+    monkeypatch.setattr(fleet, "LOAD_AGE_S", 60.0)
+    assert await engines.served_by(conversation("a", 3)) != at
+    for server, other in zip(engines.servers, engines.fleet.replicas, strict=True):
+        server.kv = 0.97
+        other.told, other.told_at = Load(kv=0.97), time.monotonic()
+    first = await engines.served_by(conversation("b"))
+    assert await engines.served_by(conversation("b", 3)) == first, "where all are full, the prefix decides"
 
 
 @anyio
@@ -249,11 +279,12 @@ def test_the_index_forgets_the_oldest_and_the_restarted() -> None:
 @pytest.mark.parametrize(
     ("said", "load"),
     [
-        ('JSON {"named_metrics": {"num_requests_waiting": 3, "kv_cache_usage_perc": 0.5}}', 3.0),
+        ('JSON {"named_metrics": {"num_requests_waiting": 3, "kv_cache_usage_perc": 0.5}}', Load(3.0, 0.5)),
+        ('JSON {"named_metrics": {"num_requests_waiting": 3}}', Load(3.0)),
         ('JSON {"named_metrics": {}}', None), ("JSON {", None), ("TEXT a=1", None), ("", None), ("JSON []", None),
     ],
 )  # fmt: skip
-def test_a_load_header_that_cannot_be_read_is_none(said: str, load: float | None) -> None:
+def test_a_load_header_that_cannot_be_read_is_none(said: str, load: Load | None) -> None:
     assert load_of_header(said) == load
 
 
@@ -261,7 +292,13 @@ def test_a_load_header_that_cannot_be_read_is_none(said: str, load: float | None
 def test_a_load_that_cannot_be_read_is_none(body: bytes) -> None:
     assert load_of_body("sglang", body) is None
     assert load_of_body("llamacpp", body) is None
-    assert load_of_body("llamacpp", json.dumps([{"is_processing": True}, {"is_processing": False}]).encode()) == 1.0
+
+
+def test_a_load_is_read_from_what_a_load_path_answers() -> None:
+    slots = [{"is_processing": True}, {"is_processing": False}]
+    assert load_of_body("llamacpp", json.dumps(slots).encode()) == Load(1.0)
+    ranks = [{"num_running_reqs": n, "num_waiting_reqs": 1, "token_usage": n / 10} for n in (9, 3)]
+    assert load_of_body("sglang", json.dumps({"loads": ranks}).encode()) == Load(14.0, 0.3), "there is room in one"
 
 
 @anyio

@@ -138,7 +138,8 @@ async def judge(gateway: Serving, url: str) -> dict[str, bool]:
     asked = json.dumps({"model": "base", "messages": _messages("1 + 1"), "max_tokens": 1}).encode()
     sent = {"Content-Type": "application/json", "endpoint-load-metrics-format": "JSON"}
     _, headers = await asyncio.to_thread(_ask, f"{url}/chat/completions", sent, asked)
-    found["it tells its load"] = load_of_header(headers.get("endpoint-load-metrics", "")) is not None
+    told = headers.get("endpoint-load-metrics", "")
+    found["it tells its load"] = load_of_header(told) is not None and "kv_cache_usage_perc" in told
     leaving = await mine.chat.completions.create(
         model="base", messages=[{"role": "user", "content": "What is 2 + 3?"}], max_tokens=512, stream=True,
         extra_body={"ignore_eos": True},
