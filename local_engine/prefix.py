@@ -12,7 +12,7 @@ it ends: eviction never touches a running sequence. Whoever is used last is evic
 a path is put at the young end deepest block first, and what is held is held with all its ancestors, so the old end of
 the list is always a leaf.
 
-Where nothing that it has is ever used, a store without slower tiers rests: `prefix_admission.py`.
+Where next to nothing that it has is ever used, a store without slower tiers rests: `prefix_admission.py`.
 
 Owned by the engine's thread. Everything is O(blocks of the prefix); one eviction is O(1).
 """
@@ -320,7 +320,7 @@ class PrefixStore:
             if block.used:  # and so is all that it continues
                 break
             block.used = True
-            self._admission.used()
+            self._admission.used(self._size(block))
 
     def _hold(self, path: list[Block]) -> None:
         for block in path:
@@ -340,7 +340,8 @@ class PrefixStore:
         size = self._bare_block_bytes + (self.identity.layout.tap_bytes if taps else 0)
         while self._free and self._bytes + count * size > self.bytes_limit:
             block, _ = self._free.popitem(last=False)
-            self._admission.evicted(self._size(block))
+            if not block.used:
+                self._admission.evicted(self._size(block))
             self._remove(block)
         return min(count, (self.bytes_limit - self._bytes) // size)
 

@@ -65,5 +65,5 @@ class PrefixStats(msgspec.Struct, frozen=True):
     promoted_tokens: int = 0
     """Brought to memory from a slower tier."""
     resting: bool = False
-    """Blocks of its whole size were evicted unused, so it takes in only what is sure to be read again."""
+    """So much of what it took in was evicted unused that it takes in only what is sure to be read again."""
     tiers: list[TierStats] = []

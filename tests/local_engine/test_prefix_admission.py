@@ -3,6 +3,8 @@
 from itertools import count
 from pathlib import Path
 
+import pytest
+
 from local_engine.model import LocalModel
 from local_engine.prefix import PrefixStore
 from local_engine.prefix_disk import DiskTier
@@ -14,6 +16,8 @@ from tests.local_engine.prefix_harness import BLOCK, Computed, matched, new_stor
 SALT = b"tenant"
 ROOM = 10
 """Blocks that a store has."""
+PAID = 50
+"""Blocks that may go unused for each that is hit for the first time."""
 AGAIN = range(1000, 1013)  # three blocks and one token
 
 
@@ -67,11 +71,44 @@ def test_the_first_hit_of_a_block_wakes_it_and_a_later_one_does_not() -> None:
     last = range(500_000, 500_000 + 2 * BLOCK + 1)
     assert matched(store, SALT, last) == 2 * BLOCK
     assert not store.stats().resting
-    for prompt in unused(4 * ROOM):
+    for prompt in unused(2 * PAID + 2 * ROOM):
         matched(store, SALT, last)
         offer(store, prompt)
     assert store.stats().resting, "a system prompt that all have says nothing of what comes after it"
     assert matched(store, SALT, last) == 2 * BLOCK
+
+
+def test_a_first_hit_pays_for_what_goes_unused_after_it() -> None:
+    store = new_store(ROOM)
+    for length in (BLOCK, BLOCK + 1):
+        offer(store, range(length))  # one block is hit
+    left = store.stats().blocks
+    for prompt in unused(2 * (PAID + 2 * ROOM)):
+        offer(store, prompt)
+        gone = store.stats().evicted_tokens // BLOCK - left
+        assert store.stats().resting == (gone > PAID + ROOM), gone
+    assert store.stats().resting
+
+
+@pytest.mark.parametrize(("document", "between"), [(90, 50), (90, 104), (90, 300), (50, 150), (30, 110), (5, 300)])
+@pytest.mark.parametrize("idle", [0, 300])
+def test_documents_that_are_asked_twice_hit_beside_prompts_that_come_once(
+    document: int, between: int, idle: int
+) -> None:
+    def hits(store: PrefixStore) -> int:
+        once = iter(unused(10 * between + idle))
+        for _ in range(idle // 2):
+            offer(store, next(once))
+        assert store.stats().resting == (idle > 0)
+        for number in range(10):
+            tokens = range(1_000_000 * (number + 1), 1_000_000 * (number + 1) + document * BLOCK + 1)
+            offer(store, tokens)
+            offer(store, tokens)
+            for _ in range(between // 2):
+                offer(store, next(once))
+        return store.stats().hit_tokens
+
+    assert hits(new_store(100)) >= 0.8 * 10 * document * BLOCK, "one that never rests hits all of each second time"
 
 
 def test_a_prompt_comes_too_late_to_wake_it_when_it_would_have_been_evicted() -> None:
