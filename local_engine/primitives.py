@@ -179,6 +179,9 @@ class Primitives:
         start = len(sequence.ids)
         if not 0 < len(tokens) <= sequence.limit - start:
             raise ValueError(f"1 to {sequence.limit - start} tokens can be scored after {start}, not {len(tokens)}")
+        last = self._lane_of[sequence].model.network.config.vocab_size - 1
+        if max(tokens) > last:  # the last one is in no step, which would refuse it
+            raise ValueError(f"token {max(tokens)} cannot be scored: the model has tokens 0 to {last}")
         child = self._child(sequence, start)
         child.ids.extend(tokens)
         child.scored_from = start

@@ -74,6 +74,7 @@ class Runner:
         self._tapped = NOTHING
         self.rotary = _RotaryTable(self._body.rotary_emb, kv.shape)
         self.layers = len(self._body.layers)
+        self._last_token = self._body.embed_tokens.num_embeddings - 1
         self._fused = fuse(self._body, kv, self.rotary.first(CHECK_TOKENS)) if fused else None
         self._norm = best_norm(self._body.norm) if self._fused else self._body.norm
         weight = network.lm_head.weight
@@ -114,7 +115,8 @@ class Runner:
         `layers=(a, b)` runs decoder layers a+1 to b only; a > 0 resumes, from the `state` that the step which stopped
         at a gave for the same tokens, and logits with b below the last layer are those of an exit there. A slot's
         length grows when layer 1 runs: tokens stopped early have to be resumed or truncated before later ones run in
-        the layers above. Raises KVFull before anything is computed, ValueError for what cannot be run.
+        the layers above. Raises KVFull before anything is computed, ValueError for what cannot be run, IndexError for
+        a token that the model does not have: on CUDA, looking it up would break the device for the whole process.
         """
         first, last = layers or (0, self.layers)
         self._check(segments, tap_layers, first, last, state)
@@ -122,6 +124,9 @@ class Runner:
             self.kv.reserve(segment.slot, segment.start + len(segment.tokens))
         plan = self.kv.plan([Span(segment.slot, segment.start, len(segment.tokens)) for segment in segments])
         packing = _Packing(segments, plan, self._device)
+        most = max(packing.lists.tokens)
+        if most > self._last_token:
+            raise IndexError(f"token {most}: the model has tokens 0 to {self._last_token}; its tokenizer has more")
         self.rotary.reach(packing.furthest)
         # Outside of inference mode, because what is made in it may not be changed outside.
         taps = self._room(tap_layers, packing.tapped)

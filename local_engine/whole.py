@@ -316,15 +316,11 @@ class WholeForward:
         """(logits, in the model's type; hidden states, of whose rows the first are the tokens', until the next run).
 
         All in packed order: `angles` are tables by position, as `fused.fused_rotary` gives them; `state` resumes.
-        Raises IndexError for a token that the model does not have.
+        A token that the model does not have would be read from whatever lies there.
         """
         count = len(packed.tokens)
         self._reach(count, max(reading.positions) + 1)
-        if state is None:
-            most, last = max(packed.tokens), self._embedding.shape[0] - 1
-            if most > last:  # the kernel would read whatever lies there
-                raise IndexError(f"token {most}: the model has tokens 0 to {last}; its tokenizer has more")
-        else:
+        if state is not None:
             self._hidden[:count].copy_(state)
         targets = self._no_taps
         if taps:

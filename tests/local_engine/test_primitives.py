@@ -363,4 +363,6 @@ def test_limits_are_named(model: LocalModel, reference: Any) -> None:
         here.engine.truncate(sequence, 0)
     with pytest.raises(ValueError, match="can be scored"):
         here.engine.score(sequence, text(8))
+    with pytest.raises(ValueError, match="token 512 cannot be scored: the model has tokens 0 to 511"):
+        here.engine.score(sequence, [5, 512])
     here.leave()

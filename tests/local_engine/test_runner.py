@@ -240,6 +240,14 @@ def test_what_cannot_run_is_refused_and_changes_nothing(qwen: Pair) -> None:
     assert close(qwen.next_logits(slot, [*text(10), 5]), qwen.expected([*text(10), 5])[0])
 
 
+def test_a_token_that_the_model_does_not_have_is_refused_before_it_is_looked_up(pair: Pair) -> None:
+    slot = pair.read(text(10))
+    with pytest.raises(IndexError, match="token 512: the model has tokens 0 to 511"):
+        pair.runner.run([Segment(slot, 10, [5, 512], logits=1)])
+    assert pair.kv.length(slot) == 10
+    assert close(pair.next_logits(slot, [*text(10), 5]), pair.expected([*text(10), 5])[0])
+
+
 def test_a_step_without_room_runs_nothing(models: dict[str, LocalModel]) -> None:
     shape = dataclasses.replace(KVShape.of(models["qwen3"]), context=512)
     kv = RowsKV(shape, 256 * shape.token_bytes)
