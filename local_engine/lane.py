@@ -296,17 +296,24 @@ class Lane:
         if plan.work:
             began = self._clock()
             turns += self._compute(plan.work)
+            took = self._now() - began
             self.steps += 1
             self.computed_tokens += plan.tokens
             if plan.tokens > len(plan.work):
-                self._pace.observe(plan.tokens, self._clock() - began)
+                self._pace.observe(plan.tokens, took)
                 if self.store is not None:
-                    self.store.observe_prefill(plan.tokens, self._clock() - began)
+                    self.store.observe_prefill(plan.tokens, took)
             if self.speculator is not None and self.speculator.timed:
                 self.speculator.settle(plan.tokens, len(plan.work))
         else:
             self._await_arrival()
         return turns
+
+    def _now(self) -> float:
+        """The time when all that was asked of the device is computed: CUDA goes on after a call for it returns."""
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        return self._clock()
 
     def _write_on(self) -> Turn | None:
         """Several tokens of a sequence that has the lane to itself, where its owner wants so; None where not."""

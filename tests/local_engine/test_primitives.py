@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -221,6 +221,22 @@ def test_nothing_leaks_however_long_it_goes_on(model: LocalModel, reference: Any
     here.check()
     here.leave()
     assert preemptions > 0, "room for three was never too little"
+
+
+def test_a_step_is_timed_until_the_device_has_computed_it(
+    model: LocalModel, reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk of a prompt asks for nothing back, so CUDA returns from it at once."""
+    here, seconds = world(model, reference), [0.0]
+    here.lane.model = replace(model, device=torch.device("cuda"))
+    monkeypatch.setattr(here.lane, "_clock", lambda: seconds[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: seconds.append(seconds.pop() + 0.25))
+    told: list[tuple[int, float]] = []
+    monkeypatch.setattr(here.lane.store, "observe_prefill", lambda *step: told.append(step))
+    here.engine.open("m", PROMPTS[4])
+    here.lane.step()
+    assert told == [(24, 0.25)]
+    here.leave()
 
 
 def test_forks_share_what_was_read(model: LocalModel, reference: Any) -> None:
