@@ -20,6 +20,12 @@ PAGE: Final = 256
 """Tokens. FlashAttention 2, which torch calls, takes multiples of 256 only (Dao-AILab/flash-attention issue 828)."""
 
 
+def kernel_attends(shape: KVShape) -> bool:
+    """Whether FlashAttention 2 takes these heads, in this type, on this GPU: Ampere or newer."""
+    fits = shape.dtype in (torch.float16, torch.bfloat16) and shape.head_dim % 8 == 0 and shape.head_dim <= 256
+    return fits and shape.device.type == "cuda" and torch.cuda.get_device_capability(shape.device) >= (8, 0)
+
+
 @dataclass(slots=True, eq=False)
 class _Sequence:
     pages: list[int]
@@ -29,8 +35,8 @@ class _Sequence:
 class PagedKV:
     """KVCache of pages [2 (key, value), pages, PAGE, kv_heads, head_dim] per layer, all allocated at the start.
 
-    On CUDA in half precision attention is one kernel call per layer; elsewhere the pages are gathered first, which is
-    exact and slow, and there for tests and float32.
+    Where `kernel_attends`, attention is one kernel call per layer; elsewhere the pages are gathered first, which is
+    exact and slow, and there for tests, float32, older GPUs and odd heads.
     """
 
     def __init__(self, shape: KVShape, bytes_limit: int) -> None:
@@ -42,6 +48,7 @@ class PagedKV:
         size = (2, self._pages, PAGE, shape.kv_heads, shape.head_dim)
         # Zeros, never whatever the memory held: a masked key may be anything but NaN.
         self.layers = [torch.zeros(size, dtype=shape.dtype, device=shape.device) for _ in range(shape.layers)]
+        self.by_kernel = kernel_attends(shape)
         self._free = list(range(self._pages))
         self._holders = [0] * self._pages
         self._sequences: dict[int, _Sequence] = {}
@@ -197,8 +204,7 @@ class PagedPlan:
         self._key_ends = _ends(lengths, device)
         self._most_queries = max(span.tokens for span in spans)
         self._most_keys = max(lengths)
-        half = kv.shape.dtype in (torch.float16, torch.bfloat16)
-        self._attend = self._by_kernel if device.type == "cuda" and half else self._by_gathering
+        self._attend = self._by_kernel if kv.by_kernel else self._by_gathering
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         held = self._kv.layers[layer]

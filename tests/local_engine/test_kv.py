@@ -4,14 +4,18 @@ import random
 import resource
 from collections.abc import Callable
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
+from local_engine import kv_paged
 from local_engine.kv import KVCache, KVFull, KVShape, Span
-from local_engine.kv_paged import PAGE, PagedKV
+from local_engine.kv_paged import PAGE, PagedKV, kernel_attends
 from local_engine.kv_rows import RowsKV
 
 SHAPE = KVShape(
@@ -218,6 +222,72 @@ def test_a_fork_shares_whole_pages_and_copies_the_one_it_ends_in() -> None:
     kv.close(slot)
     assert kv.bytes_used == 3 * kv.page_bytes
     assert held(kv, forked) == list(range(600))
+
+
+def varlen_by_hand(*args: Any, **kwargs: Any) -> Tensor:
+    """What torch's `varlen_attn` gives, and what FlashAttention 2 insists on, in float32 on any device."""
+    call = signature(varlen_attn).bind(*args, **kwargs).arguments
+    query, keys, values, table = (call[name] for name in ("query", "key", "value", "block_table"))
+    query_ends, lengths = call["cu_seq_q"], call["seqused_k"]
+    assert all(t.dtype == torch.int32 and t.is_contiguous() for t in (query_ends, call["cu_seq_k"], lengths, table))
+    assert query.is_contiguous()
+    assert keys.shape[1] % 256 == values.shape[1] % 256 == 0
+    assert (call["max_q"], call["max_k"]) == (int(query_ends.diff().max()), int(lengths.max()))
+    assert call["cu_seq_k"].diff().tolist() == lengths.tolist()
+    left, right = call["window_size"]
+    assert right == 0
+    assert call["enable_gqa"]
+    out = torch.empty_like(query)
+    ends = query_ends.tolist()
+    for row, (first, last, length) in enumerate(zip(ends, ends[1:], lengths.tolist(), strict=False)):
+        mine, theirs = (part[table[row]].flatten(0, 1)[:length].float() for part in (keys, values))
+        heads = query.shape[1] // mine.shape[1]
+        mine, theirs = mine.repeat_interleave(heads, 1), theirs.repeat_interleave(heads, 1)
+        scores = torch.einsum("qhd,khd->hqk", query[first:last].float(), mine) * call["scale"]
+        behind = torch.arange(length - (last - first), length).unsqueeze(1) - torch.arange(length)
+        seen = (behind >= 0) & ((behind <= left) | (left < 0))
+        out[first:last] = torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), theirs)
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_the_kernel_is_asked_for_what_gathering_gives(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in for FlashAttention, which no CPU has."""
+    monkeypatch.setattr(kv_paged, "varlen_attn", varlen_by_hand)
+    shape = replace(SHAPE, dtype=torch.bfloat16)
+    draw = torch.Generator().manual_seed(4)
+    kv = PagedKV(shape, 8_192 * shape.token_bytes)
+    spans = []
+    for held, new in ((600, 1), (0, 40), (255, 4), (256, 1), (511, 1)):
+        slot = kv.open(held + new)
+        kv.load(slot, 0, torch.randn(2, 2, 2, held, 64, generator=draw).to(torch.bfloat16))
+        spans.append(Span(slot, held, new))
+    count = sum(span.tokens for span in spans)
+    query, key, value = (torch.randn(count, heads, 64, generator=draw).to(torch.bfloat16) for heads in (4, 2, 2))
+    found = []
+    for kv.by_kernel in (True, False):
+        found.append(kv.plan(spans).attend(1, query, key, value, 0.125, window))
+    torch.testing.assert_close(*found, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "capability", "attends"),
+    [
+        (torch.bfloat16, 64, (8, 0), True),
+        (torch.float16, 256, (9, 0), True),
+        (torch.float32, 64, (9, 0), False),
+        (torch.float16, 64, (7, 5), False),  # T4
+        (torch.float16, 100, (8, 0), False),
+        (torch.bfloat16, 264, (8, 0), False),
+    ],
+)
+def test_the_kernel_is_left_out_where_it_cannot_run(
+    dtype: torch.dtype, head_dim: int, capability: tuple[int, int], attends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    shape = replace(SHAPE, dtype=dtype, head_dim=head_dim, device=torch.device("cuda"))
+    assert kernel_attends(shape) == attends
+    assert not kernel_attends(replace(shape, device=torch.device("cpu")))
 
 
 def test_a_shared_page_is_copied_before_it_is_written() -> None:
