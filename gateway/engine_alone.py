@@ -6,10 +6,11 @@ import json
 import os
 import socket as sockets
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from gateway.engine_needs import EngineNeeds
-from gateway.policies import CannotServe, checked_policy, engine_needs, unloadable_models
+from gateway.policies import CannotServe, checked_policy, engine_needs, local_names, unloadable_models
 from gateway.telemetry.logs import configure_logs
 
 TOKEN_VARIABLE = "LEADLINE_ENGINE_TOKEN"
@@ -25,7 +26,7 @@ def run_alone(
         raise CannotServe("say where to listen: --socket PATH, --listen HOST:PORT, or both")
     if listen is None:
         assert socket is not None
-        needs = _needs(policy, models, encoder, exit_with_parent=False)
+        needs, _ = _needs(policy, models, encoder, exit_with_parent=False)
         from gateway.engine_main import main
 
         socket.unlink(missing_ok=True)  # what a killed engine left; a gateway connects to the new one by itself
@@ -40,7 +41,7 @@ def run_alone(
         )
     with tempfile.TemporaryDirectory(prefix="leadline-engine-") as folder:
         place = socket.absolute() if socket is not None else Path(folder) / "engine.sock"
-        needs = _needs(policy, models, encoder, exit_with_parent=True)
+        needs, names = _needs(policy, models, encoder, exit_with_parent=True)
         try:
             listener = sockets.create_server(
                 (host, port), family=sockets.AF_INET6 if ":" in host else sockets.AF_INET, backlog=1024
@@ -50,13 +51,16 @@ def run_alone(
         from gateway.engine_service import EngineService
         from gateway.http_server import HttpServer
 
-        service = EngineService(needs, place, token)
+        service = EngineService(needs, place, token, names)
         asyncio.run(HttpServer(service.app, DRAIN_S).serve_on(listener))
         if service.never_up:
             raise CannotServe("the engine did not come up; its own words above say why")
 
 
-def _needs(policy: Path | None, models: list[str], encoder: str | None, *, exit_with_parent: bool) -> EngineNeeds:
+def _needs(
+    policy: Path | None, models: list[str], encoder: str | None, *, exit_with_parent: bool
+) -> tuple[EngineNeeds, Mapping[str, str]]:
+    """And what the policy calls the engine's models."""
     if models or encoder is not None:
         if policy is not None and models:
             raise CannotServe("--policy and --model both say what to load; give one of them")
@@ -66,15 +70,16 @@ def _needs(policy: Path | None, models: list[str], encoder: str | None, *, exit_
         problems = [f"models: {name}: {why}" for name, why in unloadable_models(named).items()]
         if problems:
             raise CannotServe("\n".join(problems))
-        return EngineNeeds(
+        needs = EngineNeeds(
             models=named, speculation={}, probe=None, encoder=encoder or "default", embeds=encoder is not None,
             readers={}, exit_with_parent=exit_with_parent,
         )  # fmt: skip
+        return needs, {}
     loaded, folder = checked_policy(policy, secrets=False)
-    needs = engine_needs(loaded, folder, exit_with_parent=exit_with_parent)
-    if needs is None:
+    by_policy = engine_needs(loaded, folder, exit_with_parent=exit_with_parent)
+    if by_policy is None:
         raise CannotServe("this policy needs no engine: it has neither a model with `engine: embedded` nor a probe")
-    return needs
+    return by_policy, local_names(loaded)
 
 
 def _named(text: str) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from gateway.engine_answers import answered, bytes_of, failure_of, until_gone
-from gateway.errors import UnknownModel
+from gateway.engine_names import ModelNames
 from gateway.upstream.sse import write_event
 from local_engine.client import EngineClient
 from local_engine.errors import EngineFailure, EngineGone
@@ -47,12 +47,12 @@ class EvictRequest(PrefixRequest):
     """None: all that the tenant has, in every tier."""
 
 
-def add_prefix_routes(app: FastAPI, client: Callable[[], EngineClient]) -> None:
+def add_prefix_routes(app: FastAPI, client: Callable[[], EngineClient], names: ModelNames) -> None:
     """`client` raises what is to be answered while there is no engine."""
 
     async def act(action: Action, asked: PrefixRequest, request: Request) -> dict[str, Any]:
         work = client().prefix(
-            asked.model,
+            names.find(asked.model).name,
             action,
             bytes_of(asked.messages) if asked.messages is not None else None,
             bytes_of(asked.tools) if asked.tools is not None else None,
@@ -92,10 +92,7 @@ def add_prefix_routes(app: FastAPI, client: Callable[[], EngineClient]) -> None:
     @app.get("/prefix/events")
     async def events(model: str) -> StreamingResponse:
         """Server-sent events until the caller leaves."""
-        known = [card.name for card in client().hello.models]
-        if model not in known:
-            raise UnknownModel(f"model: {model[:100]!r} is not loaded; there is {', '.join(known)}.", param="model")
-        told = _told(client(), model)
+        told = _told(client(), names.find(model).name)
         return StreamingResponse(told, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
 

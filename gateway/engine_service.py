@@ -14,7 +14,7 @@ answer), `/hidden` (hidden states of chosen layers at chosen tokens), `/prefix/â
 import asyncio
 import base64
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -35,10 +35,11 @@ from gateway.engine_answers import answered, attempted, bytes_of, error_of, gone
 from gateway.engine_door import Door
 from gateway.engine_link import EngineConnection
 from gateway.engine_metrics import EngineMetrics
+from gateway.engine_names import ModelNames
 from gateway.engine_needs import EngineNeeds
 from gateway.engine_prefixes import add_prefix_routes
 from gateway.engine_process import EngineProcess
-from gateway.errors import InvalidRequest, UnknownModel
+from gateway.errors import InvalidRequest
 from gateway.upstream.begun import read_begun
 from gateway.upstream.engines import LOAD_HEADER
 from gateway.upstream.local import LocalUpstream
@@ -47,8 +48,8 @@ from gateway.upstream.local_plans import planned_for
 from gateway.upstream.sse import write_event
 from gateway.upstream.types import AnswerStream, CallHeaders, ChatCall, Planned, Target, UpstreamError
 from local_engine.client import EngineClient
-from local_engine.plan_types import Plan
-from local_engine.types import Delta, EngineStats, Finished, SamplingParams, TapSpec
+from local_engine.plan_types import Cascade, Plan, SpeculateSteps
+from local_engine.types import Delta, EngineStats, Finished, ModelCard, SamplingParams, TapSpec
 from routers.policy import PRIORITIES
 
 ANSWER_TIMEOUT_S = 600.0
@@ -61,10 +62,14 @@ _Small = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
 class EngineService:
-    """The HTTP side. `token`: what callers must send as a bearer; None: nothing, for loopback addresses alone."""
+    """The HTTP side. `token`: what callers must send as a bearer; None: nothing, for loopback addresses alone.
 
-    def __init__(self, needs: EngineNeeds, socket: Path, token: str | None) -> None:
+    `by_policy`: what a policy calls the engine's models â†’ the engine's names.
+    """
+
+    def __init__(self, needs: EngineNeeds, socket: Path, token: str | None, by_policy: Mapping[str, str]) -> None:
         self._token = token
+        self._names = ModelNames(self._client, by_policy)
         self._process = EngineProcess(needs, socket)
         registry = CollectorRegistry()
         self._metrics = EngineMetrics(registry)
@@ -115,7 +120,7 @@ class EngineService:
         app.add_api_route("/score", self._score, methods=["POST"])
         app.add_api_route("/probe", self._probe, methods=["POST"])
         app.add_api_route("/hidden", self._hidden, methods=["POST"])
-        add_prefix_routes(app, self._client)
+        add_prefix_routes(app, self._client, self._names)
         tell_refusals(app)
         return app
 
@@ -136,10 +141,10 @@ class EngineService:
             "object": "list",
             "data": [
                 {
-                    "id": card.name, "object": "model", "created": 0, "owned_by": "leadline",
+                    "id": name, "object": "model", "created": 0, "owned_by": "leadline", "root": card.name,
                     "max_model_len": card.context_window, "dtype": card.dtype, "device": card.device,
                 }
-                for card in self._client().hello.models
+                for name, card in self._names.known().items()
             ],
         }  # fmt: skip
 
@@ -152,7 +157,7 @@ class EngineService:
         return await self._answer(request, await self._read(request, read_completion))
 
     async def _answer(self, request: Request, call: ChatCall) -> Response:
-        target = _planned(self._target(call.model), call)
+        target = _planned(self._target(call.model), call, self._names.known())
         headers = await self._load_headers(request)
         if call.stream:
             stream = await until_gone(request, attempted(self._upstream.stream(target, call)))
@@ -181,12 +186,12 @@ class EngineService:
 
     async def _score(self, asked: "ScoreRequest", request: Request) -> dict[str, Any]:
         """Logprobs and entropies of each candidate's tokens, after the conversation."""
-        self._target(asked.model)
+        target = self._target(asked.model)
         result = await answered(
             until_gone(
                 request,
                 self._client().score(
-                    asked.model, bytes_of(asked.messages), asked.candidates,
+                    target.wire_model, bytes_of(asked.messages), asked.candidates,
                     prefix=asked.prefix, priority=asked.priority, deadline_s=ANSWER_TIMEOUT_S,
                     salt=asked.cache_salt or "",
                 ),
@@ -219,7 +224,7 @@ class EngineService:
 
     async def _hidden(self, asked: "HiddenRequest", request: Request) -> dict[str, Any]:
         """Hidden states as base64 of float16, little endian, row major: [tokens, layers, width]."""
-        self._target(asked.model)
+        target = self._target(asked.model)
         tokens = 1 if asked.where == "prompt" else asked.max_tokens
         if tokens * len(asked.layers) > MAX_HIDDEN_STATES:
             raise InvalidRequest(
@@ -239,7 +244,7 @@ class EngineService:
             tapped: list[dict[str, Any]] = []
             async with aclosing(
                 self._client().generate(
-                    asked.model, bytes_of(asked.messages), sampling, priority=asked.priority,
+                    target.wire_model, bytes_of(asked.messages), sampling, priority=asked.priority,
                     deadline_s=ANSWER_TIMEOUT_S, salt=asked.cache_salt or "", taps=taps,
                 )
             ) as events:  # fmt: skip
@@ -269,14 +274,10 @@ class EngineService:
 
     def _target(self, model: str) -> Target:
         """Raises UnknownModel, and Unavailable while there is no engine."""
-        cards = {card.name: card for card in self._client().hello.models}
-        if model not in cards:
-            raise UnknownModel(
-                f"model: {model[:100]!r} is not loaded; there is {', '.join(cards) or 'none'}.", param="model"
-            )
-        context = cards[model].context_window
+        card = self._names.find(model)
+        context = card.context_window
         return Target(
-            model, "engine", model, None, context, context, ANSWER_TIMEOUT_S, 0,
+            model, "engine", card.name, None, context, context, ANSWER_TIMEOUT_S, 0,
             first_byte_timeout_s=ANSWER_TIMEOUT_S, idle_timeout_s=ANSWER_TIMEOUT_S,
         )  # fmt: skip
 
@@ -344,8 +345,8 @@ class HiddenRequest(_Asked):
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
 
 
-def _planned(target: Target, call: ChatCall) -> Target:
-    """The target with the plan that the caller asks for, whatever the effort."""
+def _planned(target: Target, call: ChatCall, models: Mapping[str, ModelCard]) -> Target:
+    """The target with the plan that the caller asks for, whatever the effort. `models`: by all of their names."""
     given = call.fields.get("plan")
     if given is None:
         return target
@@ -355,6 +356,8 @@ def _planned(target: Target, call: ChatCall) -> Target:
         raise InvalidRequest(f"plan: {error}.", param="plan") from error
     if plan is None:
         return target
+    if isinstance(plan, SpeculateSteps | Cascade) and plan.draft in models:
+        plan = msgspec.structs.replace(plan, draft=models[plan.draft].name)
     with_plan = replace(target, plans=dict.fromkeys(EFFORTS.values(), Planned(plan)))
     if planned_for(with_plan, call) is None:
         raise InvalidRequest(

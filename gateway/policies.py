@@ -117,10 +117,15 @@ def encoder(policy: Policy, folder: Path) -> str:
 
 def local_models(policy: Policy, folder: Path) -> dict[str, str]:
     """The models that the engine process has to load: the engine's name → a folder, a hub id or `bundled/<name>`."""
+    return {name: _placed(name, folder) for name in local_names(policy).values()}
+
+
+def local_names(policy: Policy) -> dict[str, str]:
+    """Those models by the policy's names → the engine's, which is what the policy writes as `model`."""
     engines = {name for name, provider in policy.providers.items() if provider.engine is not None}
-    local = [model for model in policy.models.values() if model.provider in engines]
-    sources = {model.upstream: model.upstream for model in local if not model.embeds}
-    return {name: _placed(source, folder) for name, source in sources.items()}
+    return {
+        model.name: model.upstream for model in policy.models.values() if model.provider in engines and not model.embeds
+    }
 
 
 def _local_embedders(policy: Policy) -> list[str]:

@@ -41,7 +41,8 @@ def started(folder: Path, *options: str) -> Iterator[Service]:
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, env={**os.environ, "LEADLINE_ENGINE_TOKEN": TOKEN}, stdout=log, stderr=log)
         try:
-            wait(lambda: healthy(f"http://127.0.0.1:{port}"))
+            wait(lambda: process.poll() is not None or healthy(f"http://127.0.0.1:{port}"))
+            assert process.poll() is None, (folder / "log").read_text()
             yield Service(f"http://127.0.0.1:{port}", process, folder / "log")
         finally:
             stop(process)

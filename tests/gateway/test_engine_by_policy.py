@@ -1,8 +1,9 @@
-"""`leadline engine --listen --policy`: its encoder and its probe; and `--encoder`, which needs no policy."""
+"""`leadline engine --listen --policy`: its names, encoder and probe; and `--encoder`, which needs no policy."""
 
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,8 @@ version: 1
 providers: {home: {engine: embedded}}
 models:
   local: {provider: home, model: bundled/base, context: 1024}
+  brief: {provider: home, model: bundled/base, context: 1024}
+  small: {provider: home, model: bundled/nano, context: 1024}
   vectors: {provider: home, model: default, embeds: true}
 signals:
   difficulty: {probe: default, heads: {local: local}}
@@ -47,9 +50,45 @@ async def test_the_policys_probe_says_how_likely_a_good_answer_is(service: Servi
     assert easy["p_success"].keys() == other["p_success"].keys() == {"local", "weak", "strong"}
     assert all(0 < chance < 1 for chance in (*easy["p_success"].values(), *other["p_success"].values()))
     assert easy["p_success"]["local"] > other["p_success"]["local"]
-    (tokens,), (more,) = easy["prompt_tokens"].values(), other["prompt_tokens"].values()
-    assert 0 < tokens < more
+    assert 0 < easy["prompt_tokens"]["bundled/base"] < other["prompt_tokens"]["bundled/base"]
     assert easy["cost_us"] > 0
+
+
+async def test_the_policys_names_and_those_that_gateways_send_are_both_known(service: Service) -> None:
+    """A gateway elsewhere has in its own policy, as `model`, what is listed here."""
+    names = ["local", "brief", "small", "bundled/base", "bundled/nano"]
+    rules = [{"role": "system", "content": "You are a careful calculator. " * 10}, *SUM]
+    async with service.client() as client:
+
+        async def ask(path: str, **more: Any) -> dict[str, Any]:
+            answer = await client.post(path, json={"messages": rules, **more})
+            assert answer.status_code == 200, answer.text
+            return dict(answer.json())
+
+        listed = (await client.get("/v1/models")).json()["data"]
+        assert [(card["id"], card["root"]) for card in listed] == [
+            ("local", "bundled/base"), ("brief", "bundled/base"), ("small", "bundled/nano"),
+            ("bundled/base", "bundled/base"), ("bundled/nano", "bundled/nano"),
+        ]  # fmt: skip
+        assert {card["max_model_len"] for card in listed} == {1024}
+        plain = {"temperature": 0, "max_tokens": 20}
+        answers = {name: await ask("/v1/chat/completions", model=name, **plain) for name in names}
+        assert [answer["model"] for answer in answers.values()] == names
+        said = {name: answer["choices"][0]["message"] for name, answer in answers.items()}
+        assert said["local"] == said["brief"] == said["bundled/base"] != said["small"] == said["bundled/nano"]
+        assert answers["brief"]["usage"]["prompt_tokens_details"]["cached_tokens"] > 0, "it is the same model"
+        for name in ("local", "bundled/base"):
+            assert (await ask("/score", model=name, candidates=["5"]))["model"] == name
+            assert (await ask("/hidden", model=name, layers=[1]))["model"] == name
+            assert (await ask("/prefix/lookup", model=name))["tokens"] > 0
+            async with client.stream("GET", "/prefix/events", params={"model": name}) as events:
+                assert events.status_code == 200
+        shared = {"type": "speculate", "draft": "small"}
+        models = (await ask("/v1/chat/completions", model="local", plan=shared, **plain))["usage"]["plan"]["models"]
+        assert [use["model"] for use in models] == ["bundled/base", "bundled/nano"]
+        wrong = await client.post("/v1/chat/completions", json={"model": "nope", "messages": SUM})
+    assert (wrong.status_code, wrong.json()["error"]["code"]) == (404, "model_not_found")
+    assert f"there is {', '.join(names)}." in wrong.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("path", ["/embed", "/v1/embeddings"])

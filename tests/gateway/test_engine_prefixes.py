@@ -12,6 +12,7 @@ import pytest
 from fastapi import FastAPI
 
 from gateway.edge.refused import tell_refusals
+from gateway.engine_names import ModelNames
 from gateway.engine_prefixes import add_prefix_routes
 from local_engine.client import EngineClient
 from local_engine.engine import Engine
@@ -211,7 +212,7 @@ async def test_a_router_that_follows_knows_what_is_there(running: Running) -> No
 
 async def test_all_of_it_over_http(running: Running) -> None:
     app = FastAPI()
-    add_prefix_routes(app, lambda: running.client)
+    add_prefix_routes(app, lambda: running.client, ModelNames(lambda: running.client, {}))
     tell_refusals(app)
     asked = {"model": "m", "messages": [RULES], "cache_salt": "a"}
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app), base_url="http://engine") as http:
