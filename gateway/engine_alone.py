@@ -66,7 +66,12 @@ def _needs(
             raise CannotServe("--policy and --model both say what to load; give one of them")
         if policy is not None:
             raise CannotServe("--policy names the encoder, by a model that `embeds`; leave out --encoder")
-        named = dict(_named(model) for model in models)
+        pairs = [_named(model) for model in models]
+        named = dict(pairs)
+        if len(named) < len(pairs):
+            twice = next(name for name, source in pairs if named[name] != source or pairs.count((name, source)) > 1)
+            sources = ", ".join(source for name, source in pairs if name == twice)
+            raise CannotServe(f"--model {twice}: it is named more than once ({sources}); give each model its own name")
         problems = [f"models: {name}: {why}" for name, why in unloadable_models(named).items()]
         if problems:
             raise CannotServe("\n".join(problems))

@@ -5,6 +5,7 @@ torch; no worker imports it.
 """
 
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def main(argument: str, socket_path: str) -> None:
 
     of_transformers.disable_default_handler()  # its words are events like all others
     of_transformers.enable_propagation()
+    logging.getLogger("huggingface_hub").handlers.clear()
     try:
         prober: Prober | None = None
         if config["probe"] is not None:

@@ -44,10 +44,11 @@ from gateway.upstream.begun import read_begun
 from gateway.upstream.engines import LOAD_HEADER
 from gateway.upstream.local import LocalUpstream
 from gateway.upstream.local_params import EFFORTS, MAX_SEED
-from gateway.upstream.local_plans import planned_for
+from gateway.upstream.local_plans import planned_for, unplanned
 from gateway.upstream.sse import write_event
 from gateway.upstream.types import AnswerStream, CallHeaders, ChatCall, Planned, Target, UpstreamError
 from local_engine.client import EngineClient
+from local_engine.errors import EngineGone
 from local_engine.plan_types import Cascade, Plan, SpeculateSteps
 from local_engine.types import Delta, EngineStats, Finished, ModelCard, SamplingParams, TapSpec
 from routers.policy import PRIORITIES
@@ -128,13 +129,21 @@ class EngineService:
 
     async def _health(self) -> Response:
         """200 while the engine answers."""
-        up = self._link.client is not None
+        up = await self._stats() is not None
         return JSONResponse({"status": "ready" if up else "starting"}, status_code=200 if up else 503)
 
     async def _show_metrics(self) -> Response:
-        client = self._link.client
-        self._metrics.stats = await answered(client.stats()) if client is not None else None
+        self._metrics.stats = stats = await self._stats()
+        self._metrics.engine_up.set(stats is not None)
         return Response(generate_latest(self._registry), media_type="text/plain; version=0.0.4")
+
+    async def _stats(self) -> EngineStats | None:
+        """None where there is no engine, or it does not answer: a process may hang without ending."""
+        client = self._link.client
+        try:
+            return await client.stats() if client is not None else None
+        except EngineGone:
+            return None
 
     async def _models(self) -> dict[str, Any]:
         return {
@@ -284,7 +293,8 @@ class EngineService:
     async def _load_headers(self, request: Request) -> dict[str, str]:
         if request.headers.get("endpoint-load-metrics-format", "").upper() != "JSON":
             return {}
-        return {LOAD_HEADER.decode(): f"JSON {_json(load_of(await answered(self._client().stats()))).decode()}"}
+        stats = await self._stats()
+        return {LOAD_HEADER.decode(): f"JSON {_json(load_of(stats)).decode()}"} if stats is not None else {}
 
 
 class EventStream(StreamingResponse):
@@ -360,6 +370,10 @@ def _planned(target: Target, call: ChatCall, models: Mapping[str, ModelCard]) ->
         plan = msgspec.structs.replace(plan, draft=models[plan.draft].name)
     with_plan = replace(target, plans=dict.fromkeys(EFFORTS.values(), Planned(plan)))
     if planned_for(with_plan, call) is None:
+        if unplanned(with_plan, call, "first") == "temperature":
+            raise InvalidRequest(
+                "plan: at temperature 0 all samples of a vote are alike; send a temperature above 0.", param="plan"
+            )
         raise InvalidRequest(
             "plan: it is for one choice of plain text from its beginning; leave out n, tools, response_format, logprobs"
             " and a prefix, or the plan.",

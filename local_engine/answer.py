@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import msgspec
 import torch
 
 from local_engine.detok import Piece, TextStream
@@ -98,7 +99,10 @@ class Answer:
             self._untold_reasoning += 1
         wanted = self._shows_thought or not (was_thinking or self._text.thinking)
         if wanted and self._params.logprobs and not ended and choice.token not in self.model.special_tokens:
-            self._untold_logprobs.append(self._logprob(choice))
+            told = self._logprob(choice)
+            told = msgspec.structs.replace(told, token=told.token[self._text.left_out :])
+            if told.token:
+                self._untold_logprobs.append(told)
         return self.told(piece)
 
     def end(self, reason: FinishReason) -> list[Event]:

@@ -49,6 +49,14 @@ def parse_tools(tools_json: bytes | None) -> list[Tool] | None:
     return tools
 
 
+def check_tools(tokenizer: Any) -> None:
+    """Raises InvalidRequest where the model's chat template would leave tools out of the prompt."""
+    if "tools" not in tokenizer.chat_template:
+        raise InvalidRequest(
+            "tools: this model's chat template knows none; leave them out or ask another model", "tools"
+        )
+
+
 def prompt_tokens(
     tokenizer: Any,
     messages: list[Message],

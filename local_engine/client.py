@@ -41,6 +41,8 @@ from local_engine.types import (
 )
 from local_engine.wire import FrameError, decode_event, encode_frame, read_frame
 
+COUNTS_WITHIN_S: Final = 5.0
+"""The engine counts in passing, whatever it computes: one that takes longer hangs."""
 MAX_UNREAD: Final = 10_000
 """Events that wait for whoever asked; one more, and all are dropped for a failure that says so."""
 
@@ -221,15 +223,20 @@ class EngineClient:
 
     async def stats(self) -> EngineStats:
         """What the engine is doing. Raises as `generate` does."""
-        event = await self._ask(Stats)
-        assert isinstance(event, StatsResult)
-        return event.stats
+        return (await self._counts()).stats
 
     async def prefix_stats(self) -> dict[str, PrefixStats]:
         """What each model's prefix store has done. Raises as `generate` does."""
-        event = await self._ask(Stats)
+        return (await self._counts()).prefixes
+
+    async def _counts(self) -> StatsResult:
+        try:
+            async with asyncio.timeout(COUNTS_WITHIN_S):
+                event = await self._ask(Stats)
+        except TimeoutError:
+            raise EngineGone(f"the engine said nothing for {COUNTS_WITHIN_S:g} s") from None
         assert isinstance(event, StatsResult)
-        return event.prefixes
+        return event
 
     async def prefix(
         self,

@@ -81,7 +81,7 @@ class Grammars:
         problem = matcher.get_error() or "; ".join(matcher.get_grammar_warnings())
         if problem:
             raise InvalidRequest(f"{field}: {_brief(problem)}; {fix}", field)
-        return GrammarConstraint(matcher, self._tokenizer.vocab_size, self._ends, self._think_tokens, prompt)
+        return GrammarConstraint(matcher, self._tokenizer.vocab_size, self._ends, self._think_tokens, prompt, field)
 
 
 class GrammarConstraint:
@@ -98,8 +98,11 @@ class GrammarConstraint:
         end_tokens: Sequence[int],
         think_tokens: tuple[int, int] | None,
         prompt: Sequence[int],
+        field: str,
     ) -> None:
+        """`field`: of the request, that asked for it."""
         self._matcher = matcher
+        self._field = field
         self._packed = np.zeros(-(-vocabulary // 32), dtype=np.uint32)
         self._ends = list(end_tokens)
         self._think_tokens = think_tokens
@@ -131,8 +134,8 @@ class GrammarConstraint:
         allowed = answer is not None and self._follow(answer)
         if self._matcher.is_error():
             raise InvalidRequest(
-                f"response_format: too complex for this text ({_brief(self._matcher.get_error())}); simplify it",
-                "response_format",
+                f"{self._field}: too complex for this text ({_brief(self._matcher.get_error())}); simplify it",
+                self._field,
             )
         return allowed and self._matcher.is_stopped()
 

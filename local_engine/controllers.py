@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 
-from local_engine.chat import InvalidRequest, Tool, parse_messages, parse_tools, prompt_tokens
+from local_engine.chat import InvalidRequest, Tool, check_tools, parse_messages, parse_tools, prompt_tokens
 from local_engine.errors import ConfigError
 from local_engine.generation import Generation
 from local_engine.lane import Lane
@@ -81,6 +81,8 @@ class Controllers:
         if not 1 <= command.n <= MAX_CHOICES:
             raise InvalidRequest(f"n must be from 1 to {MAX_CHOICES}, not {command.n}", "n")
         tools = parse_tools(command.tools_json) if command.tool_choice != "none" else None
+        if tools:
+            check_tools(lane.model.tokenizer)
         if command.plan is not None and command.thought is not None:
             raise InvalidRequest("plan: the thought has begun already; leave out the plan, or the thought", "plan")
         prompt = self.prompt(command, tools, _effort(command))

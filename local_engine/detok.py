@@ -94,6 +94,8 @@ class TextStream:
         self._tools = tools
         self._stops_thought = stops_thought
         self._after_marker = thinking and begins
+        self.left_out = 0
+        """Line breaks at the beginning of the last token, after a marker, that belong to no part."""
         self.thinking = thinking
 
     @property
@@ -111,6 +113,7 @@ class TextStream:
 
     def push(self, token: int) -> Piece:
         """The text this token sets free."""
+        self.left_out = 0
         if token == self._model.think_token or token == self._model.end_think_token:
             self._detokenizer.finish()
             held = self._stops.finish() if self._stops_thought and self.thinking else ""
@@ -136,8 +139,9 @@ class TextStream:
         if self.stopped:
             return Piece()
         if self._after_marker:
-            text = text.lstrip("\n")
-            self._after_marker = not text
+            rest = text.lstrip("\n")
+            self.left_out = len(text) - len(rest)
+            text, self._after_marker = rest, not rest
         if self.thinking:
             return Piece(reasoning=self._stops.push(text) if self._stops_thought else text)
         shown = self._stops.push(text)

@@ -140,6 +140,7 @@ CHAT_REQUEST: Schema = {
         "functions": _nullable({"type": "array", "items": {"type": "object"}}),
         "response_format": _nullable(_TYPED),
         "reasoning_effort": _nullable({"type": "string"}),
+        "chat_template_kwargs": _nullable({"type": "object", "properties": {"enable_thinking": {"type": "boolean"}}}),
         **_PRIORITY,
         **_FOREIGN,
     },

@@ -42,6 +42,12 @@ class _Object(msgspec.Struct, gc=False):
     """Any object, whatever is in it."""
 
 
+class _TemplateWords(msgspec.Struct):
+    """Of what callers say to a chat template: the switch that open models have for thinking."""
+
+    enable_thinking: bool | None = None
+
+
 class _ChatRequest(msgspec.Struct):
     model: str
     messages: list[_Message]
@@ -60,6 +66,7 @@ class _ChatRequest(msgspec.Struct):
     functions: list[_Object] | None = None
     response_format: _ResponseFormat | None = None
     reasoning_effort: str | None = None
+    chat_template_kwargs: _TemplateWords | None = None
     service_tier: str | None = None
     priority: int | None = None
 
@@ -69,6 +76,8 @@ _request_decoder = msgspec.json.Decoder(_ChatRequest)
 _PATH = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
 _MISSING = re.compile(r"^Object missing required field `(?P<name>[^`]*)`")
 _TEXT_PARTS = frozenset({"text", "refusal"})
+_FORMATS = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+"""vLLM's words for `response_format`, of today and before."""
 MAX_TOKENS = 1 << 31
 MAX_MESSAGES = 100_000
 SEEDS = range(-(1 << 63), 1 << 63)
@@ -125,7 +134,8 @@ def read_chat(body: bytes, headers: CallHeaders) -> ChatCall:
         include_usage=bool(request.stream_options and request.stream_options.include_usage),
         choices=choices,
         has_tools=bool(request.tools or request.functions),
-        has_format=request.response_format is not None and request.response_format.type != "text",
+        has_format=(request.response_format is not None and request.response_format.type != "text")
+        or any(bytes(fields.get(name, b"null")) != b"null" for name in _FORMATS),
         text_only=_is_text([m.content for m in request.messages if type(m.content) is list]),
         sampling=Sampling(
             max_tokens=max_tokens,
@@ -135,11 +145,17 @@ def read_chat(body: bytes, headers: CallHeaders) -> ChatCall:
             stop=stops(request.stop),
             logprobs=bool(request.logprobs),
             top_logprobs=request.top_logprobs or 0,
-            reasoning_effort=request.reasoning_effort,
+            reasoning_effort=_effort(request),
         ),
         headers=headers,
         priority=read_priority(fields, request.priority, headers),
     )
+
+
+def _effort(request: _ChatRequest) -> str | None:
+    words = request.chat_template_kwargs
+    unthinking = words is not None and words.enable_thinking is False
+    return "none" if unthinking and request.reasoning_effort is None else request.reasoning_effort
 
 
 def read_priority(fields: dict[str, msgspec.Raw], given: int | None, headers: CallHeaders) -> int | None:

@@ -17,6 +17,18 @@ DEFAULT_EFFORT = "low"
 EFFORTS: dict[str, Effort] = {
     "none": "none", "minimal": "none", "low": "low", "medium": "high", "high": "high", "xhigh": "high",
 }  # fmt: skip
+_UNSERVED = {
+    "guided_json": "send structured_outputs: {json}",
+    "guided_regex": "send structured_outputs: {regex}",
+    "guided_choice": "send structured_outputs: {choice}",
+    "guided_grammar": "send structured_outputs: {regex}, or a schema",
+    "bad_words": "send logit_bias",
+    "ignore_eos": "send min_tokens",
+    "include_stop_str_in_output": "add the string to the answer: finish_reason is stop",
+    "prompt_logprobs": "an engine's own /score tells them",
+    "best_of": "send n",
+}
+"""Fields of other servers that change an answer, and what does the same here."""
 _PUNCTUATION = re.compile(r"([\\.+*?()|\[\]{}^$#&~\-])")
 _Mode = Literal["none", "auto", "required"]
 
@@ -53,6 +65,7 @@ class _NamedTool(msgspec.Struct):
 def sampling_params(call: ChatCall, seed: int) -> SamplingParams:
     """What the engine samples by; `seed` where the caller gave none. Raises UpstreamError naming a bad field."""
     asked = call.sampling
+    _refuse_unserved(call)
     effort = asked.reasoning_effort or DEFAULT_EFFORT
     if effort not in EFFORTS:
         raise refused("reasoning_effort", f"{effort[:40]!r} is none of {', '.join(EFFORTS)}")
@@ -75,6 +88,17 @@ def sampling_params(call: ChatCall, seed: int) -> SamplingParams:
         response_format=_text_format(call),
         effort=EFFORTS[effort],
     )
+
+
+def _refuse_unserved(call: ChatCall) -> None:
+    """What would change the answer, and is not done here, is not passed over in silence."""
+    for field, fix in _UNSERVED.items():
+        raw = call.fields.get(field)
+        if raw is not None and msgspec.json.decode(raw):
+            raise refused(field, f"local models do not know it; {fix}")
+    for word in _read(call, "chat_template_kwargs", dict[str, Any], {}):
+        if word != "enable_thinking":
+            raise refused(f"chat_template_kwargs.{word[:40]}", "local models know enable_thinking alone; leave it out")
 
 
 def tool_choice(call: ChatCall) -> ToolChoice:

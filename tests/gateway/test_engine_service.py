@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx2
 import openai
@@ -212,6 +212,19 @@ async def test_hidden_states_of_chosen_layers_at_chosen_tokens(service: Service)
          "invalid_request", "candidates[1]: \\udc00 at character 0"),
         ("/v1/chat/completions", {"model": "base", "messages": [{"role": "user", "content": "1 + 1 " * 900}]},
          400, "context_length_exceeded", "1024"),
+        ("/v1/chat/completions", {"model": "base", "messages": SUM, "tools": [{"function": {"name": "f"}}]}, 400,
+         "invalid_request", "tools: this model's chat template knows none"),
+        ("/v1/chat/completions", {"model": "base", "messages": SUM, "guided_regex": "[0-9]"}, 400,
+         "invalid_request", "guided_regex: local models do not know it; send structured_outputs: {regex}"),
+        ("/v1/chat/completions", {"model": "base", "messages": SUM, "chat_template_kwargs": {"depth": 3}}, 400,
+         "invalid_request", "chat_template_kwargs.depth: local models know enable_thinking alone"),
+        ("/v1/chat/completions",
+         {"model": "base", "messages": SUM, "temperature": 0, "plan": {"type": "vote", "most": 4}}, 400,
+         "invalid_request", "plan: at temperature 0 all samples of a vote are alike"),
+        ("/v1/chat/completions",
+         {"model": "base", "messages": SUM, "reasoning_effort": "none",
+          "structured_outputs": {"regex": "(a|a)*(a|aa)*b(((x{50}){50}){50})"}}, 400, "invalid_request",
+         "structured_outputs.regex: too complex"),
     ],
 )  # fmt: skip
 async def test_bad_input_is_named(service: Service, path: str, body: Any, status: int, code: str, words: str) -> None:
@@ -229,6 +242,45 @@ async def test_a_body_that_is_not_sent_as_json_is_told_so(service: Service) -> N
         answer = await client.post("/score", content=b'{"model": "base"}', headers=form)
     assert answer.status_code == 400
     assert "Content-Type: `application/x-www-form-urlencoded`, so" in answer.json()["error"]["message"]
+
+
+async def test_log_probabilities_are_those_of_the_text_that_is_told(service: Service) -> None:
+    async with sdk(service) as client:
+        for effort in ("none", "low"):
+            answer = await client.chat.completions.create(
+                model="base", messages=SUM, temperature=0, logprobs=True, reasoning_effort=cast(Any, effort)
+            )
+            (choice,) = answer.choices
+            assert choice.logprobs is not None
+            tokens = [token.token for token in choice.logprobs.content or []]
+            assert "".join(tokens) == choice.message.content != ""
+
+
+async def test_thinking_can_be_left_out_as_open_models_have_it(service: Service) -> None:
+    async with service.client() as client:
+        asked = {"model": "base", "messages": SUM, "temperature": 0}
+        answers = [
+            (await client.post("/v1/chat/completions", json={**asked, **more})).json()["choices"][0]["message"]
+            for more in ({}, {"chat_template_kwargs": {"enable_thinking": False}}, {"reasoning_effort": "none"})
+        ]
+    assert answers[0]["reasoning_content"]
+    assert not answers[1].get("reasoning_content")
+    assert answers[1] == answers[2]
+
+
+async def test_an_engine_that_hangs_is_not_ready(service: Service) -> None:
+    victim = service.engine
+    async with service.client() as client:
+        victim.suspend()
+        try:
+            paths = "/health", "/metrics", "/prefix/stats"
+            health, metrics, stats = await asyncio.gather(*map(client.get, paths))
+        finally:
+            victim.resume()
+        assert (health.status_code, stats.status_code) == (503, 503)
+        assert "leadline_engine_up 0.0" in metrics.text
+        assert (await client.get("/health")).status_code == 200
+        assert "leadline_engine_up 1.0" in (await client.get("/metrics")).text
 
 
 async def test_load_and_metrics(service: Service) -> None:
@@ -389,6 +441,13 @@ models:
         (None, "8100", [], "write HOST:PORT"),
         (None, "0.0.0.0:8100", ["base=bundled/base"], "LEADLINE_ENGINE_TOKEN is not set"),
         (None, "127.0.0.1:8100", ["base"], "write NAME=SOURCE"),
+        (
+            None,
+            "127.0.0.1:8100",
+            ["a=bundled/base", "a=bundled/nano"],
+            r"more than once \(bundled/base, bundled/nano\)",
+        ),
+        (None, "127.0.0.1:8100", ["a=bundled/nano", "a=bundled/nano"], "more than once"),
         (None, "127.0.0.1:8100", ["base=bundled/nope"], "there is no model 'bundled/nope'"),
     ],
 )

@@ -115,6 +115,12 @@ def call_of(**fields: Any) -> ChatCall:
     return read_chat(json.dumps(ask(**fields)).encode(), CallHeaders(token="t"))
 
 
+@pytest.mark.parametrize("field", ["structured_outputs", "guided_json", "guided_regex", "guided_choice"])
+def test_a_format_is_one_by_whichever_name(field: str) -> None:
+    assert call_of(**{field: {"regex": "a"}}).has_format
+    assert not call_of(**{field: None}).has_format
+
+
 def test_every_field_reaches_the_engine() -> None:
     fields = {
         "max_completion_tokens": 9, "min_tokens": 2, "temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1,

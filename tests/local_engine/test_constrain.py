@@ -160,7 +160,7 @@ def test_a_grammar_that_grows_too_complex_ends_with_an_error() -> None:
         log_level=0,
         limits=LLParserLimits(step_lexer_fuel=500),
     )
-    constraint = GrammarConstraint(matcher, PADDED, [END], None, [])
+    constraint = GrammarConstraint(matcher, PADDED, [END], None, [], "response_format")
     output = TOKENIZER.backend_tokenizer.encode('{"name": "Ann", "age": 4').ids
     fine = next(at for at in range(len(output)) if allowed(constraint, output[:at]) == {END})
     assert 0 < fine < len(output)
