@@ -93,6 +93,11 @@ class KVCache(Protocol):
         """Bytes of memory held for slots, open or yet to come."""
         ...
 
+    @property
+    def most_tokens(self) -> int:
+        """What one slot can hold when no other is open."""
+        ...
+
     def open(self, capacity: int) -> int:
         """A slot of length 0 with room for `capacity` tokens. Raises KVFull, and ValueError beyond the context."""
         ...

@@ -62,6 +62,10 @@ class PagedKV:
     def bytes_allocated(self) -> int:
         return self._pages * self.page_bytes
 
+    @property
+    def most_tokens(self) -> int:
+        return min(self._pages * PAGE, self.shape.context)
+
     def open(self, capacity: int) -> int:
         sequence = _Sequence([])
         self._make_room(sequence, 0, capacity)

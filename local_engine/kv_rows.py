@@ -59,6 +59,13 @@ class RowsKV:
     def bytes_allocated(self) -> int:
         return self.token_bytes * sum(pool.rows * pool.capacity for pool in self._pools.values())
 
+    @property
+    def most_tokens(self) -> int:
+        most, row = 0, self._rounded(1)
+        while row > most and row * self.token_bytes <= self.bytes_limit:
+            most, row = row, self._rounded(min(2 * row, self.shape.context))
+        return min(most, self.shape.context)
+
     def open(self, capacity: int) -> int:
         rounded = self._rounded(capacity)
         self._check_budget(rounded)

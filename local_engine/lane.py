@@ -83,7 +83,7 @@ class Lane:
         self.held = HeldPrompts()
         self.mean_layers = tuple(mean_layers)
         """Whose states are summed over prompts that a probe hears whole; the store keeps them with its blocks."""
-        self.most_tokens = min(model.card.context_window, kv.bytes_limit // kv.token_bytes)
+        self.most_tokens = min(model.card.context_window, kv.most_tokens)
         """Of one sequence: the window, or what the KV budget holds."""
         self.steps = 0
         self.computed_tokens = 0
@@ -127,6 +127,7 @@ class Lane:
                 child.computed = shared
             except KVFull:
                 logger.debug("no room for a fork: it will read its text again")
+                self.publish(parent, needed=True)
         self.add(child)
 
     def keep(self, sequence: Sequence, logits: Tensor, until: float) -> None:

@@ -137,6 +137,19 @@ def test_one_sequence_may_grow_to_the_whole_budget(make_kv: MakeKV) -> None:
     assert held(kv, slot) == tokens
 
 
+@pytest.mark.parametrize("tokens", [100, 256, 300, 500, 600, 1_000, 1_024, 5_000])
+@pytest.mark.parametrize("context", [100, 700, 1_024])
+def test_the_most_tokens_of_one_slot_are_what_it_can_have(make_kv: MakeKV, tokens: int, context: int) -> None:
+    shape = replace(SHAPE, context=context)
+    kv = make_kv(shape, tokens * shape.token_bytes)
+    most = kv.most_tokens
+    assert most <= min(tokens, context)
+    if most:
+        kv.close(kv.open(most))
+    with pytest.raises((KVFull, ValueError)):
+        kv.open(most + 1)
+
+
 def open_rows(kv: RowsKV, slot: int) -> None:
     for _ in range(100):
         kv.open(256)

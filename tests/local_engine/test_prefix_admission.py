@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from local_engine.engine import Engine
+from local_engine.kv import KVShape
 from local_engine.model import LocalModel
 from local_engine.prefix import PrefixStore
 from local_engine.prefix_disk import DiskTier
@@ -139,15 +141,21 @@ def test_what_is_evicted_at_a_callers_word_says_nothing() -> None:
 # ---- in the engine --------------------------------------------------------------------------------------------------
 
 
+def tire(engine: Engine) -> Caller:
+    """Let its store rest; who asked for that."""
+    caller = Caller(engine)
+    numbers = count(1_000_003, 1_000_003)
+    while not engine.prefix_stats()["m"].resting:
+        caller.finished(caller.generate(f"{next(numbers)} is a number.", SamplingParams(max_tokens=1)))
+    return caller
+
+
 def test_prompts_that_come_together_are_read_once_while_it_rests(
     bundled: LocalModel, start_engine: StartEngine
 ) -> None:
     watch = Watch()
     engine = start_engine(bundled, make_runner=watch, prefix_bytes=1 << 20, prefill_chunk=32)
-    caller = Caller(engine)
-    numbers = count(1_000_003, 1_000_003)
-    while not engine.prefix_stats()["m"].resting:
-        caller.finished(caller.generate(f"{next(numbers)} is a number.", SamplingParams(max_tokens=1)))
+    caller = tire(engine)
     before = engine.prefix_stats()["m"].stored_tokens
     caller.finished(caller.generate("Is nobody here?"))
     assert engine.prefix_stats()["m"].stored_tokens == before
@@ -160,3 +168,15 @@ def test_prompts_that_come_together_are_read_once_while_it_rests(
     watch.allow(10_000)
     template = caller.finished(first).cached_tokens
     assert all(caller.finished(id).cached_tokens > template + 100 for id in others)
+
+
+def test_forks_that_get_no_room_find_their_prompt_in_a_store_that_rests(
+    endless: LocalModel, start_engine: StartEngine
+) -> None:
+    engine = start_engine(endless, prefix_bytes=1 << 20, kv_bytes=600 * KVShape.of(endless).token_bytes)
+    caller = tire(engine)
+    before = engine.stats().computed_tokens
+    id = caller.generate("What is 2 + 3? " * 30, SamplingParams(max_tokens=2, temperature=0), n=3)
+    prompt = caller.finished(id).input_tokens
+    assert [caller.finished(id, choice).output_tokens for choice in range(3)] == [2] * 3
+    assert engine.stats().computed_tokens - before < 1.5 * prompt
