@@ -182,9 +182,7 @@ class RowsKV:
             pool = self._pools[capacity] = Pool(self.shape, capacity, self._chunk)
         if len(pool.members) == pool.rows:
             self._grow(pool)
-        row = Row(pool, len(pool.members), 0)
-        pool.members.append(row)
-        return row
+        return pool.add()
 
     def _grow(self, pool: Pool) -> None:
         """By half of its rows; when the budget is short, by one row after the other pools gave up their spare ones."""

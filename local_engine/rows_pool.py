@@ -20,6 +20,8 @@ class Pool:
         self.in_chunks = chunk is not None
         self.rows = 0  # allocated; the first len(members) are in use
         self.members: list[Row] = []
+        self._touched = 0
+        """Rows after the first so many are zeros."""
         self._chunks = capacity // self.chunk
         self._size = (shape.kv_heads, self.chunk, shape.head_dim)
         self.layers = [torch.empty(2, self._chunks, 0, *self._size, dtype=shape.dtype) for _ in range(shape.layers)]
@@ -39,6 +41,17 @@ class Pool:
             self.layers[index] = new
         self.addresses = array("q", [part.data_ptr() for layer in self.layers for part in layer])
         self.rows = rows
+        self._touched = kept
+
+    def add(self) -> "Row":
+        """Use one more of the rows."""
+        row = Row(self, len(self.members), 0)
+        if row.index < self._touched and not self.in_chunks:  # torch reads past a row's end, and masks what it read
+            for layer in self.layers:
+                layer[:, :, row.index].zero_()
+        self._touched = max(self._touched, row.index + 1)
+        self.members.append(row)
+        return row
 
     def copy(self, source: "Row", target: int, length: int) -> None:
         """Copy the first `length` tokens of `source`, a row of any pool, to row `target` of this one."""
@@ -72,7 +85,8 @@ class Pool:
         """The last row moves into the hole."""
         last = self.members.pop()
         if last is not row:
-            self.copy(last, row.index, last.length)
+            # For torch with its zeros, over what the hole held: see `add`.
+            self.copy(last, row.index, last.length if self.in_chunks else self.capacity)
             last.index = row.index
             self.members[last.index] = last
 

@@ -317,3 +317,23 @@ def test_a_shared_page_is_copied_before_it_is_written() -> None:
     before = kv.bytes_used
     kv.plan([Span(forked_again, 4, 2)])  # a step that resumes writes tokens that are there
     assert kv.bytes_used == before + kv.page_bytes
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["the row is given out again", "another row moves into its place"])
+def test_what_a_closed_slot_held_reaches_nobody(make_kv: MakeKV, moved: bool) -> None:
+    kv = make_kv(SHAPE, 1_024 * SHAPE.token_bytes)
+    poisoned = kv.open(200)
+    kv.load(poisoned, 0, torch.full_like(content(list(range(200))), float("nan")))
+    short = kv.open(200) if moved else None
+    if short is not None:
+        kv.load(short, 0, content(list(range(10))))
+    kv.close(poisoned)
+    if short is None:
+        short = kv.open(200)
+        kv.load(short, 0, content(list(range(10))))
+    long = kv.open(200)
+    kv.load(long, 0, content(list(range(100))))
+    plan = kv.plan([Span(short, 10, 1), Span(long, 100, 1)])
+    row = torch.zeros(2, SHAPE.kv_heads, SHAPE.head_dim)
+    out = plan.attend(0, torch.zeros(2, SHAPE.query_heads, SHAPE.head_dim), row, row, 0.1, None)
+    assert out.isfinite().all()
