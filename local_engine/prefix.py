@@ -338,12 +338,16 @@ class PrefixStore:
     def _make_room(self, count: int, taps: bool) -> int:
         """Evict until `count` more blocks fit, or all that can be; how many fit then."""
         size = self._bare_block_bytes + (self.identity.layout.tap_bytes if taps else 0)
-        while self._free and self._bytes + count * size > self.bytes_limit:
+        self._evict_for(count * size)
+        return min(count, (self.bytes_limit - self._bytes) // size)
+
+    def _evict_for(self, size: int) -> None:
+        """Evict until so many bytes more fit, or all that can be."""
+        while self._free and self._bytes + size > self.bytes_limit:
             block, _ = self._free.popitem(last=False)
             if not block.used:
                 self._admission.evicted(self._size(block))
             self._remove(block)
-        return min(count, (self.bytes_limit - self._bytes) // size)
 
     def _store_blocks(
         self, salt: bytes, path: list[Block], data: bytes, start: int, stop: int, export: Export, taps: Taps | None
@@ -415,15 +419,19 @@ class PrefixStore:
         return None if self._compute_s is None else self._compute_s / self.identity.layout.kv_bytes(1)
 
     def _add_taps(self, path: list[Block], taps: Taps) -> list[Block]:
-        """Add what is missing of hidden states; to which blocks."""
+        """Add what is missing of hidden states to blocks that are held; to which."""
         richer = []
+        size = self.identity.layout.tap_bytes
         for i, block in enumerate(path):
-            if block.taps is None and self._bytes + self.identity.layout.tap_bytes <= self.bytes_limit:
-                sums = self._tap_sums(taps, i, i + 1)
-                if sums is not None:
-                    block.taps = sums[0]
-                    self._bytes += self.identity.layout.tap_bytes
-                    richer.append(block)
+            sums = self._tap_sums(taps, i, i + 1) if block.taps is None else None
+            if sums is None:
+                continue
+            self._evict_for(size)
+            if self._bytes + size > self.bytes_limit:
+                break
+            block.taps = sums[0]
+            self._bytes += size
+            richer.append(block)
         return richer
 
     def _root(self, salt: bytes) -> Root:

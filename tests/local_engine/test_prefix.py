@@ -333,6 +333,17 @@ def test_who_needs_hidden_states_matches_only_blocks_that_have_them() -> None:
     assert store.problems() == []
 
 
+def test_a_full_store_makes_room_for_hidden_states_that_are_added() -> None:
+    store = new_store(10)
+    commit(store, A, range(4 * BLOCK))
+    for n in range(1, 8):
+        commit(store, A, range(1000 * n, 1000 * n + BLOCK))
+    commit(store, A, range(4 * BLOCK), taps=True)
+    with store.lookup(A, range(4 * BLOCK + 1), taps=True) as match:
+        assert match.tokens == 4 * BLOCK
+    assert store.problems() == []
+
+
 def test_hidden_states_that_were_not_kept_are_not_stored() -> None:
     store = new_store()
     computed = Computed(A, SYSTEM)
