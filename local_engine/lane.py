@@ -25,7 +25,7 @@ from local_engine.prefix import PrefixStore
 from local_engine.runner import Segment, StepOutput
 from local_engine.sampler import Choice
 from local_engine.scheduler import Scheduler
-from local_engine.segments import segment_of, window_of
+from local_engine.segments import may_write_on, segment_of, window_of
 from local_engine.sequence import Sequence, common_prefix
 from local_engine.spec.draft import NOTHING
 from local_engine.spec.speculator import Speculator
@@ -40,8 +40,6 @@ HEADROOM: Final = 32
 _MOST_AT_ONCE: Final = 64
 _AT_ONCE_S: Final = 0.005
 """How many tokens of one sequence a step may bring, and for how long others may wait for that."""
-_FEW: Final = 4
-"""Tokens that are read one by one rather than packed."""
 _IDLE_S: Final = 0.002
 """How long a lane without work waits at once for what is fetched: other lanes and cancels wait as long."""
 
@@ -319,7 +317,7 @@ class Lane:
     def _write_on(self) -> Turn | None:
         """Several tokens of a sequence that has the lane to itself, where its owner wants so; None where not."""
         active = self.scheduler.active
-        if len(active) != 1 or self.scheduler.waiting or not self._may_write_on(active[0]):
+        if len(active) != 1 or self.scheduler.waiting or not may_write_on(active[0]):
             return None
         turn = Turn(active[0])
         try:
@@ -356,22 +354,6 @@ class Lane:
         self.computed_tokens += computed
         self.written_tokens += len(turn.choices)
         return True
-
-    def _may_write_on(self, sequence: Sequence) -> bool:
-        """Whether its tokens may come several a step, and are then those that its sampler would choose."""
-        sampler = sequence.sampler
-        return (
-            sequence.writes_on is not None
-            and 0 < sequence.pending <= _FEW
-            and not sequence.draft
-            and sequence.taps is None
-            and sequence.means is None
-            and sequence.kept_logits is None
-            and sampler is not None
-            and sampler.greedy
-            and sampler.plain
-            and not sampler.params.top_logprobs
-        )
 
     def _begin_from_kept(self, sequences: list[Sequence]) -> list[Turn]:
         """The first tokens of those that were given the logits for them."""
@@ -448,7 +430,7 @@ class Lane:
                 rows += these
             elif not sequence.pending:
                 sequence.at_rest = turn.rested = True
-                self.publish(sequence, needed=True)
+                self.publish(sequence, needed=sequence.pinned)
         if writers:
             self._write(writers, output.logits if len(rows) == len(output.logits) else output.logits[rows])
         if output.hidden:

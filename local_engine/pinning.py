@@ -25,7 +25,7 @@ class Pinning:
         self.done = False
 
     def begin(self, engine: Primitives) -> None:
-        engine.open(self._command.model, self._prompt)
+        engine.open(self._command.model, self._prompt).pinned = True
 
     def stepped(self, turn: Turn) -> list[Event]:
         command, tokens = self._command, len(self._prompt)

@@ -172,15 +172,18 @@ class PrefixStore:
         if count == 0:
             return 0
         path = self._walk(salt, data, count)
+        resting = self.resting
         self._hold(path)  # what is continued here must not be evicted to make room for the continuation
         known = len(path)
         try:
             richer = self._add_taps(path, taps) if taps is not None else []
-            for start in range(known, count if needed or not self.resting else known, COPY_BLOCKS):
+            for start in range(known, count if needed or not resting else known, COPY_BLOCKS):
                 wanted = min(COPY_BLOCKS, count - start)
                 fits = self._make_room(wanted, taps is not None)
                 if fits:
                     self._store_blocks(salt, path, data, start, start + fits, export, taps)
+                    for block in path[start:] if resting else ():
+                        block.used = True  # by whoever needs it, whose hit says nothing of what is left out
                 if fits < wanted:
                     self._refused += (count - start - fits) * self.block_tokens
                     break
@@ -316,11 +319,10 @@ class PrefixStore:
         self._admission.missed(first, (count - at) * self._bare_block_bytes)
 
     def _use(self, path: list[Block]) -> None:
-        for block in reversed(path):
-            if block.used:  # and so is all that it continues
-                break
-            block.used = True
-            self._admission.used(self._size(block))
+        for block in path:
+            if not block.used:
+                block.used = True
+                self._admission.used(self._size(block))
 
     def _hold(self, path: list[Block]) -> None:
         for block in path:

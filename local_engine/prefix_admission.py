@@ -5,7 +5,7 @@ rests once blocks of its whole size were evicted before they were ever hit, beyo
 what it has, and takes in only what is sure to be read again. A block that is hit for the first time has saved what
 copying fifty costs: what went unused until then is forgiven, and as much may go unused after it. A store that rests
 wakes when one is, or when a prompt comes that it would have had something of, as the names of what it did not take in
-tell: that counts as the hit that it would have been.
+tell: that counts as the hit that it would have been. What it takes in while it rests says nothing, hit or not.
 
 Bimodal insertion (Qureshi et al., "Adaptive Insertion Policies for High Performance Caching", ISCA 2007) lets in every
 32nd instead, and learns of a change as late; a prompt is long enough to pay for one name of 32 bytes.

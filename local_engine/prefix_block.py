@@ -43,7 +43,7 @@ class Block(Node):
         """Open matches and pins through it; it cannot be evicted before this is 0."""
         self.pins = 0
         self.used = False
-        """Whether it was ever matched."""
+        """Whether it was ever matched, or is sure to be and says nothing by it."""
         self.slot: Slot | None = None
         """What `data` lies in; None: memory of its own. Whoever reads `data` keeps the block meanwhile."""
 

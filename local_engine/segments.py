@@ -1,10 +1,14 @@
 """What a step computes of one sequence: the segment that the model runs, and the window that is then verified."""
 
 from collections.abc import Sequence as Sized
+from typing import Final
 
 from local_engine.runner import Segment
 from local_engine.sequence import Sequence
 from local_engine.spec.verify import Window
+
+_FEW: Final = 4
+"""Tokens that are read one by one rather than packed."""
 
 
 def segment_of(sequence: Sequence, count: int) -> Segment:
@@ -51,3 +55,20 @@ def told_taps(sequence: Sequence, start: int, tokens: Sized[int]) -> list[int]:
         return [last - start] if max(start, sequence.tapped) <= last < stop else []
     new = range(max(start, sequence.tapped, sequence.prompt_len), stop)
     return [at - start for at in new if spec.where == "generated" or tokens[at - start] in spec.tokens]
+
+
+def may_write_on(sequence: Sequence) -> bool:
+    """Whether its tokens may come several a step, and are then those that its sampler would choose."""
+    sampler = sequence.sampler
+    return (
+        sequence.writes_on is not None
+        and 0 < sequence.pending <= _FEW
+        and not sequence.draft
+        and sequence.taps is None
+        and sequence.means is None
+        and sequence.kept_logits is None
+        and sampler is not None
+        and sampler.greedy
+        and sampler.plain
+        and not sampler.params.top_logprobs
+    )

@@ -72,6 +72,8 @@ class Sequence:
     """Tokens that were computed for it in all: also what was rejected, or computed again."""
     writes_on: "Callable[[Choice], bool] | None" = None
     """Asked after each token that it writes: may the same step bring another one? Where it has the lane to itself."""
+    pinned: bool = False
+    """It is read to be pinned: even a prefix store that rests is to have it."""
     expendable: bool = False
     """When a step of it fails, its owner is told; otherwise the request fails."""
     slot: int | None = None

@@ -56,6 +56,21 @@ def test_a_store_that_was_evicted_once_unused_takes_in_only_what_is_needed() -> 
     assert store.problems() == []
 
 
+def test_what_was_needed_does_not_wake_it_when_it_is_read_again() -> None:
+    store = resting()
+    store.commit(SALT, AGAIN, Computed(SALT, AGAIN).export, needed=True)
+    assert matched(store, SALT, AGAIN) == 3 * BLOCK
+    assert store.stats().resting
+
+
+def test_what_was_needed_hides_no_first_hit_of_what_it_continues() -> None:
+    store = resting()
+    longer = range(500_000, 500_000 + 3 * BLOCK + 1)
+    store.commit(SALT, longer, Computed(SALT, longer).export, needed=True)
+    assert matched(store, SALT, longer) == 3 * BLOCK
+    assert not store.stats().resting
+
+
 def test_a_prompt_that_it_would_have_had_wakes_it() -> None:
     store = resting()
     assert [offer(store, AGAIN) for _ in range(3)] == [0, 0, 3 * BLOCK]
@@ -168,6 +183,19 @@ def test_prompts_that_come_together_are_read_once_while_it_rests(
     watch.allow(10_000)
     template = caller.finished(first).cached_tokens
     assert all(caller.finished(id).cached_tokens > template + 100 for id in others)
+
+
+def test_what_rests_and_is_not_read_again_is_not_stored_while_the_store_rests(
+    bundled: LocalModel, start_engine: StartEngine
+) -> None:
+    engine = start_engine(bundled, prefix_bytes=1 << 20)
+    caller = tire(engine)
+    before = engine.prefix_stats()["m"].stored_tokens
+    for number in range(3):
+        caller.wait(caller.score(f"{number} is what at noon, when the sky is clear?", ["blue", "red"]))
+        caller.finished(caller.generate(f"{number} is half of what?", SamplingParams(max_tokens=1), n=2))
+    stats = engine.prefix_stats()["m"]
+    assert (stats.stored_tokens, stats.resting) == (before, True)
 
 
 def test_forks_that_get_no_room_find_their_prompt_in_a_store_that_rests(
