@@ -1,5 +1,6 @@
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 import local_engine
+from local_engine.config import Device, Dtype
 from local_engine.engine import Engine
 from local_engine.model import LocalModel, load_model
 from tests.local_engine.engine_harness import ARCHITECTURES, StartEngine, Watch
@@ -21,9 +23,27 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
-def bundled() -> LocalModel:
-    return load_model("m", "bundled/base", dtype="float32", device="cpu")
+@pytest.fixture(scope="module")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where models run: see `devices.py`."""
+    return torch.device(getattr(request, "param", "cpu"))
+
+
+@pytest.fixture(scope="module")
+def dtype(request: pytest.FixtureRequest) -> Dtype:
+    chosen: Dtype = getattr(request, "param", "float32")
+    return chosen
+
+
+@cache
+def _bundled(device: Device, dtype: Dtype) -> LocalModel:
+    return load_model("m", "bundled/base", dtype, device)
+
+
+@pytest.fixture(scope="module")
+def bundled(device: torch.device, dtype: Dtype) -> LocalModel:
+    """The same for all tests of one device and type."""
+    return _bundled("cuda" if device.type == "cuda" else "cpu", dtype)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import math
 import shutil
 import threading
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,52 +15,58 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from local_engine.arithmetic import problems
 from local_engine.chat import parse_messages, prompt_tokens
+from local_engine.config import Device
 from local_engine.engine import Engine
 from local_engine.errors import ModelLoadError
 from local_engine.model import LocalModel, load_model
 from local_engine.types import Delta, ProbeResult, SamplingParams
+from tests.local_engine.devices import ON_DEVICES, ON_TYPES
 from tests.local_engine.engine_harness import ARCHITECTURES, GREEDY, PATIENCE_S, Caller, StartEngine, Watch, user
 from tests.local_engine.fake_prober import FakeProber
 
 QUESTION = "Anna has 12 apples. She buys 7 more. How many apples are there now?"
 
 
-@pytest.fixture(scope="session")
-def references(tiny_folder: Callable[[str], Path]) -> Callable[[str], LocalModel]:
-    """Models that no engine has taken: their networks run by transformers' own forward pass."""
-    loaded: dict[str, LocalModel] = {}
+@pytest.fixture(scope="module")
+def load(device: torch.device, tiny_folder: Callable[[str], Path]) -> Callable[[str], LocalModel]:
+    where: Device = "cuda" if device.type == "cuda" else "cpu"
 
     def load(family: str) -> LocalModel:
-        if family not in loaded:
-            source = "bundled/base" if family == "bundled" else str(tiny_folder(family))
-            loaded[family] = load_model("m", source, "float32", "cpu")
-        return loaded[family]
+        source = "bundled/base" if family == "bundled" else str(tiny_folder(family))
+        return load_model("m", source, "float32", where)
 
     return load
 
 
+@pytest.fixture(scope="module")
+def references(load: Callable[[str], LocalModel]) -> Callable[[str], LocalModel]:
+    """Models that no engine has taken: their networks run by transformers' own forward pass."""
+    return cache(load)
+
+
 def generated_by_transformers(model: LocalModel, text: str, n: int) -> list[int]:
     prompt = prompt_tokens(model.tokenizer, parse_messages(user(text)))
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     with torch.inference_mode():
         out: Any = model.network.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False)
     tokens: list[int] = out[0, len(prompt) :].tolist()
     return tokens
 
 
+@ON_DEVICES
 @pytest.mark.parametrize("prefill_chunk", [7, 256])
 @pytest.mark.parametrize("family", ["bundled", *ARCHITECTURES])
 def test_greedy_tokens_equal_those_of_generate(
     family: str,
     prefill_chunk: int,
     bundled: LocalModel,
-    tiny_folder: Callable[[str], Path],
+    load: Callable[[str], LocalModel],
     references: Callable[[str], LocalModel],
     start_engine: StartEngine,
 ) -> None:
     """Read in chunks of any size, and beside others: what is computed is the prompt, then what transformers says."""
     expected = generated_by_transformers(references(family), QUESTION, 40)
-    model = bundled if family == "bundled" else load_model("m", str(tiny_folder(family)), "float32", "cpu")
+    model = bundled if family == "bundled" else load(family)
     model = model if family == "bundled" else dataclasses.replace(model, end_tokens=frozenset())
     watch = Watch()
     caller = Caller(start_engine(model, max_running=2, prefill_chunk=prefill_chunk, make_runner=watch))
@@ -72,6 +79,7 @@ def test_greedy_tokens_equal_those_of_generate(
     assert (finished.input_tokens, finished.output_tokens) == (len(prompt), len(expected))
 
 
+@ON_DEVICES
 def test_parallel_requests_get_what_they_get_alone(bundled: LocalModel, start_engine: StartEngine) -> None:
     questions = [problem.question for problem in problems(9, 2, 6)]
     caller = Caller(start_engine(bundled, max_running=4, prefill_chunk=8))
@@ -80,6 +88,7 @@ def test_parallel_requests_get_what_they_get_alone(bundled: LocalModel, start_en
     assert [caller.content(id) for id in ids] == alone
 
 
+@ON_TYPES
 def test_the_bundled_model_answers_held_out_questions(bundled: LocalModel, start_engine: StartEngine) -> None:
     asked = problems(77, 1, 60)
     caller = Caller(start_engine(bundled))
@@ -123,6 +132,7 @@ def test_max_tokens_cut_the_answer(bundled: LocalModel, start_engine: StartEngin
     assert (finished.finish_reason, finished.output_tokens) == ("length", 5)
 
 
+@ON_DEVICES
 def test_a_seed_decides_the_answer(bundled: LocalModel, start_engine: StartEngine) -> None:
     caller = Caller(start_engine(bundled))
 
@@ -136,6 +146,7 @@ def test_a_seed_decides_the_answer(bundled: LocalModel, start_engine: StartEngin
     assert len({said(seed) for seed in (1, 2, 3)}) > 1
 
 
+@ON_DEVICES
 def test_logprobs_belong_to_the_content(bundled: LocalModel, start_engine: StartEngine) -> None:
     caller = Caller(start_engine(bundled))
     id = caller.generate("What is 3 + 4?", SamplingParams(temperature=0, logprobs=True, top_logprobs=3))
@@ -273,6 +284,7 @@ def test_a_prompt_over_the_window_names_both_numbers(bundled: LocalModel, start_
     assert "1024" in failed.message
 
 
+@ON_DEVICES
 def test_an_answer_ends_where_the_window_ends(bundled: LocalModel, start_engine: StartEngine) -> None:
     never_ending = dataclasses.replace(bundled, end_tokens=frozenset())
     caller = Caller(start_engine(never_ending))
@@ -296,6 +308,7 @@ def test_a_request_that_cannot_run_is_refused(
     assert caller.failed(caller.generate(messages, sampling, model)).code == code
 
 
+@ON_DEVICES
 def test_a_failing_step_fails_the_request_that_fails_it(bundled: LocalModel, start_engine: StartEngine) -> None:
     """Six together; the pass that holds the last prompt's tokens fails, and so it does alone. The others go on."""
     watch = Watch()

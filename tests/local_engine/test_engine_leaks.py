@@ -7,6 +7,7 @@ from local_engine.kv import KVShape
 from local_engine.model import LocalModel
 from local_engine.types import Failed, Finished, SamplingParams, ScoreResult, TapSpec
 from tests.conftest import Size
+from tests.local_engine.devices import ON_DEVICES
 from tests.local_engine.engine_harness import Caller, StartEngine
 
 OPTIONS: tuple[dict[str, Any], ...] = (
@@ -20,6 +21,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 )
 
 
+@ON_DEVICES
 def test_nothing_is_left_of_those_who_leave(bundled: LocalModel, start_engine: StartEngine, size: Size) -> None:
     """Each command ends, and in one way; then there is no KV, no sequence and no job (the fixture looks too)."""
     rng = random.Random(3)

@@ -17,6 +17,7 @@ from local_engine import kv_paged
 from local_engine.kv import KVCache, KVFull, KVShape, Span
 from local_engine.kv_paged import PAGE, PagedKV, kernel_attends
 from local_engine.kv_rows import RowsKV
+from tests.local_engine.devices import NEEDS_CUDA
 
 SHAPE = KVShape(
     layers=2,
@@ -39,7 +40,14 @@ def rows_for_torch(shape: KVShape, limit: int) -> KVCache:
         torch.set_num_threads(1)
 
 
-@pytest.fixture(params=[RowsKV, rows_for_torch, PagedKV], ids=["rows", "rows-for-torch", "paged"])
+def pages_on_cuda(shape: KVShape, limit: int) -> KVCache:
+    return PagedKV(replace(shape, device=torch.device("cuda")), limit)
+
+
+@pytest.fixture(
+    params=[RowsKV, rows_for_torch, PagedKV, pytest.param(pages_on_cuda, marks=NEEDS_CUDA)],
+    ids=["rows", "rows-for-torch", "paged", "paged-cuda"],
+)
 def make_kv(request: pytest.FixtureRequest) -> MakeKV:
     make: MakeKV = request.param
     return make

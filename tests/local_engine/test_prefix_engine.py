@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from local_engine.config import EngineConfig
+from local_engine.config import Device, EngineConfig
 from local_engine.engine import Engine
 from local_engine.errors import ConfigError
 from local_engine.kv import KVCache
@@ -21,6 +21,7 @@ from local_engine.prefix_identity import weights_fingerprint
 from local_engine.prefix_tiers import SlowTiers, open_tiers
 from local_engine.runner import Runner, new_kv
 from local_engine.types import SamplingParams
+from tests.local_engine.devices import ON_DEVICES
 from tests.local_engine.engine_harness import PATIENCE_S, Caller, StartEngine, Watch
 
 SHARED = "You add numbers and show each step. " * 100
@@ -29,13 +30,16 @@ BLOCK = 16
 
 
 @pytest.fixture(scope="module")
-def roomy(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> LocalModel:
+def roomy(
+    device: torch.device, tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> LocalModel:
     """A tiny random model with room for long prompts, which never ends its turn."""
     folder = tmp_path_factory.mktemp("roomy") / "model"
     shutil.copytree(tiny_folder("qwen3"), folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
-    return dataclasses.replace(load_model("m", str(folder), "float32", "cpu"), end_tokens=frozenset())
+    where: Device = "cuda" if device.type == "cuda" else "cpu"
+    return dataclasses.replace(load_model("m", str(folder), "float32", where), end_tokens=frozenset())
 
 
 class Answered:
@@ -53,6 +57,7 @@ class Answered:
         assert self.computed_tokens == self.input_tokens - self.cached_tokens + end.output_tokens - 1
 
 
+@ON_DEVICES
 def test_of_two_prompts_that_begin_alike_the_second_computes_only_the_rest(
     roomy: LocalModel, start_engine: StartEngine
 ) -> None:
@@ -73,6 +78,7 @@ def test_of_two_prompts_that_begin_alike_the_second_computes_only_the_rest(
     assert plain.prefix_stats() == {}
 
 
+@ON_DEVICES
 def test_a_repeated_prompt_still_computes_its_last_token(roomy: LocalModel, start_engine: StartEngine) -> None:
     watch = Watch()
     engine = start_engine(roomy, make_runner=watch)
@@ -90,6 +96,7 @@ def test_another_tenant_computes_everything_itself(roomy: LocalModel, start_engi
     assert theirs.text == mine.text
 
 
+@ON_DEVICES
 def test_after_a_restart_the_disk_has_it(roomy: LocalModel, start_engine: StartEngine, tmp_path: Path) -> None:
     def tiers() -> SlowTiers:
         return SlowTiers([DiskTier(tmp_path, 1 << 26)], wait_s=PATIENCE_S)

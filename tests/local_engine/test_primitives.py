@@ -23,6 +23,7 @@ from local_engine.sequence import Sequence
 from local_engine.turns import Turn
 from local_engine.types import SamplingParams, TapSpec
 from tests.conftest import Size
+from tests.local_engine.devices import ON_DEVICES
 from tests.local_engine.runner_harness import CONTEXT, text, tiny_model, tiny_network
 
 CPU = torch.device("cpu")
@@ -37,8 +38,8 @@ def model(bundled: LocalModel) -> LocalModel:
 
 
 @pytest.fixture(scope="module")
-def reference() -> Any:
-    return tiny_network("qwen3")
+def reference(device: torch.device) -> Any:
+    return tiny_network("qwen3").to(device)
 
 
 def greedy() -> Sampler:
@@ -89,8 +90,8 @@ class World:
 
     @torch.no_grad()
     def logits(self, tokens: list[int]) -> Tensor:
-        found: Tensor = self.reference(torch.tensor([tokens])).logits[0]
-        return found
+        found: Tensor = self.reference(torch.tensor([tokens], device=self.reference.device)).logits[0]
+        return found.cpu()
 
     def wander(self, rng: random.Random) -> None:
         """One random operation."""
@@ -200,6 +201,7 @@ def world(model: LocalModel, reference: Any, *, rows: int = 3) -> World:
     return World(lane, engine, reference)
 
 
+@ON_DEVICES
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 1 << 30))
 @example(9966)  # one waited for ever for what another, told to rest, had not read
@@ -212,6 +214,7 @@ def test_whatever_is_done_to_sequences_equals_recomputing_them(model: LocalModel
     here.leave()
 
 
+@ON_DEVICES
 def test_nothing_leaks_however_long_it_goes_on(model: LocalModel, reference: Any, size: Size) -> None:
     here, rng = world(model, reference), random.Random(7)
     for _ in range(size(400, 10_000)):
@@ -239,6 +242,7 @@ def test_a_step_is_timed_until_the_device_has_computed_it(
     here.leave()
 
 
+@ON_DEVICES
 def test_forks_share_what_was_read(model: LocalModel, reference: Any) -> None:
     here = world(model, reference)
     prompt = here.engine.open("m", PROMPTS[2])
@@ -253,6 +257,7 @@ def test_forks_share_what_was_read(model: LocalModel, reference: Any) -> None:
     here.leave()
 
 
+@ON_DEVICES
 def test_who_has_read_can_be_told_to_write(model: LocalModel, reference: Any) -> None:
     """At rest or in the middle of its text, held and let go again."""
     here = world(model, reference)
@@ -274,6 +279,7 @@ def test_who_has_read_can_be_told_to_write(model: LocalModel, reference: Any) ->
     here.leave()
 
 
+@ON_DEVICES
 @pytest.mark.parametrize("preempted", [False, True])
 def test_an_offer_is_kept_up_to_what_is_too_improbable(model: LocalModel, reference: Any, preempted: bool) -> None:
     """In one pass over its tokens and the one before them; nothing of what is kept is computed again."""
@@ -303,6 +309,7 @@ def test_an_offer_is_kept_up_to_what_is_too_improbable(model: LocalModel, refere
     here.leave()
 
 
+@ON_DEVICES
 def test_what_was_written_is_stored_for_whoever_goes_on_from_it(model: LocalModel, reference: Any) -> None:
     here = world(model, reference)
     first = here.engine.open("m", PROMPTS[1], greedy(), limit=60)
@@ -315,6 +322,7 @@ def test_what_was_written_is_stored_for_whoever_goes_on_from_it(model: LocalMode
     here.leave()
 
 
+@ON_DEVICES
 def test_hidden_states_are_told_once_whatever_is_computed_again(model: LocalModel, reference: Any) -> None:
     """Preempted after every token: a part of the text is computed again each time, and told to nobody."""
     here = world(model, reference)
@@ -330,6 +338,7 @@ def test_hidden_states_are_told_once_whatever_is_computed_again(model: LocalMode
     here.leave()
 
 
+@ON_DEVICES
 def test_a_score_computes_no_more_than_it_needs_and_changes_nothing(model: LocalModel, reference: Any) -> None:
     here = world(model, reference)
     prompt = here.engine.open("m", PROMPTS[2])
@@ -346,6 +355,7 @@ def test_a_score_computes_no_more_than_it_needs_and_changes_nothing(model: Local
     here.leave()
 
 
+@ON_DEVICES
 @pytest.mark.parametrize("draft_length", [1, 4])
 def test_drafts_change_no_text_whether_right_or_wrong(model: LocalModel, reference: Any, draft_length: int) -> None:
     """Half of the drafts are what the model will say, half are not; greedy and drawn."""

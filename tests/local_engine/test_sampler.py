@@ -13,6 +13,7 @@ from scipy import stats
 
 from local_engine.sampler import Sampler, distributions, draw, pick_all, sampling_problem
 from local_engine.types import SamplingParams
+from tests.local_engine.devices import ON_DEVICES
 
 CPU = torch.device("cpu")
 VOCABULARY = 12
@@ -63,13 +64,14 @@ parameters = st.builds(
 requests = st.tuples(logit_rows, parameters, tokens, tokens)
 
 
+@ON_DEVICES
 @settings(max_examples=150, deadline=None)
 @given(batch=st.lists(requests, min_size=1, max_size=5))
 def test_every_row_of_a_batch_has_the_distribution_its_parameters_state(
-    batch: list[tuple[list[float], SamplingParams, list[int], list[int]]],
+    device: torch.device, batch: list[tuple[list[float], SamplingParams, list[int], list[int]]]
 ) -> None:
-    logits = torch.tensor([row for row, *_ in batch])
-    samplers = [Sampler(params, CPU, prompt_tokens=len(prompt)) for _, params, prompt, _ in batch]
+    logits = torch.tensor([row for row, *_ in batch], device=device)
+    samplers = [Sampler(params, device, prompt_tokens=len(prompt)) for _, params, prompt, _ in batch]
     histories = [array("I", prompt + output) for *_, prompt, output in batch]
     before = logits.clone()
     found = distributions(logits, samplers, histories)
@@ -82,6 +84,7 @@ def test_every_row_of_a_batch_has_the_distribution_its_parameters_state(
         assert found[at, choices[at].token] > 0
 
 
+@ON_DEVICES
 @pytest.mark.parametrize(
     "params",
     [
@@ -92,13 +95,13 @@ def test_every_row_of_a_batch_has_the_distribution_its_parameters_state(
     ],
     ids=["plain", "nucleus", "top-k", "penalties"],
 )
-def test_draws_follow_the_exact_distribution(params: SamplingParams) -> None:
+def test_draws_follow_the_exact_distribution(device: torch.device, params: SamplingParams) -> None:
     row = [0.3, 2.0, -1.0, 1.1, 0.0, 1.9, -2.5, 0.8, 0.8, -0.4, 1.5, -6.0]
     n, output = 6000, [1, 1, 5]
     # One history of every length: each position draws anew.
     histories = [[7] * length + output for length in range(n)]
-    samplers = [Sampler(params, CPU, prompt_tokens=length) for length in range(n)]
-    choices = pick_all(torch.tensor([row] * n), samplers, histories)
+    samplers = [Sampler(params, device, prompt_tokens=length) for length in range(n)]
+    choices = pick_all(torch.tensor([row] * n, device=device), samplers, histories)
     counts = Counter(choice.token for choice in choices[1:])
     expected = exact(row, params, [7], output)
     possible = [token for token, p in enumerate(expected) if p * n >= 5]
@@ -108,12 +111,13 @@ def test_draws_follow_the_exact_distribution(params: SamplingParams) -> None:
     assert stats.chisquare(seen, [p * scale for p in wanted]).pvalue > 0.001
 
 
-def test_a_flat_distribution_over_many_tokens_keeps_its_whole_nucleus() -> None:
+@ON_DEVICES
+def test_a_flat_distribution_over_many_tokens_keeps_its_whole_nucleus(device: torch.device) -> None:
     """More tokens than are looked at first."""
     torch.manual_seed(0)
-    logits = torch.randn(2, 3000) / 4
+    logits = (torch.randn(2, 3000) / 4).to(device)
     for params in (SamplingParams(top_p=0.95), SamplingParams(top_k=700), SamplingParams(top_k=2000, top_p=0.8)):
-        found = distributions(logits, [Sampler(params, CPU), Sampler(SamplingParams(top_p=0.01), CPU)], [[], []])
+        found = distributions(logits, [Sampler(params, device), Sampler(SamplingParams(top_p=0.01), device)], [[], []])
         assert found[0].tolist() == pytest.approx(exact(logits[0].tolist(), params, [], []), abs=1e-6)
         assert 1 < int((found[1] > 0).sum()) < 256
 
@@ -139,8 +143,9 @@ def test_the_numbers_behind_the_draws_are_uniform_and_independent() -> None:
     assert Sampler(SamplingParams(), CPU).uniform(5) != Sampler(SamplingParams(), CPU).uniform(5)
 
 
-def test_no_number_draws_an_impossible_token() -> None:
-    probabilities = torch.tensor([[0.0, 0.1, 0.2, 0.0, 0.7000001, 0.0]])
+@ON_DEVICES
+def test_no_number_draws_an_impossible_token(device: torch.device) -> None:
+    probabilities = torch.tensor([[0.0, 0.1, 0.2, 0.0, 0.7000001, 0.0]], device=device)
     last = 1 - 2.0**-53
     assert draw(probabilities.expand(3, -1), [0.0, 0.15, last]).tolist() == [1, 2, 4]
 
@@ -170,19 +175,21 @@ def test_a_seed_decides_the_text_whatever_runs_beside_it() -> None:
     assert len(set(text([]))) > 5
 
 
-def test_no_end_comes_before_min_tokens() -> None:
+@ON_DEVICES
+def test_no_end_comes_before_min_tokens(device: torch.device) -> None:
     sampler = Sampler(
-        SamplingParams(temperature=0, min_tokens=2, stop_token_ids=(2,)), CPU, prompt_tokens=1, end_tokens={1}
+        SamplingParams(temperature=0, min_tokens=2, stop_token_ids=(2,)), device, prompt_tokens=1, end_tokens={1}
     )
-    logits = torch.tensor([0.0, 3.0, 2.0, 1.0])
+    logits = torch.tensor([0.0, 3.0, 2.0, 1.0], device=device)
     assert [sampler.pick(logits, [0] + [3] * written).token for written in range(3)] == [3, 3, 1]
 
 
-def test_logprobs_are_the_models_own() -> None:
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+@ON_DEVICES
+def test_logprobs_are_the_models_own(device: torch.device) -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0], device=device)
     params = SamplingParams(temperature=0, logprobs=True, top_logprobs=20, logit_bias={1: 50.0}, presence_penalty=1)
-    quiet = Sampler(SamplingParams(temperature=0), CPU)
-    choice, unmeasured = pick_all(logits.repeat(2, 1), [Sampler(params, CPU), quiet], [[0], [0]])
+    quiet = Sampler(SamplingParams(temperature=0), device)
+    choice, unmeasured = pick_all(logits.repeat(2, 1), [Sampler(params, device), quiet], [[0], [0]])
     probabilities = torch.softmax(logits.double(), 0)
     assert choice.token == 1
     assert choice.logprob == pytest.approx(math.log(probabilities[1]))
@@ -190,7 +197,7 @@ def test_logprobs_are_the_models_own() -> None:
     assert [math.exp(logprob) for _, logprob in choice.top] == pytest.approx(probabilities.tolist())
     assert choice.entropy == pytest.approx(-sum(p * math.log(p) for p in probabilities.tolist()))
     assert math.isnan(unmeasured.logprob)
-    assert Sampler(SamplingParams(), CPU, measure=True).pick(logits, []).entropy == pytest.approx(choice.entropy)
+    assert Sampler(SamplingParams(), device, measure=True).pick(logits, []).entropy == pytest.approx(choice.entropy)
 
 
 @pytest.mark.parametrize(

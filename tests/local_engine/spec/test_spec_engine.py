@@ -20,6 +20,7 @@ from local_engine.spec.ngram import NGramProposer
 from local_engine.spec.recycle import RecycleProposer
 from local_engine.spec.speculator import Speculator
 from local_engine.types import Delta, Event, Finished, SamplingParams, TapSpec
+from tests.local_engine.devices import ON_DEVICES
 from tests.local_engine.engine_harness import GREEDY, Caller, StartEngine, Watch
 from tests.local_engine.spec.spec_harness import flat_speculator
 
@@ -71,6 +72,7 @@ def told(caller: Caller, id: int) -> list[Event]:
     return events
 
 
+@ON_DEVICES
 @pytest.mark.parametrize(
     "sampling",
     [
@@ -91,6 +93,7 @@ def test_every_event_is_that_of_plain_decoding(sampling: SamplingParams, plain: 
         assert [told(caller, id) for id in ids] == [told(plain, id) for id in expected]
 
 
+@ON_DEVICES
 def test_logprobs_are_those_of_plain_decoding(plain: Caller, drafted: Drafted) -> None:
     caller, _ = drafted
     caller.finished(caller.generate(QUESTIONS[0]))
@@ -129,6 +132,7 @@ def test_choices_of_one_prompt_are_those_of_plain_decoding(plain: Caller, drafte
     assert by_choice[0] == by_choice[1]
 
 
+@ON_DEVICES
 def test_hidden_states_are_of_the_tokens_that_were_told(plain: Caller, drafted: Drafted) -> None:
     caller, _ = drafted
     caller.finished(caller.generate(QUESTIONS[0]))
@@ -175,6 +179,7 @@ def test_only_accepted_tokens_are_stored_as_prefixes(bundled: LocalModel, start_
     assert cached[0] == cached[1] == cached[2]
 
 
+@ON_DEVICES
 def test_many_requests_in_little_memory_are_those_of_plain_decoding(
     bundled: LocalModel, start_engine: StartEngine
 ) -> None:

@@ -19,6 +19,7 @@ from local_engine.spec.ngram import NGramProposer
 from local_engine.spec.recycle import RecycleProposer
 from local_engine.spec.speculator import Speculator
 from local_engine.types import SamplingParams
+from tests.local_engine.devices import ON_DEVICES
 from tests.local_engine.runner_harness import BUDGET, CONTEXT, text, tiny_model, tiny_network
 from tests.local_engine.spec.spec_harness import decode, flat_speculator, slot, writing
 
@@ -40,7 +41,7 @@ def cousin(model: LocalModel, noise: float) -> LocalModel:
     with torch.no_grad():
         for weights in network.parameters():
             weights.add_(noise * weights.abs().mean() * torch.randn_like(weights))
-    return dataclasses.replace(model, network=network)
+    return dataclasses.replace(model, network=network.to(model.device))
 
 
 def model_drafter(model: LocalModel, noise: float) -> ModelProposer:
@@ -63,6 +64,7 @@ def model(bundled: LocalModel) -> LocalModel:
     return tiny_model("qwen3", bundled)
 
 
+@ON_DEVICES
 @pytest.mark.parametrize("seed", [None, 3], ids=["greedy", "seeded"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_texts_are_those_of_plain_decoding(kind: str, seed: int | None, model: LocalModel) -> None:
@@ -83,6 +85,7 @@ def test_texts_are_those_of_plain_decoding(kind: str, seed: int | None, model: L
         assert second.passes < COUNT / 2, "the second time it knows the text"
 
 
+@ON_DEVICES
 def test_drawn_drafts_of_a_twin_are_always_kept(model: LocalModel) -> None:
     runner = new_runner(model)
     samplers = [Sampler(SamplingParams(temperature=1.0), CPU) for _ in PROMPTS]
@@ -90,6 +93,7 @@ def test_drawn_drafts_of_a_twin_are_always_kept(model: LocalModel) -> None:
     assert decoded.accepted == decoded.drafted >= COUNT
 
 
+@ON_DEVICES
 def test_a_drafting_model_reads_a_long_prompt_in_parts_and_leaves_no_kv(model: LocalModel) -> None:
     runner = new_runner(cousin(model, 0.0))
     drafter = ModelProposer("twin", runner, VOCABULARY, read_chunk=100)
@@ -101,6 +105,7 @@ def test_a_drafting_model_reads_a_long_prompt_in_parts_and_leaves_no_kv(model: L
     assert runner.kv.bytes_used == 0
 
 
+@ON_DEVICES
 def test_a_drafting_model_without_room_drafts_for_those_it_has_room_for(model: LocalModel) -> None:
     small = cousin(model, 0.0)
     row = new_kv(small, BUDGET).token_bytes * 256

@@ -14,6 +14,7 @@ from local_engine.spec.ngram import NGramProposer
 from local_engine.spec.recycle import RecycleProposer
 from local_engine.spec.verify import DRAFT_STREAM, Window, verify
 from local_engine.types import SamplingParams
+from tests.local_engine.devices import ON_DEVICES
 from tests.local_engine.spec.spec_harness import writing
 
 CPU = torch.device("cpu")
@@ -68,6 +69,10 @@ def from_proposer(make: Callable[[], Proposer]) -> Drafting:
     return drafts
 
 
+def on(device: torch.device, distributions: torch.Tensor | None) -> torch.Tensor | None:
+    return None if distributions is None else distributions.to(device)
+
+
 def by_model(*, drawn: bool) -> Drafting:
     """Drafts of another model, sampled with the same parameters: drawn from its distribution, or its choices.
 
@@ -106,12 +111,14 @@ DRAFTINGS: dict[str, Callable[[], Drafting]] = {
 }
 
 
-def write(params: SamplingParams, drafting: Drafting, texts: int, *, constrained: bool) -> list[tuple[int, ...]]:
+def write(
+    params: SamplingParams, drafting: Drafting, texts: int, *, constrained: bool, device: torch.device = CPU
+) -> list[tuple[int, ...]]:
     """The first tokens of as many texts, each with its own seed, verified side by side; also how often drafts held."""
     samplers = [
         Sampler(
             SamplingParams(**{name: getattr(params, name) for name in params.__struct_fields__} | {"seed": seed}),
-            CPU,
+            device,
             OddTokens() if constrained else None,
             prompt_tokens=len(PROMPT),
         )
@@ -121,11 +128,11 @@ def write(params: SamplingParams, drafting: Drafting, texts: int, *, constrained
     while unfinished := [at for at, history in enumerate(histories) if len(history) < len(PROMPT) + LENGTH]:
         drafts = drafting([samplers[at] for at in unfinished], [histories[at] for at in unfinished])
         windows = [
-            Window(samplers[at], histories[at], draft.tokens, draft.distributions)
+            Window(samplers[at], histories[at], draft.tokens, on(device, draft.distributions))
             for at, draft in zip(unfinished, drafts, strict=True)
         ]
         rows = [logits_after(MODEL, window.before(row)) for window in windows for row in range(window.rows)]
-        for window, run in zip(windows, verify(torch.stack(rows), windows), strict=True):
+        for window, run in zip(windows, verify(torch.stack(rows).to(device), windows), strict=True):
             window.history.extend(choice.token for choice in run)
     return [tuple(history[len(PROMPT) : len(PROMPT) + LENGTH]) for history in histories]
 
@@ -170,25 +177,28 @@ def test_texts_have_the_law_of_plain_sampling(drafting: str, params: str, constr
     assert chisquare(observed, [count * scale for count in predicted]).pvalue > 1e-3
 
 
+@ON_DEVICES
 @pytest.mark.parametrize("drafting", ["ngram", "recycle", "model, chosen"])
 @pytest.mark.parametrize("params", [*PARAMS, "greedy"])
-def test_agreement_gives_token_for_token_what_the_seed_gives(drafting: str, params: str) -> None:
+def test_agreement_gives_token_for_token_what_the_seed_gives(device: torch.device, drafting: str, params: str) -> None:
     how = PARAMS.get(params, SamplingParams(temperature=0))
     plain = write(how, DRAFTINGS["none"](), 60, constrained=False)
-    assert write(how, DRAFTINGS[drafting](), 60, constrained=False) == plain
+    assert write(how, DRAFTINGS[drafting](), 60, constrained=False, device=device) == plain
 
 
-def test_greedy_rejection_is_plain_greedy() -> None:
+@ON_DEVICES
+def test_greedy_rejection_is_plain_greedy(device: torch.device) -> None:
     how = SamplingParams(temperature=0)
     plain = write(how, DRAFTINGS["none"](), 1, constrained=False)
-    assert write(how, DRAFTINGS["model, drawn"](), 1, constrained=False) == plain
+    assert write(how, DRAFTINGS["model, drawn"](), 1, constrained=False, device=device) == plain
 
 
-def test_drafts_are_kept_as_often_as_the_distributions_overlap() -> None:
-    p, q = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.2, 0.3, 0.5])
+@ON_DEVICES
+def test_drafts_are_kept_as_often_as_the_distributions_overlap(device: torch.device) -> None:
+    p, q = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.3, 0.5]], device=device)
     kept = 0
     for seed in range(4000):
-        sampler = Sampler(SamplingParams(seed=seed), CPU)
+        sampler = Sampler(SamplingParams(seed=seed), device)
         history = array("i", [0])
         drafted = int(draw(q.unsqueeze(0), [sampler.uniform(1, DRAFT_STREAM)]))
         kept += len(verify(p.log().repeat(2, 1), [Window(sampler, history, [drafted], q.unsqueeze(0))])[0]) - 1
@@ -196,6 +206,7 @@ def test_drafts_are_kept_as_often_as_the_distributions_overlap() -> None:
 
 
 def test_choices_of_a_kept_draft_are_measured_like_others() -> None:
+    """To the bit, which sums on CUDA give only where as many rows are summed."""
     params = SamplingParams(temperature=0, logprobs=True, top_logprobs=2)
     sampler, history = Sampler(params, CPU), array("i", PROMPT)
     best = int(logits_after(MODEL, history).argmax())
