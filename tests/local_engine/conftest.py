@@ -30,7 +30,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(scope="module")
-def dtype(request: pytest.FixtureRequest) -> Dtype:
+def weights_dtype(request: pytest.FixtureRequest) -> Dtype:
     chosen: Dtype = getattr(request, "param", "float32")
     return chosen
 
@@ -41,9 +41,9 @@ def _bundled(device: Device, dtype: Dtype) -> LocalModel:
 
 
 @pytest.fixture(scope="module")
-def bundled(device: torch.device, dtype: Dtype) -> LocalModel:
+def bundled(device: torch.device, weights_dtype: Dtype) -> LocalModel:
     """The same for all tests of one device and type."""
-    return _bundled("cuda" if device.type == "cuda" else "cpu", dtype)
+    return _bundled("cuda" if device.type == "cuda" else "cpu", weights_dtype)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ NEEDS_CUDA: Final = pytest.mark.skipif(not torch.cuda.is_available(), reason="ne
 CUDA: Final = pytest.param("cuda", marks=NEEDS_CUDA)
 ON_DEVICES: Final = pytest.mark.parametrize("device", ["cpu", CUDA], indirect=True)
 ON_TYPES: Final = pytest.mark.parametrize(
-    ("device", "dtype"),
+    ("device", "weights_dtype"),
     [
         ("cpu", "float32"),
         pytest.param("cuda", "float32", marks=NEEDS_CUDA),
