@@ -34,10 +34,11 @@ class Pool:
         Raises torch.OutOfMemoryError, and nothing has changed.
         """
         kept = min(rows, len(self.members))
+        filled = -(-max((row.length for row in self.members[:kept]), default=0) // self.chunk)
         # Zeros, never whatever the memory held: a masked key may be anything but NaN.
         fresh = [zeros((2, self._chunks, rows, *self._size), old.dtype) for old in self.layers]
         for index, new in enumerate(fresh):
-            new[:, :, :kept] = self.layers[index][:, :, :kept]
+            new[:, :filled, :kept] = self.layers[index][:, :filled, :kept]
             self.layers[index] = new
         self.addresses = array("q", [part.data_ptr() for layer in self.layers for part in layer])
         self.rows = rows
