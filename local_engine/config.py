@@ -28,7 +28,8 @@ class EngineConfig:
     threads: int = field(default_factory=default_threads)
     dtype: Dtype = "auto"
     """auto: float32 on CPU, where answers are then those of the models' cards, and the checkpoint's own type on CUDA.
-    bfloat16 is 1.2 to 2.5 times as fast on a CPU with AMX or AVX-512 BF16, and its answers differ now and then."""
+    bfloat16 is 1.9 to 2.4 times as fast on an AMD EPYC, and for few rows alone on an Intel Xeon that has AVX-512 BF16
+    without AMX; its answers differ now and then."""
     device: Device = "auto"
     max_running: int = 32
     """Sequences decoded at the same time; more wait in line."""
