@@ -46,7 +46,9 @@ def fit_experts(
     if not any(own):
         return None
     weight = (root @ recognised.weight).T
-    return Experts(recognised.names, weight.astype(np.float32), recognised.bias.astype(np.float32), tuple(own))
+    return Experts(
+        recognised.names, weight.astype(np.float32, order="C"), recognised.bias.astype(np.float32), tuple(own)
+    )
 
 
 def _enough(labels: Array) -> bool:

@@ -107,7 +107,7 @@ class ProbeClassifier(MultiHeadClassifier):
         similarity = replace(space, landmarks=landmarks, gamma=self.gamma_)
         self.heads_ = Heads(
             names,
-            weight.astype(np.float32),
+            weight.astype(np.float32, order="C"),
             bias.astype(np.float32),
             tuple(calibrators),
             similarity,
@@ -211,7 +211,10 @@ class _Width:
 def _groups_of(recognised: Recognised, root: Array, slopes: Array) -> Groups:
     weight, means = (root @ recognised.weight).T, slopes[:, None] * recognised.means
     return Groups(
-        recognised.names, weight.astype(np.float32), recognised.bias.astype(np.float32), means.astype(np.float32)
+        recognised.names,
+        weight.astype(np.float32, order="C"),
+        recognised.bias.astype(np.float32),
+        means.astype(np.float32, order="C"),
     )
 
 
