@@ -68,10 +68,11 @@ def _needs(
             raise CannotServe("--policy names the encoder, by a model that `embeds`; leave out --encoder")
         pairs = [_named(model) for model in models]
         named = dict(pairs)
-        if len(named) < len(pairs):
-            twice = next(name for name, source in pairs if named[name] != source or pairs.count((name, source)) > 1)
-            sources = ", ".join(source for name, source in pairs if name == twice)
-            raise CannotServe(f"--model {twice}: it is named more than once ({sources}); give each model its own name")
+        for name in named:
+            sources = [source for other, source in pairs if other == name]
+            if len(sources) > 1:
+                given = ", ".join(sources)
+                raise CannotServe(f"--model {name}: it is named more than once ({given}); give each model its own name")
         problems = [f"models: {name}: {why}" for name, why in unloadable_models(named).items()]
         if problems:
             raise CannotServe("\n".join(problems))

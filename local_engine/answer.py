@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import msgspec
 import torch
 
 from local_engine.detok import Piece, TextStream
@@ -100,7 +99,6 @@ class Answer:
         wanted = self._shows_thought or not (was_thinking or self._text.thinking)
         if wanted and self._params.logprobs and not ended and choice.token not in self.model.special_tokens:
             told = self._logprob(choice)
-            told = msgspec.structs.replace(told, token=told.token[self._text.left_out :])
             if told.token:
                 self._untold_logprobs.append(told)
         return self.told(piece)
@@ -161,4 +159,4 @@ class Answer:
     def _logprob(self, choice: Choice) -> TokenLogprob:
         pieces = self.model.pieces
         top = [(pieces[token], logprob) for token, logprob in choice.top]
-        return TokenLogprob(pieces[choice.token], choice.logprob, top, choice.entropy)
+        return TokenLogprob(pieces[choice.token][self._text.left_out :], choice.logprob, top, choice.entropy)

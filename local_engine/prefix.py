@@ -129,12 +129,12 @@ class PrefixStore:
         if len(path) == count:
             return None
         root = self.identity.root(salt, self.block_tokens)
-        parent = path[-1].digest if path else root
         size = self.block_tokens * _TOKEN_BYTES
-        first = child_digest(parent, data[len(path) * size : (len(path) + 1) * size])
+        first = self._digest_after(salt, path, data)
         if not self.slow.may_have(root, first, self._compute_s_per_byte()):
             return None
         wanted = []
+        parent = path[-1].digest if path else root
         for start in range(len(path) * size, count * size, size):
             part = data[start : start + size]
             digest = child_digest(parent, part)
@@ -313,10 +313,13 @@ class PrefixStore:
 
     def _miss(self, salt: bytes, path: list[Block], data: bytes, count: int) -> None:
         """A prompt that is not to be stored lacks the blocks after `path`, up to `count` of its tokens `data`."""
+        self._admission.missed(self._digest_after(salt, path, data), (count - len(path)) * self._bare_block_bytes)
+
+    def _digest_after(self, salt: bytes, path: list[Block], data: bytes) -> bytes:
+        """Of the block that continues `path`, the first blocks of the tokens `data`."""
         at, size = len(path), self.block_tokens * _TOKEN_BYTES
         parent = path[-1].digest if path else self.identity.root(salt, self.block_tokens)
-        first = child_digest(parent, data[at * size : (at + 1) * size])
-        self._admission.missed(first, (count - at) * self._bare_block_bytes)
+        return child_digest(parent, data[at * size : (at + 1) * size])
 
     def _use(self, path: list[Block]) -> None:
         for block in path:
