@@ -85,6 +85,7 @@ def prefix(seed: int, into: Measured, seconds: float) -> None:
 
 def cancel(seed: int, into: Measured, seconds: float) -> None:
     """From a caller's leaving to freed rows, while eight others decode and a long prompt is read; 29M."""
+    torch.set_num_threads(1)
     model = random_model("29m", torch.float32)
     engine = Engine({"m": dataclasses.replace(model, end_tokens=frozenset())}, max_running=16)
     engine.start()
@@ -93,6 +94,8 @@ def cancel(seed: int, into: Measured, seconds: float) -> None:
     try:
         for id in range(8):
             link.submit(_generate(id, engine_peers.digits(seed + id, 100), 3000))
+        link.submit(_generate(8, engine_peers.digits(seed + 8, 100), 2))  # over when the others have been read
+        _finish(8, arrived)
         waits = []
         for turn in range(CANCELS):
             id = 100 + turn
@@ -100,14 +103,18 @@ def cancel(seed: int, into: Measured, seconds: float) -> None:
             time.sleep(0.02 * (turn % 10))  # at any phase: in line, while its prompt is read, while it decodes
             began = time.perf_counter()
             link.submit(Cancel(id))
-            while not any(isinstance(event, Finished) and event.id == id for event in arrived.get(timeout=60)):
-                pass
+            _finish(id, arrived)
             waits.append(time.perf_counter() - began)
     finally:
         link.close()
         engine.stop()
     into.add("cancel to freed rows", "p50_ms", 1e3 * statistics.median(waits), "ms")
     into.add("cancel to freed rows", "p99_ms", 1e3 * statistics.quantiles(waits, n=100)[98], "ms")
+
+
+def _finish(id: int, arrived: "queue.SimpleQueue[list[Event]]") -> None:
+    while not any(isinstance(event, Finished) and event.id == id for event in arrived.get(timeout=60)):
+        pass
 
 
 def _generate(id: int, text: str, tokens: int) -> Generate:

@@ -98,8 +98,11 @@ class KVCache(Protocol):
         """What one slot can hold when no other is open."""
         ...
 
-    def open(self, capacity: int) -> int:
-        """A slot of length 0 with room for `capacity` tokens. Raises KVFull, and ValueError beyond the context."""
+    def open(self, capacity: int, expected: int = 0) -> int:
+        """A slot of length 0 with room for `capacity` tokens. Raises KVFull, and ValueError beyond the context.
+
+        It will be asked to hold `expected` in the end, where that is more: it may have room for them already.
+        """
         ...
 
     def reserve(self, slot: int, length: int) -> None:

@@ -66,7 +66,7 @@ class PagedKV:
     def most_tokens(self) -> int:
         return min(self._pages * PAGE, self.shape.context)
 
-    def open(self, capacity: int) -> int:
+    def open(self, capacity: int, expected: int = 0) -> int:  # pages come one by one
         sequence = _Sequence([])
         self._make_room(sequence, 0, capacity)
         return self._add(sequence)

@@ -24,6 +24,9 @@ from local_engine.simd import LANES, Kernel, address
 SMALLEST_ROW: Final = 256
 """Tokens. Smaller rows would save little memory and split the decode rows of short chats over more calls."""
 
+_PLENTY: Final = 0.75
+"""Of the limit, which rows that are yet to grow may take: who comes next finds room without waiting for copies."""
+
 
 class RowsKV:
     """KVCache of contiguous rows. Capacities are rounded up to SMALLEST_ROW times a power of two, at most the chunks
@@ -31,6 +34,10 @@ class RowsKV:
 
     `bytes_limit` bounds what is allocated, spare rows included. While a pool is resized, one layer of it comes on top;
     while a row grows, its tokens do.
+
+    A row that is expected to grow gets its last capacity at once while there is memory, of which it takes only what it
+    has written: eight rows that outgrew theirs in the same step were waited for up to a second. When memory is short,
+    such rows are cut to what they have been asked to hold.
     """
 
     def __init__(self, shape: KVShape, bytes_limit: int) -> None:
@@ -66,20 +73,30 @@ class RowsKV:
             most, row = row, self._rounded(min(2 * row, self.shape.context))
         return min(most, self.shape.context)
 
-    def open(self, capacity: int) -> int:
+    def open(self, capacity: int, expected: int = 0) -> int:
         rounded = self._rounded(capacity)
-        self._check_budget(rounded)
+        if self.in_chunks and expected > rounded:  # torch's rows are filled with zeros, all of them
+            whole = self._rounded(expected)
+            if self.bytes_used + whole * self.token_bytes <= _PLENTY * self.bytes_limit:
+                rounded = whole
+        self._find_room(rounded)
         slot = next(self._slots)
         self._rows[slot] = self._new_row(rounded)
+        self._rows[slot].asked = capacity
         return slot
 
     def reserve(self, slot: int, length: int) -> None:
         row = self._rows[slot]
-        if length <= row.pool.capacity:
-            return
-        capacity = self._rounded(length)
-        self._check_budget(capacity - row.pool.capacity)
-        # Out and in again, so that the old row's memory counts for the new one.
+        if length > row.pool.capacity:
+            capacity = self._rounded(length)
+            self._find_room(capacity - row.pool.capacity, row)
+            self._move(slot, capacity)
+            row = self._rows[slot]
+        row.asked = max(row.asked, length)
+
+    def _move(self, slot: int, capacity: int) -> None:
+        """To a row of another capacity: out and in again, so that the old row's memory counts for the new one."""
+        row = self._rows[slot]
         held = self.export(slot, 0, row.length)
         row.pool.remove(row)
         try:
@@ -88,6 +105,7 @@ class RowsKV:
             self._rows[slot] = self._new_row(row.pool.capacity)
             raise
         finally:
+            self._rows[slot].asked = row.asked
             self.load(slot, 0, held)
 
     def length(self, slot: int) -> int:
@@ -168,13 +186,22 @@ class RowsKV:
         whole = self._chunk or 1
         return min(rounded, -(-self.shape.context // whole) * whole)
 
-    def _check_budget(self, tokens: int) -> None:
-        free = self.bytes_limit - self.bytes_used
-        if tokens * self.token_bytes > free:
+    def _find_room(self, tokens: int, growing: Row | None = None) -> None:
+        """For so many more. Raises KVFull, and no row is another one then."""
+        free = (self.bytes_limit - self.bytes_used) // self.token_bytes
+        wide = [(slot, self._rounded(row.asked)) for slot, row in self._rows.items() if row is not growing]
+        spare = {slot: (asked, self._rows[slot].pool.capacity - asked) for slot, asked in wide}
+        if tokens > free + sum(given for _, given in spare.values()):
             raise KVFull(
-                f"{tokens} tokens more need {tokens * self.token_bytes} bytes; {free} of the {self.bytes_limit} bytes"
-                " for keys and values are free"
+                f"{tokens} tokens more need {tokens * self.token_bytes} bytes; {free * self.token_bytes} of the"
+                f" {self.bytes_limit} bytes for keys and values are free"
             )
+        for slot, (asked, given) in spare.items():
+            if tokens <= free:
+                return
+            if given:
+                self._move(slot, asked)
+                free += given
 
     def _new_row(self, capacity: int) -> Row:
         pool = self._pools.get(capacity)

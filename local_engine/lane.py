@@ -200,7 +200,7 @@ class Lane:
                 elif (found := self._held_for(sequence)) is not None:
                     self._go_on_from(*found, sequence, min(length + HEADROOM, sequence.limit))
                 else:
-                    sequence.slot = self.kv.open(min(length + HEADROOM, sequence.limit))
+                    sequence.slot = self.kv.open(min(length + HEADROOM, sequence.limit), sequence.limit)
                     self._recall(sequence, sequence.slot)
                 return True
             except (KVFull, torch.OutOfMemoryError):

@@ -20,10 +20,15 @@ _ARENA: Final = 16 * _HUGE
 _LINE: Final = 64
 
 
-def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """On the CPU."""
+def zeros(shape: Sequence[int], dtype: torch.dtype, skew: float = 0.0) -> Tensor:
+    """On the CPU.
+
+    `skew` is the share of a large page after which it begins: the system finds a page when it is first written to, and
+    tensors that are written alike and begin alike would all need their next one in the same step.
+    """
     size = prod(shape) * dtype.itemsize
-    return whole_pages(size).view(dtype).view(*shape)
+    begin = int(skew * _HUGE) // _LINE * _LINE if size >= _HUGE else 0
+    return whole_pages(begin + size)[begin:].view(dtype).view(*shape)
 
 
 def on_large_pages(tensor: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ class Pool:
         kept = min(rows, len(self.members))
         filled = -(-max((row.length for row in self.members[:kept]), default=0) // self.chunk)
         # Zeros, never whatever the memory held: a masked key may be anything but NaN.
-        fresh = [zeros((2, self._chunks, rows, *self._size), old.dtype) for old in self.layers]
+        shape, count = (2, self._chunks, rows, *self._size), len(self.layers)
+        fresh = [zeros(shape, old.dtype, skew=at / count) for at, old in enumerate(self.layers)]
         for index, new in enumerate(fresh):
             new[:, :filled, :kept] = self.layers[index][:, :filled, :kept]
             self.layers[index] = new
@@ -97,3 +98,5 @@ class Row:
     pool: Pool
     index: int
     length: int
+    asked: int = 0
+    """Tokens that it was asked to have room for."""

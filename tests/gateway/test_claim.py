@@ -68,7 +68,9 @@ async def test_a_gateway_that_finds_its_database_claimed_admits_nothing_more(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("gateway.ledger.claim.LOOK_S", 3600.0)  # the test looks; the gateway's own look could come first
+    monkeypatch.setattr(
+        "gateway.ledger.claim.LOOK_S", 3600.0
+    )  # the test looks; the gateway's own look could come first
     _, others = engines
     async with running(POLICY.format(url=upstream.url), tmp_path / "home", database_url=postgres_url) as gateway:
         assert (await gateway.chat(ASKED))[0] == 200

@@ -95,7 +95,7 @@ def test_2500_random_operations_keep_content_and_budget_and_leak_nothing(make_kv
         before = kv.bytes_used
         try:
             if slot is None:
-                expected[kv.open(draw.choice([0, 1, 100, 300, 900]))] = []
+                expected[kv.open(draw.choice([0, 1, 100, 300, 900]), draw.choice([0, 400, 1024]))] = []
                 continue
             tokens = expected[slot]
             if action == "reserve":
@@ -144,6 +144,35 @@ def test_one_sequence_may_grow_to_the_whole_budget(make_kv: MakeKV) -> None:
     for start in range(0, 1024, 64):
         kv.load(slot, start, content(tokens[start : start + 64]))
     assert held(kv, slot) == tokens
+
+
+def test_a_row_that_will_grow_is_not_moved_and_gives_back_what_others_need() -> None:
+    kv = RowsKV(SHAPE, 2_048 * SHAPE.token_bytes)
+    if not kv.in_chunks:
+        pytest.skip("rows are cut for our own kernels, which this CPU cannot run")
+    grows = kv.open(10, 1024)
+    assert kv.bytes_used == 1_024 * SHAPE.token_bytes
+    kv.load(grows, 0, content(list(range(300))))
+    place = kv._rows[grows]
+    kv.reserve(grows, 512)
+    assert kv._rows[grows] is place
+    late = kv.open(10, 1024)  # there is no plenty any more
+    assert kv.bytes_used == (1_024 + 256) * SHAPE.token_bytes
+    others = [kv.open(256) for _ in range(3)]
+    assert kv.bytes_used == kv.bytes_limit
+    with pytest.raises(KVFull, match="768 tokens more need"):
+        kv.reserve(late, 1024)
+    assert kv._rows[grows] is place
+    others.append(kv.open(512))
+    assert kv.bytes_used == kv.bytes_limit
+    assert held(kv, grows) == list(range(300))
+    with pytest.raises(KVFull, match="512 tokens more"):
+        kv.load(grows, 300, content(list(range(300, 600))))
+    assert held(kv, grows) == list(range(300))
+    for slot in others:
+        kv.close(slot)
+    kv.load(grows, 300, content(list(range(300, 600))))
+    assert held(kv, grows) == list(range(600))
 
 
 @pytest.mark.parametrize("tokens", [100, 256, 300, 500, 600, 1_000, 1_024, 5_000])
