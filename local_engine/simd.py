@@ -152,9 +152,12 @@ class Writer:
             fetch = ir.InlineAsm(typ, f"prefetcht0 {line}($0)", "r,~{memory}", side_effect=True)
             self._builder.call(fetch, [place])
 
-    def prefetch_from(self, address: Any, *, written: bool = False) -> None:
-        """Have the line at an address, a whole number, fetched into the first cache: to be `written`, or read."""
-        numbers = (ir.Constant(I32, number) for number in (int(written), 3, 1))
+    def prefetch_from(self, address: Any, *, written: bool = False, second: bool = False) -> None:
+        """Have the line at an address, a whole number, fetched into the first cache or the `second`.
+
+        To be `written`, or read.
+        """
+        numbers = (ir.Constant(I32, number) for number in (int(written), 2 if second else 3, 1))
         self._call("llvm.prefetch.p0", ir.VoidType(), self._builder.inttoptr(address, PTR), *numbers)
 
     def copy(
