@@ -23,9 +23,9 @@ TILE_ROWS: Final = 8
 _FAR: Final = 32 << 10
 _NEAR: Final = 4 << 10
 """Bytes of weights that are fetched before their turn, into the second cache and then into the first: the CPU's own
-look-ahead ends with a page of memory, and the first cache can wait for few lines at a time. On an Intel Xeon whose memory
-gives 15 GB/s all products of a 29M float32 model take 13.7 ms for eight rows if nothing is fetched, 9.7 if into the first
-cache alone, 16 KiB ahead, and 8.7 so; 24 to 128 and 1 to 4 KiB do alike."""
+look-ahead ends with a page of memory, and the first cache can wait for few lines at a time. On an Intel Xeon whose
+memory gives 15 GB/s all products of a 29M float32 model take 13.7 ms for eight rows if nothing is fetched, 9.7 if into
+the first cache alone, 16 KiB ahead, and 8.7 so; 24 to 128 and 1 to 4 KiB do alike."""
 LINE: Final = 64
 """Bytes of a line of the caches."""
 _STEP_BYTES: Final = 2 * LINE

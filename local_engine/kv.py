@@ -115,8 +115,8 @@ class KVCache(Protocol):
         """Forget all but the first `length` tokens. O(1). Raises ValueError when there are fewer."""
         ...
 
-    def fork(self, slot: int, length: int) -> int:
-        """A new slot that begins with the first `length` tokens of `slot`. Raises KVFull."""
+    def fork(self, slot: int, length: int, expected: int = 0) -> int:
+        """A new slot that begins with the first `length` tokens of `slot`; `expected` as in `open`. Raises KVFull."""
         ...
 
     def close(self, slot: int) -> None: ...

@@ -36,7 +36,8 @@ class PagedKV:
     """KVCache of pages [2 (key, value), pages, PAGE, kv_heads, head_dim] per layer, all allocated at the start.
 
     Where `kernel_attends`, attention is one kernel call per layer; elsewhere the pages are gathered first, which is
-    exact and slow, and there for tests, float32, older GPUs and odd heads.
+    exact and slow, and there for tests, float32, older GPUs and odd heads. What a sequence is `expected` to hold makes no
+    difference: it takes pages as it writes.
     """
 
     def __init__(self, shape: KVShape, bytes_limit: int) -> None:
@@ -66,7 +67,7 @@ class PagedKV:
     def most_tokens(self) -> int:
         return min(self._pages * PAGE, self.shape.context)
 
-    def open(self, capacity: int, expected: int = 0) -> int:  # pages come one by one
+    def open(self, capacity: int, expected: int = 0) -> int:
         sequence = _Sequence([])
         self._make_room(sequence, 0, capacity)
         return self._add(sequence)
@@ -85,7 +86,7 @@ class PagedKV:
     def commit(self, slot: int, length: int) -> None:
         self._sequences[slot].length = length
 
-    def fork(self, slot: int, length: int) -> int:
+    def fork(self, slot: int, length: int, expected: int = 0) -> int:
         source = self._sequences[slot]
         check_range(source.length, 0, length)
         whole, rest = divmod(length, PAGE)

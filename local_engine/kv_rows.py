@@ -118,9 +118,9 @@ class RowsKV:
     def commit(self, slot: int, length: int) -> None:
         self._rows[slot].length = length
 
-    def fork(self, slot: int, length: int) -> int:
+    def fork(self, slot: int, length: int, expected: int = 0) -> int:
         check_range(self._rows[slot].length, 0, length)
-        forked = self.open(length)
+        forked = self.open(length, expected)
         row = self._rows[forked]
         row.pool.copy(self._rows[slot], row.index, length)
         row.length = length

@@ -121,9 +121,9 @@ class Lane:
         child.computed = 0
         if parent.slot is not None and shared:
             try:
-                child.slot = self.kv.fork(parent.slot, shared)
+                child.slot = self.kv.fork(parent.slot, shared, child.limit)
                 child.computed = shared
-            except KVFull:
+            except (KVFull, torch.OutOfMemoryError):
                 logger.debug("no room for a fork: it will read its text again")
                 self.publish(parent, needed=True)
         self.add(child)

@@ -110,7 +110,7 @@ def test_2500_random_operations_keep_content_and_budget_and_leak_nothing(make_kv
                 del tokens[length:]
             elif action == "fork":
                 length = draw.randrange(len(tokens) + 1)
-                expected[kv.fork(slot, length)] = tokens[:length]
+                expected[kv.fork(slot, length, draw.choice([0, 400, 1024]))] = tokens[:length]
             else:
                 kv.close(slot)
                 del expected[slot]
