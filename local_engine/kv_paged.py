@@ -36,8 +36,8 @@ class PagedKV:
     """KVCache of pages [2 (key, value), pages, PAGE, kv_heads, head_dim] per layer, all allocated at the start.
 
     Where `kernel_attends`, attention is one kernel call per layer; elsewhere the pages are gathered first, which is
-    exact and slow, and there for tests, float32, older GPUs and odd heads. What a sequence is `expected` to hold makes no
-    difference: it takes pages as it writes.
+    exact and slow, and there for tests, float32, older GPUs and odd heads. What a sequence is `expected` to hold makes
+    no difference: it takes pages as it writes.
     """
 
     def __init__(self, shape: KVShape, bytes_limit: int) -> None:
