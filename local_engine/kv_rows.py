@@ -60,7 +60,8 @@ class RowsKV:
 
     @property
     def bytes_used(self) -> int:
-        return self.token_bytes * sum(len(pool.members) * pool.capacity for pool in self._pools.values())
+        """Without what rows would give back to others."""
+        return self.token_bytes * sum(self._rounded(row.asked) for row in self._rows.values())
 
     @property
     def bytes_allocated(self) -> int:
@@ -77,7 +78,7 @@ class RowsKV:
         rounded = self._rounded(capacity)
         if self.in_chunks and expected > rounded:  # torch's rows are filled with zeros, all of them
             whole = self._rounded(expected)
-            if self.bytes_used + whole * self.token_bytes <= _PLENTY * self.bytes_limit:
+            if (self._tokens() + whole) * self.token_bytes <= _PLENTY * self.bytes_limit:
                 rounded = whole
         self._find_room(rounded)
         slot = next(self._slots)
@@ -89,24 +90,10 @@ class RowsKV:
         row = self._rows[slot]
         if length > row.pool.capacity:
             capacity = self._rounded(length)
-            self._find_room(capacity - row.pool.capacity, row)
+            self._find_room(capacity, row)
             self._move(slot, capacity)
             row = self._rows[slot]
         row.asked = max(row.asked, length)
-
-    def _move(self, slot: int, capacity: int) -> None:
-        """To a row of another capacity: out and in again, so that the old row's memory counts for the new one."""
-        row = self._rows[slot]
-        held = self.export(slot, 0, row.length)
-        row.pool.remove(row)
-        try:
-            self._rows[slot] = self._new_row(capacity)
-        except torch.OutOfMemoryError:
-            self._rows[slot] = self._new_row(row.pool.capacity)
-            raise
-        finally:
-            self._rows[slot].asked = row.asked
-            self.load(slot, 0, held)
 
     def length(self, slot: int) -> int:
         return self._rows[slot].length
@@ -186,22 +173,39 @@ class RowsKV:
         whole = self._chunk or 1
         return min(rounded, -(-self.shape.context // whole) * whole)
 
-    def _find_room(self, tokens: int, growing: Row | None = None) -> None:
-        """For so many more. Raises KVFull, and no row is another one then."""
-        free = (self.bytes_limit - self.bytes_used) // self.token_bytes
-        wide = [(slot, self._rounded(row.asked)) for slot, row in self._rows.items() if row is not growing]
-        spare = {slot: (asked, self._rows[slot].pool.capacity - asked) for slot, asked in wide}
-        if tokens > free + sum(given for _, given in spare.values()):
+    def _tokens(self) -> int:
+        """That rows have room for, with what they would give back."""
+        return sum(len(pool.members) * pool.capacity for pool in self._pools.values())
+
+    def _find_room(self, capacity: int, growing: Row | None = None) -> None:
+        """For a row, in place of one that grows. Raises KVFull, and no row is another one then."""
+        more = capacity - (self._rounded(growing.asked) if growing else 0)
+        free = self.bytes_limit - self.bytes_used
+        if more * self.token_bytes > free:
             raise KVFull(
-                f"{tokens} tokens more need {tokens * self.token_bytes} bytes; {free * self.token_bytes} of the"
-                f" {self.bytes_limit} bytes for keys and values are free"
+                f"{more} tokens more need {more * self.token_bytes} bytes; {free} of the {self.bytes_limit} bytes"
+                " for keys and values are free"
             )
-        for slot, (asked, given) in spare.items():
-            if tokens <= free:
-                return
-            if given:
-                self._move(slot, asked)
-                free += given
+        missing = self._tokens() + capacity - (growing.pool.capacity if growing else 0)
+        missing -= self.bytes_limit // self.token_bytes
+        for slot, row in self._rows.items():
+            if missing > 0 and row is not growing and self._rounded(row.asked) < row.pool.capacity:
+                missing -= row.pool.capacity - self._rounded(row.asked)
+                self._move(slot, self._rounded(row.asked))
+
+    def _move(self, slot: int, capacity: int) -> None:
+        """To a row of another capacity: out and in again, so that the old row's memory counts for the new one."""
+        row = self._rows[slot]
+        held = self.export(slot, 0, row.length)
+        row.pool.remove(row)
+        try:
+            self._rows[slot] = self._new_row(capacity)
+        except torch.OutOfMemoryError:
+            self._rows[slot] = self._new_row(row.pool.capacity)
+            raise
+        finally:
+            self._rows[slot].asked = row.asked
+            self.load(slot, 0, held)
 
     def _new_row(self, capacity: int) -> Row:
         pool = self._pools.get(capacity)
