@@ -57,6 +57,7 @@ class Gateway:
     url: str
     key: str
     session: aiohttp.ClientSession
+    server: uvicorn.Server
 
     def headers(self, **more: str) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.key}", **more}
@@ -75,6 +76,13 @@ class Gateway:
             f"{self.url}/v1/chat/completions", json={**body, "stream": True}, headers=self.headers(**headers)
         ) as response:
             return response.status, response.headers, await response.read()
+
+    async def left_alone(self) -> None:
+        """Returns when all that was sent is read, answered and settled. Its callers have closed their connections."""
+        for _ in range(100):  # turns of the loop, in which what has arrived is accepted and read
+            await asyncio.sleep(0)
+        state = self.server.server_state
+        await until(lambda: not state.connections and not state.tasks)
 
     async def rows(self) -> list[dict[str, Any]]:
         """Every request in the ledger, newest first, with its attempts."""
@@ -134,7 +142,7 @@ async def running(
     key = app.first_key or (home / "key").read_text()
     try:
         async with aiohttp.ClientSession() as session:
-            yield Gateway(app, url, key, session)
+            yield Gateway(app, url, key, session, server)
     finally:
         server.should_exit = True
         await serving

@@ -5,9 +5,11 @@ Whatever comes of a request, nothing of it is left: no hold, no probe, no task, 
 
 import asyncio
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import web
 
@@ -79,10 +81,13 @@ async def test_whatever_happens_nothing_is_left_of_a_request(upstream: FakeUpstr
     upstream.pace_s = 0.005
     async with running(POLICY.format(url=upstream.url), tmp_path / "home") as gateway:
         lifecycle = gateway.app.state.lifecycle
-        assert (await gateway.chat(ask(model="all", n=100)))[0] == 200  # what hedges may cost a share of
-        upstream.faults = [weather(rng) for _ in range(REQUESTS * 10)]
-        statuses = await asyncio.gather(*[one(gateway, random.Random(rng.random())) for _ in range(REQUESTS)])
+        async with aiohttp.ClientSession() as session:
+            callers = replace(gateway, session=session)
+            assert (await callers.chat(ask(model="all", n=100)))[0] == 200  # what hedges may cost a share of
+            upstream.faults = [weather(rng) for _ in range(REQUESTS * 10)]
+            statuses = await asyncio.gather(*[one(callers, random.Random(rng.random())) for _ in range(REQUESTS)])
         upstream.faults = []
+        await gateway.left_alone()  # who leaves may have sent what is not read yet
         await until(lambda: upstream.open_streams == 0)
         (budget,) = lifecycle.budgets.all()
         await until(lambda: budget.reserved_nanousd == 0)
