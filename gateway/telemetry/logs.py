@@ -89,7 +89,7 @@ def configure_logs(level: int = logging.INFO, *, worker: int | None = None) -> N
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),  # a line in one call: `print` takes two
         cache_logger_on_first_use=False,
     )
     root = logging.getLogger()
