@@ -26,6 +26,10 @@ _FAST: Final = ("reassoc", "contract", "nsz")
 _CTYPES: Final = {PTR: ctypes.c_void_p, I64: ctypes.c_int64, F32: ctypes.c_float}
 
 
+HOST: Final[str] = binding.get_host_cpu_name()
+"""The CPU's kind by LLVM's name: `znver4`, `emeraldrapids`."""
+
+
 class _BFloat(ir.Type):  # type: ignore[misc]  # llvmlite has no types
     """LLVM's bfloat, which llvmlite has no class for."""
 
@@ -376,7 +380,7 @@ def _compile(text: str, name: str) -> int:
     binding.initialize_native_asmprinter()
     binding.initialize_native_asmparser()
     machine = binding.Target.from_default_triple().create_target_machine(
-        cpu=binding.get_host_cpu_name(), features=binding.get_host_cpu_features().flatten(), opt=3
+        cpu=HOST, features=binding.get_host_cpu_features().flatten(), opt=3
     )
     module = binding.parse_assembly(text)
     module.verify()

@@ -132,9 +132,9 @@ def test_a_token_that_the_model_does_not_have_is_refused_and_no_memory_read_for_
 
 
 @pytest.mark.parametrize(("rows", "apart", "some"), [(40, 8, 3), (80, 2, 1)])
-def test_many_rows_give_the_bits_that_few_give(rows: int, apart: int, some: int) -> None:
+def test_many_rows_give_the_bits_that_few_give(rows: int, apart: int, some: int, habits: kernels.Habits) -> None:
     """Rows of two pools, some of several tokens, or more of one pool than are attended to together: enough that
-    products fetch keys and values beside their weights."""
+    products fetch keys and values beside their weights, where they do."""
     model = load_model("base", "bundled/base", "float32", "cpu")
     kv = new_kv(model, 4 * BUDGET)
     runner = Runner(model, kv)
@@ -150,4 +150,4 @@ def test_many_rows_give_the_bits_that_few_give(rows: int, apart: int, some: int)
     for segment in segments:
         kv.truncate(segment.slot, segment.start)
     assert torch.equal(runner.run(segments).logits, few)
-    assert runner._whole._fetch[kernels.Beside.ADDRESS] > 0
+    assert (runner._whole._fetch[kernels.Beside.ADDRESS] > 0) == habits.beside
