@@ -7,7 +7,7 @@ depend on its batch. Addresses are of contiguous rows of float32 or bfloat16; su
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, auto
-from functools import cache
+from functools import cache, partial
 from typing import Any, Final, Literal
 
 import torch
@@ -43,7 +43,7 @@ class Habits:
     second: bool
     """The next panel's weights come to the second cache, not to the first."""
     beside: bool
-    """What is read after a product is fetched beside its weights."""
+    """What is read after a product of float32 is fetched beside its weights, at a pace told for turns of one step."""
 
 
 ZEN: Final = Habits(turn=1, second=False, beside=True)
@@ -161,15 +161,18 @@ class Beside(IntEnum):
     """Bytes per step of a tile, or 0: nothing is fetched."""
 
 
+def _reads_beside(dtype: torch.dtype) -> bool:
+    return HABITS.beside and dtype == torch.float32
+
+
 def spare_bytes(rows: int, dtype: torch.dtype) -> int:
     """What memory can give per step of a tile besides a product's own weights, which all of its tiles share.
 
     With twice as much the product waits for memory itself: 160 µs instead of 135 for 1024 x 512 float32. Nothing in
-    bfloat16, where a step of 32 rows took 2 % longer.
+    bfloat16, where a step of 32 rows took 2 % longer, and where it is not this CPU's habit.
     """
     tiles = rows // TILE_ROWS
-    wanted = HABITS.beside and dtype == torch.float32
-    return max(0, _STEP_GIVES - _STEP_BYTES // tiles) if tiles and wanted else 0
+    return max(0, _STEP_GIVES - _STEP_BYTES // tiles) if tiles and _reads_beside(dtype) else 0
 
 
 def steps(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> int:
@@ -185,13 +188,13 @@ def product(dtype: torch.dtype, ending: Ending) -> Kernel:
     LANES columns of a gate, then LANES to be gated; out [rows, outputs / 2] gets silu(gate) * gated.
 
     `following` is the address of the weights that are read afterwards, whose first ones are fetched meanwhile;
-    `beside` that of the words of `Beside`, or 0.
+    `beside` that of the words of `Beside`, or 0; where nothing is fetched beside (`spare_bytes`) it is not looked at.
     """
     w = Writer("product", [PTR, PTR, PTR, PTR, I64, I64, I64, I64, I64])
     _, weights, _, _, rows, inputs, outputs, following, beside = w.arguments
     size, step, turn = w.times(inputs, PANEL * dtype.itemsize), _step(dtype), _turn(dtype)
     tiles = w.part(rows, TILE_ROWS)
-    told = {word: w.variable(w.whole(0)) for word in Beside}
+    told = {word: w.variable(w.whole(0)) for word in Beside} if _reads_beside(dtype) else {}
     with w.where(beside, "!=", w.whole(0)):
         for word, variable in told.items():
             variable.value = w.load_int(w.pointer(beside), w.whole(word))
@@ -206,17 +209,21 @@ def product(dtype: torch.dtype, ending: Ending) -> Kernel:
             with w.loop(w.whole(0), tiles) as tile:
                 begin = w.add(beyond, w.times(w.times(tile, pace), w.part(size, turn * _STEP_BYTES)))
                 share, row = _Share(begin, pace, second=HABITS.second), w.times(tile, TILE_ROWS)
-                with w.where(told[Beside.PACE].value, "==", w.whole(0)):
+                whole_tile = partial(_tile, w, TILE_ROWS, row, panel, dtype, ending)
+                if told:
+                    with w.where(told[Beside.PACE].value, "==", w.whole(0)):
+                        whole_tile([share])
+                    with w.where(told[Beside.PACE].value, ">", w.whole(0)):
+                        done = w.add(w.times(w.part(left, PANEL), tiles), tile)
+                        words = {word: variable.value for word, variable in told.items()}
+                        whole_tile([share, _beside(w, words, w.times(done, w.part(inputs, step)))])
+                elif turn > 1:  # few tiles have two lines a turn to fetch
                     with w.where(pace, "<=", w.whole(LINE)):
-                        _tile(w, TILE_ROWS, row, panel, dtype, ending, [share])
-                    if turn > 1:  # few tiles: two lines a turn
-                        other = _Share(w.add(begin, LINE), pace, second=HABITS.second)
-                        with w.where(pace, ">", w.whole(LINE)):
-                            _tile(w, TILE_ROWS, row, panel, dtype, ending, [share, other])
-                with w.where(told[Beside.PACE].value, ">", w.whole(0)):
-                    done = w.add(w.times(w.part(left, PANEL), tiles), tile)
-                    own = _beside(w, {word: told[word].value for word in Beside}, w.times(done, w.part(inputs, step)))
-                    _tile(w, TILE_ROWS, row, panel, dtype, ending, [share, own])
+                        whole_tile([share])
+                    with w.where(pace, ">", w.whole(LINE)):
+                        whole_tile([share, _Share(w.add(begin, LINE), pace, second=HABITS.second)])
+                else:
+                    whole_tile([share])
             computed.value = w.times(tiles, TILE_ROWS)
         first = computed.value
         left_over = w.minus(rows, first)

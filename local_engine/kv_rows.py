@@ -189,9 +189,10 @@ class RowsKV:
         missing = self._tokens() + capacity - (growing.pool.capacity if growing else 0)
         missing -= self.bytes_limit // self.token_bytes
         for slot, row in self._rows.items():
-            if missing > 0 and row is not growing and self._rounded(row.asked) < row.pool.capacity:
-                missing -= row.pool.capacity - self._rounded(row.asked)
-                self._move(slot, self._rounded(row.asked))
+            kept = self._rounded(row.asked)
+            if missing > 0 and row is not growing and kept < row.pool.capacity:
+                missing -= row.pool.capacity - kept
+                self._move(slot, kept)
 
     def _move(self, slot: int, capacity: int) -> None:
         """To a row of another capacity: out and in again, so that the old row's memory counts for the new one."""

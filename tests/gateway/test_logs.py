@@ -13,7 +13,7 @@ from gateway.telemetry.logs import configure_logs, get_logger
 configure_logs(worker=int(sys.argv[1]))
 sys.stdin.read()  # all begin at once
 for number in range(int(sys.argv[2])):
-    get_logger().info("spoken", number=number)
+    get_logger().info("spoken", number=number, text="long " * (3000 * (number % 20 == 0)))
 """
 
 
