@@ -27,8 +27,9 @@ def chunk_tokens(dim: int, dtype: torch.dtype) -> int:
 
 @cache
 def attend(dim: int, group: int, dtype: torch.dtype) -> Kernel:
-    """(query, key, value, keys, values, out, rows, positions, scores, tokens, heads, held, query_stride, key_stride,
-    value_stride, scale, window): all tokens store their keys and values, and attend.
+    """(query, key, value, keys, values, out, rows, positions, scores, tokens, heads, first, last, held, query_stride,
+    key_stride, value_stride, scale, window): all tokens store their keys and values of heads first to last - 1 of
+    `heads`, and attend to them.
 
     keys, values [chunks, held rows, heads, `chunk_tokens`, dim]; `rows` and `positions` (int64) say where each token
     goes; it sees the `window` tokens up to itself. query has heads * group heads per token; out [tokens, heads * group,
@@ -38,15 +39,18 @@ def attend(dim: int, group: int, dtype: torch.dtype) -> Kernel:
     from end to end but for the rows' last chunks; rows one behind the other, each of which fills half of its place, are
     read 1.3 to 1.5 times slower.
     """
-    w = Writer("attend", [PTR] * 9 + [I64] * 6 + [F32, I64])
+    w = Writer("attend", [PTR] * 9 + [I64] * 8 + [F32, I64])
     query, key, value, keys, values, out, rows, positions, scores = w.arguments[:9]
-    tokens, heads, held, query_stride, key_stride, value_stride, scale, window = w.arguments[9:]
+    tokens, heads, first, last, held, query_stride, key_stride, value_stride, scale, window = w.arguments[9:]
+    own = first, last
     chunk = chunk_tokens(dim, dtype)
     longest = w.variable(w.whole(0))
     with w.loop(w.whole(0), tokens) as token:
         longest.value = w.greater(longest.value, w.add(w.load_int(positions, token), 1))
     most = w.times(w.add(w.part(longest.value, LANES), 2), LANES)
-    seen = _Seen(rows, positions, tokens, heads, held, window, longest.value, scores, most, chunk, dim, group, dtype)
+    seen = _Seen(
+        rows, positions, tokens, heads, own, held, window, longest.value, scores, most, chunk, dim, group, dtype
+    )
     with _chunks(w, seen) as block:
         _keep(w, seen, block, key, key_stride, keys)
         asked = w.add(w.times(block.token, query_stride), w.times(block.head, group * dim))
@@ -55,7 +59,7 @@ def attend(dim: int, group: int, dtype: torch.dtype) -> Kernel:
         _keep(w, seen, block, value, value_stride, values)
         _soften(w, seen, block)
         _gather(w, seen, block, values)
-    with w.loop(w.whole(0), tokens) as token, w.loop(w.whole(0), w.times(heads, group)) as head:
+    with w.loop(w.whole(0), tokens) as token, w.loop(w.times(first, group), w.times(last, group)) as head:
         told = w.times(w.add(w.times(token, w.times(heads, group)), head), dim)
         line = seen.line(w, token, head, 0)
         share = w.load(scores, w.add(line, seen.share), torch.float32)
@@ -78,6 +82,8 @@ class _Seen:
     positions: Any
     tokens: Any
     heads: Any
+    own: tuple[Any, Any]
+    """The first of the heads that are computed, and the first that is not any more."""
     held: Any
     window: Any
     longest: Any
@@ -138,10 +144,10 @@ def _chunks(w: Writer, seen: _Seen) -> Iterator[_Block]:
             following = w.either(other, "<", seen.tokens, other, w.whole(0))
             past = w.times(origin, seen.dim)
             base = w.minus(seen.place(w, token, index), past)
-            beyond = w.minus(seen.place(w, following, w.add(index, more)), past)
-            with w.loop(w.whole(0), seen.heads) as head:
+            beyond = w.minus(w.add(seen.place(w, following, w.add(index, more)), w.times(seen.own[0], size)), past)
+            with w.loop(*seen.own) as head:
                 here = w.add(base, w.times(head, size))
-                ahead = w.either(w.add(head, 1), "<", seen.heads, w.add(here, size), beyond)
+                ahead = w.either(w.add(head, 1), "<", seen.own[1], w.add(here, size), beyond)
                 yield _Block(token, head, here, ahead, begin, stop, first, last)
 
 

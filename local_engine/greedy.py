@@ -16,22 +16,19 @@ from torch import Tensor
 
 from local_engine.kv import KVCache
 from local_engine.products import KernelProduct
-from local_engine.rows_plan import Reading
+from local_engine.rows_plan import Reading, Shared
 from local_engine.sampler import Choice
 from local_engine.simd import LANES, PTR, Kernel, Writer, address
-from local_engine.whole import StepWord, WholeForward
+from local_engine.step import StepWord
+from local_engine.whole import WholeForward
 
 _NOWHERE: Final = 1 << 62
 
 
 class _Word(IntEnum):
-    """What the kernel is told: addresses, and how many layers and tokens there are."""
+    """What the kernel is told: addresses, and how many tokens there are."""
 
     STEP = 0
-    LAYERS = auto()
-    LAST = auto()
-    NORM = auto()
-    HEAD = auto()
     TOKENS = auto()
     GIVEN = auto()
     MOST = auto()
@@ -61,8 +58,7 @@ def advance(run: Kernel, vocabulary: int, dtype: torch.dtype) -> Kernel:
     with w.loop(w.whole(0), w.add(last, told[_Word.MOST])) as at, w.where(going.value, "!=", w.whole(0)):
         w.store_int(w.add(told[_Word.TOKENS], w.times(at, 8)), step, w.whole(StepWord.TOKENS))
         w.store_int(w.either(at, ">=", last, w.whole(1), w.whole(0)), step, w.whole(StepWord.LOGIT_COUNT))
-        ends = told[_Word.NORM], told[_Word.HEAD]
-        w.call(run, told[_Word.STEP], told[_Word.LAYERS], 0, told[_Word.LAST], *ends)
+        w.call(run, told[_Word.STEP])
         w.store_int(w.add(w.load_int(place, w.whole(0)), 1), place, w.whole(0))
         with w.where(at, ">=", last):
             which, total, weighed = _favourite(w, rows, vocabulary, dtype)
@@ -119,13 +115,10 @@ class Greedy:
         self._asked = array("q", [0])
         self._vocabulary = head.outputs
         self._logits = torch.empty(head.outputs, dtype=head.packed.dtype)
-        self._one = one = whole.one_token(reading, angles, self._asked, self._logits)
+        self._shared = Shared.of(reading)
+        self._step = whole.one_token(self._shared, angles, self._asked, self._logits, layers)
         told = {
-            _Word.STEP: address(one.step),
-            _Word.LAYERS: one.layers,
-            _Word.LAST: layers,
-            _Word.NORM: one.norm,
-            _Word.HEAD: one.head,
+            _Word.STEP: address(self._step),
             _Word.TOKENS: address(self._tokens),
             _Word.GIVEN: 1,
             _Word.MOST: 1,

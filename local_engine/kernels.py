@@ -1,4 +1,6 @@
-"""Kernels of a decode step on one CPU thread, where torch's own are made for other sizes: few rows, short vectors.
+"""Kernels of a decode step on a CPU, where torch's own are made for other sizes: few rows, short vectors.
+
+Threads that share a step (`team.py`) run them over different columns, rows or heads.
 
 Each row is computed by the same operations in the same order whatever the other rows are, so what a row gives does not
 depend on its batch. Addresses are of contiguous rows of float32 or bfloat16; sums are float32.
@@ -12,6 +14,7 @@ from typing import Any, Final, Literal
 
 import torch
 
+from local_engine import team
 from local_engine.pages import on_large_pages
 from local_engine.simd import F32, HOST, I64, LANES, PTR, Kernel, Variable, Writer
 
@@ -56,8 +59,13 @@ HABITS: Final = ZEN if HOST.startswith("znver") else XEON
 
 
 def usable(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether these kernels are for this engine: with more than one thread torch's own are faster, which share work."""
-    return device.type == "cpu" and torch.get_num_threads() == 1 and made_for(dtype)
+    """Whether these kernels are for this engine."""
+    return device.type == "cpu" and made_for(dtype) and (torch.get_num_threads() == 1 or team.supported())
+
+
+def threads() -> int:
+    """How many threads share a step of a model that is loaded now."""
+    return torch.get_num_threads()
 
 
 def made_for(dtype: torch.dtype) -> bool:
@@ -182,7 +190,8 @@ def steps(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> int:
 
 @cache
 def product(dtype: torch.dtype, ending: Ending) -> Kernel:
-    """(x, weights, other, out, rows, inputs, outputs, following, beside): x [rows, inputs] by packed weights, to out.
+    """(x, weights, other, out, rows, inputs, outputs, first, last, following, beside): x [rows, inputs] by packed
+    weights, to columns first to last - 1 of out, multiples of PANEL.
 
     "plain": nothing more. "bias": plus other [outputs]. "sum": plus other [rows, outputs]. "gated": every panel has
     LANES columns of a gate, then LANES to be gated; out [rows, outputs / 2] gets silu(gate) * gated.
@@ -190,18 +199,18 @@ def product(dtype: torch.dtype, ending: Ending) -> Kernel:
     `following` is the address of the weights that are read afterwards, whose first ones are fetched meanwhile;
     `beside` that of the words of `Beside`, or 0; where nothing is fetched beside (`spare_bytes`) it is not looked at.
     """
-    w = Writer("product", [PTR, PTR, PTR, PTR, I64, I64, I64, I64, I64])
-    _, weights, _, _, rows, inputs, outputs, following, beside = w.arguments
+    w = Writer("product", [PTR] * 4 + [I64] * 7)
+    _, weights, _, _, rows, inputs, _, first_column, last_column, following, beside = w.arguments
     size, step, turn = w.times(inputs, PANEL * dtype.itemsize), _step(dtype), _turn(dtype)
     tiles = w.part(rows, TILE_ROWS)
     told = {word: w.variable(w.whole(0)) for word in Beside} if _reads_beside(dtype) else {}
     with w.where(beside, "!=", w.whole(0)):
         for word, variable in told.items():
             variable.value = w.load_int(w.pointer(beside), w.whole(word))
-    with w.loop(w.whole(0), outputs, PANEL) as left:
+    with w.loop(first_column, last_column, PANEL) as left:
         here = w.add(w.address(weights), w.times(w.times(left, inputs), dtype.itemsize))
         after = w.add(here, size)
-        beyond = w.either(w.add(left, PANEL), "<", outputs, after, following)
+        beyond = w.either(w.add(left, PANEL), "<", last_column, after, following)
         panel = _Panel(left, w.times(left, inputs), here, size, beyond)
         computed = w.variable(w.whole(0))
         with w.where(tiles, ">", w.whole(1)):

@@ -1,8 +1,7 @@
 """Products with weights, the part of a forward pass that takes the time: ours, oneDNN's for CPU, and torch's own.
 
-A decode step has few rows, so its products are bound by reading the weights. Our own kernels (`kernels.py`), for one
-thread, and oneDNN with weights in its own blocked layout come close to that bound, and add activations and sums on the
-way out.
+A decode step has few rows, so its products are bound by reading the weights. Our own kernels (`kernels.py`), and oneDNN
+with weights in its own blocked layout, come close to that bound, and add activations and sums on the way out.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
 from local_engine import kernels
-from local_engine.simd import LANES, Kernel
+from local_engine.shared_product import SharedProduct
+from local_engine.simd import LANES
 
 SMALLEST_REPACKED: Final = {torch.float32: 1 << 17, torch.bfloat16: 1 << 14}
 """Weights of a product. With fewer, starting oneDNN (12 µs) costs more than it saves at one row; torch's own bfloat16
@@ -92,8 +92,8 @@ class KernelProduct:
         self.packed = kernels.pack(weight)
         self.outputs, self.inputs = weight.shape
         self.bias = bias
-        self._plain = kernels.product(weight.dtype, "plain" if bias is None else "bias")
-        self._sum = kernels.product(weight.dtype, "sum")
+        self._plain = SharedProduct(weight.dtype, "plain" if bias is None else "bias")
+        self._sum = SharedProduct(weight.dtype, "sum")
 
     @staticmethod
     def fits(weight: Tensor) -> bool:
@@ -108,14 +108,10 @@ class KernelProduct:
             return self(x).add_(term)
         return self._run(self._sum, x, term.contiguous())
 
-    def _run(self, kernel: Kernel, x: Tensor, other: Tensor | None) -> Tensor:
+    def _run(self, product: SharedProduct, x: Tensor, other: Tensor | None) -> Tensor:
         x = x.contiguous()
-        rows = x.shape[0]
-        out = x.new_empty(rows, self.outputs)
-        place = None if other is None else other.data_ptr()
-        weights = self.packed.data_ptr()
-        sizes = rows, self.inputs, self.outputs
-        kernel(x.data_ptr(), weights, place, out.data_ptr(), *sizes, weights, 0)
+        out = x.new_empty(x.shape[0], self.outputs)
+        product(x, self.packed, other, out, self.outputs)
         return out
 
 
@@ -128,8 +124,8 @@ class KernelGated:
             torch.stack((gate.view(-1, LANES, self.inputs), up.view(-1, LANES, self.inputs)), 1).flatten(0, 2)
         )
         self.outputs = 2 * outputs
-        self._gated = kernels.product(gate.dtype, "gated")
-        self._plain = kernels.product(gate.dtype, "plain")
+        self._gated = SharedProduct(gate.dtype, "gated")
+        self._plain = SharedProduct(gate.dtype, "plain")
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._run(self._gated, x, self.outputs // 2)
@@ -139,13 +135,10 @@ class KernelGated:
         out = self._run(self._plain, x, self.outputs)
         return out.view(x.shape[0], -1, 2, LANES)[:, :, which].flatten(1)
 
-    def _run(self, kernel: Kernel, x: Tensor, columns: int) -> Tensor:
+    def _run(self, product: SharedProduct, x: Tensor, columns: int) -> Tensor:
         x = x.contiguous()
-        rows = x.shape[0]
-        out = x.new_empty(rows, columns)
-        weights = self.packed.data_ptr()
-        sizes = rows, self.inputs, self.outputs
-        kernel(x.data_ptr(), weights, None, out.data_ptr(), *sizes, weights, 0)
+        out = x.new_empty(x.shape[0], columns)
+        product(x, self.packed, None, out, self.outputs)
         return out
 
 

@@ -27,6 +27,12 @@ MOST_TOGETHER: Final = 64
 two spans of 128 after 1900 tokens took 11 ms together, and take 6.5."""
 
 
+_PARTS_EACH: Final = 2
+"""Parts that each thread has to attend to, so that others can take one of them."""
+_TOKEN_COST: Final = 32
+"""What a token's turn and sums cost, in keys that are read."""
+
+
 class _Group:
     """Neighbouring rows of one pool that compute the same number of tokens in a step: one call per layer."""
 
@@ -151,6 +157,8 @@ class _KernelAttention:
             self._scores.data_ptr(),
             query.shape[0],
             shape.kv_heads,
+            0,
+            shape.kv_heads,
             pool.rows,
             query.stride(0),
             key.stride(0),
@@ -222,6 +230,48 @@ class Reading:
                 positions.extend(range(start, start + tokens))
             groups[GroupWord.TOKENS - GROUP_WORDS] += tokens
         return cls(rows, positions, groups if len(rows) <= MOST_TOGETHER else _split(groups))
+
+    def shared_out(self, threads: int, together: int) -> "Shared":
+        """In parts for so many threads, of as much to read each: of whole rows, in groups of `together` tokens at
+        most."""
+        if threads == 1:
+            return Shared.of(self)
+        cut = (sum(self.positions) + _TOKEN_COST * len(self.positions)) / (_PARTS_EACH * threads)
+        groups, parts, spent = array("q"), array("q", [0]), 0
+        before = (0, -1)
+        for at in range(0, len(self.groups), GROUP_WORDS):
+            first, tokens, held, addresses = self.groups[at : at + GROUP_WORDS]
+            room = 0
+            for token in range(first, first + tokens):
+                place = addresses, self.rows[token]
+                if spent >= cut and place != before:
+                    parts.append(len(groups) // GROUP_WORDS)
+                    room = spent = 0
+                if not room:
+                    groups.extend((token, 0, held, addresses))
+                    room = together
+                groups[GroupWord.TOKENS - GROUP_WORDS] += 1
+                room -= 1
+                spent += self.positions[token] + _TOKEN_COST
+                before = place
+        parts.append(len(groups) // GROUP_WORDS)
+        return Shared(self, groups, parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What threads attend to at the same time."""
+
+    reading: Reading
+    groups: "array[int]"
+    """As the reading's."""
+    parts: "array[int]"
+    """Where each part of the groups begins, and the last one ends."""
+
+    @classmethod
+    def of(cls, reading: Reading) -> "Shared":
+        """In one part."""
+        return cls(reading, reading.groups, array("q", [0, len(reading.groups) // GROUP_WORDS]))
 
 
 def _split(groups: "array[int]") -> "array[int]":

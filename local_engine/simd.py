@@ -6,7 +6,7 @@ installed. Vectors have 16 float32 lanes; bfloat16 is widened when it is loaded 
 
 import ctypes
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -81,9 +81,9 @@ class Writer:
         """value / divisor, rounded down, for numbers that are not negative."""
         return self._builder.udiv(value, self.whole(divisor) if isinstance(divisor, int) else divisor)
 
-    def rest(self, value: Any, divisor: int) -> Any:
+    def rest(self, value: Any, divisor: Any) -> Any:
         """What `part` leaves."""
-        return self._builder.urem(value, self.whole(divisor))
+        return self._builder.urem(value, self.whole(divisor) if isinstance(divisor, int) else divisor)
 
     def either(self, left: Any, relation: str, right: Any, then: Any, otherwise: Any) -> Any:
         return self._builder.select(self._builder.icmp_signed(relation, left, right), then, otherwise)
@@ -108,6 +108,23 @@ class Writer:
         yield now
         at.value = builder.add(now, self.whole(step))
         builder.branch(head)
+        builder.position_at_end(after)
+
+    @contextmanager
+    def forever(self) -> Iterator[Callable[[Any, str, Any], None]]:
+        """The body runs again and again, until what it is given is told of a relation that holds."""
+        body, after = (self._function.append_basic_block() for _ in range(2))
+        builder = self._builder
+        builder.branch(body)
+        builder.position_at_end(body)
+
+        def leave(left: Any, relation: str, right: Any) -> None:
+            on = self._function.append_basic_block()
+            builder.cbranch(builder.icmp_signed(relation, left, right), after, on)
+            builder.position_at_end(on)
+
+        yield leave
+        builder.branch(body)
         builder.position_at_end(after)
 
     @contextmanager
@@ -200,6 +217,40 @@ class Writer:
         pair = self._builder.load(self.place(base, offset, 2), typ=I32, align=2)
         return self._builder.bitcast(self._splat(pair, _VEC32), _PAIRS)
 
+    # ---- what threads share -----------------------------------------------------------------------------------------
+
+    def told(self, base: Any, offset: Any) -> Any:
+        """A word that other threads write: what they wrote before it is seen, too."""
+        return self._builder.load_atomic(self.place(base, offset, 8), "seq_cst", 8, typ=I64)
+
+    def raised(self, base: Any, offset: Any, by: Any) -> Any:
+        """What a word was before so much was added to it, whatever other threads do meanwhile."""
+        by = self.whole(by) if isinstance(by, int) else by
+        return self._builder.atomic_rmw("add", self.place(base, offset, 8), by, "seq_cst")
+
+    def swapped(self, base: Any, offset: Any, value: int) -> Any:
+        """What a word was before it became `value`."""
+        return self._builder.atomic_rmw("xchg", self.place(base, offset, 8), self.whole(value), "seq_cst")
+
+    def pause(self) -> None:
+        """Let a moment pass in a loop that waits for another thread."""
+        self._call("llvm.x86.sse2.pause", ir.VoidType())
+
+    def sleep_while(self, base: Any, offset: Any, value: Any) -> None:
+        """Until `wake`, unless the word is another by now; may end earlier. Linux alone has it (futex)."""
+        self._futex(self.place(base, offset, 8), 128, value)
+
+    def wake(self, base: Any, offset: Any) -> None:
+        """All threads that sleep on the word."""
+        self._futex(self.place(base, offset, 8), 129, self.whole(0x7FFFFFFF))
+
+    def _futex(self, place: Any, operation: int, value: Any) -> None:
+        typ = ir.FunctionType(I64, [I64] * 5)
+        registers = "={rax},{rax},{rdi},{rsi},{rdx},{r10},~{rcx},~{r11},~{memory}"
+        system = ir.InlineAsm(typ, "syscall", registers, side_effect=True)
+        given = self.whole(202), self.address(place), self.whole(operation), value, self.whole(0)
+        self._builder.call(system, given)
+
     # ---- arithmetic -------------------------------------------------------------------------------------------------
 
     def number(self, value: float) -> Any:
@@ -289,9 +340,12 @@ class Writer:
 
     def call(self, kernel: "Kernel", *values: Any) -> None:
         """Run another kernel; addresses may be given as whole numbers."""
-        typ = ir.FunctionType(ir.VoidType(), kernel.types)
-        function = self._builder.inttoptr(self.whole(kernel.address), typ.as_pointer())
-        self._builder.call(function, [self._given(value, to) for value, to in zip(values, kernel.types, strict=True)])
+        self.call_at(self.whole(kernel.address), kernel.types, *values)
+
+    def call_at(self, place: Any, types: Sequence[ir.Type], *values: Any) -> None:
+        """Run the kernel at an address."""
+        function = self._builder.inttoptr(place, ir.FunctionType(ir.VoidType(), types).as_pointer())
+        self._builder.call(function, [self._given(value, to) for value, to in zip(values, types, strict=True)])
 
     def address(self, place: Any) -> Any:
         """A pointer as a whole number."""

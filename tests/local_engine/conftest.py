@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 import local_engine
-from local_engine import kernels, whole
+from local_engine import kernels, shared_product, step
 from local_engine.config import Device, Dtype
 from local_engine.engine import Engine
 from local_engine.model import LocalModel, load_model
@@ -78,13 +78,19 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 @pytest.fixture(params=[kernels.ZEN, kernels.XEON], ids=["zen", "xeon"])
 def habits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[kernels.Habits]:
     """Those of one kind of CPU: what is compiled meanwhile is as it would be there."""
-    made = kernels.product, whole._decode, whole._whole
+    made = kernels.product, shared_product._work, step._work, step.whole
     monkeypatch.setattr(kernels, "HABITS", request.param)
     for one in made:
         one.cache_clear()
     yield request.param
     for one in made:
         one.cache_clear()
+
+
+@pytest.fixture
+def torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU that our own kernels are not for: what is made meanwhile runs by torch's and oneDNN's."""
+    monkeypatch.setattr(kernels, "usable", lambda dtype, device: False)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from local_engine import fused
+from local_engine import fused, shared_product, whole
 from local_engine.model import LocalModel
 from local_engine.products import OneDNNProduct, PlainProduct, Stand
 from local_engine.runner import Runner, Segment, new_kv
@@ -17,15 +17,19 @@ WIDE = 384
 """Wide enough for products to be repacked."""
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """One, for which our own kernels are, and two, for which torch's and oneDNN's are."""
-    torch.set_num_threads(request.param)
-    yield request.param
+@pytest.fixture(params=["ours", "ours, two threads", "torch's"])
+def ours(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+    """Whether products are by our own kernels, where they are for this CPU."""
+    if request.param == "torch's":
+        request.getfixturevalue("torchs")
+    torch.set_num_threads(2 if "two" in request.param else 1)
+    monkeypatch.setattr(whole, "_WEIGHTS_EACH", 1)
+    monkeypatch.setattr(shared_product, "_ALONE", 1)
+    yield request.param != "torch's"
     torch.set_num_threads(1)
 
 
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("ours")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_repacked_layers_and_the_modules_that_share_their_weights_agree_with_transformers(
     family: str, bundled: LocalModel
@@ -120,7 +124,7 @@ def test_onednn_products_are_torch_products(rows: int, dtype: torch.dtype) -> No
         assert torch.equal(other, kept)
 
 
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("ours")
 def test_bfloat16_is_as_near_to_the_exact_logits_as_transformers_is(bundled: LocalModel) -> None:
     model = tiny_model("qwen3", bundled, WIDE)
     exact, rounded = tiny_network("qwen3", WIDE), tiny_network("qwen3", WIDE).to(torch.bfloat16)

@@ -67,7 +67,7 @@ def test_what_a_product_fetches_beside_its_weights_changes_nothing(dtype: torch.
     out = torch.full((37, 96), torch.nan, dtype=dtype)
     weights = product.packed.data_ptr()
     kernel = kernels.product(dtype, "plain")
-    kernel(x.data_ptr(), weights, None, out.data_ptr(), 37, 50, 96, weights, address(words))
+    kernel(x.data_ptr(), weights, None, out.data_ptr(), 37, 50, 96, 0, 96, weights, address(words))
     assert torch.equal(out, product(x))
 
 

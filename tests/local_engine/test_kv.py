@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from local_engine import kv_paged
+from local_engine import kernels, kv_paged
 from local_engine.kv import KVCache, KVFull, KVShape, Span
 from local_engine.kv_paged import PAGE, PagedKV, kernel_attends
 from local_engine.kv_rows import RowsKV
@@ -33,12 +33,10 @@ MakeKV = Callable[[KVShape, int], KVCache]
 
 
 def rows_for_torch(shape: KVShape, limit: int) -> KVCache:
-    """Rows as they are held where more than one thread runs: our own kernels, for which they are cut, are for one."""
-    torch.set_num_threads(2)
-    try:
+    """Rows as they are held where our own kernels, for which they are cut, are not for the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "usable", lambda dtype, device: False)
         return RowsKV(shape, limit)
-    finally:
-        torch.set_num_threads(1)
 
 
 def pages_on_cuda(shape: KVShape, limit: int) -> KVCache:

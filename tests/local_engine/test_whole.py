@@ -1,11 +1,13 @@
 """The decoder layers in one call: what the same layers give one by one, whatever a step asks for."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
-from local_engine import kernels
+from local_engine import kernels, shared_product, team
+from local_engine import whole as whole_module
 from local_engine.kv import KVCache
 from local_engine.model import LocalModel, load_model
 from local_engine.runner import Runner, Segment, StepOutput, new_kv
@@ -129,6 +131,82 @@ def test_a_token_that_the_model_does_not_have_is_refused_and_no_memory_read_for_
     with pytest.raises(IndexError, match="the model has tokens 0 to"):
         runner.run([Segment(slot, 0, [5, runner._body.embed_tokens.num_embeddings])])
     assert runner.kv.length(slot) == 0
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, LocalModel], Runner]]:
+    """A runner whose steps so many threads share, however small its model."""
+    if not team.supported():
+        pytest.skip("threads share work on Linux alone")
+    monkeypatch.setattr(whole_module, "_WEIGHTS_EACH", 1)
+    monkeypatch.setattr(shared_product, "_ALONE", 1)
+
+    def make(threads: int, model: LocalModel) -> Runner:
+        torch.set_num_threads(threads)
+        model.network.config.max_position_embeddings = 1024
+        runner = Runner(model, new_kv(model, BUDGET))
+        assert runner._whole is not None
+        assert runner._whole._threads == threads
+        return runner
+
+    yield make
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 5])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_threads_give_the_bits_that_one_gives(
+    family: str, threads: int, bundled: LocalModel, shared: Callable[[int, LocalModel], Runner]
+) -> None:
+    """One row and many, of one token and of more than are attended to together, tapped, stopped and resumed. The head
+    of these is torch's: logits are as near as its threads leave them."""
+    (logits, states), (their_logits, their_states) = (
+        everything(shared(count, tiny_model(family, bundled, WIDTH))) for count in (1, threads)
+    )
+    assert all(torch.equal(one, many) for one, many in zip(states, their_states, strict=True))
+    for one, many in zip(logits, their_logits, strict=True):
+        torch.testing.assert_close(one, many, rtol=0, atol=1e-5)
+
+
+def everything(runner: Runner) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The logits of some steps, whole and layer by layer; and their hidden states, and what they keep."""
+    kv, whole, logits, states = runner.kv, runner._whole, [], []
+    own = slots(kv, runner)
+    for counts in ((1, 1, 1, 1), (1, 5, 2, 16), (100, 1, 70, 128), (1, 1, 1, 300)):
+        segments = [
+            Segment(slot, held, text(count, seed=count + held), logits=1 + held % count, taps=(0, count - 1))
+            for slot, held, count in zip(own, HELD, counts, strict=True)
+        ]
+        for way in (whole, None):
+            runner._whole = way
+            output = kept(runner.run(segments, tap_layers=range(LAYERS + 1)))
+            logits.append(output.logits)
+            states.append(output.hidden.states)
+            states += [kv.export(slot, 0, held + 1) for slot, held in zip(own, HELD, strict=True)]
+            for slot, held in zip(own, HELD, strict=True):
+                kv.truncate(slot, held)
+        runner._whole = whole
+    alone = [Segment(own[0], HELD[0], [7], logits=1, taps=(0,))]
+    begun = runner.run(alone, layers=(0, 1))
+    ended = kept(runner.run(alone, layers=(1, LAYERS), state=begun.state, tap_layers=[LAYERS]))
+    return [*logits, ended.logits], [*states, ended.hidden.states]
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_give_the_logits_that_one_gives(threads: int, shared: Callable[[int, LocalModel], Runner]) -> None:
+    """Of a head of our own; and what is written greedily."""
+    found = []
+    for count in (1, threads):
+        runner = shared(count, load_model("base", "bundled/base", "float32", "cpu"))
+        own = [runner.kv.open(64) for _ in range(9)]
+        segments = [Segment(slot, 0, text(20 + slot, seed=slot), logits=slot + 1) for slot in own]
+        logits = runner.run(segments).logits
+        greedy = runner.greedy(own[0], 64)
+        assert greedy is not None
+        found.append((logits, greedy.ahead([3, 5], 12, 0.0)))
+    (one, written), (many, theirs) = found
+    assert torch.equal(one, many)
+    assert written == theirs
 
 
 @pytest.mark.parametrize(("rows", "apart", "some"), [(40, 8, 3), (80, 2, 1)])

@@ -108,11 +108,11 @@ def test_the_check_takes_none_of_the_budget_and_leaves_nothing(bundled: LocalMod
     assert kv.bytes_allocated == allocated
 
 
-def test_rows_that_are_held_for_torch_run_layer_by_layer(bundled: LocalModel) -> None:
+def test_rows_that_are_held_for_torch_run_layer_by_layer(bundled: LocalModel, monkeypatch: pytest.MonkeyPatch) -> None:
     model = a_model(bundled)
-    torch.set_num_threads(2)
-    kv = new_kv(model, BUDGET)
-    torch.set_num_threads(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "usable", lambda dtype, device: False)
+        kv = new_kv(model, BUDGET)
     runner = Runner(model, kv)
     falls_back(runner)
 

@@ -1,0 +1,102 @@
+"""Products by our own kernels, of which threads compute different columns (`team.py`)."""
+
+from array import array
+from dataclasses import dataclass
+from enum import IntEnum, auto
+from functools import cache
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from local_engine import kernels, team
+from local_engine.simd import Kernel, Writer, address
+
+_ALONE: Final = 1 << 20
+"""Multiplications of a product that one thread computes sooner, some 15 µs, than it has woken another."""
+_TURNS: Final = 4
+"""In how many a thread takes its stretch of a product's panels, so that others can take some of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Following:
+    """The product whose weights are read next, whole numbers of LLVM's."""
+
+    weights: Any
+    inputs: Any
+    outputs: Any
+
+
+def multiply(
+    w: Writer,
+    sharing: team.Sharing,
+    dtype: torch.dtype,
+    ending: kernels.Ending,
+    given: tuple[Any, ...],
+    shape: tuple[Any, Any, Any],
+    following: Following,
+    beside: Any = 0,
+) -> None:
+    """A phase: `given` x, weights, other and out; `shape` rows, inputs and outputs."""
+    (_, weights, *_), (_, inputs, outputs) = given, shape
+    kernel, threads = kernels.product(dtype, ending), sharing.threads
+    panels = w.part(outputs, kernels.PANEL)
+    some = w.greater(w.part(panels, w.times(threads, _TURNS)), w.whole(1))
+    each = w.either(threads, "==", w.whole(1), panels, some)
+    size = kernels.PANEL * dtype.itemsize
+    with sharing.phase(w, panels, each) as (begin, end, last):
+        own = w.part(w.times(w.part(following.outputs, kernels.PANEL), sharing.index), threads)
+        next_product = w.add(following.weights, w.times(w.times(own, following.inputs), size))
+        goes_on = w.add(weights, w.times(w.times(end, inputs), size))
+        columns = w.times(begin, kernels.PANEL), w.times(end, kernels.PANEL)
+        w.call(kernel, *given, *shape, *columns, w.either(end, "<", last, goes_on, next_product), beside)
+
+
+class _Word(IntEnum):
+    """The words of a product that is computed by itself."""
+
+    THREADS = 0
+    CLAIMS = auto()
+    X = auto()
+    WEIGHTS = auto()
+    OTHER = auto()
+    OUT = auto()
+    ROWS = auto()
+    INPUTS = auto()
+    OUTPUTS = auto()
+
+
+@cache
+def _work(dtype: torch.dtype, ending: kernels.Ending) -> Kernel:
+    """(words, index): what one of the threads does of it."""
+    w = Writer("work", team.JOB_TYPES)
+    words, index = w.arguments
+    told = {word: w.load_int(words, w.whole(word)) for word in _Word}
+    sharing = team.Sharing(index, told[_Word.THREADS], w.variable(told[_Word.CLAIMS]))
+    given = told[_Word.X], told[_Word.WEIGHTS], told[_Word.OTHER], told[_Word.OUT]
+    inputs, outputs = told[_Word.INPUTS], told[_Word.OUTPUTS]
+    following = Following(told[_Word.WEIGHTS], inputs, outputs)
+    multiply(w, sharing, dtype, ending, given, (told[_Word.ROWS], inputs, outputs), following)
+    return w.compiled()
+
+
+class SharedProduct:
+    """`kernels.product` over whole tensors, by as many threads as there are when it is made."""
+
+    def __init__(self, dtype: torch.dtype, ending: kernels.Ending) -> None:
+        self._run = kernels.product(dtype, ending)
+        self._threads = kernels.threads()
+        if self._threads > 1:
+            self._work = _work(dtype, ending)
+            self._team = team.team(self._threads)
+
+    def __call__(self, x: Tensor, packed: Tensor, other: Tensor | None, out: Tensor, outputs: int) -> None:
+        """x [rows, inputs], contiguous, by packed weights of so many `outputs`."""
+        rows, inputs = x.shape
+        given = x.data_ptr(), packed.data_ptr(), 0 if other is None else other.data_ptr(), out.data_ptr()
+        if self._threads == 1 or rows * inputs * outputs < _ALONE:
+            self._run(*given, rows, inputs, outputs, 0, outputs, packed.data_ptr(), 0)
+            return
+        claims = array("q", bytes(8 * team.claims_room(1, self._threads)))
+        words = array("q", [self._threads, address(claims), *given, rows, inputs, outputs])
+        team.lead()(self._team, self._work.address, address(words), self._threads)
