@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from local_engine.cpus import usable_cpus
 from local_engine.errors import ModelLoadError
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -17,7 +18,7 @@ _SOCKET_PATH_BYTES = 100  # sun_path holds 104 (macOS) or 108 (Linux) bytes, the
 
 def default_threads() -> int:
     """One core is left to the gateway: two processes fighting for the last core slow each other many times over."""
-    return max(1, (os.cpu_count() or 1) - 1)
+    return max(1, usable_cpus() - 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
