@@ -19,7 +19,7 @@ from local_engine.simd import address
 BATCHED_SPAN: Final = 16
 """Most tokens of a span that is attended to together with its neighbours: decode and verify, not prefill."""
 
-LONGEST_SPAN: Final = 128
+LONGEST_SPAN: Final = 256
 """As above, for our own kernels, which take all of a step's spans together."""
 
 MOST_TOGETHER: Final = 64
