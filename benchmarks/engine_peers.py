@@ -2,8 +2,8 @@
 
 In process: our engine through its link, and `transformers.generate` on a padded batch (its best case: all prompts of
 one length). Over HTTP: `leadline engine --listen`, `transformers serve --continuous-batching`, and vLLM where
-`scripts/install_vllm.sh .bench/vllm` has put it. Every one has one thread; prompts differ from their first token on,
-so that no prefix cache helps anybody; each answer is NEW tokens long.
+`scripts/install_vllm.sh .bench/vllm` has put it. All have the same number of threads; prompts differ from their first
+token on, so that no prefix cache helps anybody; each answer is NEW tokens long.
 """
 
 import asyncio
@@ -37,7 +37,6 @@ PROMPT: Final = 128
 NEW: Final = 64
 START_S: Final = 300
 VLLM: Final = Path(".bench/vllm")
-ONE_THREAD: Final = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 VLLM_MODEL: Final = "vllm-model"
 GENERATE, SERVE = "transformers generate", "transformers serve"
 OURS, OURS_HTTP, VLLM_NAME = "leadline engine", "leadline engine, HTTP", "vLLM"
@@ -52,12 +51,12 @@ def messages(seed: int) -> list[dict[str, str]]:
     return [{"role": "user", "content": digits(seed, PROMPT - 12)}]
 
 
-def measure(batches: tuple[int, ...], seed: int, into: Measured, dtype: torch.dtype = torch.float32) -> None:
+def measure(batches: tuple[int, ...], seed: int, into: Measured, threads: int) -> None:
     """One round: every peer at every batch size. Raises nothing for a peer that is not installed."""
-    torch.set_num_threads(1)
-    for batch, rate in ours(random_model("29m", dtype), batches, seed).items():
+    torch.set_num_threads(threads)
+    for batch, rate in ours(random_model("29m", torch.float32), batches, seed).items():
         into.add(f"{OURS}, batch {batch}", "tokens_per_s", rate, "1/s")
-    model = random_model("29m", dtype)  # the same weights in transformers' own hands
+    model = random_model("29m", torch.float32)  # the same weights in transformers' own hands
     for batch in batches:
         into.add(f"{GENERATE}, batch {batch}", "tokens_per_s", generate(model, batch, seed), "1/s")
     with tempfile.TemporaryDirectory(prefix="leadline-bench-") as name:
@@ -68,7 +67,7 @@ def measure(batches: tuple[int, ...], seed: int, into: Measured, dtype: torch.dt
             (SERVE, transformers_serve),
             *(((VLLM_NAME, vllm),) if (VLLM / ".installed").exists() else ()),
         ):
-            with serve(folder) as (url, wire_model):
+            with serve(folder, threads) as (url, wire_model):
                 for batch in batches:
                     rate = asyncio.run(over_http(url, wire_model, batch, seed))
                     into.add(f"{title}, batch {batch}", "tokens_per_s", rate, "1/s")
@@ -162,7 +161,7 @@ models: {{m: {{provider: home, model: "{model}", context: 1024, speculation: off
 
 
 @contextlib.contextmanager
-def leadline(folder: Path) -> Iterator[tuple[str, str]]:
+def leadline(folder: Path, threads: int) -> Iterator[tuple[str, str]]:
     """Without drafts: what a random model writes repeats itself, and is drafted far better than what people ask for."""
     port, model = free_port(), str(folder / "model")
     policy = folder / "policy.yaml"
@@ -170,23 +169,23 @@ def leadline(folder: Path) -> Iterator[tuple[str, str]]:
     command = [
         sys.executable, "-m", "gateway", "engine", "--listen", f"127.0.0.1:{port}", "--policy", str(policy),
     ]  # fmt: skip
-    with _serving(command, f"http://127.0.0.1:{port}/health", folder / "leadline.log"):
+    with _serving(command, f"http://127.0.0.1:{port}/health", folder / "leadline.log", threads):
         yield f"http://127.0.0.1:{port}/v1", model
 
 
 @contextlib.contextmanager
-def transformers_serve(folder: Path) -> Iterator[tuple[str, str]]:
+def transformers_serve(folder: Path, threads: int) -> Iterator[tuple[str, str]]:
     port = free_port()
     command = [
         str(Path(sys.executable).parent / "transformers"), "serve", "--host", "127.0.0.1", "--port", str(port),
         "--continuous-batching", "--dtype", "float32", "--device", "cpu", str(folder / "model"),
     ]  # fmt: skip
-    with _serving(command, f"http://127.0.0.1:{port}/health", folder / "serve.log"):
+    with _serving(command, f"http://127.0.0.1:{port}/health", folder / "serve.log", threads):
         yield f"http://127.0.0.1:{port}/v1", str(folder / "model")
 
 
 @contextlib.contextmanager
-def vllm(folder: Path) -> Iterator[tuple[str, str]]:
+def vllm(folder: Path, threads: int) -> Iterator[tuple[str, str]]:
     port = free_port()
     command = [
         str(VLLM.absolute() / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server", "--model",
@@ -198,15 +197,21 @@ def vllm(folder: Path) -> Iterator[tuple[str, str]]:
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
     }  # fmt: skip
-    with _serving(command, f"http://127.0.0.1:{port}/health", folder / "vllm.log", env):
+    with _serving(command, f"http://127.0.0.1:{port}/health", folder / "vllm.log", threads, env):
         yield f"http://127.0.0.1:{port}/v1", VLLM_MODEL
 
 
 @contextlib.contextmanager
-def _serving(command: list[str], health: str, log: Path, env: dict[str, str] | None = None) -> Iterator[None]:
+def _serving(
+    command: list[str], health: str, log: Path, threads: int, env: dict[str, str] | None = None
+) -> Iterator[None]:
+    count = str(threads)
+    own = {
+        "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "LEADLINE_ENGINE_THREADS": count, "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH" or "gateway" in command}
     with log.open("wb") as out:
-        process = subprocess.Popen(command, env={**inherited, **ONE_THREAD, **(env or {})}, stdout=out, stderr=out)
+        process = subprocess.Popen(command, env={**inherited, **own, **(env or {})}, stdout=out, stderr=out)
     try:
         until = time.monotonic() + START_S
         while not _answers(health):
