@@ -32,8 +32,8 @@ from local_engine.step import (
 from local_engine.tapped import Tapped
 
 _WEIGHTS_EACH: Final = 8 << 20
-"""Bytes of weights that are worth a thread. By two the bundled base's step (10 MB) takes 0.26 to 0.34 ms instead of 0.44,
-but half a CPU more is at work for tokens that come 0 to 20 % sooner."""
+"""Bytes of weights that are worth a thread. By two the bundled base's step (10 MB) takes 0.26 to 0.34 ms instead of
+0.44, but half a CPU more is at work for tokens that come 0 to 20 % sooner."""
 _FEWEST_TOGETHER: Final = 8
 """Tokens that a thread attends to at once, of MOST_TOGETHER that all threads have room for, where there are many."""
 _NOBODY: Final = array("q")
