@@ -27,6 +27,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 
 from gateway import __version__
+from gateway.decode_errors import misread
 from gateway.edge.asgi import Receive, Scope, Send
 from gateway.edge.prompts import read_completion, read_embedding
 from gateway.edge.refused import TextRoute, tell_refusals
@@ -363,7 +364,8 @@ def _planned(target: Target, call: ChatCall, models: Mapping[str, ModelCard]) ->
     try:
         plan = msgspec.json.decode(given, type=Plan | None)
     except msgspec.ValidationError as error:
-        raise InvalidRequest(f"plan: {error}.", param="plan") from error
+        path, problem = misread(error, Plan | None, "plan")
+        raise InvalidRequest(f"{path}: {problem}.", param="plan") from error
     if plan is None:
         return target
     if isinstance(plan, SpeculateSteps | Cascade) and plan.draft in models:

@@ -5,11 +5,11 @@ caches see stable prefixes and fields that we do not know pass through. A field 
 meaning only, its last: what goes out is written anew from the fields that were read here.
 """
 
-import re
 from typing import TypeVar
 
 import msgspec
 
+from gateway.decode_errors import misread
 from gateway.edge.surrogates import half_character_in
 from gateway.errors import InvalidRequest
 from gateway.priority import check_priority
@@ -73,8 +73,6 @@ class _ChatRequest(msgspec.Struct):
 
 _fields_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _request_decoder = msgspec.json.Decoder(_ChatRequest)
-_PATH = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
-_MISSING = re.compile(r"^Object missing required field `(?P<name>[^`]*)`")
 _TEXT_PARTS = frozenset({"text", "refusal"})
 _FORMATS = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
 """vLLM's words for `response_format`, of today and before."""
@@ -97,7 +95,8 @@ def decode_body(body: bytes, decoder: msgspec.json.Decoder[_Request]) -> tuple[d
         fields = _fields_decoder.decode(body)
         request = decoder.decode(body)
     except msgspec.ValidationError as error:
-        raise _invalid(str(error)) from error
+        path, sentence = misread(error, decoder.type)
+        raise InvalidRequest(f"{path}: {sentence}." if path else f"{sentence}.", param=path) from error
     except msgspec.DecodeError as error:
         if not body.strip():
             raise InvalidRequest("The body is empty; send a JSON object.") from error
@@ -232,14 +231,3 @@ def stops(stop: str | list[str] | None) -> tuple[str, ...]:
     if any(not s for s in found) or len(found) > MAX_STOPS:
         raise InvalidRequest(f"stop: send 1 to {MAX_STOPS} strings, none of them empty.", param="stop")
     return found
-
-
-def _invalid(message: str) -> InvalidRequest:
-    """msgspec's sentence, with the field in front."""
-    found = _PATH.search(message)
-    path = found["path"] if found else None
-    sentence = message[: found.start()] if found else message
-    if missing := _MISSING.match(sentence):
-        path = f"{path}.{missing['name']}" if path else missing["name"]
-        sentence = "is missing"
-    return InvalidRequest(f"{path}: {sentence}." if path else f"{sentence}.", param=path)

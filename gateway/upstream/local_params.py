@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from gateway.decode_errors import misread
 from gateway.upstream.types import ChatCall, UpstreamError
 from local_engine.types import Effort, SamplingParams, TextFormat
 
@@ -155,6 +156,5 @@ def _read(call: ChatCall, field: str, type: Any, default: Any) -> Any:
     try:
         return msgspec.json.decode(raw, type=type)
     except msgspec.DecodeError as error:
-        problem, _, path = str(error).partition(" - at `")
-        where = path.strip("`").removeprefix("$") if path.startswith("$") else ""
-        raise refused(field + where, f"{problem[0].lower()}{problem[1:]}") from error
+        path, problem = misread(error, type, field)
+        raise refused(path or field, f"{problem[0].lower()}{problem[1:]}") from error
