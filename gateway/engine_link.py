@@ -1,7 +1,8 @@
 """A worker's link to an engine process that somebody keeps up: this gateway, its parent, or another container.
 
 What was in flight when the link is lost ends with a typed error at once; new requests see `client is None` until the
-engine answers again.
+engine answers again. An engine that hangs keeps its link: it is asked now and then, and while it says nothing new
+requests see none, and so go elsewhere.
 """
 
 import asyncio
@@ -17,6 +18,8 @@ log = get_logger(__name__)
 
 GREETING_TIMEOUT_S = 10.0
 RETRY_S = 0.05
+ASKED_EVERY_S = 5.0
+"""How often an engine is asked whether it still answers, which takes it a fraction of a millisecond."""
 
 
 class _Counts(Protocol):
@@ -55,6 +58,7 @@ class EngineConnection:
         self._socket_path = str(socket_path)
         self._metrics = metrics
         self._client: EngineClient | None = None
+        self._silent = False
         self._task: asyncio.Task[None] | None = None
         self.ready = asyncio.Event()
         """Set while the engine answers."""
@@ -62,7 +66,7 @@ class EngineConnection:
     @property
     def client(self) -> EngineClient | None:
         client = self._client
-        return client if client is not None and client.connected else None
+        return client if client is not None and client.connected and not self._silent else None
 
     def loaded(self) -> frozenset[str]:
         """The models that the engine says it has; empty while none answers."""
@@ -71,9 +75,9 @@ class EngineConnection:
 
     @property
     def pid(self) -> int | None:
-        """The engine's process, as it says; None while none answers."""
-        client = self.client
-        return client.hello.pid if client is not None else None
+        """The engine's process, as it says; None while none is connected."""
+        client = self._client
+        return client.hello.pid if client is not None and client.connected else None
 
     @property
     def started(self) -> bool:
@@ -114,15 +118,38 @@ class EngineConnection:
                     self._metrics.engine_restarts.inc()
                 earlier = hello.pid
                 self._client = client
-                self._metrics.engine_up.set(1)
-                self.ready.set()
+                self._tell(answers=True)
                 log.info("engine.ready", pid=hello.pid, models=[card.name for card in hello.models])
-                await client.closed()
-                self._metrics.engine_up.set(0)
-                self.ready.clear()
+                await self._until_closed(client)
+                self._tell(answers=False)
                 log.warning("engine.link_lost", pid=hello.pid)
         finally:
             self._client = None
             self._metrics.engine_up.set(0)
             self.ready.clear()
             await client.close()
+
+    async def _until_closed(self, client: EngineClient) -> None:
+        """Told meanwhile whether it answers: until a process that hangs ends, its link stays."""
+        closed = asyncio.create_task(client.closed())
+        try:
+            while not (await asyncio.wait({closed}, timeout=ASKED_EVERY_S))[0]:
+                try:
+                    await client.stats()
+                    silent = False
+                except EngineGone:
+                    silent = client.connected
+                if silent != self._silent:
+                    self._silent = silent
+                    self._tell(answers=not silent)
+                    log.warning("engine.silent" if silent else "engine.answers", pid=client.hello.pid)
+        finally:
+            closed.cancel()
+            self._silent = False
+
+    def _tell(self, *, answers: bool) -> None:
+        self._metrics.engine_up.set(int(answers))
+        if answers:
+            self.ready.set()
+        else:
+            self.ready.clear()

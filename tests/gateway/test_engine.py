@@ -14,6 +14,8 @@ from typing import Any
 import openai
 import pytest
 
+from gateway import engine_link
+from local_engine import client
 from local_engine.arithmetic import problems
 from probes.extract import locate
 from routers.explain import from_dict, to_dict
@@ -202,6 +204,39 @@ async def test_an_engine_that_is_back_serves_at_once_however_many_calls_it_lost(
     async with asyncio.timeout(60):
         await engine.ready.wait()
     assert (await home.chat(ask("What is 2 + 3?")))[0] == 200
+
+
+async def test_an_engine_that_hangs_is_not_available_until_it_answers_again(
+    home: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_link, "ASKED_EVERY_S", 0.1)
+    monkeypatch.setattr(client, "COUNTS_WITHIN_S", 1.0)
+    engine = home.app.engine
+    assert engine is not None
+    assert engine.pid is not None
+
+    async def readiness() -> dict[str, Any]:
+        async with home.session.get(f"{home.url}/health/readiness") as response:
+            found: dict[str, Any] = await response.json()
+            return found
+
+    assert "local" not in (await readiness())["unavailable"]
+    os.kill(engine.pid, signal.SIGSTOP)
+    try:
+        async with asyncio.timeout(20):
+            while "local" not in (await readiness())["unavailable"]:
+                await asyncio.sleep(0.1)
+        status, headers, _ = await home.chat(ask("What is 2 + 3?", model="auto"))
+        assert (status, headers["x-leadline-model"]) == (200, "cheap")
+        status, _, body = await home.chat(ask("What is 2 + 3?"))
+        assert (status, body["error"]["code"]) == (503, "unavailable")
+    finally:
+        os.kill(engine.pid, signal.SIGCONT)
+    async with asyncio.timeout(20):
+        await engine.ready.wait()
+    assert "local" not in (await readiness())["unavailable"]
+    status, _, body = await home.chat(ask("What is 2 + 3?"))
+    assert (status, body["choices"][0]["message"]["content"]) == (200, "The answer is 5.")
 
 
 async def test_an_engine_killed_in_the_middle_of_a_stream_ends_it_with_an_error(home: Gateway) -> None:
