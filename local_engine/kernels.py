@@ -65,7 +65,7 @@ def usable(dtype: torch.dtype, device: torch.device) -> bool:
 
 def threads() -> int:
     """How many threads share a step of a model that is loaded now."""
-    return torch.get_num_threads()
+    return min(torch.get_num_threads(), team.MOST)
 
 
 def made_for(dtype: torch.dtype) -> bool:

@@ -12,8 +12,8 @@ from torch import Tensor
 from local_engine import kernels, team
 from local_engine.simd import Kernel, Writer, address
 
-_ALONE: Final = 1 << 20
-"""Multiplications of a product that one thread computes sooner, some 15 µs, than it has woken another."""
+_WORK_EACH: Final = 1 << 20
+"""Multiplications that are worth a thread: one takes some 15 µs for them, as long as it takes to wake another."""
 _TURNS: Final = 4
 """In how many a thread takes its stretch of a product's panels, so that others can take some of it."""
 
@@ -86,17 +86,17 @@ class SharedProduct:
     def __init__(self, dtype: torch.dtype, ending: kernels.Ending) -> None:
         self._run = kernels.product(dtype, ending)
         self._threads = kernels.threads()
-        if self._threads > 1:
-            self._work = _work(dtype, ending)
-            self._team = team.team(self._threads)
+        self._dtype, self._ending = dtype, ending
 
     def __call__(self, x: Tensor, packed: Tensor, other: Tensor | None, out: Tensor, outputs: int) -> None:
         """x [rows, inputs], contiguous, by packed weights of so many `outputs`."""
         rows, inputs = x.shape
         given = x.data_ptr(), packed.data_ptr(), 0 if other is None else other.data_ptr(), out.data_ptr()
-        if self._threads == 1 or rows * inputs * outputs < _ALONE:
+        threads = max(1, min(self._threads, rows * inputs * outputs // _WORK_EACH))
+        if threads == 1:
             self._run(*given, rows, inputs, outputs, 0, outputs, packed.data_ptr(), 0)
             return
-        claims = array("q", bytes(8 * team.claims_room(1, self._threads)))
-        words = array("q", [self._threads, address(claims), *given, rows, inputs, outputs])
-        team.lead()(self._team, self._work.address, address(words), self._threads)
+        claims = array("q", bytes(8 * team.claims_room(1, threads)))
+        words = array("q", [threads, address(claims), *given, rows, inputs, outputs])
+        work = _work(self._dtype, self._ending)
+        team.lead()(team.team(threads), work.address, address(words), threads)

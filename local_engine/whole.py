@@ -219,7 +219,7 @@ class WholeForward:
         """
         sizes = self._sizes
         spare = kernels.spare_bytes(count, sizes.dtype)
-        if not spare:
+        if not spare or self._threads > 1:  # with more of them it was not measured
             return 0
         groups = reading.groups
         most = max(range(0, len(groups), GROUP_WORDS), key=lambda at: groups[at + GroupWord.TOKENS])

@@ -39,6 +39,12 @@ def test_limits_of_the_control_groups_count(system: Path, own: str | None, aroun
     assert usable_cpus(system) == expected
 
 
+def test_a_container_is_its_own_top(system: Path) -> None:
+    (system / "proc/self/cgroup").write_text("12:cpu:/x\n0::/\n")
+    (system / "sys/fs/cgroup/cpu.max").write_text("350000 100000\n")
+    assert usable_cpus(system) == 3
+
+
 def test_a_system_without_control_groups_has_those_it_is_bound_to(system: Path) -> None:
     (system / "proc/self/cgroup").unlink()
     assert usable_cpus(system) == 8

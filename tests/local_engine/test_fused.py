@@ -24,7 +24,7 @@ def ours(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         request.getfixturevalue("torchs")
     torch.set_num_threads(2 if "two" in request.param else 1)
     monkeypatch.setattr(whole, "_WEIGHTS_EACH", 1)
-    monkeypatch.setattr(shared_product, "_ALONE", 1)
+    monkeypatch.setattr(shared_product, "_WORK_EACH", 1)
     yield request.param != "torch's"
     torch.set_num_threads(1)
 

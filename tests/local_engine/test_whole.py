@@ -139,7 +139,7 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, LocalMode
     if not team.supported():
         pytest.skip("threads share work on Linux alone")
     monkeypatch.setattr(whole_module, "_WEIGHTS_EACH", 1)
-    monkeypatch.setattr(shared_product, "_ALONE", 1)
+    monkeypatch.setattr(shared_product, "_WORK_EACH", 1)
 
     def make(threads: int, model: LocalModel) -> Runner:
         torch.set_num_threads(threads)
