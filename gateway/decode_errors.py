@@ -6,7 +6,7 @@ from typing import Any, Final
 import msgspec
 from msgspec import inspect
 
-_PATH: Final = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
+_PATH: Final = re.compile(r" - at (?P<key>`key` in )?`\$\.?(?P<path>[^`]*)`$")
 _MISSING: Final = re.compile(r"^Object missing required field `(?P<name>[^`]*)`")
 _SEGMENT: Final = re.compile(r"\[[^\]]*\]|[^.\[]+")
 _CHOICE: Final = ("Invalid enum value", "Invalid value")
@@ -20,7 +20,7 @@ def misread(error: msgspec.DecodeError, kind: Any, within: str = "") -> tuple[st
     sentence = message[: found.start()] if found else message
     if missing := _MISSING.match(sentence):
         return _joined(within, path, missing["name"]), "is missing"
-    if sentence.startswith(_CHOICE):
+    if sentence.startswith(_CHOICE) and not (found and found["key"]):
         choices = _choices([inspect.type_info(kind)], _SEGMENT.findall(path))
         if choices:
             sentence += f"; send one of {', '.join(choices)}"
@@ -38,7 +38,12 @@ def _choices(kinds: list[inspect.Type], path: list[str]) -> list[str]:
     """What may be written at a path within any of some types."""
     kinds = [member for kind in kinds for member in (kind.types if isinstance(kind, inspect.UnionType) else (kind,))]
     if not path:
-        return [str(value) for kind in kinds if isinstance(kind, inspect.LiteralType) for value in kind.values]
+        return [
+            "null" if value is None else str(value)
+            for kind in kinds
+            if isinstance(kind, inspect.LiteralType)
+            for value in kind.values
+        ]
     structs = [kind for kind in kinds if isinstance(kind, inspect.StructType)]
     if tags := [str(kind.tag) for kind in structs if kind.tag_field == path[0]]:
         return tags

@@ -30,7 +30,7 @@ with _without("rich"):  # structlog's console would take it, and pygments: 5 MB 
 get_logger = structlog.get_logger
 
 _SECRET = re.compile(
-    r"(sk-[A-Za-z0-9_-]{4})[A-Za-z0-9_-]{6,}"
+    r"(sk-[A-Za-z0-9_-]{4})[A-Za-z0-9_-]{6,}(?:[A-Za-z0-9._%+-]{0,64}+@[A-Za-z0-9.-]+)?"
     r"|((?i:bearer) )[^\s\"']+"
     r"|((?i:api[_-]?key|authorization|password|secret|token)[\"']?\s*[:=]\s*[\"']?)(?i:bearer\s+)?[^\s\"',}]{6,}"
     r"|(://[^\s/:@]*:)[^\s/@]+(?=@)"

@@ -142,6 +142,8 @@ async def test_nothing_confidential_is_kept_or_told(
     ("text", "struck"),
     [
         ("key sk-ll-abc123def456-secretsecret is bad", "key sk-ll-a… is bad"),
+        ("key sk-abcdefghijkl.me+x@example.com is bad", "key sk-abcd… is bad"),
+        ("key sk-abcdefghijkl.me is bad", "key sk-abcd….me is bad"),
         ("Authorization: Bearer abc.def", "Authorization: …"),
         ("bearer abcdef", "bearer …"),
         ("postgresql://user:hunter2@db/ledger refused", "postgresql://user:…@db/ledger refused"),
@@ -160,6 +162,7 @@ def test_a_long_word_takes_no_longer_than_its_length_asks_for() -> None:
     assert strike(word) == word
     assert strike(f"{word} {word}@example.com") == f"{word} …"
     assert strike(f"a@{word}") == f"a@{word}"
+    assert strike("sk-abcdefghijkl." * 100_000) == "sk-abcd…." * 100_000
     assert strike(f"see ://{word}:{word}") == f"see ://{word}:{word}"
 
 

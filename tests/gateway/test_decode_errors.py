@@ -21,6 +21,7 @@ class Basket(msgspec.Struct):
     best: Apple | None = None
     named: dict[str, Literal["small", "large"]] = {}
     size: Literal[1, 2] | None = None
+    counts: dict[int, int] = {}
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,7 @@ class Basket(msgspec.Struct):
         (Basket, '{"best": {"colour": "blue", "type": "apple"}}', "gift", "gift.best.colour",
          "Invalid enum value 'blue'; send one of green, red"),
         (Basket, '{"named": {"a": "tiny"}}', "", "named[...]", "Invalid enum value 'tiny'; send one of large, small"),
+        (Basket, '{"counts": {"x": 1}}', "gift", "gift.counts", "Expected `int`, got `str`"),
         (Basket, '{"size": 3}', "", "size", "Invalid enum value 3; send one of 1, 2"),
         (Basket, '{"fruit": [{}]}', "gift", "gift.fruit[0].type", "is missing"),
         (Apple | Pear, "{}", "", "type", "is missing"),
