@@ -173,7 +173,7 @@ def unloadable(policy: Policy, folder: Path) -> list[str]:
     found = tiers.problems(policy, folder, models)
     fields = {model.upstream: f"models.{model.name}" for model in policy.models.values()}
     missing = [f"{fields[name]}.model: {why}" for name, why in unloadable_models(models).items()]
-    found += missing + _too_long(policy, models)
+    found += missing + _too_long(policy, models) + _toolless(policy, models)
     return found + _undraftable(_speculation(policy, folder), models, fields) + _unfitted(policy, models)
 
 
@@ -188,6 +188,29 @@ def _too_long(policy: Policy, sources: Mapping[str, str]) -> list[str]:
             told = f"{model.context} is more than the {window} tokens that the model has room for"
             found.append(f"models.{model.name}.context: {told}; write at most that, or leave it out")
     return found
+
+
+def _toolless(policy: Policy, sources: Mapping[str, str]) -> list[str]:
+    """A sentence for each local model with `tools: true` whose chat template knows none: each call would be refused."""
+    return [
+        f"models.{model.name}.tools: the model's chat template knows no tools; leave it out"
+        for model in policy.models.values()
+        if model.tools and policy.providers[model.provider].engine is not None and not model.embeds
+        if (template := _chat_template(sources[model.upstream])) is not None and "tools" not in template
+    ]
+
+
+def _chat_template(source: str) -> str | None:
+    """As a model's files say it, all of them where there are several; None where they are not here."""
+    try:
+        path, here = locate(source)
+        if not here:
+            return None
+        own = [file.read_text() for file in Path(path).glob("**/*.jinja")]
+        told = json.loads((Path(path) / "tokenizer_config.json").read_bytes()).get("chat_template", "")
+    except (ModelLoadError, OSError, ValueError, AttributeError):
+        return None
+    return "\n".join([*own, json.dumps(told)])
 
 
 def unloadable_models(sources: Mapping[str, str]) -> dict[str, str]:

@@ -65,3 +65,24 @@ def test_a_window_that_a_local_model_does_not_have_is_refused(tmp_path: Path) ->
         f"{file}:9: models.shorter.context: 1025 is more than the 1024 tokens that the model has room for; write at "
         "most that, or leave it out"
     )
+
+
+def test_tools_that_a_local_models_template_leaves_out_are_refused(tmp_path: Path) -> None:
+    shutil.copytree(Path(local_engine.__file__).parent / "bundled" / "nano", tmp_path / "mine")
+    file = tmp_path / "policy.yaml"
+    file.write_text(POLICY.replace("model: ./mine", "model: ./mine, tools: true"))
+    with pytest.raises(CannotServe) as told:
+        checked_policy(file)
+    assert "models.own.tools: the model's chat template knows no tools; leave it out" in str(told.value)
+    template = tmp_path / "mine" / "chat_template.jinja"
+    template.write_text(template.read_text() + "{% if tools %}{% endif %}")
+    checked_policy(file)
+    template.unlink()
+    config = tmp_path / "mine" / "tokenizer_config.json"
+    for given, known in (("{{ messages }}", False), ([{"name": "tool_use", "template": "{{ tools }}"}], True)):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": given}))
+        if known:
+            checked_policy(file)
+        else:
+            with pytest.raises(CannotServe, match="knows no tools"):
+                checked_policy(file)
