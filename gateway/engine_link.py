@@ -117,7 +117,7 @@ class EngineConnection:
                 if earlier not in (None, hello.pid):
                     self._metrics.engine_restarts.inc()
                 earlier = hello.pid
-                self._client = client
+                self._client, self._silent = client, False
                 self._tell(answers=True)
                 log.info("engine.ready", pid=hello.pid, models=[card.name for card in hello.models])
                 await self._until_closed(client)
@@ -125,27 +125,25 @@ class EngineConnection:
                 log.warning("engine.link_lost", pid=hello.pid)
         finally:
             self._client = None
-            self._metrics.engine_up.set(0)
-            self.ready.clear()
+            self._tell(answers=False)
             await client.close()
 
     async def _until_closed(self, client: EngineClient) -> None:
         """Told meanwhile whether it answers: until a process that hangs ends, its link stays."""
-        closed = asyncio.create_task(client.closed())
-        try:
-            while not (await asyncio.wait({closed}, timeout=ASKED_EVERY_S))[0]:
-                try:
-                    await client.stats()
-                    silent = False
-                except EngineGone:
-                    silent = client.connected
-                if silent != self._silent:
-                    self._silent = silent
-                    self._tell(answers=not silent)
-                    log.warning("engine.silent" if silent else "engine.answers", pid=client.hello.pid)
-        finally:
-            closed.cancel()
-            self._silent = False
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ASKED_EVERY_S):
+                    await client.closed()
+                    return
+            try:
+                await client.stats()
+                silent = False
+            except EngineGone:
+                silent = client.connected
+            if silent != self._silent:
+                self._silent = silent
+                self._tell(answers=not silent)
+                log.warning("engine.silent" if silent else "engine.answers", pid=client.hello.pid)
 
     def _tell(self, *, answers: bool) -> None:
         self._metrics.engine_up.set(int(answers))

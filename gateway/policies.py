@@ -26,7 +26,7 @@ from probes.errors import ArtifactError
 from routers.errors import PolicyError
 from routers.load import load, parse, preset
 from routers.plans import EFFORTS
-from routers.policy import Policy
+from routers.policy import Model, Policy
 from routers.yaml import read, written
 
 
@@ -177,11 +177,20 @@ def unloadable(policy: Policy, folder: Path) -> list[str]:
     return found + _undraftable(_speculation(policy, folder), models, fields) + _unfitted(policy, models)
 
 
+def _answering(policy: Policy) -> list[Model]:
+    """The local models, without those that embed."""
+    return [
+        model
+        for model in policy.models.values()
+        if not model.embeds and policy.providers[model.provider].engine is not None
+    ]
+
+
 def _too_long(policy: Policy, sources: Mapping[str, str]) -> list[str]:
     """A sentence for each local model whose `context` is more than it has: the engine takes no longer prompt."""
     found = []
-    for model in policy.models.values():
-        if model.context is None or model.embeds or policy.providers[model.provider].engine is None:
+    for model in _answering(policy):
+        if model.context is None:
             continue
         window = _stated(sources[model.upstream], "max_position_embeddings")
         if window is not None and model.context > window:
@@ -194,9 +203,8 @@ def _toolless(policy: Policy, sources: Mapping[str, str]) -> list[str]:
     """A sentence for each local model with `tools: true` whose chat template knows none: each call would be refused."""
     return [
         f"models.{model.name}.tools: the model's chat template knows no tools; leave it out"
-        for model in policy.models.values()
-        if model.tools and policy.providers[model.provider].engine is not None and not model.embeds
-        if (template := _chat_template(sources[model.upstream])) is not None and "tools" not in template
+        for model in _answering(policy)
+        if model.tools and (template := _chat_template(sources[model.upstream])) is not None and "tools" not in template
     ]
 
 
@@ -206,8 +214,10 @@ def _chat_template(source: str) -> str | None:
         path, here = locate(source)
         if not here:
             return None
-        own = [file.read_text() for file in Path(path).glob("**/*.jinja")]
-        told = json.loads((Path(path) / "tokenizer_config.json").read_bytes()).get("chat_template", "")
+        folder = Path(path)
+        files = *folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*.jinja")
+        own = [file.read_text() for file in files]
+        told = json.loads((folder / "tokenizer_config.json").read_bytes()).get("chat_template", "")
     except (ModelLoadError, OSError, ValueError, AttributeError):
         return None
     return "\n".join([*own, json.dumps(told)])
@@ -291,10 +301,9 @@ def with_windows(policy: Policy, folder: Path) -> Policy:
     """
     sources = local_models(policy, folder)
     models = {
-        name: replace(model, context=window)
-        for name, model in policy.models.items()
-        if model.context is None and not model.embeds and model.upstream in sources
-        and policy.providers[model.provider].engine is not None
+        model.name: replace(model, context=window)
+        for model in _answering(policy)
+        if model.context is None and model.upstream in sources
         and (window := _stated(sources[model.upstream], "max_position_embeddings")) is not None
     }  # fmt: skip
     return replace(policy, models=MappingProxyType({**policy.models, **models})) if models else policy

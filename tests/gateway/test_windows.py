@@ -30,13 +30,18 @@ routes:
 """
 
 
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """The folder of the policy's own model."""
+    return Path(shutil.copytree(Path(local_engine.__file__).parent / "bundled" / "nano", tmp_path / "mine"))
+
+
 class NoEngine:
     client: EngineClient | None = None
 
 
-def test_a_local_model_has_its_own_window(tmp_path: Path) -> None:
-    shutil.copytree(Path(local_engine.__file__).parent / "bundled" / "nano", tmp_path / "mine")
-    config = tmp_path / "mine" / "config.json"
+def test_a_local_model_has_its_own_window(tmp_path: Path, mine: Path) -> None:
+    config = mine / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 300}))
     expected = {"bundled": 1024, "own": 300, "shorter": 512, "hub": None, "remote": None}
     policy = parse(POLICY)
@@ -55,8 +60,7 @@ def test_a_local_model_has_its_own_window(tmp_path: Path) -> None:
     assert checked_policy(tmp_path / "policy.yaml")[0].models["bundled"].context == 1024
 
 
-def test_a_window_that_a_local_model_does_not_have_is_refused(tmp_path: Path) -> None:
-    shutil.copytree(Path(local_engine.__file__).parent / "bundled" / "nano", tmp_path / "mine")
+def test_a_window_that_a_local_model_does_not_have_is_refused(tmp_path: Path, mine: Path) -> None:
     file = tmp_path / "policy.yaml"
     file.write_text(POLICY.replace("context: 512", "context: 1025"))
     with pytest.raises(CannotServe) as told:
@@ -67,18 +71,17 @@ def test_a_window_that_a_local_model_does_not_have_is_refused(tmp_path: Path) ->
     )
 
 
-def test_tools_that_a_local_models_template_leaves_out_are_refused(tmp_path: Path) -> None:
-    shutil.copytree(Path(local_engine.__file__).parent / "bundled" / "nano", tmp_path / "mine")
+def test_tools_that_a_local_models_template_leaves_out_are_refused(tmp_path: Path, mine: Path) -> None:
     file = tmp_path / "policy.yaml"
     file.write_text(POLICY.replace("model: ./mine", "model: ./mine, tools: true"))
     with pytest.raises(CannotServe) as told:
         checked_policy(file)
     assert "models.own.tools: the model's chat template knows no tools; leave it out" in str(told.value)
-    template = tmp_path / "mine" / "chat_template.jinja"
+    template = mine / "chat_template.jinja"
     template.write_text(template.read_text() + "{% if tools %}{% endif %}")
     checked_policy(file)
     template.unlink()
-    config = tmp_path / "mine" / "tokenizer_config.json"
+    config = mine / "tokenizer_config.json"
     for given, known in (("{{ messages }}", False), ([{"name": "tool_use", "template": "{{ tools }}"}], True)):
         config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": given}))
         if known:
