@@ -167,9 +167,11 @@ def main() -> None:
     rows = found.rows()
     tables(rows, options.threads)
     if not options.no_write:
-        more = options.threads > 1
-        name, said = (f"engine-{options.threads}-threads", f" --threads {options.threads}") if more else ("engine", "")
-        print(write(name, "python benchmarks/bench_engine.py" + said if more else "make bench-engine", PACKAGES, rows))
+        name, command = "engine", "make bench-engine"
+        if options.threads > 1:
+            name = f"engine-{options.threads}-threads"
+            command = f"python benchmarks/bench_engine.py --threads {options.threads}"
+        print(write(name, command, PACKAGES, rows))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Keys and values of many rows in chunks: how attention reads them, and how they are copied out.
 
-As the kernels of `kernels.py`: for one thread, and what a row gives does not depend on the rows beside it.
+As the kernels of `kernels.py`: what a row gives does not depend on the rows beside it.
 """
 
 from collections.abc import Iterator

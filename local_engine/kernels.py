@@ -60,7 +60,7 @@ HABITS: Final = ZEN if HOST.startswith("znver") else XEON
 
 def usable(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether these kernels are for this engine."""
-    return device.type == "cpu" and made_for(dtype) and (torch.get_num_threads() == 1 or team.supported())
+    return device.type == "cpu" and made_for(dtype) and (threads() == 1 or team.supported())
 
 
 def threads() -> int:

@@ -90,7 +90,7 @@ class KernelProduct:
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.packed = kernels.pack(weight)
-        self.outputs, self.inputs = weight.shape
+        self.outputs = weight.shape[0]
         self.bias = bias
         self._plain = SharedProduct(weight.dtype, "plain" if bias is None else "bias")
         self._sum = SharedProduct(weight.dtype, "sum")
@@ -119,9 +119,9 @@ class KernelGated:
     """Our own kernel for both products of a gate; their columns take turns in its weights."""
 
     def __init__(self, gate: Tensor, up: Tensor) -> None:
-        outputs, self.inputs = gate.shape
+        outputs, inputs = gate.shape
         self.packed = kernels.pack(
-            torch.stack((gate.view(-1, LANES, self.inputs), up.view(-1, LANES, self.inputs)), 1).flatten(0, 2)
+            torch.stack((gate.view(-1, LANES, inputs), up.view(-1, LANES, inputs)), 1).flatten(0, 2)
         )
         self.outputs = 2 * outputs
         self._gated = SharedProduct(gate.dtype, "gated")

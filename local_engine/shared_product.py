@@ -41,8 +41,7 @@ def multiply(
     (_, weights, *_), (_, inputs, outputs) = given, shape
     kernel, threads = kernels.product(dtype, ending), sharing.threads
     panels = w.part(outputs, kernels.PANEL)
-    some = w.greater(w.part(panels, w.times(threads, _TURNS)), w.whole(1))
-    each = w.either(threads, "==", w.whole(1), panels, some)
+    each = w.greater(w.part(panels, w.times(threads, _TURNS)), w.whole(1))
     size = kernels.PANEL * dtype.itemsize
     with sharing.phase(w, panels, each) as (begin, end, last):
         own = w.part(w.times(w.part(following.outputs, kernels.PANEL), sharing.index), threads)

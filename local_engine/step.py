@@ -269,7 +269,6 @@ def _attend(step: _Step, layer: Any, own: dict[Layer, Any]) -> None:
     scores = w.add(told[StepWord.SCORES], w.times(step.index, told[StepWord.SCORES_BYTES]))
     units = w.times(count, kv_heads)
     each = w.either(count, "<", threads, w.whole(1), w.whole(kv_heads))
-    whole = w.either(threads, "==", w.whole(1), units, each)
 
     def of_group(base: Any, word: GroupWord) -> Any:
         return w.load_int(w.pointer(groups), w.add(base, word))
@@ -281,7 +280,7 @@ def _attend(step: _Step, layer: Any, own: dict[Layer, Any]) -> None:
         w.call(turn, place, weights, *tables, tokens, heads, stride, sizes.head_epsilon)
 
     with (
-        step.shared(units, whole) as (begin, end, _),
+        step.shared(units, each) as (begin, end, _),
         w.loop(w.part(begin, kv_heads), w.part(w.add(end, kv_heads - 1), kv_heads)) as part,
     ):
         before = w.times(part, kv_heads)

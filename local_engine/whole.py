@@ -177,7 +177,7 @@ class WholeForward:
         logits: Tensor,
         layers: tuple[int, int],
     ) -> "array[int]":
-        """What `_whole` is told, but for TOKENS. `taps`: per layer where they go, and of which rows."""
+        """What `step.whole` is told, but for TOKENS. `taps`: per layer where they go, and of which rows."""
         targets, tapped = taps
         reading = shared.reading
         return array(
@@ -295,7 +295,7 @@ def _products(layer: FusedLayer) -> "tuple[KernelProduct | KernelGated, ...]":
 
 
 def _by_kernels(layer: FusedLayer) -> bool:
-    """Whether all that `_decode` calls is there, and nothing that it does not."""
+    """Whether all that a step calls is there, and nothing that it does not."""
     products = (layer.qkv, layer.output, layer.down)
     return (
         isinstance(layer.input_norm, KernelNorm)
@@ -309,7 +309,7 @@ def _by_kernels(layer: FusedLayer) -> bool:
 
 
 def _common(layer: FusedLayer) -> tuple[float, ...]:
-    """What is written into the code of `_decode`, so that no layer may differ in it."""
+    """What is written into the code of a step, so that no layer may differ in it."""
     assert isinstance(layer.input_norm, KernelNorm)
     assert isinstance(layer.turn, KernelTurn)
     biased, normed = _product(layer.qkv).bias is not None, layer.turn.weights is not None

@@ -88,12 +88,6 @@ def habits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 @pytest.fixture
-def torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a CPU that our own kernels are not for: what is made meanwhile runs by torch's and oneDNN's."""
-    monkeypatch.setattr(kernels, "usable", lambda dtype, device: False)
-
-
-@pytest.fixture
 def endless(bundled: LocalModel) -> LocalModel:
     """The bundled model, never ending its turn."""
     return dataclasses.replace(bundled, end_tokens=frozenset())

@@ -1,11 +1,15 @@
 """What tests of the runner share: small random networks, and transformers' word for what they must give."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from local_engine import kernels
 from local_engine.kv import KVCache
 from local_engine.model import LocalModel
 from local_engine.runner import Runner, Segment
@@ -19,6 +23,14 @@ BUDGET = 64 << 20
 TOLERANCE = 1e-5
 """Between logits of up to 3, as these are; transformers itself differs by 2e-6 between one pass and token by token.
 Larger ones: test_bundled_logits.py."""
+
+
+@contextmanager
+def by_torch() -> Iterator[None]:
+    """As on a CPU that our own kernels are not for: what is made meanwhile runs by torch's and oneDNN's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "usable", lambda dtype, device: False)
+        yield
 
 
 def tiny_network(family: str, width: int = WIDTH) -> Any:

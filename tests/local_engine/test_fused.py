@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,25 +12,24 @@ from local_engine.model import LocalModel
 from local_engine.products import OneDNNProduct, PlainProduct, Stand
 from local_engine.runner import Runner, Segment, new_kv
 from tests.local_engine.engine_harness import ARCHITECTURES
-from tests.local_engine.runner_harness import BUDGET, FAMILIES, Pair, close, text, tiny_model, tiny_network
+from tests.local_engine.runner_harness import BUDGET, FAMILIES, Pair, by_torch, close, text, tiny_model, tiny_network
 
 WIDE = 384
 """Wide enough for products to be repacked."""
 
 
 @pytest.fixture(params=["ours", "ours, two threads", "torch's"])
-def ours(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
-    """Whether products are by our own kernels, where they are for this CPU."""
-    if request.param == "torch's":
-        request.getfixturevalue("torchs")
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """By our own kernels, where they are for this CPU, by one thread and several, and by torch's."""
     torch.set_num_threads(2 if "two" in request.param else 1)
     monkeypatch.setattr(whole, "_WEIGHTS_EACH", 1)
     monkeypatch.setattr(shared_product, "_WORK_EACH", 1)
-    yield request.param != "torch's"
+    with by_torch() if request.param == "torch's" else nullcontext():
+        yield
     torch.set_num_threads(1)
 
 
-@pytest.mark.usefixtures("ours")
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_repacked_layers_and_the_modules_that_share_their_weights_agree_with_transformers(
     family: str, bundled: LocalModel
@@ -124,7 +124,7 @@ def test_onednn_products_are_torch_products(rows: int, dtype: torch.dtype) -> No
         assert torch.equal(other, kept)
 
 
-@pytest.mark.usefixtures("ours")
+@pytest.mark.usefixtures("products")
 def test_bfloat16_is_as_near_to_the_exact_logits_as_transformers_is(bundled: LocalModel) -> None:
     model = tiny_model("qwen3", bundled, WIDE)
     exact, rounded = tiny_network("qwen3", WIDE), tiny_network("qwen3", WIDE).to(torch.bfloat16)

@@ -18,6 +18,7 @@ from local_engine.sampler import Choice, Sampler
 from local_engine.sequence import Sequence
 from local_engine.turns import Turn
 from local_engine.types import SamplingParams
+from tests.local_engine.runner_harness import by_torch
 
 CPU = torch.device("cpu")
 PROMPT = list(range(40, 80))
@@ -94,10 +95,9 @@ def test_many_tokens_in_one_call_are_those_of_one_each(dtype: torch.dtype) -> No
 
 
 @ours
-def test_rows_that_are_held_for_torch_are_not_written_by_our_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_are_held_for_torch_are_not_written_by_our_kernels() -> None:
     model = new_model()
-    with monkeypatch.context() as patch:
-        patch.setattr(kernels, "usable", lambda dtype, device: False)
+    with by_torch():
         kv = new_kv(model, 1 << 24)
     runner = Runner(model, kv)
     slot = kv.open(64)

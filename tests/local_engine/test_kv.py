@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from local_engine import kernels, kv_paged
+from local_engine import kv_paged
 from local_engine.kv import KVCache, KVFull, KVShape, Span
 from local_engine.kv_paged import PAGE, PagedKV, kernel_attends
 from local_engine.kv_rows import RowsKV
 from tests.local_engine.devices import NEEDS_CUDA
+from tests.local_engine.runner_harness import by_torch
 
 SHAPE = KVShape(
     layers=2,
@@ -34,8 +35,7 @@ MakeKV = Callable[[KVShape, int], KVCache]
 
 def rows_for_torch(shape: KVShape, limit: int) -> KVCache:
     """Rows as they are held where our own kernels, for which they are cut, are not for the CPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "usable", lambda dtype, device: False)
+    with by_torch():
         return RowsKV(shape, limit)
 
 

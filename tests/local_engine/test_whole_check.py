@@ -16,7 +16,7 @@ from local_engine.norms import KernelNorm, Norm
 from local_engine.runner import Runner, new_kv
 from local_engine.sampler import Choice
 from local_engine.whole import WholeForward
-from tests.local_engine.runner_harness import BUDGET, Pair, close, text, tiny_network
+from tests.local_engine.runner_harness import BUDGET, Pair, by_torch, close, text, tiny_network
 
 pytestmark = pytest.mark.skipif(
     not kernels.made_for(torch.float32), reason="this CPU is not one that our float32 kernels are for"
@@ -108,10 +108,9 @@ def test_the_check_takes_none_of_the_budget_and_leaves_nothing(bundled: LocalMod
     assert kv.bytes_allocated == allocated
 
 
-def test_rows_that_are_held_for_torch_run_layer_by_layer(bundled: LocalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_are_held_for_torch_run_layer_by_layer(bundled: LocalModel) -> None:
     model = a_model(bundled)
-    with monkeypatch.context() as patch:
-        patch.setattr(kernels, "usable", lambda dtype, device: False)
+    with by_torch():
         kv = new_kv(model, BUDGET)
     runner = Runner(model, kv)
     falls_back(runner)
