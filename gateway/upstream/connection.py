@@ -39,6 +39,9 @@ WRITE_BYTES = 64 << 10
 """A longer request body goes out in pieces of this size, each when the one before has left."""
 PROBE_AFTER_S = 1.0
 """A connection that was idle for longer is asked whether the server's goodbye already waits in the kernel."""
+AFTER_STREAM_S = 0.05
+"""So long a connection rests after a stream before it serves again, until one to its server has outlived that:
+llama.cpp's closes each of them after a stream, without a word in its headers, and who asks at once asks nobody."""
 MAX_DRAIN_BYTES = 64 << 10
 _TICK_S = 0.001
 
@@ -76,6 +79,10 @@ class Connection(asyncio.Protocol):
         self._drain_until = math.inf
         self.idle_since = 0.0
         self.reused = False
+        self.streamed = False
+        """Its last answer came in chunks."""
+        self.left = False
+        """The server closed it."""
         self._reset()
 
     def _reset(self) -> None:
@@ -205,14 +212,19 @@ class Connection(asyncio.Protocol):
         self._keep_alive_until = self.idle_since + keep_alive_s
         self._arm(self._keep_alive_until)
 
-    def usable(self) -> bool:
+    @property
+    def rested(self) -> bool:
+        """It was idle for so long that a server that leaves after streams would have left."""
+        return not self.streamed or self._loop.time() - self.idle_since >= AFTER_STREAM_S
+
+    def usable(self, *, trusted: bool) -> bool:
         """Whether this idle connection can take a request. Its server may have left without the loop knowing yet."""
         if self.closed or self._transport is None or self._transport.is_closing():
             return False
         now = self._loop.time()
         if now >= self._keep_alive_until:
             return False
-        if now - self.idle_since > PROBE_AFTER_S:
+        if not trusted or now - self.idle_since > PROBE_AFTER_S:
             poll = select.poll()
             poll.register(self._transport.get_extra_info("socket").fileno(), select.POLLIN)
             return not poll.poll(0)
@@ -276,6 +288,7 @@ class Connection(asyncio.Protocol):
             self.fail(HeadersTooLarge(words, reused=self.reused))
         encoding = find_header(self.head, b"content-encoding")
         transfer = find_header(self.head, b"transfer-encoding")
+        self.streamed = transfer is not None
         if encoding not in (None, b"", b"identity") or transfer not in (None, b"chunked"):
             words = f"an answer in an encoding that was not asked for: {(encoding or transfer or b'')[:50]!r}"
             self.fail(UnsupportedEncoding(words, reused=self.reused))
@@ -334,6 +347,7 @@ class Connection(asyncio.Protocol):
                 self.error = ClosedInHeaders("closed in the middle of the headers" + why, reused=self.reused)
             else:
                 self.error = ClosedBeforeHeaders("closed before any answer" + why, reused=self.reused)
+        self.left = True
         self.abort()
         self._wake()
 

@@ -257,13 +257,19 @@ class _Pool:
         self.open: set[Connection] = set()
         self.idle: list[Connection] = []
         self.connecting = 0
+        self._stays = False
+        """Its connections are known to outlive a stream."""
         self._keep_alive_s = keep_alive_s
         self._max_idle = max_idle
 
     def take(self) -> Connection | None:
-        while self.idle:
-            connection = self.idle.pop()
-            if connection.usable():
+        for at in range(len(self.idle) - 1, -1, -1):
+            connection = self.idle[at]
+            if not self._stays and not connection.rested:
+                continue
+            del self.idle[at]
+            if connection.usable(trusted=self._stays or not connection.streamed):
+                self._stays = self._stays or connection.streamed
                 return connection
             connection.abort()
         return None
@@ -283,6 +289,8 @@ class _Pool:
         self.open.discard(connection)
         if not connection.exchanging and connection in self.idle:
             self.idle.remove(connection)
+            if connection.left and not connection.rested:
+                self._stays = False
 
     async def connect(self, host: str, port: int, tls: ssl.SSLContext | None) -> Connection:
         loop = asyncio.get_running_loop()

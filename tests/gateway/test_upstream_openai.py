@@ -9,6 +9,7 @@ import pytest
 
 from gateway.edge.wire import read_chat
 from gateway.ledger.settle import Usage
+from gateway.upstream.connection import AFTER_STREAM_S
 from gateway.upstream.http import HttpClient, Statistics
 from gateway.upstream.openai import OpenAIUpstream
 from gateway.upstream.types import Answer, CallHeaders, Cause, ChatCall, StreamState, Target, UpstreamError
@@ -236,6 +237,7 @@ async def test_a_streams_connection_serves_the_next_call(client: HttpClient) -> 
         for _ in range(3):
             await streamed(client, server)
             await until(lambda: client.statistics().idle == 1)
+            await asyncio.sleep(2 * AFTER_STREAM_S)
         assert server.connections == 1
 
 

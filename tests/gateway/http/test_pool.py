@@ -8,9 +8,10 @@ import time
 import pytest
 
 from gateway.upstream import http_errors as errors
+from gateway.upstream.connection import AFTER_STREAM_S
 from gateway.upstream.http import HttpClient, RequestHead, Statistics
 from tests.gateway.conftest import until
-from tests.gateway.http.conftest import HELLO, NOTHING, PATIENT, START, hangs, to, whole
+from tests.gateway.http.conftest import CHUNKED, HELLO, NOTHING, PATIENT, START, hangs, to, whole
 from tests.gateway.raw_server import in_pieces, raw_server
 
 pytestmark = pytest.mark.anyio
@@ -60,6 +61,39 @@ async def test_a_goodbye_that_the_loop_has_not_read_yet_is_noticed(client: HttpC
         await asyncio.to_thread(thread.join)
 
 
+async def test_nobody_is_asked_on_the_way_out(client: HttpClient) -> None:
+    """llama.cpp's server closes after every stream and does not say so: a request could be sent to a closed door."""
+
+    async def leaves(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(CHUNKED)
+        await writer.drain()
+        await asyncio.sleep(0.005)
+        writer.close()
+
+    async with raw_server(leaves) as server:
+        for call in range(1, 11):
+            assert await whole(client, to(server)) == b"hello"
+            assert server.connections == call
+        server.plays[:] = [HELLO]
+        for _ in range(5):  # what comes whole leaves the connection open
+            assert await whole(client, to(server)) == b"hello"
+        assert server.connections == 11
+
+
+async def test_a_connection_that_outlives_a_stream_serves_again_at_once(client: HttpClient) -> None:
+    async with raw_server(CHUNKED) as server:
+        await whole(client, to(server))
+        await asyncio.sleep(2 * AFTER_STREAM_S)
+        for _ in range(5):
+            await whole(client, to(server))
+        assert server.connections == 1
+        server.writers[0].close()  # for whatever reason: it is in doubt again whether the server stays
+        await until(lambda: client.statistics() == NOTHING)
+        for _ in range(2):
+            await whole(client, to(server))
+        assert server.connections == 3
+
+
 async def test_idle_connections_grow_old_and_few() -> None:
     client = HttpClient(keep_alive_s=0.2, max_idle=2)
     async with raw_server(HELLO) as server:
@@ -77,6 +111,7 @@ async def test_the_rest_of_a_stream_is_read_beside_its_reader(client: HttpClient
             assert await response.read_some() == b"hel"
             response.release(linger_s=30)
             await until(lambda: client.statistics().idle == 1)
+            await asyncio.sleep(2 * AFTER_STREAM_S)
         assert server.connections == 1
     async with raw_server(in_pieces(START, START * 20_000, b"", pause_s=0.1)) as endless:
         response = await client.request(to(endless), b"", PATIENT)

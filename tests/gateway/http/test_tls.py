@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gateway.upstream import http_errors as errors
-from gateway.upstream.connection import Timeouts
+from gateway.upstream.connection import AFTER_STREAM_S, Timeouts
 from gateway.upstream.http import HttpClient, RequestHead, Statistics
 from tests.gateway.http.conftest import HELLO, NOTHING, PATIENT, START, hangs, to, whole
 from tests.gateway.raw_server import in_pieces, raw_server, then_close
@@ -44,6 +44,7 @@ async def test_tls_with_an_authority_of_ones_own(
     async with raw_server(HELLO, stream, HELLO, then_close(b""), tls=server_tls(certificate)) as server:
         for _ in range(3):
             assert await whole(client, to(server, scheme="https", host="localhost")) == b"hello"
+            await asyncio.sleep(2 * AFTER_STREAM_S)
         assert server.connections == 1
         with pytest.raises(errors.ClosedBeforeHeaders):
             await whole(client, to(server, scheme="https", host="localhost"))
