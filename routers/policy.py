@@ -90,8 +90,8 @@ Server = Literal["openai", "leadline", "vllm", "sglang", "llamacpp"]
 
 PrefixStyle = Literal["deepseek", "vllm", "llamacpp", "anthropic", "leadline"]
 """How a server is told that the last message is the start of its answer: by `prefix: true` in it, and a thought beside
-it (DeepSeek, Mistral); by `continue_final_message` (vLLM, SGLang, ours); by its place, with the template's thinking off
-(llama.cpp), or alone (Anthropic and others)."""
+it (DeepSeek, Mistral); by `continue_final_message` (vLLM, SGLang, ours), with the name of what goes on (llama.cpp); by
+its place alone (Anthropic and others)."""
 PREFIX_STYLES: Mapping[Server, PrefixStyle] = {
     "openai": "deepseek", "leadline": "leadline", "vllm": "vllm", "sglang": "vllm", "llamacpp": "llamacpp",
 }  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import msgspec
 
 from gateway.ledger.settle import Usage
-from gateway.upstream.begun import CLOSE, OPEN
+from gateway.upstream.begun import CLOSE, OPEN, closing
 from gateway.upstream.types import Event, UpstreamError
 
 
@@ -117,8 +117,8 @@ class Following:
             self.over, self._open, self._held = True, False, ""
             parts = [("thought", before), ("answer", after)]
             return [Heard(kind, part, listed) for kind, part in parts if part]  # type: ignore[arg-type]
-        keep = next((n for n in range(len(CLOSE) - 1, 0, -1) if before.endswith(CLOSE[:n])), 0)
-        said, self._held = before[: len(before) - keep], before[len(before) - keep :]
+        sure = len(before) - closing(before)
+        said, self._held = before[:sure], before[sure:]
         return [Heard("thought", said, listed)] if said else []
 
 

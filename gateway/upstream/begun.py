@@ -1,9 +1,9 @@
 """An answer, or a thought, that has begun: how each server is told to write on from it, and how ours reads that.
 
 The last message holds it. DeepSeek and Mistral take `prefix: true` in that message, DeepSeek a thought as its
-`reasoning_content`; vLLM and SGLang take `continue_final_message`; llama.cpp and Anthropic go on from any last message
-of an assistant, llama.cpp where the template's thinking is off. Where a thought has no field it stands in the content,
-between the tags that most models think in.
+`reasoning_content`; vLLM, SGLang and llama.cpp take `continue_final_message`, llama.cpp with the name of the field that
+goes on and a thought in its own (its pull request 23089, of May 2026); Anthropic goes on from any last message of an
+assistant. Where a thought has no field it stands in the content, between the tags that most models think in.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from local_engine.types import ThoughtSoFar
 from routers.policy import PrefixStyle
 
 OPEN, CLOSE = "<think>", "</think>"
-_CONTINUE, _TEMPLATE = "continue_final_message", "chat_template_kwargs"
+_CONTINUE, _THOUGHT, _TEMPLATE = "continue_final_message", "reasoning_content", "chat_template_kwargs"
 _encode = msgspec.json.Encoder().encode
 _YES, _NO = msgspec.Raw(b"true"), msgspec.Raw(b"false")
 
@@ -24,23 +24,36 @@ _YES, _NO = msgspec.Raw(b"true"), msgspec.Raw(b"false")
 def begun(call: ChatCall, style: PrefixStyle) -> dict[str, msgspec.Raw]:
     """The fields that say so, in place of the call's own."""
     last: dict[str, Any] = {"role": "assistant", "content": call.prefix}
+    said = call.thought
+    if style == "llamacpp" and said is not None and not (said.text.strip() or call.prefix):
+        return _unthought(call) if said.over else {}  # it begins no answer by an empty message
     if style == "deepseek":
         last["prefix"] = True
-        if call.thought is not None:
-            last["reasoning_content"] = call.thought.text
-            if call.thought.over and not call.prefix:
-                last["content"] = "\n"  # content has begun: so the thought is over
-    elif call.thought is not None:
-        last["content"] = in_tags(call.thought, as_it_is=style == "leadline") + call.prefix
+    if said is None:
+        pass
+    elif style == "deepseek":
+        last[_THOUGHT] = said.text
+        if said.over and not call.prefix:
+            last["content"] = "\n"  # content has begun: so the thought is over
+    elif style == "llamacpp":
+        last[_THOUGHT] = said.text.rstrip() if said.over else said.text  # its template closes the thought
+    else:
+        last["content"] = in_tags(said, as_it_is=style == "leadline") + call.prefix
     messages = msgspec.json.decode(call.fields["messages"], type=list[msgspec.Raw])
     fields = {"messages": msgspec.Raw(_encode([*messages, last]))}
     if style in ("vllm", "leadline"):
         fields |= {_CONTINUE: _YES, "add_generation_prompt": _NO}
     elif style == "llamacpp":
-        given = call.fields.get(_TEMPLATE)
-        kwargs = {} if given is None else msgspec.json.decode(given, type=dict[str, msgspec.Raw])
-        fields[_TEMPLATE] = msgspec.Raw(_encode({**kwargs, "enable_thinking": False}))
+        goes_on = "content" if said is None or said.over else _THOUGHT
+        fields |= {_CONTINUE: msgspec.Raw(_encode(goes_on)), "add_generation_prompt": _NO}
     return fields
+
+
+def _unthought(call: ChatCall) -> dict[str, msgspec.Raw]:
+    """Answered at once, as its template has it."""
+    given = call.fields.get(_TEMPLATE)
+    kwargs = {} if given is None else msgspec.json.decode(given, type=dict[str, msgspec.Raw])
+    return {_TEMPLATE: msgspec.Raw(_encode({**kwargs, "enable_thinking": False}))}
 
 
 def in_tags(thought: ThoughtSoFar, *, as_it_is: bool = False) -> str:
@@ -52,6 +65,11 @@ def in_tags(thought: ThoughtSoFar, *, as_it_is: bool = False) -> str:
     if not as_it_is or not text.endswith("\n"):
         text = text.rstrip() + "\n"
     return f"{text}{CLOSE}\n\n"
+
+
+def closing(text: str) -> int:
+    """How many characters at the end of a text may be the beginning of the closing tag."""
+    return next((size for size in range(len(CLOSE) - 1, 0, -1) if text.endswith(CLOSE[:size])), 0)
 
 
 def read_begun(call: ChatCall) -> ChatCall:

@@ -109,7 +109,7 @@ async def test_a_step_ends_at_its_stop_string_and_tells_how_likely_its_tokens_we
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("over", [False, True])
 def test_each_server_is_told_in_its_own_way(style: PrefixStyle, over: bool) -> None:
-    asked = call(ThoughtSoFar("One.\n\n", over), "So" if over else "", chat_template_kwargs={"a": 1})
+    asked = call(ThoughtSoFar("One.\n\n", over), "So" if over else "")
     fields = {name: json.loads(bytes(raw)) for name, raw in begun(asked, style).items()}
     first, last = fields["messages"]
     assert first["content"] == QUESTION
@@ -119,14 +119,24 @@ def test_each_server_is_told_in_its_own_way(style: PrefixStyle, over: bool) -> N
     if style == "deepseek":
         said = {"content": "So" if over else "", "reasoning_content": "One.\n\n", "prefix": True}
         assert last == {"role": "assistant", **said}
+    elif style == "llamacpp":
+        said = {"content": "So" if over else "", "reasoning_content": "One." if over else "One.\n\n"}
+        assert last == {"role": "assistant", **said}
     else:
         assert last == {"role": "assistant", "content": tagged}
-    told: dict[str, Any] = (
-        {"continue_final_message": True, "add_generation_prompt": False} if style in ("vllm", "leadline") else {}
-    )
-    if style == "llamacpp":
-        told = {"chat_template_kwargs": {"a": 1, "enable_thinking": False}}
+    goes_on: dict[str, Any] = dict.fromkeys(("vllm", "leadline"), True)
+    goes_on["llamacpp"] = "content" if over else "reasoning_content"
+    told = {"continue_final_message": goes_on[style], "add_generation_prompt": False} if style in goes_on else {}
     assert {name: value for name, value in fields.items() if name != "messages"} == told
+
+
+def test_llamacpp_begins_what_has_no_words_yet_by_itself() -> None:
+    """A last message without words makes its server leave out that the assistant's turn has begun."""
+    assert begun(call(ThoughtSoFar("")), "llamacpp") == {}
+    over = begun(call(ThoughtSoFar("\n", over=True), chat_template_kwargs={"a": 1}), "llamacpp")
+    assert {name: json.loads(bytes(raw)) for name, raw in over.items()} == {
+        "chat_template_kwargs": {"a": 1, "enable_thinking": False}
+    }
 
 
 @pytest.mark.parametrize("thought", [None, ThoughtSoFar("One.\n\n"), ThoughtSoFar("One.", over=True)])
