@@ -13,6 +13,17 @@ from gateway.upstream.connection import Timeouts
 from gateway.upstream.engines import CAPABILITIES, LOAD_HEADER, Load, load_of_header, tenant_salt
 from gateway.upstream.http import HttpClient, HttpResponse, RequestHead
 from gateway.upstream.http_errors import BadResponse, ConnectError, ExchangeTimeout, FirstByteTimeout, HttpError
+from gateway.upstream.raw_thought import (
+    RawThought,
+    completion,
+    conversation,
+    limit,
+    room,
+    size,
+    text_of,
+    tokens_of,
+    with_thought,
+)
 from gateway.upstream.refusals import error_object, refusal
 from gateway.upstream.sse import SseReader
 from gateway.upstream.types import Answer, ChatCall, Event, Hear, Progress, StreamState, Target, UpstreamError
@@ -28,6 +39,7 @@ PATHS: dict[Endpoint, str] = {
     "completions": "/completions",
     "embeddings": "/embeddings",
 }
+_NOT_SERVED = (401, 403, 404, 405)
 _INCLUDE_USAGE = msgspec.Raw(b'{"include_usage":true}')
 
 
@@ -80,6 +92,11 @@ class OpenAIUpstream:
             headers.append(("endpoint-load-metrics-format", "JSON"))
         base = base_url.rstrip("/")
         self._heads = {endpoint: RequestHead("POST", base + path, headers) for endpoint, path in PATHS.items()}
+        self._tokenize, self._detokenize = (
+            RequestHead("POST", base.removesuffix("/v1") + path, headers) for path in ("/tokenize", "/detokenize")
+        )
+        self._renders = server == "vllm"
+        """It tells the prompt that it makes of a conversation."""
 
     def unavailable(self, target: Target) -> str | None:
         return None
@@ -131,11 +148,15 @@ class OpenAIUpstream:
         return Answer(body, usage, delivered_bytes=len(body))
 
     async def _stream(self, target: Target, call: ChatCall, progress: Progress | None) -> "OpenAIStream":
-        response = await self._post(target, call, progress)
+        if progress is not None:
+            progress.unsent = True
+        raw = await self._as_text(target, call)
+        response = await self._post(target, raw or call, progress)
         kind = response.header(b"content-type")
         if kind is not None and not kind.startswith("text/event-stream"):
             raise await self._no_stream(response, kind)
-        stream = OpenAIStream(response, self._provider, call.choices, self._secret)
+        as_chat = RawThought(over=call.thought.over).as_chat if raw is not None and call.thought is not None else None
+        stream = OpenAIStream(response, self._provider, call.choices, self._secret, as_chat)
         try:
             await stream.read_first()
         except BaseException:
@@ -155,6 +176,16 @@ class OpenAIUpstream:
             fields["cache_salt"] = msgspec.Raw(_encode(tenant_salt(self._salt, call.tenant)))
         if call.priority and self._priority:
             fields["priority"] = msgspec.Raw(b"%d" % (self._priority * call.priority))
+        response = await self._send(self._heads[call.endpoint], _encode(fields), target, progress)
+        if response.status == 200:
+            if self.on_load is not None and (told := response.header(LOAD_HEADER)) is not None:
+                load = load_of_header(told)
+                if load is not None:
+                    self.on_load(load)
+            return response
+        raise refusal(self._provider, response, await _some_of(response))
+
+    async def _send(self, head: RequestHead, body: bytes, target: Target, progress: Progress | None) -> HttpResponse:
         timeouts = Timeouts(
             target.connect_timeout_s, target.first_byte_timeout_s, target.idle_timeout_s, target.timeout_s
         )
@@ -162,7 +193,7 @@ class OpenAIUpstream:
         if progress is not None:
             progress.unsent, on_sent = True, progress.goes_out
         try:
-            response = await self._client.request(self._heads[call.endpoint], _encode(fields), timeouts, on_sent)
+            response = await self._client.request(head, body, timeouts, on_sent)
         except ConnectError as error:
             raise UpstreamError("connect", f"{self._provider} cannot be reached: {error}") from error
         except ExchangeTimeout as error:
@@ -172,13 +203,43 @@ class OpenAIUpstream:
             ) from error
         except HttpError as error:
             raise _broken(self._provider, error, "did not answer", "broke the connection") from error
-        if response.status == 200:
-            if self.on_load is not None and (told := response.header(LOAD_HEADER)) is not None:
-                load = load_of_header(told)
-                if load is not None:
-                    self.on_load(load)
-            return response
-        raise refusal(self._provider, response, await _some_of(response))
+        return response
+
+    async def _as_text(self, target: Target, call: ChatCall) -> ChatCall | None:
+        """A call with a thought as a text completion; None: it goes out as a chat."""
+        if not self._renders or call.thought is None or target.prefix != "vllm" or not call.text_only:
+            return None
+        try:
+            asked = conversation(call, target.wire_model)
+            key = (self._provider, asked)
+            if (prompt := call.rendered.get(key)) is None:
+                tokens = await self._asked(self._tokenize, asked, target)
+                text = await self._asked(self._detokenize, tokens_of(target.wire_model, tokens), target)
+                prompt = call.rendered[key] = text_of(text)
+            prompt = with_thought(prompt, call.thought, call.prefix)
+            if (most := limit(call.fields)) is None:
+                told = await self._asked(self._tokenize, size(target.wire_model, prompt), target)
+                most = msgspec.Raw(b"%d" % room(told))
+        except msgspec.DecodeError:
+            return None
+        fields = completion(call.fields, prompt, most)
+        return msgspec.structs.replace(call, endpoint="completions", fields=fields, prefix="", thought=None)
+
+    async def _asked(self, head: RequestHead, body: bytes, target: Target) -> bytes:
+        """What a path of the server's own answers, for which nobody pays. Raises UpstreamError."""
+        try:
+            response = await self._send(head, body, target, None)
+            try:
+                if response.status in _NOT_SERVED:
+                    self._renders = False
+                return await response.read(MAX_ANSWER_BYTES)
+            except HttpError as error:
+                raise _broken(self._provider, error, "did not tell its prompt", "broke the connection") from error
+            finally:
+                response.release()
+        except UpstreamError as error:
+            error.may_be_billed = False
+            raise
 
     async def _no_stream(self, response: HttpResponse, kind: str) -> UpstreamError:
         """The error that something other than an event stream stands for."""
@@ -194,7 +255,16 @@ class OpenAIUpstream:
 
 
 class OpenAIStream:
-    def __init__(self, response: HttpResponse, provider: str, choices: int, secret: str | None = None) -> None:
+    def __init__(
+        self,
+        response: HttpResponse,
+        provider: str,
+        choices: int,
+        secret: str | None = None,
+        as_chat: Callable[[bytes], bytes] | None = None,
+    ) -> None:
+        """`as_chat` makes a chat's chunks of those of another kind."""
+        self._as_chat = as_chat
         self.state = StreamState()
         self._response = response
         self._provider = provider
@@ -259,7 +329,8 @@ class OpenAIStream:
         events = []
         for payload in payloads:
             try:
-                event = read_chunk(payload, self.state, self._choices)
+                data = payload if self._as_chat is None else self._as_chat(payload)
+                event = read_chunk(data, self.state, self._choices)
             except UpstreamError as error:
                 if self._secret:
                     error.hide(self._secret)

@@ -158,6 +158,8 @@ class ChatCall(msgspec.Struct):
     """Whose it is: set at admission, and by nobody after. Engines keep the prefixes of tenants apart by it."""
     priority: int | None = None
     """Larger goes first (`gateway.priority`); None: none is asked for. After admission what the policy allows."""
+    rendered: dict[tuple[str, bytes], str] = msgspec.field(default_factory=dict)
+    """Prompts that providers have made of it for `gateway.upstream.raw_thought`, shared by all calls of one plan."""
     request_id: str | None = None
     """Given at the edge where it must be known before admission."""
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from aiohttp import web
 
+from tests.gateway.raw_text import RawText
 from tests.serving import Served, as_asked, begin_events, event
 
 PRICES = {
@@ -66,6 +67,8 @@ class Reasoner(Served):
     together: int = 1
     """Words in one piece of a stream, as of a server that guesses tokens."""
     left: int = 0
+    raw: RawText | None = field(default_factory=RawText)
+    """It serves vLLM's paths for raw text, too."""
     context: int = 1 << 20
     """Tokens, of each of them. It refuses to be asked for more than fits, as vLLM does."""
     _cached: set[tuple[str, ...]] = field(default_factory=set)
@@ -73,6 +76,8 @@ class Reasoner(Served):
     def app(self) -> web.Application:
         app = web.Application(client_max_size=64 << 20)
         app.router.add_post("/v1/chat/completions", self._chat)
+        if self.raw is not None:
+            self.raw.add_to(app)
         return app
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
@@ -93,7 +98,7 @@ class Reasoner(Served):
             return await self.stream(request, body, words, reason, stopped, doubts)
         await asyncio.sleep(self.pace_s)
         usage = self.bill(body, len(words))
-        thought, content = _split("".join(words), self.thinking(body), self.minds[body["model"]].separates)
+        thought, content = _split("".join(words), self.thinking(body), self.separates(body))
         message = {"role": "assistant", "content": content, **({"reasoning_content": thought} if thought else {})}
         choice: dict[str, Any] = {"index": 0, "message": message, "finish_reason": reason, "stop_reason": stopped}
         if body.get("logprobs"):
@@ -121,7 +126,7 @@ class Reasoner(Served):
             await response.write(event({**frame, **fields}))
 
         sent, said, told = 0, "", ("", "")
-        thinking, separates = self.thinking(body), self.minds[body["model"]].separates
+        thinking, separates = self.thinking(body), self.separates(body)
         try:
             for at in range(0, len(words), self.together):
                 some = words[at : at + self.together]
@@ -176,6 +181,9 @@ class Reasoner(Served):
         begun = _begun(body)
         return begun is None or (begun.startswith("<think>") and "</think>" not in begun)
 
+    def separates(self, body: dict[str, Any]) -> bool:
+        return self.minds[body["model"]].separates and not body.get("raw")
+
     def words(self, body: dict[str, Any]) -> tuple[list[str], str, str | None, set[int]]:
         """(what it says, why it stops, at which stop string, which of the words it was in doubt about)."""
         mind, begun, doubts = self.minds[body["model"]], _begun(body), set()
@@ -225,14 +233,15 @@ def _begun(body: dict[str, Any]) -> str | None:
     if last["role"] != "assistant":
         return None
     if "reasoning_content" in last:
-        closing = "\n</think>\n\n" if last["content"] else ""
+        over = last["content"] or body.get("continue_final_message") == "content"
+        closing = "\n</think>\n\n" if over else ""
         return f"<think>\n{last['reasoning_content']}{closing}{last['content'].strip()}"
     text: str = last["content"]
     return text
 
 
 def _prompt(body: dict[str, Any]) -> str:
-    said = [message["content"] for message in body["messages"] if message["role"] != "assistant"]
+    said = [str(message["content"]) for message in body["messages"] if message["role"] != "assistant"]
     return " ".join(said) + " \n" + (_begun(body) or "")
 
 

@@ -96,12 +96,14 @@ def turns(attempts: list[tuple[str, str, str]]) -> str:
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-@pytest.mark.parametrize("server", ["vllm", "openai", "llamacpp"])
+@pytest.mark.parametrize(
+    ("server", "separates"), [("vllm", True), ("vllm", False), ("openai", True), ("llamacpp", True)]
+)
 async def test_a_draft_writes_what_the_base_finds_good(
-    far: Reasoner, tmp_path: Path, server: str, stream: bool
+    far: Reasoner, tmp_path: Path, server: str, separates: bool, stream: bool
 ) -> None:
     far.minds["draft"] = Mind([*STEPS[:2], BAD, *STEPS[3:]])
-    far.minds["base"] = Mind(separates=server != "llamacpp")
+    far.minds["base"] = Mind(separates=separates)
     async with start(far, tmp_path / "home", server=server) as gateway:
         thought, answer, usage, plan = await told(gateway, stream=stream)
         assert (thought, answer) == (RIGHT, ANSWER)

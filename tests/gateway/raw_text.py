@@ -1,0 +1,83 @@
+"""vLLM's paths for raw text, before a chat endpoint: it tells the prompt of a conversation, and goes on from any text.
+
+A conversation is one token, and its prompt is that token's number; what stands behind it is what has been written.
+"""
+
+import asyncio
+import json
+import re
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+from tests.serving import begin_events, event
+
+OPENING = "assistant:\n"
+
+
+class RawText:
+    def __init__(self) -> None:
+        self.conversations: list[Any] = []
+        self.hold = asyncio.Event()
+        self.hold.set()
+
+    def add_to(self, app: web.Application) -> None:
+        app.router.add_post("/tokenize", self._tokenize)
+        app.router.add_post("/detokenize", self._detokenize)
+        app.router.add_post("/v1/completions", self._complete)
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        if "prompt" in body:
+            return web.json_response({"count": len(body["prompt"].split()), "max_model_len": 5000, "tokens": []})
+        self.conversations.append(body["messages"])
+        await self.hold.wait()
+        return web.json_response({"count": 1, "max_model_len": 1 << 20, "tokens": [len(self.conversations) - 1]})
+
+    async def _detokenize(self, request: web.Request) -> web.Response:
+        (token,) = (await request.json())["tokens"]
+        return web.json_response({"prompt": f"[{token}]{OPENING}"})
+
+    async def _complete(self, request: web.Request) -> web.StreamResponse:
+        """As a chat whose last message goes on, whose thoughts stand between tags."""
+        body = await request.json()
+        found = re.fullmatch(rf"\[(\d+)\]{OPENING}(.*)", body.pop("prompt"), re.DOTALL)
+        assert found is not None
+        assert body.pop("add_special_tokens") is False
+        assert body["max_tokens"] is not None, "it would stop at 16"
+        last = {"role": "assistant", "content": found[2]}
+        chat = {**body, "messages": [*self.conversations[int(found[1])], last], "raw": True}
+        if "logprobs" in body:
+            chat |= {"logprobs": True, "top_logprobs": body["logprobs"]}
+        url = request.url.with_path("/v1/chat/completions")
+        try:
+            async with aiohttp.ClientSession() as session, session.post(url, json=chat) as answer:
+                if answer.status != 200:
+                    return web.Response(status=answer.status, body=await answer.read())
+                response = await begin_events(request)
+                async for line in answer.content:
+                    if line.startswith(b"data: {"):
+                        await response.write(event(_as_text(json.loads(line[6:]))))
+                    elif line.startswith(b"data: "):
+                        await response.write(line + b"\n")
+                return response
+        except aiohttp.ClientError:
+            assert request.transport is not None
+            request.transport.abort()
+            return web.Response()
+
+
+def _as_text(chunk: dict[str, Any]) -> dict[str, Any]:
+    pieces = []
+    for choice in chunk["choices"]:
+        delta = choice.pop("delta")
+        piece = {**choice, "text": (delta.get("reasoning_content") or "") + (delta.get("content") or "")}
+        if listed := (choice.get("logprobs") or {}).get("content"):
+            piece["logprobs"] = {
+                "tokens": [one["token"] for one in listed],
+                "token_logprobs": [one["logprob"] for one in listed],
+                "top_logprobs": [{top["token"]: top["logprob"] for top in one["top_logprobs"]} for one in listed],
+            }
+        pieces.append(piece)
+    return {**chunk, "object": "text_completion", "choices": pieces}
