@@ -7,6 +7,7 @@ SOAK_TESTS ?= tests/faults/test_fault_matrix.py tests/faults/test_ledger_oracle.
 	tests/local_engine/test_primitives.py tests/local_engine/test_engine_leaks.py
 JUDGES ?= .bench/judges
 VLLM   ?= .bench/vllm
+LLAMACPP ?= .bench/llamacpp
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
@@ -48,12 +49,16 @@ soak: install ## Mixed traffic for MINUTES, then the long sizes of tests, in pro
 	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
 	$(BIN)/python -m pytest --soak $(MINUTES) $(SOAK_TESTS)
 
-judges: install $(JUDGES)/.installed $(VLLM)/.installed ## schemathesis and langchain-tests on us, and we before a real vLLM
+judges: install $(JUDGES)/.installed $(VLLM)/.installed $(LLAMACPP)/.installed ## schemathesis and langchain-tests on us, and we before a real vLLM and llama.cpp
 	$(BIN)/python -m tests.judges $(JUDGES)
 	$(BIN)/python -m tests.judges.vllm_engine $(VLLM)
+	$(BIN)/python -m tests.judges.llamacpp_engine $(LLAMACPP)
 
 $(VLLM)/.installed: scripts/install_vllm.sh constraints.txt
 	PYTHON=$(PYTHON) sh scripts/install_vllm.sh $(VLLM)
+
+$(LLAMACPP)/.installed: scripts/install_llamacpp.sh
+	PYTHON=$(PYTHON) sh scripts/install_llamacpp.sh $(LLAMACPP)
 
 $(JUDGES)/.installed: tests/judges/requirements.txt
 	test -x $(JUDGES)/bin/python || $(PYTHON) -m venv $(JUDGES)
