@@ -1,5 +1,6 @@
 """What an OpenAI-compatible server may say, and what is understood."""
 
+import asyncio
 import email.utils
 import time
 from collections.abc import AsyncIterator
