@@ -3,8 +3,8 @@
 `--threads 2` has steps and peers run with two threads each, and writes results/engine-2-threads.json.
 
 Sections: steps (decode steps over the machine's bound, taps), overhead (what of a step is no forward pass), peers
-(tokens per second beside transformers and vLLM), prefix (first token of a shared prompt; cost where nothing hits),
-cancel (from the caller's leaving to freed rows).
+(tokens per second beside transformers, vLLM and llama.cpp), prefix (first token of a shared prompt; cost where nothing
+hits), cancel (from the caller's leaving to freed rows).
 Values are medians over rounds, ratios are taken within a round. Speculation has a command of its own: engine_spec.
 """
 
@@ -66,7 +66,11 @@ def peers(seed: int, into: Measured, seconds: float, threads: int) -> None:
         theirs = into.last(f"{engine_peers.GENERATE}, batch {batch}", "tokens_per_s")
         if ours and theirs:
             into.add(f"{engine_peers.OURS}, batch {batch}", "over_generate", ours / theirs, "ratio")
-        for rival, metric in ((engine_peers.SERVE, "over_serve"), (engine_peers.VLLM_NAME, "over_vllm")):
+        for rival, metric in (
+            (engine_peers.SERVE, "over_serve"),
+            (engine_peers.VLLM_NAME, "over_vllm"),
+            (engine_peers.LLAMACPP_NAME, "over_llamacpp"),
+        ):
             found = into.last(f"{rival}, batch {batch}", "tokens_per_s")
             if ours_http and found:
                 into.add(f"{engine_peers.OURS_HTTP}, batch {batch}", metric, ours_http / found, "ratio")
@@ -138,6 +142,7 @@ def tables(rows: list[Row], threads: int) -> None:
     })  # fmt: skip
     show(rows, f"Peers, 29M float32, {threads} thread(s)", {
         "over_generate": "× generate", "over_serve": "× transformers serve", "over_vllm": "× vLLM",
+        "over_llamacpp": "× llama.cpp",
     })  # fmt: skip
     show(rows, "1,000 shared tokens", {
         "cold_median_ms": "cold, ms", "warm_median_ms": "shared, ms", "times_faster": "×",

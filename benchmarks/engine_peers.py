@@ -1,9 +1,10 @@
 """The same random 29M Qwen3 on Leadline's engine and on its peers: tokens per second of B callers at once.
 
 In process: our engine through its link, and `transformers.generate` on a padded batch (its best case: all prompts of
-one length). Over HTTP: `leadline engine --listen`, `transformers serve --continuous-batching`, and vLLM where
-`scripts/install_vllm.sh .bench/vllm` has put it. All have the same number of threads; prompts differ from their first
-token on, so that no prefix cache helps anybody; each answer is NEW tokens long.
+one length). Over HTTP: `leadline engine --listen`, `transformers serve --continuous-batching`, and vLLM and llama.cpp's
+server where `scripts/install_vllm.sh .bench/vllm` and `scripts/install_llamacpp.sh .bench/llamacpp` have put them. All
+have the same number of threads; prompts differ from their first token on, so that no prefix cache helps anybody; each
+answer is NEW tokens long.
 """
 
 import asyncio
@@ -38,8 +39,12 @@ NEW: Final = 64
 START_S: Final = 300
 VLLM: Final = Path(".bench/vllm")
 VLLM_MODEL: Final = "vllm-model"
+LLAMACPP: Final = Path(".bench/llamacpp")
+LLAMACPP_MODEL: Final = "llamacpp-model"
+WRITE_GGUF: Final = Path(__file__).parents[1] / "scripts" / "write_gguf.py"
 GENERATE, SERVE = "transformers generate", "transformers serve"
-OURS, OURS_HTTP, VLLM_NAME = "leadline engine", "leadline engine, HTTP", "vLLM"
+OURS, OURS_HTTP = "leadline engine", "leadline engine, HTTP"
+VLLM_NAME, LLAMACPP_NAME = "vLLM", "llama.cpp"
 
 
 def digits(seed: int, count: int) -> str:
@@ -66,6 +71,7 @@ def measure(batches: tuple[int, ...], seed: int, into: Measured, threads: int) -
             (OURS_HTTP, leadline),
             (SERVE, transformers_serve),
             *(((VLLM_NAME, vllm),) if (VLLM / ".installed").exists() else ()),
+            *(((LLAMACPP_NAME, llamacpp),) if (LLAMACPP / ".installed").exists() else ()),
         ):
             with serve(folder, threads) as (url, wire_model):
                 for batch in batches:
@@ -138,7 +144,7 @@ async def over_http(url: str, model: str, batch: int, seed: int) -> float:
             body: dict[str, Any] = {
                 "model": model, "messages": messages(at), "max_tokens": NEW, "temperature": 0,
             }  # fmt: skip
-            if model == VLLM_MODEL:  # it takes the tokenizer's end of turn for the model's
+            if model in (VLLM_MODEL, LLAMACPP_MODEL):  # they take the tokenizer's end of turn for the model's
                 body["ignore_eos"] = True
             answer = await client.post("/chat/completions", json=body)
             answer.raise_for_status()
@@ -199,6 +205,20 @@ def vllm(folder: Path, threads: int) -> Iterator[tuple[str, str]]:
     }  # fmt: skip
     with _serving(command, f"http://127.0.0.1:{port}/health", folder / "vllm.log", threads, env):
         yield f"http://127.0.0.1:{port}/v1", VLLM_MODEL
+
+
+@contextlib.contextmanager
+def llamacpp(folder: Path, threads: int) -> Iterator[tuple[str, str]]:
+    """Weights in float32, as everybody's here; keys and values in float16, as it has them unless told."""
+    port, model = free_port(), folder / "model.gguf"
+    subprocess.run([LLAMACPP / "bin" / "python", WRITE_GGUF, folder / "model", model], check=True)
+    command = [
+        str(LLAMACPP.absolute() / "bin" / "llama-server"), "-m", str(model), "-a", LLAMACPP_MODEL,
+        "--host", "127.0.0.1", "--port", str(port), "-t", str(threads), "-tb", str(threads),
+        "-np", "32", "-c", "32768",
+    ]  # fmt: skip
+    with _serving(command, f"http://127.0.0.1:{port}/health", folder / "llamacpp.log", threads):
+        yield f"http://127.0.0.1:{port}/v1", LLAMACPP_MODEL
 
 
 @contextlib.contextmanager

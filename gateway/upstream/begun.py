@@ -73,20 +73,33 @@ def closing(text: str) -> int:
 
 
 def read_begun(call: ChatCall) -> ChatCall:
-    """A call in vLLM's style, as the local engine takes it. Raises InvalidRequest."""
-    if bytes(call.fields.get(_CONTINUE, _NO)) != b"true":
+    """A call in vLLM's or llama.cpp's style, as the local engine takes it. Raises InvalidRequest."""
+    flag = msgspec.json.decode(call.fields.get(_CONTINUE, _NO))
+    if flag in (None, False) or call.endpoint != "chat.completions":
         return call
+    if flag not in (True, "content", _THOUGHT):
+        raise InvalidRequest(
+            f'{_CONTINUE}: {str(flag)[:40]!r} is none of true, false, "content" and "{_THOUGHT}".', param=_CONTINUE
+        )
     messages = msgspec.json.decode(call.fields["messages"], type=list[dict[str, Any]])
     last = messages[-1]
-    text = last.get("content")
-    if last.get("role") != "assistant" or not isinstance(text, str):
+    text, inside = last.get("content") or "", last.get(_THOUGHT, last.get("reasoning"))
+    if last.get("role") != "assistant" or not isinstance(text, str) or not isinstance(inside, str | None):
         raise InvalidRequest(
             f"{_CONTINUE}: the last message is not an assistant's text; send one to go on from.", param="messages"
         )
-    fields = {**call.fields, "messages": msgspec.Raw(_encode(messages[:-1]))}
-    thought = None
-    if text.startswith(OPEN):
-        inside, over, text = text.removeprefix(OPEN).removeprefix("\n").partition(CLOSE)
-        thought = ThoughtSoFar(inside, bool(over))
-        text = text.lstrip("\n")
+    over = flag == "content" or (flag is True and bool(text))
+    if inside is None and flag != "content" and text.startswith(OPEN):
+        inside, tag, text = text.removeprefix(OPEN).removeprefix("\n").partition(CLOSE)
+        over, text = bool(tag), text.lstrip("\n")
+    if flag == _THOUGHT:
+        over, inside = False, inside or ""
+        if text:
+            raise InvalidRequest(
+                f"{_CONTINUE}: an answer stands behind the thought that is to go on; leave its `content` empty, or send"
+                ' "content".', param="messages",
+            )  # fmt: skip
+    fields = {name: raw for name, raw in call.fields.items() if name != _CONTINUE}
+    fields["messages"] = msgspec.Raw(_encode(messages[:-1]))
+    thought = ThoughtSoFar(inside, over) if inside is not None else None
     return msgspec.structs.replace(call, fields=fields, prefix=text, thought=thought)

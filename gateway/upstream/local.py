@@ -12,7 +12,9 @@ from typing import Any, Protocol
 
 import msgspec
 
+from gateway.errors import InvalidRequest
 from gateway.ledger.settle import Usage
+from gateway.upstream.begun import read_begun
 from gateway.upstream.embed import embed
 from gateway.upstream.gather import Gathered, whole_of
 from gateway.upstream.local_params import refused, sampling_params, tool_choice
@@ -59,6 +61,10 @@ class LocalUpstream:
         if call.endpoint == "completions":
             fix = "send it as `messages` to /v1/chat/completions"
             raise refused("prompt", f"{target.model} takes conversations only, no raw prompt; {fix}")
+        try:
+            call = read_begun(call)
+        except InvalidRequest as error:
+            raise refused(error.param or "messages", error.message) from error
         stream = LocalStream(self._generation(client, target, call), target, call)
         if progress is not None:
             progress.state = stream.state

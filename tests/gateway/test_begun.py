@@ -12,7 +12,7 @@ from gateway.edge.wire import read_chat
 from gateway.errors import InvalidRequest
 from gateway.upstream.begun import begun, read_begun
 from gateway.upstream.local import LocalUpstream
-from gateway.upstream.types import Answer, CallHeaders, ChatCall, Target
+from gateway.upstream.types import Answer, CallHeaders, ChatCall, Target, UpstreamError
 from local_engine.arithmetic import problems
 from local_engine.client import EngineClient
 from local_engine.engine import Engine
@@ -150,6 +150,59 @@ def test_the_engines_own_server_reads_what_it_is_told(thought: ThoughtSoFar | No
     if thought is not None and read.thought is not None:
         assert (read.thought.text.rstrip("\n"), read.thought.over) == (thought.text.rstrip("\n"), thought.over)
     assert json.loads(bytes(read.fields["messages"])) == json.loads(bytes(asked.fields["messages"]))
+
+
+@pytest.mark.parametrize(
+    ("flag", "last", "read"),
+    [
+        (True, {"content": "So"}, ("So", None)),
+        (True, {"content": "So", "reasoning_content": "One."}, ("So", ThoughtSoFar("One.", over=True))),
+        (True, {"content": None, "reasoning_content": "One."}, ("", ThoughtSoFar("One."))),
+        (True, {"content": "<think>\nOne.</think>\n\nSo"}, ("So", ThoughtSoFar("One.", over=True))),
+        ("content", {"content": "So"}, ("So", None)),
+        ("content", {"content": "", "reasoning": "One."}, ("", ThoughtSoFar("One.", over=True))),
+        ("content", {"content": "<think>"}, ("<think>", None)),
+        ("reasoning_content", {"content": "", "reasoning_content": "One."}, ("", ThoughtSoFar("One."))),
+        ("reasoning_content", {"content": "<think>\nOne."}, ("", ThoughtSoFar("One."))),
+        ("reasoning_content", {}, ("", ThoughtSoFar(""))),
+    ],
+)
+def test_a_caller_may_say_what_goes_on_in_any_of_the_ways(
+    flag: Any, last: dict[str, Any], read: tuple[str, ThoughtSoFar | None]
+) -> None:
+    messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", **last}]
+    found = read_begun(call(messages=messages, continue_final_message=flag))
+    assert (found.prefix, found.thought) == read
+    assert json.loads(bytes(found.fields["messages"])) == messages[:1]
+    assert read_begun(found) == found, "once"
+
+
+@pytest.mark.parametrize(
+    ("flag", "last", "problem"),
+    [
+        ("thought", {"content": "So"}, "'thought' is none of true, false"),
+        ("reasoning_content", {"content": "So", "reasoning_content": "One."}, "leave its `content` empty"),
+        (True, {"content": [{"type": "text", "text": "So"}]}, "not an assistant's text"),
+        (True, {"content": "", "reasoning_content": 1}, "not an assistant's text"),
+    ],
+)
+def test_what_cannot_go_on_is_told(flag: Any, last: dict[str, Any], problem: str) -> None:
+    messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", **last}]
+    with pytest.raises(InvalidRequest, match=problem):
+        read_begun(call(messages=messages, continue_final_message=flag))
+
+
+async def test_a_gateways_caller_may_say_it_too(upstream: LocalUpstream) -> None:
+    alone = choice(await upstream.complete(TARGET, call()))["message"]
+    cut = alone["reasoning_content"].split("\n\n")[0] + "\n\n"
+    messages = [
+        {"role": "user", "content": QUESTION}, {"role": "assistant", "content": "", "reasoning_content": cut}
+    ]  # fmt: skip
+    on = choice(await upstream.complete(TARGET, call(messages=messages, continue_final_message="reasoning_content")))
+    assert cut + on["message"]["reasoning_content"] == alone["reasoning_content"]
+    with pytest.raises(UpstreamError) as caught:
+        await upstream.complete(TARGET, call(continue_final_message=True))
+    assert (caught.value.cause, caught.value.status) == ("refused", 400)
 
 
 def test_who_would_have_a_question_gone_on_with_is_told() -> None:
