@@ -6,6 +6,7 @@ A conversation is one token, and its prompt is that token's number; what stands 
 import asyncio
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 import aiohttp
@@ -22,7 +23,9 @@ class RawText:
         self.hold = asyncio.Event()
         self.hold.set()
 
-    def add_to(self, app: web.Application) -> None:
+    def add_to(self, app: web.Application, measure: Callable[[dict[str, Any]], tuple[int, int]]) -> None:
+        """`measure` says of a chat how long its prompt is, and how long it may be with its answer."""
+        self._measure = measure
         app.router.add_post("/tokenize", self._tokenize)
         app.router.add_post("/detokenize", self._detokenize)
         app.router.add_post("/v1/completions", self._complete)
@@ -30,7 +33,8 @@ class RawText:
     async def _tokenize(self, request: web.Request) -> web.Response:
         body = await request.json()
         if "prompt" in body:
-            return web.json_response({"count": len(body["prompt"].split()), "max_model_len": 5000, "tokens": []})
+            count, most = self._measure({"messages": self._messages(body["prompt"])})
+            return web.json_response({"count": count, "max_model_len": most, "tokens": []})
         self.conversations.append(body["messages"])
         await self.hold.wait()
         return web.json_response({"count": 1, "max_model_len": 1 << 20, "tokens": [len(self.conversations) - 1]})
@@ -39,15 +43,17 @@ class RawText:
         (token,) = (await request.json())["tokens"]
         return web.json_response({"prompt": f"[{token}]{OPENING}"})
 
+    def _messages(self, prompt: str) -> list[Any]:
+        found = re.fullmatch(rf"\[(\d+)\]{OPENING}(.*)", prompt, re.DOTALL)
+        assert found is not None
+        return [*self.conversations[int(found[1])], {"role": "assistant", "content": found[2]}]
+
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         """As a chat whose last message goes on, whose thoughts stand between tags."""
         body = await request.json()
-        found = re.fullmatch(rf"\[(\d+)\]{OPENING}(.*)", body.pop("prompt"), re.DOTALL)
-        assert found is not None
         assert body.pop("add_special_tokens") is False
         assert body["max_tokens"] is not None, "it would stop at 16"
-        last = {"role": "assistant", "content": found[2]}
-        chat = {**body, "messages": [*self.conversations[int(found[1])], last], "raw": True}
+        chat = {**body, "messages": self._messages(body.pop("prompt")), "raw": True}
         if "logprobs" in body:
             chat |= {"logprobs": True, "top_logprobs": body["logprobs"]}
         url = request.url.with_path("/v1/chat/completions")

@@ -77,7 +77,7 @@ class Reasoner(Served):
         app = web.Application(client_max_size=64 << 20)
         app.router.add_post("/v1/chat/completions", self._chat)
         if self.raw is not None:
-            self.raw.add_to(app)
+            self.raw.add_to(app, lambda chat: (len(_words(_prompt(chat))), self.context))
         return app
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:

@@ -39,8 +39,7 @@ async def test_each_model_is_asked_for_its_prompt_once(far: Reasoner, tmp_path: 
         assert (await told(gateway, stream=True))[:2] == (RIGHT, ANSWER)
         assert [[m["content"] for m in messages] for messages in far.raw.conversations] == [[QUESTION]] * 2
         assert all(body["raw"] for body in far.bodies)
-        thought = len((QUESTION + RIGHT).split())
-        assert 4900 - thought < far.bodies[-1]["max_tokens"] < 5000, "as many as fit: left out, it stops at 16"
+        assert far.bodies[-1]["max_tokens"] == far.context - far.truth[-1].prompt, "left out, it stops at 16"
 
 
 async def test_a_server_without_these_paths_gets_a_chat(far: Reasoner, tmp_path: Path) -> None:
