@@ -209,8 +209,8 @@ def vllm(folder: Path, threads: int) -> Iterator[tuple[str, str]]:
 
 @contextlib.contextmanager
 def llamacpp(folder: Path, threads: int) -> Iterator[tuple[str, str]]:
-    """Weights in float32, as everybody's here; keys and values in float16, as it has them unless told. Without its flash
-    attention, which is slower here (32 callers: 227 tokens a second instead of 313)."""
+    """Weights in float32, as everybody's here; keys and values in float16, as it has them unless told. Without its
+    flash attention, which is slower here (32 callers: 227 tokens a second instead of 313)."""
     port, model = free_port(), folder / "model.gguf"
     subprocess.run([LLAMACPP / "bin" / "python", WRITE_GGUF, folder / "model", model], check=True)
     command = [

@@ -7,23 +7,13 @@ from functools import lru_cache
 import msgspec
 
 from gateway.ledger.settle import Usage, WireUsage
+from gateway.upstream import raw_thought
 from gateway.upstream.begun import begun
 from gateway.upstream.chunks import ABSENT, Timings, error_message, read_chunk, read_usage
 from gateway.upstream.connection import Timeouts
 from gateway.upstream.engines import CAPABILITIES, LOAD_HEADER, Load, load_of_header, tenant_salt
 from gateway.upstream.http import HttpClient, HttpResponse, RequestHead
 from gateway.upstream.http_errors import BadResponse, ConnectError, ExchangeTimeout, FirstByteTimeout, HttpError
-from gateway.upstream.raw_thought import (
-    RawThought,
-    completion,
-    conversation,
-    limit,
-    room,
-    size,
-    text_of,
-    tokens_of,
-    with_thought,
-)
 from gateway.upstream.refusals import error_object, refusal
 from gateway.upstream.sse import SseReader
 from gateway.upstream.types import Answer, ChatCall, Event, Hear, Progress, StreamState, Target, UpstreamError
@@ -155,7 +145,11 @@ class OpenAIUpstream:
         kind = response.header(b"content-type")
         if kind is not None and not kind.startswith("text/event-stream"):
             raise await self._no_stream(response, kind)
-        as_chat = RawThought(over=call.thought.over).as_chat if raw is not None and call.thought is not None else None
+        as_chat = (
+            raw_thought.RawThought(over=call.thought.over).as_chat
+            if raw is not None and call.thought is not None
+            else None
+        )
         stream = OpenAIStream(response, self._provider, call.choices, self._secret, as_chat)
         try:
             await stream.read_first()
@@ -210,20 +204,28 @@ class OpenAIUpstream:
         if not self._renders or call.thought is None or target.prefix != "vllm" or not call.text_only:
             return None
         try:
-            asked = conversation(call, target.wire_model)
-            key = (self._provider, asked)
-            if (prompt := call.rendered.get(key)) is None:
-                tokens = await self._asked(self._tokenize, asked, target)
-                text = await self._asked(self._detokenize, tokens_of(target.wire_model, tokens), target)
-                prompt = call.rendered[key] = text_of(text)
-            prompt = with_thought(prompt, call.thought, call.prefix)
-            if (most := limit(call.fields)) is None:
-                told = await self._asked(self._tokenize, size(target.wire_model, prompt), target)
-                most = msgspec.Raw(b"%d" % room(told))
+            if not (prompt := await self._prompt(target, call)):
+                return None
+            prompt = raw_thought.with_thought(prompt, call.thought, call.prefix)
+            if (most := raw_thought.limit(call.fields)) is None:
+                told = await self._asked(self._tokenize, raw_thought.tokens(target.wire_model, prompt), target)
+                most = msgspec.Raw(b"%d" % raw_thought.room(told))
         except msgspec.DecodeError:
             return None
-        fields = completion(call.fields, prompt, most)
+        fields = raw_thought.completion(call.fields, prompt, most)
         return msgspec.structs.replace(call, endpoint="completions", fields=fields, prefix="", thought=None)
+
+    async def _prompt(self, target: Target, call: ChatCall) -> str:
+        """What the server makes of the conversation; empty where its text has other tokens, as some tokenizers read no
+        special ones in a text. Raises UpstreamError, msgspec.DecodeError."""
+        model, asked = target.wire_model, raw_thought.conversation(call, target.wire_model)
+        key = (self._provider, asked)
+        if (prompt := call.rendered.get(key)) is None:
+            tokens = raw_thought.tokens_of(await self._asked(self._tokenize, asked, target))
+            prompt = raw_thought.text_of(await self._asked(self._detokenize, raw_thought.text(model, tokens), target))
+            again = await self._asked(self._tokenize, raw_thought.tokens(model, prompt), target)
+            call.rendered[key] = prompt = prompt if raw_thought.tokens_of(again) == tokens else ""
+        return prompt
 
     async def _asked(self, head: RequestHead, body: bytes, target: Target) -> bytes:
         """What a path of the server's own answers, for which nobody pays. Raises UpstreamError."""

@@ -34,9 +34,14 @@ def conversation(call: ChatCall, model: str) -> bytes:
     return _encode(asked)
 
 
-def tokens_of(model: str, body: bytes) -> bytes:
-    """The body that asks `/detokenize` for the text of what `/tokenize` answered. Raises msgspec.DecodeError."""
-    return _encode({"model": model, "tokens": msgspec.json.decode(body, type=_Tokens).tokens})
+def tokens_of(body: bytes) -> list[int]:
+    """What `/tokenize` answered. Raises msgspec.DecodeError."""
+    return msgspec.json.decode(body, type=_Tokens).tokens
+
+
+def text(model: str, tokens: list[int]) -> bytes:
+    """The body that asks `/detokenize` for the text of tokens."""
+    return _encode({"model": model, "tokens": tokens})
 
 
 def text_of(body: bytes) -> str:
@@ -44,19 +49,19 @@ def text_of(body: bytes) -> str:
     return msgspec.json.decode(body, type=_Text).prompt
 
 
-def size(model: str, prompt: str) -> bytes:
-    """The body that asks `/tokenize` how long a prompt is."""
+def tokens(model: str, prompt: str) -> bytes:
+    """The body that asks `/tokenize` for the tokens of a text."""
     return _encode({"model": model, "prompt": prompt, "add_special_tokens": False})
 
 
 def room(body: bytes) -> int:
-    """Tokens that fit behind the prompt whose length `/tokenize` has told. Raises msgspec.DecodeError."""
+    """Tokens that fit behind the prompt of which `/tokenize` answered. Raises msgspec.DecodeError."""
     found = msgspec.json.decode(body, type=_Size)
     return max(1, found.max_model_len - found.count)
 
 
 class _Tokens(msgspec.Struct):
-    tokens: msgspec.Raw
+    tokens: list[int]
 
 
 class _Size(msgspec.Struct):

@@ -20,6 +20,8 @@ OPENING = "assistant:\n"
 class RawText:
     def __init__(self) -> None:
         self.conversations: list[Any] = []
+        self.reads_special = True
+        """A text that it made is read as the tokens that it was made of."""
         self.hold = asyncio.Event()
         self.hold.set()
 
@@ -34,7 +36,8 @@ class RawText:
         body = await request.json()
         if "prompt" in body:
             count, most = self._measure({"messages": self._messages(body["prompt"])})
-            return web.json_response({"count": count, "max_model_len": most, "tokens": []})
+            again = [_parts(body["prompt"])[0]] if self.reads_special else []
+            return web.json_response({"count": count, "max_model_len": most, "tokens": again})
         self.conversations.append(body["messages"])
         await self.hold.wait()
         return web.json_response({"count": 1, "max_model_len": 1 << 20, "tokens": [len(self.conversations) - 1]})
@@ -44,9 +47,8 @@ class RawText:
         return web.json_response({"prompt": f"[{token}]{OPENING}"})
 
     def _messages(self, prompt: str) -> list[Any]:
-        found = re.fullmatch(rf"\[(\d+)\]{OPENING}(.*)", prompt, re.DOTALL)
-        assert found is not None
-        return [*self.conversations[int(found[1])], {"role": "assistant", "content": found[2]}]
+        conversation, begun = _parts(prompt)
+        return [*self.conversations[conversation], {"role": "assistant", "content": begun}]
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         """As a chat whose last message goes on, whose thoughts stand between tags."""
@@ -72,6 +74,12 @@ class RawText:
             assert request.transport is not None
             request.transport.abort()
             return web.Response()
+
+
+def _parts(prompt: str) -> tuple[int, str]:
+    found = re.fullmatch(rf"\[(\d+)\]{OPENING}(.*)", prompt, re.DOTALL)
+    assert found is not None
+    return int(found[1]), found[2]
 
 
 def _as_text(chunk: dict[str, Any]) -> dict[str, Any]:

@@ -53,6 +53,15 @@ async def test_a_server_without_these_paths_gets_a_chat(far: Reasoner, tmp_path:
         await plain.stop()
 
 
+async def test_a_tokenizer_that_reads_no_special_tokens_in_a_text_gets_a_chat(far: Reasoner, tmp_path: Path) -> None:
+    assert far.raw is not None
+    far.raw.reads_special = False
+    async with start(far, tmp_path / "home") as gateway:
+        assert (await told(gateway, stream=True))[:2] == (RIGHT, ANSWER)
+    assert len(far.raw.conversations) == 2
+    assert not any("raw" in body for body in far.bodies)
+
+
 async def test_what_is_not_text_goes_out_as_a_chat(far: Reasoner, tmp_path: Path) -> None:
     assert far.raw is not None
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
