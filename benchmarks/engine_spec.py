@@ -92,6 +92,7 @@ def compare(
     batch: int,
     turns: int,
     clock: Callable[[], float],
+    seed: int,
 ) -> list[Compared]:
     """What each of `kinds`, of which the first is plain decoding, gives for the same batches of questions."""
     engines = {
@@ -105,9 +106,8 @@ def compare(
     rounds: dict[str, list[Round]] = {kind: [] for kind in kinds}
     for turn in range(-WARM_TURNS, turns):
         # New questions in every turn: nobody may remember the answers, only how answers go.
-        questions = [
-            problems(1000 * (turn + WARM_TURNS) + at, 1 + (turn + at) % 4, 1)[0].question for at in range(batch)
-        ]
+        first = 1_000_000 * seed + 1000 * (turn + WARM_TURNS)
+        questions = [problems(first + at, 1 + (turn + at) % 4, 1)[0].question for at in range(batch)]
         order = sorted(kinds, key=lambda kind: random.Random(f"{turn} {kind}").random())
         done = {kind: run(engines[kind], questions, batch, clock) for kind in order}
         for kind in kinds:
@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--turns", type=int, default=40, help="batches of questions that every kind answers")
+    parser.add_argument("--seed", type=int, default=0, help="of the questions; the limits of debt were chosen by 0's")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cpu-time", action="store_true", help="of this process, for a shared machine; one thread")
     options = parser.parse_args()
@@ -150,7 +151,7 @@ def main() -> None:
     kinds.append("off" + AGAIN)
     model = load_model("m", options.model, options.dtype, "cpu")
     for batch in options.batches:
-        for one in compare(model, drafters, kinds, batch, options.turns, clock):
+        for one in compare(model, drafters, kinds, batch, options.turns, clock, options.seed):
             low, middle, high = one.over_plain
             kept = one.accepted / one.drafted if one.drafted else 0.0
             print(
