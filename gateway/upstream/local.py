@@ -64,7 +64,8 @@ class LocalUpstream:
         try:
             call = read_begun(call)
         except InvalidRequest as error:
-            raise refused(error.param or "messages", error.message) from error
+            field = error.param or "messages"
+            raise refused(field, error.message.removeprefix(f"{field}: ")) from error
         stream = LocalStream(self._generation(client, target, call), target, call)
         if progress is not None:
             progress.state = stream.state
