@@ -203,7 +203,7 @@ async def test_a_gateways_caller_may_say_it_too(upstream: LocalUpstream) -> None
     with pytest.raises(UpstreamError) as caught:
         await upstream.complete(TARGET, call(continue_final_message=True))
     assert (caught.value.cause, caught.value.status) == ("refused", 400)
-    with pytest.raises(UpstreamError, match="^continue_final_message: 'x' is none of"):
+    with pytest.raises(UpstreamError, match=r"^continue_final_message: 'x' is none of"):
         await upstream.complete(TARGET, call(continue_final_message="x"))
 
 
