@@ -29,16 +29,8 @@ def begun(call: ChatCall, style: PrefixStyle) -> dict[str, msgspec.Raw]:
         return _unthought(call) if said.over else {}  # it begins no answer by an empty message
     if style == "deepseek":
         last["prefix"] = True
-    if said is None:
-        pass
-    elif style == "deepseek":
-        last[_THOUGHT] = said.text
-        if said.over and not call.prefix:
-            last["content"] = "\n"  # content has begun: so the thought is over
-    elif style == "llamacpp":
-        last[_THOUGHT] = said.text.rstrip() if said.over else said.text  # its template closes the thought
-    else:
-        last["content"] = in_tags(said, as_it_is=style == "leadline") + call.prefix
+    if said is not None:
+        last |= _with_thought(said, call.prefix, style)
     messages = msgspec.json.decode(call.fields["messages"], type=list[msgspec.Raw])
     fields = {"messages": msgspec.Raw(_encode([*messages, last]))}
     if style in ("vllm", "leadline"):
@@ -47,6 +39,15 @@ def begun(call: ChatCall, style: PrefixStyle) -> dict[str, msgspec.Raw]:
         goes_on = "content" if said is None or said.over else _THOUGHT
         fields |= {_CONTINUE: msgspec.Raw(_encode(goes_on)), "add_generation_prompt": _NO}
     return fields
+
+
+def _with_thought(said: ThoughtSoFar, answer: str, style: PrefixStyle) -> dict[str, str]:
+    """The fields of the last message."""
+    if style == "llamacpp":  # its template closes the thought
+        return {_THOUGHT: said.text.rstrip() if said.over else said.text, "content": answer}
+    if style == "deepseek":  # once content has begun, the thought is over
+        return {_THOUGHT: said.text, "content": answer or ("\n" if said.over else "")}
+    return {"content": in_tags(said, as_it_is=style == "leadline") + answer}
 
 
 def _unthought(call: ChatCall) -> dict[str, msgspec.Raw]:
