@@ -28,11 +28,20 @@ from probes.evaluate import folds
 
 Make = Callable[[npt.NDArray[np.intp]], Losses]
 ALPHAS = (0.02, 0.05, 0.1)
-ROWS = st.lists(st.tuples(st.integers(-8, 8), st.sampled_from([0.0, 0.0, 1.0])), min_size=4, max_size=80)
-PARTIAL = st.lists(st.tuples(st.integers(-8, 8), st.sampled_from([0.0, 0.25, 0.7, 1.0])), min_size=4, max_size=80)
+SHARP, PARTIAL = (0.0, 0.0, 1.0), (0.0, 0.25, 0.7, 1.0)
+Rows = list[tuple[int, float]]
+HORIZONS = [
+    (alpha, horizon) for alpha in (0.1, 0.3, 0.5) for horizon in range(1, 61)
+    if rows_needed(alpha, horizon=horizon) <= 80
+]  # fmt: skip
 
 
-def arrays(rows: list[tuple[int, float]]) -> tuple[Array, Array]:
+def rows(needed: int, losses: tuple[float, ...]) -> st.SearchStrategy[Rows]:
+    """Scores with many ties, and losses; as many as can prove something, and up to 80."""
+    return st.lists(st.tuples(st.integers(-8, 8), st.sampled_from(losses)), min_size=max(4, needed), max_size=80)
+
+
+def arrays(rows: Rows) -> tuple[Array, Array]:
     """Scores with many ties, and losses that are neither all 0 nor all 1."""
     lost = [size for _, size in rows]
     assume(0 < sum(lost) < len(lost))
@@ -53,37 +62,45 @@ def accepted(scores: Array, threshold: float) -> list[bool]:
     return list(scores > threshold)
 
 
-@given(ROWS | PARTIAL, st.sampled_from([0.02, 0.1, 0.3, 0.5]))
-def test_conformal_risk_control_takes_the_loosest_threshold_of_its_formula(
-    rows: list[tuple[int, float]], alpha: float
-) -> None:
-    scores, wrong = arrays(rows)
+@given(
+    st.tuples(st.sampled_from([0.02, 0.1, 0.3, 0.5]), st.sampled_from([SHARP, PARTIAL])).flatmap(
+        lambda case: st.tuples(st.just(case[0]), rows(rows_needed(case[0], "crc"), case[1]))
+    )
+)
+def test_conformal_risk_control_takes_the_loosest_threshold_of_its_formula(case: tuple[float, Rows]) -> None:
+    alpha, found = case
+    scores, wrong = arrays(found)
     n = len(scores)
-    assume(n >= rows_needed(alpha, "crc"))
     best = loosest(scores, wrong, lambda risk: n / (n + 1) * risk + 1 / (n + 1) <= alpha + 1e-12)
     assert accepted(scores, certify(accept_losses(scores, wrong), alpha, "crc").value) == accepted(scores, best)
 
 
-@given(ROWS, st.sampled_from([0.1, 0.3, 0.5]), st.sampled_from([0.05, 0.3]))
+@given(
+    st.tuples(st.sampled_from([0.1, 0.3, 0.5]), st.sampled_from([0.05, 0.3])).flatmap(
+        lambda case: st.tuples(st.just(case), rows(rows_needed(case[0], "ltt", case[1], None), SHARP))
+    )
+)
 def test_learn_then_test_takes_the_last_threshold_before_the_binomial_test_fails(
-    rows: list[tuple[int, float]], alpha: float, delta: float
+    case: tuple[tuple[float, float], Rows],
 ) -> None:
-    scores, wrong = arrays(rows)
+    (alpha, delta), found = case
+    scores, wrong = arrays(found)
     n = len(scores)
-    assume(n >= rows_needed(alpha, "ltt", delta, None))
     best = loosest(scores, wrong, lambda risk: binom.cdf(round(risk * n), n, alpha) <= delta)
     assert accepted(scores, certify(accept_losses(scores, wrong), alpha, "ltt", delta, None).value) == accepted(
         scores, best
     )
 
 
-@given(ROWS, st.sampled_from([0.1, 0.3, 0.5]), st.integers(1, 60))
-def test_a_horizon_bounds_what_is_realised_by_the_hypergeometric(
-    rows: list[tuple[int, float]], alpha: float, horizon: int
-) -> None:
-    scores, wrong = arrays(rows)
+@given(
+    st.sampled_from(HORIZONS).flatmap(
+        lambda case: st.tuples(st.just(case), rows(rows_needed(case[0], horizon=case[1]), SHARP))
+    )
+)
+def test_a_horizon_bounds_what_is_realised_by_the_hypergeometric(case: tuple[tuple[float, int], Rows]) -> None:
+    (alpha, horizon), found = case
+    scores, wrong = arrays(found)
     n = len(scores)
-    assume(n >= rows_needed(alpha, horizon=horizon))
     over = math.floor(alpha * horizon + 1e-9) + 1
 
     def proven(risk: float) -> bool:
@@ -102,13 +119,16 @@ def test_the_rows_that_a_horizon_takes_are_the_fewest(alpha: float, horizon: int
     assert needed == 1 or hypergeom.cdf(0, needed - 1 + horizon, over, needed - 1) > 0.025 - 1e-9
 
 
-@given(PARTIAL, st.sampled_from([0.1, 0.3, 0.5]))
-def test_losses_that_are_not_0_or_1_are_tested_by_hoeffding_and_bentkus(
-    rows: list[tuple[int, float]], alpha: float
-) -> None:
-    scores, wrong = arrays(rows)
+@given(
+    st.sampled_from([0.1, 0.3, 0.5]).flatmap(
+        lambda alpha: st.tuples(st.just(alpha), rows(rows_needed(alpha, horizon=None), PARTIAL))
+    )
+)
+def test_losses_that_are_not_0_or_1_are_tested_by_hoeffding_and_bentkus(case: tuple[float, Rows]) -> None:
+    alpha, found = case
+    scores, wrong = arrays(found)
     n = len(scores)
-    assume(n >= rows_needed(alpha, horizon=None) and not set(wrong) <= {0.0, 1.0})
+    assume(not set(wrong) <= {0.0, 1.0})
     best = loosest(scores, wrong, lambda risk: hoeffding_bentkus(risk, n, alpha) <= 0.05)
     assert accepted(scores, certify(accept_losses(scores, wrong), alpha).value) == accepted(scores, best)
 
