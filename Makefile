@@ -28,10 +28,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt -e '.[server,otel,local,train,dev]'
 	touch $(STAMP)
 
+PROCESSES ?= 2
 test: install ## Lint, types, import contracts, all tests (real Redis, PostgreSQL, Chromium)
 	sh scripts/ensure_services.sh
 	$(MAKE) --no-print-directory check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist worksteal
 
 check: install
 	$(BIN)/ruff format --check .

@@ -385,7 +385,10 @@ def reclaim(connection: Connection, dead_after_s: float) -> tuple[str, int] | No
 
 
 def integrity(connection: Connection) -> list[str]:
-    """What is wrong with the books, in words; empty: all counters equal the ledger and the holds."""
+    """What is wrong with the books, in words; empty: all counters equal the ledger and the holds.
+
+    Several statements: while workers write, `connection` must see one snapshot.
+    """
     problems = []
     for row in (Row(*found) for found in connection.execute(select(_BUDGET))):
         of_row = (_HOLD.c.scope == row.scope, _HOLD.c.window == row.window)

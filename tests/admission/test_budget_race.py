@@ -15,6 +15,7 @@ from sqlalchemy import Engine, text
 from gateway.ledger import budget_rows
 from gateway.ledger.store import connect
 from gateway.settings import Settings
+from tests.admission.books import snapshot
 from tests.conftest import Size
 
 WORKERS = 8
@@ -112,7 +113,7 @@ def order(key: str, limits: list[list[Any]], **more: Any) -> dict[str, Any]:
 
 def books(engine: Engine) -> dict[str, tuple[int, int]]:
     """(spent, reserved) of each budget; fails unless every counter equals the ledger and the holds."""
-    with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
+    with snapshot(engine) as connection:
         assert budget_rows.integrity(connection) == []
         found = connection.execute(text("SELECT scope, spent_nanousd, reserved_nanousd FROM budget"))
         return {row[0]: (row[1], row[2]) for row in found}

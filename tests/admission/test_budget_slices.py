@@ -24,6 +24,7 @@ from gateway.ledger import budget_rows
 from gateway.ledger.budget_rows import Key
 from gateway.ledger.store import connect
 from routers.policy import Threshold
+from tests.admission.books import snapshot
 from tests.admission.test_budgets import DAY_MS, NOON
 from tests.admission.test_budgets_shared import Worker, _blocked, _break_one_commit, call_of, engine, running, url
 
@@ -35,7 +36,7 @@ MUCH = BudgetLimit("key:k", "total", 1_000_000, "key:k")
 
 
 def row_of(engine: Engine) -> budget_rows.Row:
-    with engine.connect() as connection:
+    with snapshot(engine) as connection:
         assert budget_rows.integrity(connection) == []
         return budget_rows.read(connection, ["key:k"], lock=False)[KEY]
 
@@ -264,7 +265,7 @@ async def test_a_slice_outlives_its_window(url: str, engine: Engine, tmp_path: P
         call.record.created_at_ms += DAY_MS
         hold.settle(CALL)
         worker.insert(call, CALL)
-        with engine.connect() as connection:
+        with snapshot(engine) as connection:
             assert budget_rows.integrity(connection) == []
             row = budget_rows.read(connection, ["key:k"], lock=False)["key:k", "day"]
         assert row.spent_nanousd == CALL

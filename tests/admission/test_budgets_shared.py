@@ -29,6 +29,7 @@ from gateway.ledger.store import LedgerStore, connect
 from gateway.settings import Settings
 from routers.policy import Threshold
 from routers.units import Window
+from tests.admission.books import snapshot
 from tests.admission.test_budgets import DAY_MS, NOON, RUNS
 
 anyio = pytest.mark.anyio
@@ -191,7 +192,7 @@ class SharedBudgetMachine(RuleBasedStateMachine):
                 found = budget_rows.reclaim(connection, 30.0)
                 assert (found is not None) == alive
                 assert budget_rows.reclaim(connection, 30.0) is None
-            with self.engine.connect() as connection:
+            with snapshot(self.engine) as connection:
                 assert budget_rows.integrity(connection) == []
         new = self.workers[which] = Worker(self.url, self.home, f"w{which}")
         self.loop.run_until_complete(new.start())
@@ -210,7 +211,7 @@ class SharedBudgetMachine(RuleBasedStateMachine):
     def books_agree(self) -> None:
         if not hasattr(self, "engine"):
             return
-        with self.engine.connect() as connection:
+        with snapshot(self.engine) as connection:
             assert budget_rows.integrity(connection) == []
             rows = budget_rows.read(connection, {scope for scope, _ in self.started}, lock=False)
         assert {key: (row.spent_nanousd, row.reserved_nanousd) for key, row in rows.items()} == {
@@ -261,7 +262,7 @@ def call_of(request_id: str, account: Account) -> Call:
 
 
 def held(engine: Engine) -> tuple[int, int]:
-    with engine.connect() as connection:
+    with snapshot(engine) as connection:
         assert budget_rows.integrity(connection) == []
         row = budget_rows.read(connection, ["key:k"], lock=False)["key:k", "total"]
     return row.spent_nanousd, row.reserved_nanousd

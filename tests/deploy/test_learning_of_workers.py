@@ -11,6 +11,7 @@ from sqlmodel import col
 from gateway.ledger import budget_rows
 from gateway.ledger.tables import BudgetRow, RequestRow
 from gateway.settings import Settings
+from tests.admission.books import snapshot
 from tests.deploy.conftest import POLICY, deployed
 from tests.gateway.fake_upstream import FakeUpstream
 
@@ -46,7 +47,7 @@ async def test_any_worker_takes_feedback_and_shadows_spend_the_shared_budget(
             spend = await response.json()
         assert (spend["rated"], spend["accepted"]) == (16, 0)  # (0 + 0.9) / 2
     engine = create_engine(Settings.from_env({"DATABASE_URL": two_workers["DATABASE_URL"]}).database_url)
-    with engine.connect() as connection:
+    with snapshot(engine) as connection:
         assert budget_rows.integrity(connection) == []
         (budget,) = connection.execute(select(BudgetRow.__table__)).all()  # type: ignore[attr-defined]
         shadows = select(func.count()).where(col(RequestRow.parent).is_not(None))

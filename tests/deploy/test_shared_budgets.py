@@ -10,6 +10,7 @@ from sqlalchemy import create_engine, select
 from gateway.ledger import budget_rows
 from gateway.ledger.tables import BudgetRow
 from gateway.settings import Settings
+from tests.admission.books import snapshot
 from tests.deploy.conftest import POLICY, deployed
 from tests.gateway.fake_upstream import FakeUpstream
 
@@ -33,7 +34,7 @@ async def test_two_workers_grant_one_budget_once(
     assert set(statuses) == {200, 429}
     spent = sum(bill.nanousd for bill in upstream.truth)
     engine = create_engine(Settings.from_env({"DATABASE_URL": two_workers["DATABASE_URL"]}).database_url)
-    with engine.connect() as connection:
+    with snapshot(engine) as connection:
         assert budget_rows.integrity(connection) == []
         (row,) = connection.execute(select(BudgetRow.__table__)).all()  # type: ignore[attr-defined]
     engine.dispose()
