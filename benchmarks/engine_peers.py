@@ -47,6 +47,12 @@ OURS, OURS_HTTP = "leadline engine", "leadline engine, HTTP"
 VLLM_NAME, LLAMACPP_NAME = "vLLM", "llama.cpp"
 
 
+def versions() -> dict[str, str]:
+    """Of the peers that are installed, by the words that their scripts left."""
+    stamps = {VLLM_NAME: VLLM / ".installed", LLAMACPP_NAME: LLAMACPP / ".installed"}
+    return {name: stamp.read_text().strip() for name, stamp in stamps.items() if stamp.exists()}
+
+
 def digits(seed: int, count: int) -> str:
     rng = random.Random(seed)
     return "".join(rng.choice("0123456789") for _ in range(count))
@@ -56,17 +62,17 @@ def messages(seed: int) -> list[dict[str, str]]:
     return [{"role": "user", "content": digits(seed, PROMPT - 12)}]
 
 
-def measure(batches: tuple[int, ...], seed: int, into: Measured, threads: int) -> None:
+def measure(batches: tuple[int, ...], seed: int, into: Measured, threads: int, published: torch.dtype) -> None:
     """One round: every peer at every batch size. Raises nothing for a peer that is not installed."""
     torch.set_num_threads(threads)
-    for batch, rate in ours(random_model("29m", torch.float32), batches, seed).items():
+    for batch, rate in ours(random_model("29m", torch.float32, published), batches, seed).items():
         into.add(f"{OURS}, batch {batch}", "tokens_per_s", rate, "1/s")
-    model = random_model("29m", torch.float32)  # the same weights in transformers' own hands
+    model = random_model("29m", torch.float32, published)  # the same weights in transformers' own hands
     for batch in batches:
         into.add(f"{GENERATE}, batch {batch}", "tokens_per_s", generate(model, batch, seed), "1/s")
     with tempfile.TemporaryDirectory(prefix="leadline-bench-") as name:
         folder = Path(name)
-        save(model, folder / "model")
+        save(model, folder / "model", published)
         for title, serve in (
             (OURS_HTTP, leadline),
             (SERVE, transformers_serve),
@@ -79,12 +85,12 @@ def measure(batches: tuple[int, ...], seed: int, into: Measured, threads: int) -
                     into.add(f"{title}, batch {batch}", "tokens_per_s", rate, "1/s")
 
 
-def save(model: LocalModel, folder: Path) -> None:
-    """As a checkpoint that ends no turn by itself."""
+def save(model: LocalModel, folder: Path, published: torch.dtype) -> None:
+    """As a checkpoint that ends no turn by itself. Takes the model's weights."""
     source, _ = locate("bundled/base")
     tokenizer = AutoTokenizer.from_pretrained(source)
     model.network.generation_config = GenerationConfig(max_length=4096, do_sample=False)
-    model.network.save_pretrained(folder)
+    model.network.to(published).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -209,8 +215,9 @@ def vllm(folder: Path, threads: int) -> Iterator[tuple[str, str]]:
 
 @contextlib.contextmanager
 def llamacpp(folder: Path, threads: int) -> Iterator[tuple[str, str]]:
-    """Weights in float32, as everybody's here; keys and values in float16, as it has them unless told. Without its
-    flash attention, which is slower here (32 callers: 227 tokens a second instead of 313)."""
+    """Weights as the checkpoint has them, which everybody else here makes float32 of; keys and values in float16, as it
+    has them unless told. Without its flash attention, which is slower here (32 callers: 227 tokens a second instead of
+    313)."""
     port, model = free_port(), folder / "model.gguf"
     subprocess.run([LLAMACPP / "bin" / "python", WRITE_GGUF, folder / "model", model], check=True)
     command = [

@@ -27,8 +27,9 @@ SHAPES: Final = {
 KV_BYTES: Final = 1 << 30
 
 
-def random_model(size: str, dtype: torch.dtype) -> LocalModel:
-    """Random weights of `SHAPES[size]`, with the bundled model's tokenizer."""
+def random_model(size: str, dtype: torch.dtype, published: torch.dtype = torch.float32) -> LocalModel:
+    """Random weights of `SHAPES[size]`, with the bundled model's tokenizer; in `dtype`, as a checkpoint of the
+    `published` type gives them."""
     heads = SHAPES[size]["num_attention_heads"]
     config = Qwen3Config(
         **SHAPES[size],
@@ -41,7 +42,7 @@ def random_model(size: str, dtype: torch.dtype) -> LocalModel:
         eos_token_id=None,
     )
     torch.manual_seed(0)
-    network = Qwen3ForCausalLM(config).to(dtype).eval()
+    network = Qwen3ForCausalLM(config).to(published).to(dtype).eval()
     parameters = sum(parameter.numel() for parameter in network.parameters())
     card = ModelCard(size, config.max_position_embeddings, parameters, reasoning=False)
     return dataclasses.replace(load_model("m", "bundled/base", "float32", "cpu"), card=card, network=network)
@@ -51,13 +52,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("size", choices=SHAPES)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--published", choices=["float32", "bfloat16"], default="float32", help="of the checkpoint")
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cpu-time", action="store_true", help="of this process, for a shared machine; one thread")
     options = parser.parse_args()
     clock = time.process_time if options.cpu_time else time.perf_counter
     torch.set_num_threads(options.threads)
-    model = random_model(options.size, getattr(torch, options.dtype))
+    model = random_model(options.size, getattr(torch, options.dtype), getattr(torch, options.published))
     runner = Runner(model, new_kv(model, KV_BYTES))
     calibration = calibrate(model, runner, clock=clock)
     print(

@@ -82,7 +82,7 @@ def _interleaved(
 
 
 def report(source: str, dtype: Dtype, device: Device, threads: int) -> list[str]:
-    """Lines for a person. Raises ModelLoadError."""
+    """Lines for a person. Raises ModelLoadError, ConfigError."""
     torch.set_num_threads(threads)
     model = load_model("model", source, dtype, device)
     runner = Runner(model, new_kv(model, KV_BYTES))

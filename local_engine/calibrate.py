@@ -37,6 +37,7 @@ class Calibration:
     weights: int
     """Weights that a step multiplies with: all but an embedding table that is only looked up."""
     weight_bytes: int
+    """Of those, as they are held."""
     token_bytes: int
     attention_width: int
     """layers * query_heads * head_dim."""
@@ -70,29 +71,30 @@ def calibrate(
     embedding = network.get_input_embeddings().weight
     looked_up = 0 if network.config.tie_word_embeddings else embedding.numel()
     weights = model.card.parameters - looked_up
-    bandwidth, peak = _machine(embedding.dtype, _Watch(model.device, clock), seconds / 2)
+    layers, head = runner.held
+    bandwidth, peak = _machine(embedding.dtype, layers, _Watch(model.device, clock), seconds / 2)
     return Calibration(
         bytes_per_s=bandwidth,
         flops_per_s=peak,
         step_s=_steps(runner, _Watch(model.device, clock), seconds / 2),
         weights=weights,
-        weight_bytes=weights * embedding.dtype.itemsize,
+        weight_bytes=(weights - embedding.numel()) * layers.itemsize + embedding.numel() * head.itemsize,
         token_bytes=shape.token_bytes,
         attention_width=shape.layers * shape.query_heads * shape.head_dim,
     )
 
 
 @torch.inference_mode()
-def _machine(dtype: torch.dtype, watch: "_Watch", seconds: float) -> tuple[float, float]:
-    """(bytes per second, operations per second)."""
+def _machine(dtype: torch.dtype, held: torch.dtype, watch: "_Watch", seconds: float) -> tuple[float, float]:
+    """(bytes per second, operations per second), of weights held so."""
     ones = torch.ones(_SIDE, _SIDE, dtype=dtype, device=watch.device)
-    products = [best_product(ones.clone(), None) for _ in range(_MATRICES)]
+    products = [best_product(ones.clone(), None, held) for _ in range(_MATRICES)]
 
     one, many = (torch.ones(rows, _SIDE, dtype=dtype, device=watch.device) for rows in (1, _GEMM_ROWS))
     gemv_s = watch.least_s(lambda: [product(one) for product in products][-1], seconds / 2)
     gemm_s = watch.least_s(lambda: products[0](many), seconds / 2)
     weights = _SIDE * _SIDE
-    return _MATRICES * weights * dtype.itemsize / gemv_s, 2 * weights * _GEMM_ROWS / gemm_s
+    return _MATRICES * weights * held.itemsize / gemv_s, 2 * weights * _GEMM_ROWS / gemm_s
 
 
 def _steps(runner: Runner, watch: "_Watch", seconds: float) -> tuple[float, ...]:

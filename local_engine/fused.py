@@ -1,7 +1,8 @@
 """A lean forward pass through the decoder layers that the engine runs: the same numbers with a third of the operations.
 
 Query, key and value are one product; the activation and both residual sums happen inside the products
-(`products.py`). Weights are held once: the network's own modules use the fused ones and go on working.
+(`products.py`). Weights are held once: the network's own modules use the fused ones and go on working. Only the table
+of a head that embeds, too, may be held twice.
 """
 
 import logging
@@ -14,10 +15,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from local_engine import attention
+from local_engine import attention, kernels
 from local_engine.kv import KVCache, KVShape, Span, StepPlan
 from local_engine.norms import HeadNorms, Norm, Turn, best_norm, best_turn
-from local_engine.products import GatedLinears, GatedProduct, Linears, Product
+from local_engine.products import GatedLinears, GatedProduct, Linears, Product, shared_product
 
 logger = logging.getLogger(__name__)
 
@@ -63,43 +64,60 @@ def fused_rotary(cos: Tensor, sin: Tensor) -> Rotary:
     return cos.unsqueeze(1), torch.cat((-sin[:, :half], sin[:, half:]), -1).unsqueeze(1)
 
 
-def fuse(body: nn.Module, kv: KVCache, rotary: Rotary) -> Sequence[FusedLayer] | None:
-    """Fused layers for the network's; None, and a warning says why, if one of them gives other numbers than its module.
+@dataclass(frozen=True, slots=True, eq=False)
+class Fused:
+    """What computes a network's numbers in its place, but for its norm."""
 
-    `body` is the network without its head, attending by this package's function; `kv` has room for CHECK_TOKENS;
-    `rotary` is transformers' cos and sin [tokens, head_dim] for as many. Each layer is checked before its weights are
-    taken over, so no more than one layer is ever held twice. Asked again for the same network, gives the same layers.
+    layers: Sequence[FusedLayer]
+    head: Product
+
+
+def fuse(network: nn.Module, kv: KVCache, rotary: Rotary) -> Fused | None:
+    """None, and a warning says why, if a layer or the head gives other numbers than the network's.
+
+    The network attends by this package's function; `kv` has room for CHECK_TOKENS; `rotary` is transformers' cos and
+    sin [tokens, head_dim] for as many. Each layer is checked before its weights are taken over, so no more than one
+    layer is ever held twice. Asked again for the same network, gives the same.
     """
-    if body not in _fused:
-        _fused[body] = _fuse(body, kv, rotary)
-    return _fused[body]
+    if network not in _fused:
+        _fused[network] = _fuse(network, kv, rotary)
+    return _fused[network]
 
 
-_fused: WeakKeyDictionary[nn.Module, Sequence[FusedLayer] | None] = WeakKeyDictionary()
+_fused: WeakKeyDictionary[nn.Module, Fused | None] = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def _fuse(body: Any, kv: KVCache, rotary: Rotary) -> Sequence[FusedLayer] | None:
-    slot = kv.open(CHECK_TOKENS)
+def _fuse(network: Any, kv: KVCache, rotary: Rotary) -> Fused | None:
+    slot, body = kv.open(CHECK_TOKENS), network.model
     hidden = body.embed_tokens(torch.arange(CHECK_TOKENS, device=kv.shape.device) % body.embed_tokens.num_embeddings)
     layers = []
+    held = kernels.held_as([part.weight for part in body.layers.modules() if isinstance(part, nn.Linear)])
     try:
+        head, take_head = _build_head(network)
+        normed = body.norm(hidden)
+        _check("the head", head(normed), network.lm_head(normed))
         for index, module in enumerate(body.layers):
-            layer, take_over = _build(module, index, kv.shape)
+            layer, take_over = _build(module, index, kv.shape, held)
             expected = _checked(kv, slot, hidden, rotary, partial(_by_module, module))
             got = _checked(kv, slot, hidden, rotary, partial(_by_fused, layer))
-            error = float((got - expected).abs().max() / expected.abs().max())
-            if not error <= TOLERANCES[kv.shape.dtype]:
-                raise RuntimeError(f"layer {index} differs from transformers' by {error:.1e} of its greatest value")
+            _check(f"layer {index}", got, expected)
             take_over()
             layers.append(layer)
             hidden = expected
+        take_head()
     except (AttributeError, RuntimeError) as error:
         logger.warning("the fused forward pass is not used: %s", error)
         return None
     finally:
         kv.close(slot)
-    return layers
+    return Fused(layers, head)
+
+
+def _check(what: str, got: Tensor, expected: Tensor) -> None:
+    error = float((got - expected).abs().max() / expected.abs().max())
+    if not error <= TOLERANCES[expected.dtype]:
+        raise RuntimeError(f"{what} differs from transformers' by {error:.1e} of its greatest value")
 
 
 def _checked(kv: KVCache, slot: int, hidden: Tensor, rotary: Rotary, forward: Callable[..., Tensor]) -> Tensor:
@@ -124,16 +142,29 @@ def _by_fused(layer: FusedLayer, hidden: Tensor, rotary: Rotary, plan: StepPlan)
     return layer.forward(hidden, fused_rotary(*rotary), plan)
 
 
-def _build(module: Any, index: int, shape: KVShape) -> tuple[FusedLayer, Callable[[], None]]:
+def _build_head(network: Any) -> tuple[Product, Callable[[], None]]:
+    """As `_build`."""
+    weight = network.lm_head.weight.detach()
+    if network.lm_head.weight is network.model.embed_tokens.weight:
+        return shared_product(weight, weight.numel() / sum(one.numel() for one in network.parameters())), _nothing
+    own = Linears(kernels.held_as([weight]), network, "lm_head")
+    return own.product, own.take_over
+
+
+def _nothing() -> None:
+    """The embedding's table stays."""
+
+
+def _build(module: Any, index: int, shape: KVShape, held: torch.dtype) -> tuple[FusedLayer, Callable[[], None]]:
     """The fused layer, and what makes the module use its weights."""
     attend, mlp = module.self_attn, module.mlp
     linears = [
-        Linears(attend, "q_proj", "k_proj", "v_proj"),
-        Linears(attend, "o_proj"),
-        Linears(mlp, "down_proj"),
+        Linears(held, attend, "q_proj", "k_proj", "v_proj"),
+        Linears(held, attend, "o_proj"),
+        Linears(held, mlp, "down_proj"),
     ]
     qkv, output, down = (part.product for part in linears)
-    gated = GatedLinears(mlp, "gate_proj", "up_proj")
+    gated = GatedLinears(held, mlp, "gate_proj", "up_proj")
     head_norms = None
     if hasattr(attend, "q_norm"):
         weights = [*[attend.q_norm.weight] * shape.query_heads, *[attend.k_norm.weight] * shape.kv_heads]

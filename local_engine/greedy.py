@@ -114,7 +114,7 @@ class Greedy:
         self._written = array("q", [0])
         self._asked = array("q", [0])
         self._vocabulary = head.outputs
-        self._logits = torch.empty(head.outputs, dtype=head.packed.dtype)
+        self._logits = torch.empty(head.outputs, dtype=head.types.states)
         self._shared = Shared.of(reading)
         self._step = whole.one_token(self._shared, angles, self._asked, self._logits, layers)
         told = {

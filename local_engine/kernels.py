@@ -7,7 +7,7 @@ depend on its batch. Addresses are of contiguous rows of float32 or bfloat16; su
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum, auto
 from functools import cache, partial
 from typing import Any, Final, Literal
@@ -141,15 +141,47 @@ def _scale(w: Writer, squares: Any, count: int, epsilon: Any) -> Any:
     return w.over(w.number(1.0), w.sqrt(w.plus(mean, w.splat(epsilon))))
 
 
-def pack(weight: torch.Tensor) -> torch.Tensor:
+@dataclass(frozen=True, slots=True)
+class Types:
+    """What the numbers of a product are."""
+
+    states: torch.dtype
+    """Those that go in and come out."""
+    weights: torch.dtype
+    """As they are held: as states, or in bfloat16 where states are float32 and the weights lose nothing by it."""
+
+    @property
+    def narrow(self) -> bool:
+        return self.weights != self.states
+
+
+def held_as(weights: Sequence[torch.Tensor]) -> torch.dtype:
+    """How `product` is to hold weights of one type: float32 in bfloat16 where none loses anything by it, as most that
+    are published. They are multiplied as the float32 that they are, but half as many bytes are read."""
+    dtype = weights[0].dtype
+    if dtype != torch.float32 or not usable(dtype, weights[0].device):
+        return dtype
+    return dtype if any(int(_low_halves(weight).count_nonzero()) for weight in weights) else torch.bfloat16
+
+
+def _low_halves(weight: torch.Tensor) -> torch.Tensor:
+    """What bfloat16 has no bits for."""
+    return weight.contiguous().view(torch.int16).view(-1, 2)[:, 0]
+
+
+def pack(weight: torch.Tensor, held: torch.dtype) -> torch.Tensor:
     """Weights [outputs, inputs] in the order in which `product` reads them; outputs are a multiple of PANEL.
 
-    [panels, inputs, PANEL] in float32, [panels, inputs / 2, PANEL, 2] in bfloat16.
+    [panels, inputs, PANEL] in float32, [panels, inputs / 2, PANEL, 2] in bfloat16. Float32 ones `held` in bfloat16, by
+    `held_as`: [panels, inputs, LANES, 2], of an input the columns i and LANES + i side by side.
     """
     outputs, inputs = weight.shape
-    if weight.dtype == torch.float32:
-        return on_large_pages(weight.view(outputs // PANEL, PANEL, inputs).transpose(1, 2))
-    return on_large_pages(weight.view(outputs // PANEL, PANEL, inputs // 2, 2).transpose(1, 2))
+    panels = outputs // PANEL
+    if held == torch.float32:
+        return on_large_pages(weight.view(panels, PANEL, inputs).transpose(1, 2))
+    if weight.dtype == held:
+        return on_large_pages(weight.view(panels, PANEL, inputs // 2, 2).transpose(1, 2))
+    return on_large_pages(weight.to(held).view(panels, 2, LANES, inputs).permute(0, 3, 2, 1))
 
 
 class Beside(IntEnum):
@@ -169,28 +201,36 @@ class Beside(IntEnum):
     """Bytes per step of a tile, or 0: nothing is fetched."""
 
 
-def _reads_beside(dtype: torch.dtype) -> bool:
-    return HABITS.beside and dtype == torch.float32
+def _reads_beside(states: torch.dtype) -> bool:
+    return HABITS.beside and states == torch.float32
 
 
-def spare_bytes(rows: int, dtype: torch.dtype) -> int:
+def spare_bytes(rows: int, states: torch.dtype) -> int:
     """What memory can give per step of a tile besides a product's own weights, which all of its tiles share.
 
     With twice as much the product waits for memory itself: 160 µs instead of 135 for 1024 x 512 float32. Nothing in
     bfloat16, where a step of 32 rows took 2 % longer, and where it is not this CPU's habit.
     """
     tiles = rows // TILE_ROWS
-    return max(0, _STEP_GIVES - _STEP_BYTES // tiles) if tiles and _reads_beside(dtype) else 0
+    return max(0, _STEP_GIVES - _STEP_BYTES // tiles) if tiles and _reads_beside(states) else 0
 
 
-def steps(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> int:
+def steps(rows: int, inputs: int, outputs: int, held: torch.dtype) -> int:
     """How many steps all whole tiles of a product take together."""
-    return rows // TILE_ROWS * (outputs // PANEL) * inputs // _step(dtype)
+    return rows // TILE_ROWS * (outputs // PANEL) * inputs // _step(held)
+
+
+def room_bytes(rows: int, inputs: int, types: Types) -> int:
+    """What a thread's product needs for itself, for the weights of a panel as they are multiplied.
+
+    Several tiles share them: the first widens them, which takes 12 % of its time.
+    """
+    return inputs * PANEL * types.states.itemsize if types.narrow and rows >= 2 * TILE_ROWS else 0
 
 
 @cache
-def product(dtype: torch.dtype, ending: Ending) -> Kernel:
-    """(x, weights, other, out, rows, inputs, outputs, first, last, following, beside): x [rows, inputs] by packed
+def product(types: Types, ending: Ending) -> Kernel:
+    """(x, weights, other, out, rows, inputs, outputs, first, last, following, beside, room): x [rows, inputs] by packed
     weights, to columns first to last - 1 of out, multiples of PANEL.
 
     "plain": nothing more. "bias": plus other [outputs]. "sum": plus other [rows, outputs]. "gated": every panel has
@@ -198,52 +238,64 @@ def product(dtype: torch.dtype, ending: Ending) -> Kernel:
 
     `following` is the address of the weights that are read afterwards, whose first ones are fetched meanwhile;
     `beside` that of the words of `Beside`, or 0; where nothing is fetched beside (`spare_bytes`) it is not looked at.
+    `room` is for `room_bytes`.
     """
-    w = Writer("product", [PTR] * 4 + [I64] * 7)
-    _, weights, _, _, rows, inputs, _, first_column, last_column, following, beside = w.arguments
-    size, step, turn = w.times(inputs, PANEL * dtype.itemsize), _step(dtype), _turn(dtype)
+    w = Writer("product", [PTR] * 4 + [I64] * 7 + [PTR])
+    _, weights, _, _, rows, inputs, _, first_column, last_column, following, beside, room = w.arguments
+    held = types.weights
+    size = w.times(inputs, PANEL * held.itemsize)
+    turn_bytes = _turn(held) * PANEL * held.itemsize
     tiles = w.part(rows, TILE_ROWS)
-    told = {word: w.variable(w.whole(0)) for word in Beside} if _reads_beside(dtype) else {}
+    told = {word: w.variable(w.whole(0)) for word in Beside} if _reads_beside(types.states) else {}
     with w.where(beside, "!=", w.whole(0)):
         for word, variable in told.items():
             variable.value = w.load_int(w.pointer(beside), w.whole(word))
     with w.loop(first_column, last_column, PANEL) as left:
-        here = w.add(w.address(weights), w.times(w.times(left, inputs), dtype.itemsize))
+        here = w.add(w.address(weights), w.times(w.times(left, inputs), held.itemsize))
         after = w.add(here, size)
         beyond = w.either(w.add(left, PANEL), "<", last_column, after, following)
-        panel = _Panel(left, w.times(left, inputs), here, size, beyond)
+        panel = _Panel(left, here, size, beyond)
+        own = _Weights(weights, w.times(left, inputs), held)
         computed = w.variable(w.whole(0))
         with w.where(tiles, ">", w.whole(1)):
-            pace = w.part(w.whole(turn * _STEP_BYTES), tiles)
-            with w.loop(w.whole(0), tiles) as tile:
-                begin = w.add(beyond, w.times(w.times(tile, pace), w.part(size, turn * _STEP_BYTES)))
+            pace = w.part(w.whole(turn_bytes), tiles)
+
+            def one_of_several(tile: Any, source: _Weights) -> None:
+                begin = w.add(beyond, w.times(w.times(tile, pace), w.part(size, turn_bytes)))
                 share, row = _Share(begin, pace, second=HABITS.second), w.times(tile, TILE_ROWS)
-                whole_tile = partial(_tile, w, TILE_ROWS, row, panel, dtype, ending)
+                whole_tile = partial(_tile, w, TILE_ROWS, row, panel, source, types, ending)
                 if told:
                     with w.where(told[Beside.PACE].value, "==", w.whole(0)):
                         whole_tile([share])
                     with w.where(told[Beside.PACE].value, ">", w.whole(0)):
                         done = w.add(w.times(w.part(left, PANEL), tiles), tile)
                         words = {word: variable.value for word, variable in told.items()}
-                        whole_tile([share, _beside(w, words, w.times(done, w.part(inputs, step)))])
-                elif turn > 1:  # few tiles have two lines a turn to fetch
+                        whole_tile([share, _beside(w, words, w.times(done, w.part(inputs, _step(held))))])
+                elif turn_bytes > 2 * LINE:  # few tiles have two lines a turn to fetch
                     with w.where(pace, "<=", w.whole(LINE)):
                         whole_tile([share])
                     with w.where(pace, ">", w.whole(LINE)):
                         whole_tile([share, _Share(w.add(begin, LINE), pace, second=HABITS.second)])
                 else:
                     whole_tile([share])
+
+            others, first_other = own, 0
+            if types.narrow:
+                one_of_several(w.whole(0), replace(own, widened=room))
+                others, first_other = _Weights(room, w.whole(0), types.states), 1
+            with w.loop(w.whole(first_other), tiles) as tile:
+                one_of_several(tile, others)
             computed.value = w.times(tiles, TILE_ROWS)
         first = computed.value
         left_over = w.minus(rows, first)
         with w.where(left_over, ">=", w.whole(TILE_ROWS)):
-            _tile(w, TILE_ROWS, first, panel, dtype, ending, [])
+            _tile(w, TILE_ROWS, first, panel, own, types, ending, [])
             computed.value = w.add(first, TILE_ROWS)
         first = computed.value
         left_over = w.minus(rows, first)
         for count in range(1, TILE_ROWS):
             with w.where(left_over, "==", w.whole(count)):
-                _tile(w, count, first, panel, dtype, ending, [])
+                _tile(w, count, first, panel, own, types, ending, [])
     return w.compiled()
 
 
@@ -253,13 +305,23 @@ class _Panel:
 
     left: Any
     """The first of them."""
-    at: Any
-    """Where its weights begin, in elements."""
     here: Any
     """The address of its weights, a whole number; `size` is in bytes."""
     size: Any
     beyond: Any
     """The address of what is read after them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """Where a tile reads those of its panel."""
+
+    base: Any
+    at: Any
+    """The first of them, in elements."""
+    held: torch.dtype
+    widened: Any = None
+    """Where they are left for the tiles that follow, as these multiply them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,14 +336,14 @@ class _Share:
     """To the second cache."""
 
 
-def _turn(dtype: torch.dtype) -> int:
-    """Steps in one turn of the loop of a tile that shares; inputs are a multiple of as many in float32 alone."""
-    return HABITS.turn if dtype == torch.float32 else 1
+def _turn(held: torch.dtype) -> int:
+    """Inputs in one turn of the loop of a tile that shares; all inputs are a multiple of it."""
+    return HABITS.turn if held == torch.float32 else _step(held)
 
 
-def _step(dtype: torch.dtype) -> int:
-    """Inputs that are multiplied at once."""
-    return 1 if dtype == torch.float32 else 2
+def _step(held: torch.dtype) -> int:
+    """Inputs whose weights are _STEP_BYTES."""
+    return 1 if held == torch.float32 else 2
 
 
 def _beside(w: Writer, told: dict[Beside, Any], steps: Any) -> _Share:
@@ -293,10 +355,18 @@ def _beside(w: Writer, told: dict[Beside, Any], steps: Any) -> _Share:
 
 
 def _tile(
-    w: Writer, count: int, row: Any, panel: _Panel, dtype: torch.dtype, ending: Ending, shares: Sequence[_Share]
+    w: Writer,
+    count: int,
+    row: Any,
+    panel: _Panel,
+    source: _Weights,
+    types: Types,
+    ending: Ending,
+    shares: Sequence[_Share],
 ) -> None:
     """`count` rows from `row` on of a panel; without `shares` its own weights are fetched ahead."""
     _, _, _, out, _, inputs, outputs, *_ = w.arguments
+    dtype, held = types.states, types.weights
     for at in range(count):
         # Before they are written, which takes until memory has given them: 50 of 630 µs of 4096 outputs of 32 rows.
         width = LANES if ending == "gated" else PANEL
@@ -306,32 +376,39 @@ def _tile(
             w.prefetch_from(w.add(w.address(w.place(out, begin, dtype.itemsize)), line), written=True)
     sums = [[w.variable(w.number(0.0)) for _ in range(2)] for _ in range(count)]
     lines = [w.times(w.add(row, at), inputs) for at in range(count)]
-    step, turn = _step(dtype), _turn(dtype) if shares else 1
-    with w.loop(w.whole(0), inputs, step * turn) as begin:
+    turn = _turn(held) if shares else _step(held)
+    together = 2 if dtype == torch.bfloat16 else 1
+    with w.loop(w.whole(0), inputs, turn) as begin:
         for share in shares:
-            place = w.add(share.begin, w.times(w.part(begin, step * turn), share.pace))
+            place = w.add(share.begin, w.times(w.part(begin, turn), share.pace))
             w.prefetch_from(place, second=share.second)
-        for at in (w.add(begin, of_turn * step) for of_turn in range(turn)):
-            if not shares:
-                _fetch(w, panel, w.times(at, _STEP_BYTES // step))
-            _multiply(w, lines, at, w.add(panel.at, w.times(at, PANEL)), sums, dtype)
+        if not shares:
+            _fetch(w, panel, w.times(begin, _STEP_BYTES // turn))
+        for at in range(0, turn, together):
+            _multiply(w, lines, w.add(begin, at), source, sums, dtype)
     for at, totals in enumerate(sums):
         _end(w, w.add(row, at), panel.left, totals, dtype, ending)
 
 
 def _multiply(
-    w: Writer, lines: Sequence[Any], at: Any, place: Any, sums: Sequence[Sequence[Variable]], dtype: torch.dtype
+    w: Writer, lines: Sequence[Any], at: Any, source: _Weights, sums: Sequence[Sequence[Variable]], dtype: torch.dtype
 ) -> None:
-    """A step: the inputs from `at` on of some rows, which begin at `lines`, by the weights at `place`."""
-    x, weights = w.arguments[:2]
-    if dtype == torch.float32:
-        halves = [w.load(weights, w.add(place, half * LANES), dtype) for half in range(2)]
+    """The input `at` of some rows, which begin at `lines`, by its weights; of bfloat16 rows that and the next one."""
+    x, place = w.arguments[0], w.add(source.at, w.times(at, PANEL))
+    pairs = dtype == torch.bfloat16
+    if pairs:
+        halves = [w.load_pairs(source.base, w.add(place, half * 2 * LANES)) for half in range(2)]
+    elif source.held == torch.bfloat16:
+        halves = w.load_both(source.base, place)
     else:
-        halves = [w.load_pairs(weights, w.add(place, half * 2 * LANES)) for half in range(2)]
-    fma = w.fma if dtype == torch.float32 else w.fma_pairs
+        halves = [w.load(source.base, w.add(place, half * LANES), torch.float32) for half in range(2)]
+    if source.widened is not None:
+        for half, weights in enumerate(halves):
+            w.store(weights, source.widened, w.add(w.times(at, PANEL), half * LANES), torch.float32)
+    fma = w.fma_pairs if pairs else w.fma
     for line, totals in zip(lines, sums, strict=True):
         spot = w.add(line, at)
-        factor = w.splat_from(x, spot) if dtype == torch.float32 else w.splat_pair_from(x, spot)
+        factor = w.splat_pair_from(x, spot) if pairs else w.splat_from(x, spot)
         for half, total in zip(halves, totals, strict=True):
             total.value = fma(factor, half, total.value)
 

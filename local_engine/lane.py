@@ -381,13 +381,17 @@ class Lane:
         active = self.scheduler.active
         writing = [s for s in active if s.pending == 1 and s.sampler is not None and s.floor is None]
         reading = sum(s.pending + len(s.draft) for s in (*active, *self.scheduler.waiting)) - len(writing)
+        drafted = [s for s in writing if s.draftable]
         try:
-            drafts = self.speculator.propose(writing, min(reading, self._pace.tokens))
+            drafts = self.speculator.propose(drafted, min(reading, self._pace.tokens))
         except Exception:
-            logger.exception("drafting failed; %s goes on without", self.model.card.name)
-            self.speculator = self._drafting = None
-            drafts = [NOTHING for _ in writing]
-        for sequence, draft in zip(writing, drafts, strict=True):
+            logger.exception("drafting failed; what %s writes now goes on without", self.model.card.name)
+            self._drafting = None
+            drafts = [NOTHING for _ in drafted]
+            for sequence in drafted:
+                sequence.draftable = False
+                self.speculator.forget(sequence)
+        for sequence, draft in zip(drafted, drafts, strict=True):
             sequence.draft[:], sequence.drawn_from = draft.tokens, draft.distributions
 
     def _compute(self, work: list[tuple[Sequence, int]]) -> list[Turn]:

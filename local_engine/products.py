@@ -26,6 +26,8 @@ _COPIED_SHARE: Final = 0.1
 """Most of a model's weights that a tied head may be held twice with; repacked, its product takes half the time."""
 _COPIED_BYTES: Final = 1 << 20
 """A head of fewer may be, whatever its share."""
+_COPIED_NARROW: Final = 0.5
+"""As _COPIED_SHARE, where it and all others are held in half their bytes: no more is held than if none were."""
 
 
 class Product(Protocol):
@@ -86,14 +88,15 @@ class OneDNNProduct:
 
 
 class KernelProduct:
-    """Our own kernel's product; `pack` copies the weights."""
+    """Our own kernel's product; `pack` copies the weights, which are `held` as `kernels.held_as` says."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.packed = kernels.pack(weight)
+    def __init__(self, weight: Tensor, bias: Tensor | None, held: torch.dtype) -> None:
+        self.types = kernels.Types(weight.dtype, held)
+        self.packed = kernels.pack(weight, held)
         self.outputs = weight.shape[0]
         self.bias = bias
-        self._plain = SharedProduct(weight.dtype, "plain" if bias is None else "bias")
-        self._sum = SharedProduct(weight.dtype, "sum")
+        self._plain = SharedProduct(self.types, "plain" if bias is None else "bias")
+        self._sum = SharedProduct(self.types, "sum")
 
     @staticmethod
     def fits(weight: Tensor) -> bool:
@@ -118,14 +121,14 @@ class KernelProduct:
 class KernelGated:
     """Our own kernel for both products of a gate; their columns take turns in its weights."""
 
-    def __init__(self, gate: Tensor, up: Tensor) -> None:
+    def __init__(self, gate: Tensor, up: Tensor, held: torch.dtype) -> None:
         outputs, inputs = gate.shape
-        self.packed = kernels.pack(
-            torch.stack((gate.view(-1, LANES, inputs), up.view(-1, LANES, inputs)), 1).flatten(0, 2)
-        )
+        self.types = kernels.Types(gate.dtype, held)
+        both = torch.stack((gate.view(-1, LANES, inputs), up.view(-1, LANES, inputs)), 1).flatten(0, 2)
+        self.packed = kernels.pack(both, held)
         self.outputs = 2 * outputs
-        self._gated = SharedProduct(gate.dtype, "gated")
-        self._plain = SharedProduct(gate.dtype, "plain")
+        self._gated = SharedProduct(self.types, "gated")
+        self._plain = SharedProduct(self.types, "plain")
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._run(self._gated, x, self.outputs // 2)
@@ -162,12 +165,12 @@ class Stand(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self._product(x.reshape(-1, x.shape[-1]))
-        return out.reshape(*x.shape[:-1], -1)
+        return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
-def best_product(weight: Tensor, bias: Tensor | None) -> Product:
-    """The product to run weights with that nothing else reads."""
-    return KernelProduct(weight, bias) if KernelProduct.fits(weight) else _torch_product(weight, bias)
+def best_product(weight: Tensor, bias: Tensor | None, held: torch.dtype) -> Product:
+    """The product to run weights with that nothing else reads; our own has them `held` as `kernels.held_as` says."""
+    return KernelProduct(weight, bias, held) if KernelProduct.fits(weight) else _torch_product(weight, bias)
 
 
 def _torch_product(weight: Tensor, bias: Tensor | None) -> PlainProduct | OneDNNProduct:
@@ -177,16 +180,16 @@ def _torch_product(weight: Tensor, bias: Tensor | None) -> PlainProduct | OneDNN
 
 
 class Linears:
-    """Linear modules of a network that read the same input, as one product."""
+    """Linear modules of a network that read the same input, as one product; `held` as of `best_product`."""
 
-    def __init__(self, parent: Any, *names: str) -> None:
+    def __init__(self, held: torch.dtype, parent: Any, *names: str) -> None:
         self._parent = parent
         self._names = names
         modules = self._modules()
         weights = [part.weight.detach() for part in modules]
         self._weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         bias = None if modules[0].bias is None else torch.cat([part.bias.detach() for part in modules])
-        self.product = best_product(self._weight, bias)
+        self.product = best_product(self._weight, bias, held)
 
     def take_over(self) -> None:
         """Let the network's modules use the product's weights, so that they are held once."""
@@ -208,9 +211,9 @@ def _columns(product: Product, begin: int, end: int, x: Tensor) -> Tensor:
 
 
 class GatedLinears:
-    """The gate and the other module of a gated feed-forward block."""
+    """The gate and the other module of a gated feed-forward block; `held` as of `best_product`."""
 
-    def __init__(self, parent: Any, gate: str, up: str) -> None:
+    def __init__(self, held: torch.dtype, parent: Any, gate: str, up: str) -> None:
         self._parent = parent
         self._names = (gate, up)
         modules: list[nn.Linear] = [getattr(parent, name) for name in self._names]
@@ -220,7 +223,7 @@ class GatedLinears:
         self._pair: list[PlainProduct | OneDNNProduct] = []
         self.product: GatedProduct
         if KernelProduct.fits(weights[0]) and biases == [None, None]:
-            self.product = self._kernel = KernelGated(*weights)
+            self.product = self._kernel = KernelGated(weights[0], weights[1], held)
         else:
             self._pair = [_torch_product(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
             self.product = GatedPair(*self._pair)
@@ -239,8 +242,10 @@ def shared_product(weight: Tensor, share: float) -> Product:
 
     They are copied where the copy is little; else they are used where they are.
     """
-    if share <= _COPIED_SHARE or weight.nbytes <= _COPIED_BYTES:
-        return best_product(weight, None)
+    held = kernels.held_as([weight])
+    most = _COPIED_SHARE if held == weight.dtype else _COPIED_NARROW
+    if share <= most or weight.nbytes <= _COPIED_BYTES:
+        return best_product(weight, None, held)
     gains = weight.dtype == torch.float32 and weight.numel() >= _SMALLEST_SHARED
     return (
         OneDNNProduct(weight, None, repack=False)

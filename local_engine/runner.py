@@ -21,7 +21,7 @@ from local_engine.kv_paged import PagedKV
 from local_engine.kv_rows import RowsKV
 from local_engine.model import LocalModel
 from local_engine.norms import best_norm
-from local_engine.products import KernelProduct, shared_product
+from local_engine.products import KernelProduct
 from local_engine.rows_plan import RowsPlan
 from local_engine.simd import Kernel
 from local_engine.tapped import NOTHING, Tapped
@@ -74,16 +74,11 @@ class Runner:
         self._tapped = NOTHING
         self.rotary = _RotaryTable(self._body.rotary_emb, kv.shape)
         self.layers = len(self._body.layers)
-        self._last_token = self._body.embed_tokens.num_embeddings - 1
-        self._fused = fuse(self._body, kv, self.rotary.first(CHECK_TOKENS)) if fused else None
-        self._norm = best_norm(self._body.norm) if self._fused else self._body.norm
-        weight = network.lm_head.weight
-        tied = weight is self._body.embed_tokens.weight
-        self._head = (
-            shared_product(weight.detach(), weight.numel() / model.card.parameters)
-            if tied and self._fused
-            else network.lm_head
-        )
+        self.last_token = self._body.embed_tokens.num_embeddings - 1
+        found = fuse(network, kv, self.rotary.first(CHECK_TOKENS)) if fused else None
+        self._fused = found.layers if found else None
+        self._norm = best_norm(self._body.norm) if found else self._body.norm
+        self._head = found.head if found else network.lm_head
         self._whole: WholeForward | None = None
         self._advance: Kernel | None = None
         if self._fused and isinstance(kv, RowsKV) and kv.in_chunks:
@@ -96,7 +91,7 @@ class Runner:
             return
         greedy = None
         if whole.kernel and isinstance(self._head, KernelProduct):
-            greedy = advance(whole.kernel, self._head.outputs, self._head.packed.dtype), self._head
+            greedy = advance(whole.kernel, self._head.outputs, self._head.types.states), self._head
         if gives_the_same(network, layers, self.rotary.first(CHECK_TOKENS), whole, greedy, self.rotary.turned):
             self._whole, self._advance = whole, greedy[0] if greedy else None
         else:
@@ -125,8 +120,8 @@ class Runner:
         plan = self.kv.plan([Span(segment.slot, segment.start, len(segment.tokens)) for segment in segments])
         packing = _Packing(segments, plan, self._device)
         most = max(packing.lists.tokens)
-        if most > self._last_token:
-            raise IndexError(f"token {most}: the model has tokens 0 to {self._last_token}; its tokenizer has more")
+        if most > self.last_token:
+            raise IndexError(f"token {most}: the model has tokens 0 to {self.last_token}; its tokenizer has more")
         self.rotary.reach(packing.furthest)
         # Outside of inference mode, because what is made in it may not be changed outside.
         taps = self._room(tap_layers, packing.tapped)
@@ -150,6 +145,16 @@ class Runner:
             hidden=taps,
             state=packing.unpacked(hidden) if last < self.layers else None,
         )
+
+    @property
+    def held(self) -> tuple[torch.dtype, torch.dtype]:
+        """What type the weights of the layers, and of the head, are held and read in."""
+        embedded: torch.dtype = self._body.embed_tokens.weight.dtype
+        first = self._fused[0].qkv if self._fused else None
+        layers, head = (
+            product.types.weights if isinstance(product, KernelProduct) else embedded for product in (first, self._head)
+        )
+        return layers, head
 
     @property
     def writes_alone(self) -> bool:

@@ -30,25 +30,26 @@ class Following:
 def multiply(
     w: Writer,
     sharing: team.Sharing,
-    dtype: torch.dtype,
+    types: kernels.Types,
     ending: kernels.Ending,
     given: tuple[Any, ...],
     shape: tuple[Any, Any, Any],
     following: Following,
-    beside: Any = 0,
+    beside: Any,
+    room: Any,
 ) -> None:
-    """A phase: `given` x, weights, other and out; `shape` rows, inputs and outputs."""
+    """A phase: `given` x, weights, other and out; `shape` rows, inputs and outputs; `room` this thread's own."""
     (_, weights, *_), (_, inputs, outputs) = given, shape
-    kernel, threads = kernels.product(dtype, ending), sharing.threads
+    kernel, threads = kernels.product(types, ending), sharing.threads
     panels = w.part(outputs, kernels.PANEL)
     each = w.greater(w.part(panels, w.times(threads, _TURNS)), w.whole(1))
-    size = kernels.PANEL * dtype.itemsize
+    size = kernels.PANEL * types.weights.itemsize
     with sharing.phase(w, panels, each) as (begin, end, last):
         own = w.part(w.times(w.part(following.outputs, kernels.PANEL), sharing.index), threads)
         next_product = w.add(following.weights, w.times(w.times(own, following.inputs), size))
         goes_on = w.add(weights, w.times(w.times(end, inputs), size))
         columns = w.times(begin, kernels.PANEL), w.times(end, kernels.PANEL)
-        w.call(kernel, *given, *shape, *columns, w.either(end, "<", last, goes_on, next_product), beside)
+        w.call(kernel, *given, *shape, *columns, w.either(end, "<", last, goes_on, next_product), beside, room)
 
 
 class _Word(IntEnum):
@@ -63,10 +64,13 @@ class _Word(IntEnum):
     ROWS = auto()
     INPUTS = auto()
     OUTPUTS = auto()
+    ROOM = auto()
+    ROOM_BYTES = auto()
+    """Of each thread."""
 
 
 @cache
-def _work(dtype: torch.dtype, ending: kernels.Ending) -> Kernel:
+def _work(types: kernels.Types, ending: kernels.Ending) -> Kernel:
     """(words, index): what one of the threads does of it."""
     w = Writer("work", team.JOB_TYPES)
     words, index = w.arguments
@@ -75,27 +79,30 @@ def _work(dtype: torch.dtype, ending: kernels.Ending) -> Kernel:
     given = told[_Word.X], told[_Word.WEIGHTS], told[_Word.OTHER], told[_Word.OUT]
     inputs, outputs = told[_Word.INPUTS], told[_Word.OUTPUTS]
     following = Following(told[_Word.WEIGHTS], inputs, outputs)
-    multiply(w, sharing, dtype, ending, given, (told[_Word.ROWS], inputs, outputs), following)
+    room = w.add(told[_Word.ROOM], w.times(index, told[_Word.ROOM_BYTES]))
+    multiply(w, sharing, types, ending, given, (told[_Word.ROWS], inputs, outputs), following, 0, room)
     return w.compiled()
 
 
 class SharedProduct:
     """`kernels.product` over whole tensors, by as many threads as there are when it is made."""
 
-    def __init__(self, dtype: torch.dtype, ending: kernels.Ending) -> None:
-        self._run = kernels.product(dtype, ending)
+    def __init__(self, types: kernels.Types, ending: kernels.Ending) -> None:
+        self._run = kernels.product(types, ending)
         self._threads = kernels.threads()
-        self._dtype, self._ending = dtype, ending
+        self._types, self._ending = types, ending
 
     def __call__(self, x: Tensor, packed: Tensor, other: Tensor | None, out: Tensor, outputs: int) -> None:
         """x [rows, inputs], contiguous, by packed weights of so many `outputs`."""
         rows, inputs = x.shape
         given = x.data_ptr(), packed.data_ptr(), 0 if other is None else other.data_ptr(), out.data_ptr()
         threads = max(1, min(self._threads, rows * inputs * outputs // _WORK_EACH))
+        each = kernels.room_bytes(rows, inputs, self._types)
+        room = torch.empty(threads * each, dtype=torch.uint8)
         if threads == 1:
-            self._run(*given, rows, inputs, outputs, 0, outputs, packed.data_ptr(), 0)
+            self._run(*given, rows, inputs, outputs, 0, outputs, packed.data_ptr(), 0, room.data_ptr())
             return
         claims = array("q", bytes(8 * team.claims_room(1, threads)))
-        words = array("q", [threads, address(claims), *given, rows, inputs, outputs])
-        work = _work(self._dtype, self._ending)
+        words = array("q", [threads, address(claims), *given, rows, inputs, outputs, room.data_ptr(), each])
+        work = _work(self._types, self._ending)
         team.lead()(team.team(threads), work.address, address(words), threads)

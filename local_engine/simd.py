@@ -212,6 +212,13 @@ class Writer:
         """2 * LANES bfloat16, as `fma_pairs` takes them."""
         return self._builder.load(self.place(base, offset, 2), typ=_PAIRS, align=2)
 
+    def load_both(self, base: Any, offset: Any) -> list[Any]:
+        """2 * LANES bfloat16 as float32: those at even places, then those at odd ones."""
+        words = self._builder.load(self.place(base, offset, 2), typ=_VEC32, align=2)
+        even = self._builder.shl(words, self._lanes32(16))
+        odd = self._builder.and_(words, self._lanes32(-0x10000))
+        return [self._builder.bitcast(bits, VEC) for bits in (even, odd)]
+
     def splat_pair_from(self, base: Any, offset: Any) -> Any:
         """Two neighbouring bfloat16, again and again."""
         pair = self._builder.load(self.place(base, offset, 2), typ=I32, align=2)

@@ -56,6 +56,8 @@ class StepWord(IntEnum):
     PART_COUNT = auto()
     SCORES_BYTES = auto()
     """Of each thread."""
+    ROOM = auto()
+    """`Sizes.room_bytes` of each thread."""
     TEAM = auto()
     THREADS = auto()
     CLAIMS = auto()
@@ -106,12 +108,22 @@ class Sizes:
     query_heads: int
     kv_heads: int
     head_dim: int
-    dtype: torch.dtype
+    types: kernels.Types
     scale: float
     epsilon: float
     head_epsilon: float
     normed: bool
     biased: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.types.states
+
+    @property
+    def room_bytes(self) -> int:
+        """What products of any number of rows need for themselves, of each thread."""
+        most = max(self.width, self.inner, self.seen_width)
+        return kernels.room_bytes(2 * kernels.TILE_ROWS, most, self.types)
 
     @property
     def heads_width(self) -> int:
@@ -158,11 +170,13 @@ class _Step:
     ) -> None:
         """A product: `given` x, weights, other and out; `shape` rows, inputs and outputs; `following` the weights,
         inputs and outputs of the next one."""
-        w, dtype = self.w, self.sizes.dtype
+        w = self.w
         rows, inputs, outputs = shape
         weights, *sides = following
         then = Following(weights, *map(w.whole, sides))
-        multiply(w, self._sharing, dtype, ending, given, (rows, w.whole(inputs), w.whole(outputs)), then, beside)
+        sized = rows, w.whole(inputs), w.whole(outputs)
+        room = w.add(self.told[StepWord.ROOM], w.times(self.index, self.sizes.room_bytes))
+        multiply(w, self._sharing, self.sizes.types, ending, given, sized, then, beside, room)
 
 
 @cache

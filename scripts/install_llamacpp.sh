@@ -10,13 +10,14 @@ venv=$(cd "$venv" && pwd)
 PATH="$venv/bin:$PATH"
 pip="$venv/bin/python -m pip --disable-pip-version-check -q"
 $pip install cmake ninja scikit-build-core gguf==0.19.0
+version=0.3.36
 source=$(mktemp -d)
 trap 'rm -rf "$source"' EXIT
-$pip download --no-deps --no-binary :all: --no-build-isolation -d "$source" llama-cpp-python==0.3.36
+$pip download --no-deps --no-binary :all: --no-build-isolation -d "$source" "llama-cpp-python==$version"
 tar xzf "$source"/llama_cpp_python-*.tar.gz -C "$source"
 cmake -S "$source"/llama_cpp_python-*/vendor/llama.cpp -B "$source/build" -G Ninja -DCMAKE_BUILD_TYPE=Release \
     -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
     -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF >"$source/log" || { cat "$source/log"; exit 1; }
 cmake --build "$source/build" --target llama-server >"$source/log" 2>&1 || { tail -50 "$source/log"; exit 1; }
 cp "$source/build/bin/llama-server" "$venv/bin/llama-server"
-touch "$venv/.installed"
+echo "llama-cpp-python $version" > "$venv/.installed"

@@ -1,5 +1,6 @@
-"""A Qwen3 checkpoint as a GGUF file of float32, for llama.cpp: `python scripts/write_gguf.py CHECKPOINT FILE`.
+"""A Qwen3 checkpoint as a GGUF file, for llama.cpp: `python scripts/write_gguf.py [--float32] CHECKPOINT FILE`.
 
+Matrices stay in float32 or bfloat16, unless all are to be float32; norms are float32, as llama.cpp wants them.
 Run by the Python of what scripts/install_llamacpp.sh made, which has gguf. It knows byte-level BPE alone, and llama.cpp
 splits words by GPT-2's rule whatever the tokenizer's own rule is: the same tokens where no merge crosses its borders.
 """
@@ -38,7 +39,7 @@ def named(name: str) -> str:
     return f"blk.{layer}.{LAYER[part]}.{kind}"
 
 
-def values(dtype: str, data: NDArray[np.uint8]) -> NDArray[np.float32]:
+def widened(dtype: str, data: NDArray[np.uint8]) -> NDArray[np.float32]:
     if dtype == "BF16":
         return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return data.view({"F32": np.float32, "F16": np.float16}[dtype]).astype(np.float32)
@@ -65,7 +66,7 @@ def tokenizer(writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
     writer.add_chat_template((folder / "chat_template.jinja").read_text())
 
 
-def main(folder: Path, out: Path) -> None:
+def main(folder: Path, out: Path, *, float32: bool) -> None:
     config = json.loads((folder / "config.json").read_text())
     if config["model_type"] != "qwen3":
         sys.exit(f"model_type: {config['model_type']}: only qwen3 is known here.")
@@ -83,7 +84,12 @@ def main(folder: Path, out: Path) -> None:
     writer.add_vocab_size(config["vocab_size"])
     tokenizer(writer, folder, config["vocab_size"])
     for name, tensor in SafetensorsLocal(folder / "model.safetensors").tensors.items():
-        writer.add_tensor(named(name), values(tensor.dtype, tensor.mmap_bytes()).reshape(tensor.shape))
+        data = tensor.mmap_bytes()
+        if tensor.dtype == "BF16" and len(tensor.shape) == 2 and not float32:
+            rows = data.view(np.uint8).reshape(tensor.shape[0], -1)
+            writer.add_tensor(named(name), rows, raw_dtype=gguf.GGMLQuantizationType.BF16)
+        else:
+            writer.add_tensor(named(name), widened(tensor.dtype, data).reshape(tensor.shape))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -91,4 +97,5 @@ def main(folder: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    *options, checkpoint, file = sys.argv[1:]
+    main(Path(checkpoint), Path(file), float32=options == ["--float32"])

@@ -8,6 +8,7 @@ share; plans that go on from a thought; a caller who leaves ends the generation.
 import asyncio
 import json
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -37,7 +38,7 @@ models:
   base: {{provider: gpu, {far}}}
   twin: {{provider: same, {far}}}
   shared: {{provider: gpu, {far}, plan: {{speculate: {{draft: twin, method: specreason}}}}}}
-  left: {{provider: gpu, {far}, plan: {{exit: {{rule: convergence}}}}}}
+  left: {{provider: gpu, {far}, plan: {{exit: {{rule: budget, budget: 20}}}}}}
   own: {{provider: home, model: bundled/base}}
 routes: [{{name: auto, when: {{model: auto}}, use: [base], cache: off}}]
 """
@@ -104,6 +105,12 @@ def _words(message: Any) -> tuple[list[str], str]:
     return thought.split(), answer.strip()
 
 
+def _count(plan: str, kind: str, name: str) -> int:
+    """What a plan of this kind counted, by what the header says of it."""
+    found = re.fullmatch(rf"{kind}; .*\b{name}=(\d+).*", plan)
+    return int(found[1]) if found else 0
+
+
 def _goes_on(url: str, thought: str) -> bool:
     """Whether the server itself writes each step after the text before it."""
     steps, prompt = (
@@ -126,11 +133,13 @@ async def judge(url: str, gateway: Serving, running: Callable[[], float], *, sal
     mine = openai.AsyncOpenAI(base_url=base, api_key=gateway.key, max_retries=0)
     other = openai.AsyncOpenAI(base_url=base, api_key=_other_key(gateway), max_retries=0)
 
-    async def said(model: str, question: str) -> tuple[tuple[list[str], str], Any]:
-        answer = await mine.chat.completions.create(
+    async def said(model: str, question: str) -> tuple[tuple[list[str], str], Any, str]:
+        """What is said, the whole answer, and what the plan did."""
+        raw = await mine.chat.completions.with_raw_response.create(
             model=model, messages=[{"role": "user", "content": question}], temperature=0, max_tokens=400
         )
-        return _words(answer.choices[0].message), answer
+        answer = raw.parse()
+        return _words(answer.choices[0].message), answer, raw.headers.get("x-leadline-plan", "")
 
     async def cached(client: openai.AsyncOpenAI, question: str) -> int:
         answer = await client.chat.completions.create(model="base", messages=with_system(question), max_tokens=4)
@@ -138,10 +147,11 @@ async def judge(url: str, gateway: Serving, running: Callable[[], float], *, sal
         return (details.cached_tokens or 0) if details else 0
 
     ready = f"http://127.0.0.1:{gateway.port}/health/readiness"
-    while json.loads((await asyncio.to_thread(ask, ready, {}))[0])["unavailable"]:
-        await asyncio.sleep(0.1)  # for the embedded engine
+    async with asyncio.timeout(START_S):
+        while json.loads((await asyncio.to_thread(ask, ready, {}))[0])["unavailable"]:
+            await asyncio.sleep(0.1)  # for the embedded engine
     found = {}
-    words, answer = await said("base", EASY)
+    words, answer, _ = await said("base", EASY)
     found["answers"] = bool(words[1]) and answer.choices[0].finish_reason == "stop"
     stream = await mine.chat.completions.create(
         model="base", messages=[{"role": "user", "content": EASY}], temperature=0, max_tokens=400, stream=True
@@ -165,20 +175,21 @@ async def judge(url: str, gateway: Serving, running: Callable[[], float], *, sal
     )
     found["every call is in the ledger"] = json.loads(spend[0])["requests"] == 5
 
-    alone, whole = await said("base", HARD)
+    alone, whole, _ = await said("base", HARD)
     found["writes what our own engine writes"] = alone == (await said("own", HARD))[0]
-    shared = await mine.chat.completions.create(
-        model="shared", messages=[{"role": "user", "content": HARD}], temperature=0
+    (_, told), shared, plan = await said("shared", HARD)
+    found["a thought written step by step goes on, each time, from the words before"] = (
+        bool(told)
+        and _count(plan, "speculate", "drafted_steps") > 1
+        and await asyncio.to_thread(_goes_on, url, _thought(shared.choices[0].message))
     )
-    thinking: Any = shared.choices[0].message
-    found["a thought written step by step goes on, each time, from the words before"] = bool(thinking.content) and (
-        await asyncio.to_thread(_goes_on, url, thinking.reasoning_content or "")
-    )
-    left, cut = await said("left", HARD)
+    left, cut, plan = await said("left", HARD)
     found["a thought that is left is answered from where it was left"] = (
-        bool(left[1])
-        and left[0] == alone[0][: len(left[0])]
-        and cut.usage.completion_tokens <= whole.usage.completion_tokens
+        bool(left[0])
+        and left[0] == alone[0][: len(left[0])] != alone[0]
+        and plan.startswith("exit; by=budget; ")
+        and left[1].startswith("The answer is")
+        and cut.usage.completion_tokens < whole.usage.completion_tokens
     )
 
     leaving = await mine.chat.completions.create(

@@ -22,7 +22,7 @@ WRITE = Path(__file__).parents[2] / "scripts" / "write_gguf.py"
 def llamacpp(venv: Path, folder: Path) -> Iterator[str]:
     """A llama-server with the bundled model; yields its base URL."""
     port, model = free_port(), folder / "base.gguf"
-    subprocess.run([venv / "bin" / "python", WRITE, MODEL, model], check=True)
+    subprocess.run([venv / "bin" / "python", WRITE, "--float32", MODEL, model], check=True)
     command = [
         str(venv / "bin" / "llama-server"), "-m", str(model), "--host", "127.0.0.1", "--port", str(port),
         "-t", "1", "-c", "8192", "-np", "8", "-ctk", "f32", "-ctv", "f32",

@@ -1,7 +1,9 @@
 """What the machine is measured to do: plausible, and read between and beyond the measured points."""
 
 import pytest
+import torch
 
+from local_engine import kernels
 from local_engine.calibrate import ROWS, Calibration, calibrate
 from local_engine.model import LocalModel
 from local_engine.runner import Runner, new_kv
@@ -18,6 +20,16 @@ def test_a_calibration_knows_the_model_and_leaves_nothing_behind(bundled: LocalM
     assert len(found.step_s) == len(ROWS)
     assert all(0 < seconds < 60 for seconds in found.step_s)
     assert found.token_bytes == kv.token_bytes
+
+
+def test_weights_are_counted_in_the_bytes_that_a_step_reads(bundled: LocalModel) -> None:
+    """The bundled model's were published in bfloat16; the head of the other one embeds, too."""
+    for model in (bundled, tiny_model("qwen3", bundled)):
+        runner = Runner(model, new_kv(model, BUDGET))
+        found = calibrate(model, runner, seconds=0.05)
+        narrow = model is bundled and kernels.usable(torch.float32, model.device)
+        assert runner.held == ((torch.bfloat16,) * 2 if narrow else (torch.float32,) * 2)
+        assert found.weight_bytes == found.weights * (2 if narrow else 4)
 
 
 def test_seconds_lie_between_the_measured_steps_and_grow_beyond_them() -> None:

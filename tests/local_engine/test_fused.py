@@ -101,7 +101,7 @@ def test_a_second_runner_of_a_network_takes_the_same_layers(bundled: LocalModel)
     kv = new_kv(model, BUDGET)
     runner = Runner(model, kv)
     angles = runner.rotary.first(fused.CHECK_TOKENS)
-    assert fused.fuse(model.network.model, kv, angles) is fused.fuse(model.network.model, new_kv(model, BUDGET), angles)
+    assert fused.fuse(model.network, kv, angles) is fused.fuse(model.network, new_kv(model, BUDGET), angles)
     assert kv.bytes_used == 0
 
 

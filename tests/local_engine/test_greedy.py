@@ -181,9 +181,10 @@ def test_no_room_is_no_failure() -> None:
 
 
 def new_lane() -> tuple[Lane, Primitives]:
+    """One for which no time passes: a stretch of tokens that takes long ends early."""
     model = new_model()
     kv = new_kv(model, 1 << 24)
-    lane = Lane(model, kv, Runner(model, kv))
+    lane = Lane(model, kv, Runner(model, kv), clock=lambda: 0.0)
     return lane, Primitives({"m": lane}, None, serials=itertools.count(), arrived=0.0)
 
 

@@ -14,8 +14,10 @@ from local_engine.kv_rows import RowsKV
 from local_engine.norms import HeadNorms, KernelNorm, KernelTurn, _TorchTurn
 from local_engine.products import KernelGated, KernelProduct
 from local_engine.simd import address
+from tests.local_engine.runner_harness import by_torch
 
 CPU = torch.device("cpu")
+NARROW = (torch.float32, torch.bfloat16)
 DTYPES = [
     pytest.param(
         dtype,
@@ -24,6 +26,15 @@ DTYPES = [
         ),
     )
     for dtype in (torch.float32, torch.bfloat16)
+]
+TYPES = [
+    pytest.param(
+        kernels.Types(states, weights),
+        marks=pytest.mark.skipif(
+            not kernels.made_for(states), reason=f"this CPU is not one that our {states} kernels are for"
+        ),
+    )
+    for states, weights in ((torch.float32, torch.float32), NARROW, (torch.bfloat16, torch.bfloat16))
 ]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -34,11 +45,21 @@ def near(got: Tensor, expected: Tensor) -> bool:
     return error <= TOLERANCE[got.dtype]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_products_are_torchs(dtype: torch.dtype, habits: kernels.Habits) -> None:
+def numbers(types: kernels.Types, *sizes: tuple[int, ...]) -> list[Tensor]:
+    """Such that holding them as weights loses nothing."""
+    return [torch.randn(size).to(types.weights).to(types.states) for size in sizes]
+
+
+@pytest.mark.parametrize("types", TYPES)
+def test_products_are_torchs(types: kernels.Types, habits: kernels.Habits) -> None:
     torch.manual_seed(3)
-    weight, bias, up = (torch.randn(size).to(dtype) for size in ((96, 50), (96,), (96, 50)))
-    plain, biased, gated = KernelProduct(weight, None), KernelProduct(weight, bias), KernelGated(weight, up)
+    dtype, held = types.states, types.weights
+    weight, bias, up = numbers(types, (96, 50), (96,), (96, 50))
+    plain, biased, gated = (
+        KernelProduct(weight, None, held),
+        KernelProduct(weight, bias, held),
+        KernelGated(weight, up, held),
+    )
     for rows in (1, 7, 8, 9, 21, 32, 37):
         x, term = torch.randn(rows, 50).to(dtype), torch.randn(rows, 96).to(dtype)
         exact, exact_up = (linear(x.float(), part.float()) for part in (weight, up))
@@ -51,10 +72,40 @@ def test_products_are_torchs(dtype: torch.dtype, habits: kernels.Habits) -> None
         assert near(gated.part(1, x), exact_up), rows
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_what_a_product_fetches_beside_its_weights_changes_nothing(dtype: torch.dtype, habits: kernels.Habits) -> None:
+@pytest.mark.skipif(not kernels.made_for(torch.float32), reason="this CPU is not one for our kernels")
+@pytest.mark.parametrize("rows", [1, 8, 15, 16, 37, 300])
+def test_float32_held_in_half_its_bytes_gives_the_same_bits(rows: int, habits: kernels.Habits) -> None:
+    torch.manual_seed(4)
+    (weight,) = numbers(kernels.Types(*NARROW), (128, 300))
+    x = torch.randn(rows, 300)
+    assert kernels.held_as([weight]) == torch.bfloat16
+    wide, narrow = (KernelProduct(weight, None, held) for held in NARROW)
+    assert narrow.packed.nbytes == wide.packed.nbytes / 2
+    assert torch.equal(narrow(x), wide(x))
+    wide_gated, narrow_gated = (KernelGated(weight[:64], weight[64:], held) for held in NARROW)
+    assert torch.equal(narrow_gated(x), wide_gated(x))
+
+
+@pytest.mark.skipif(not kernels.made_for(torch.float32), reason="this CPU is not one for our kernels")
+def test_weights_are_held_as_they_are_where_one_of_them_would_lose_a_bit() -> None:
+    weights = numbers(kernels.Types(*NARROW), (64, 40), (32, 40))
+    weights[0][0, :4] = torch.tensor([torch.inf, torch.nan, -0.0, 1e-40]).bfloat16()
+    assert kernels.held_as(weights) == torch.bfloat16
+    weights[1][31, 39] = torch.tensor(1.0).nextafter(torch.tensor(2.0))
+    assert kernels.held_as(weights) == torch.float32
+    assert kernels.held_as([weights[0].bfloat16()]) == torch.bfloat16
+    with by_torch():
+        assert kernels.held_as(weights[:1]) == torch.float32
+
+
+@pytest.mark.parametrize("types", TYPES)
+def test_what_a_product_fetches_beside_its_weights_changes_nothing(
+    types: kernels.Types, habits: kernels.Habits
+) -> None:
     torch.manual_seed(2)
-    product = KernelProduct(torch.randn(96, 50).to(dtype), None)
+    dtype = types.states
+    (weight,) = numbers(types, (96, 50))
+    product = KernelProduct(weight, None, types.weights)
     x = torch.randn(37, 50).to(dtype)
     told = {
         kernels.Beside.ADDRESS: x.data_ptr(),
@@ -66,8 +117,9 @@ def test_what_a_product_fetches_beside_its_weights_changes_nothing(dtype: torch.
     words = array("q", [told[word] for word in kernels.Beside])
     out = torch.full((37, 96), torch.nan, dtype=dtype)
     weights = product.packed.data_ptr()
-    kernel = kernels.product(dtype, "plain")
-    kernel(x.data_ptr(), weights, None, out.data_ptr(), 37, 50, 96, 0, 96, weights, address(words))
+    room = torch.empty(kernels.room_bytes(37, 50, types), dtype=torch.uint8)
+    kernel = kernels.product(types, "plain")
+    kernel(x.data_ptr(), weights, None, out.data_ptr(), 37, 50, 96, 0, 96, weights, address(words), room.data_ptr())
     assert torch.equal(out, product(x))
 
 
@@ -124,11 +176,12 @@ def test_attention_is_torchs(dtype: torch.dtype, query_heads: int, head_dim: int
     assert torch.equal(kv.export(spans[3].slot, 40, 43)[0, 0].transpose(0, 1), key[3:6])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_what_a_row_gives_does_not_depend_on_its_batch(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("types", TYPES)
+def test_what_a_row_gives_does_not_depend_on_its_batch(types: kernels.Types) -> None:
     torch.manual_seed(3)
-    product = KernelProduct(torch.randn(64, 96).to(dtype), None)
-    x = torch.randn(19, 96).to(dtype)
+    (weight,) = numbers(types, (64, 96))
+    product = KernelProduct(weight, None, types.weights)
+    x = torch.randn(19, 96).to(types.states)
     together = product(x)
     assert all(torch.equal(product(x[at : at + 1])[0], together[at]) for at in range(19))
 
