@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -109,8 +110,8 @@ def probe_folder(policy: Policy, folder: Path) -> Path | None:
 
 def encoder(policy: Policy, folder: Path) -> str:
     """The engine's one encoder, the probe's where there is a probe: `default`, a folder, or a hub id."""
-    embedders = _local_embedders(policy)
-    own = embedders[0] if embedders else "default"
+    embedders = _embedding(policy)
+    own = embedders[0].upstream if embedders else "default"
     source = policy.difficulty.encoder if policy.difficulty is not None else own
     return _placed(source, folder)
 
@@ -122,21 +123,13 @@ def local_models(policy: Policy, folder: Path) -> dict[str, str]:
 
 def local_names(policy: Policy) -> dict[str, str]:
     """Those models by the policy's names → the engine's, which is what the policy writes as `model`."""
-    engines = {name for name, provider in policy.providers.items() if provider.engine is not None}
-    return {
-        model.name: model.upstream for model in policy.models.values() if model.provider in engines and not model.embeds
-    }
-
-
-def _local_embedders(policy: Policy) -> list[str]:
-    engines = {name for name, provider in policy.providers.items() if provider.engine is not None}
-    return [model.upstream for model in policy.models.values() if model.embeds and model.provider in engines]
+    return {model.name: model.upstream for model in _answering(policy)}
 
 
 def engine_needs(policy: Policy, folder: Path, *, exit_with_parent: bool = True) -> EngineNeeds | None:
     """What the policy's engine process has to be told; None when the policy needs no engine."""
     models = local_models(policy, folder)
-    embeds = bool(_local_embedders(policy))
+    embeds = bool(_embedding(policy))
     probe = probe_folder(policy, folder)
     if not models and probe is None and not embeds:
         return None
@@ -168,22 +161,41 @@ def _placed(source: str, folder: Path) -> str:
 
 
 def unloadable(policy: Policy, folder: Path) -> list[str]:
-    """A sentence for each probe, head and local model that the policy names and that is not there."""
+    """A sentence for each probe, head, encoder and local model that the policy names and that is not there."""
     models = local_models(policy, folder)
-    found = tiers.problems(policy, folder, models)
-    fields = {model.upstream: f"models.{model.name}" for model in policy.models.values()}
+    found = tiers.problems(policy, folder, models) + _without_encoder(policy, folder)
+    fields = {model.upstream: f"models.{model.name}" for model in _answering(policy)}
     missing = [f"{fields[name]}.model: {why}" for name, why in unloadable_models(models).items()]
     found += missing + _too_long(policy, models) + _toolless(policy, models)
-    return found + _undraftable(_speculation(policy, folder), models, fields) + _unfitted(policy, models)
+    return found + _undraftable(policy, _speculation(policy, folder), models, fields) + _unfitted(policy, models)
 
 
 def _answering(policy: Policy) -> list[Model]:
     """The local models, without those that embed."""
-    return [
-        model
-        for model in policy.models.values()
-        if not model.embeds and policy.providers[model.provider].engine is not None
-    ]
+    return [model for model in _local(policy) if not model.embeds]
+
+
+def _embedding(policy: Policy) -> list[Model]:
+    """The other local models: names of the engine's one encoder."""
+    return [model for model in _local(policy) if model.embeds]
+
+
+def _local(policy: Policy) -> list[Model]:
+    return [model for model in policy.models.values() if policy.providers[model.provider].engine is not None]
+
+
+def _without_encoder(policy: Policy, folder: Path) -> list[str]:
+    """A sentence for each field that names an encoder which is not there."""
+    sources = {f"models.{model.name}.model": model.upstream for model in _embedding(policy)}
+    if policy.difficulty is not None:
+        sources["signals.difficulty.encoder"] = policy.difficulty.encoder
+    found = []
+    for field, source in sources.items():
+        try:
+            find_encoder(source if source == "default" else _placed(source, folder))
+        except ModelLoadError as error:
+            found.append(f"{field}: {error}")
+    return found
 
 
 def _too_long(policy: Policy, sources: Mapping[str, str]) -> list[str]:
@@ -224,25 +236,46 @@ def _chat_template(source: str) -> str | None:
 
 
 def unloadable_models(sources: Mapping[str, str]) -> dict[str, str]:
-    """Of each of these that is not there, why."""
+    """Of each of these that is not there, or cannot be a checkpoint by its files' names, why."""
     found = {}
     for name, source in sources.items():
         try:
-            locate(source)
+            _find(source)
         except ModelLoadError as error:
             found[name] = str(error)
     return found
 
 
-def _undraftable(speculation: Mapping[str, str], models: Mapping[str, str], fields: Mapping[str, str]) -> list[str]:
+def find_encoder(source: str) -> None:
+    """Look for an encoder: `default`, a folder, or a hub id. Raises ModelLoadError where it cannot be one."""
+    if source.startswith("bundled/"):
+        fix = "write default, a folder, or a hub id"
+        raise ModelLoadError(f"{source!r} answers conversations and is no encoder; {fix}")
+    if source != "default":
+        _find(source, "model.safetensors")
+
+
+def _find(source: str, weights: str = "*.safetensors") -> bool:
+    """Whether a source is a folder here, which has a checkpoint's files by their names. Raises ModelLoadError."""
+    path, here = locate(source)
+    lacking = [name for name in ("config.json", weights) if here and not any(Path(path).glob(name))]
+    if lacking:
+        fix = "name the folder of a checkpoint, with its config.json and its weights in safetensors"
+        raise ModelLoadError(f"the folder {path!r} has no {' and no '.join(lacking)}; {fix}")
+    return here
+
+
+def _undraftable(
+    policy: Policy, speculation: Mapping[str, str], models: Mapping[str, str], fields: Mapping[str, str]
+) -> list[str]:
     """A sentence for each drafting model, or layer to draft at, that is not there."""
     found = []
     for name, how in speculation.items():
         field = f"{fields[name]}.speculation"
         try:
             wanted = read_speculation(how)
-            if wanted.draft is not None:
-                locate(wanted.draft)
+            if wanted.draft is not None and not _find(wanted.draft) and "/" not in wanted.draft:
+                raise ModelLoadError(_unknown(wanted.draft, [m.name for m in _answering(policy) if m.upstream != name]))
             layers = _stated(models[name], "num_hidden_layers") if wanted.exit_layer is not None else None
         except (ModelLoadError, ValueError) as error:
             found.append(f"{field}: {error}")
@@ -252,6 +285,15 @@ def _undraftable(speculation: Mapping[str, str], models: Mapping[str, str], fiel
                 f"{field}: exit:{wanted.exit_layer} must name a layer from 1 to {layers - 1}: the model has {layers}"
             )
     return found
+
+
+def _unknown(draft: str, names: Sequence[str]) -> str:
+    """What is wrong with a word that is no drafting model's; `names`: the policy's local models that could draft."""
+    meant = get_close_matches(draft, names, n=1)
+    if not meant and not unloadable_models({draft: f"bundled/{draft}"}):
+        meant = [f"bundled/{draft}"]
+    fix = f"did you mean `{meant[0]}`?" if meant else "write the name of one, bundled/…, a folder, or a hub id"
+    return f"{draft!r} is no local model of this policy, nor a folder; {fix}"
 
 
 def _unfitted(policy: Policy, models: Mapping[str, str]) -> list[str]:

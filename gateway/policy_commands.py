@@ -38,7 +38,8 @@ def check(file: PolicyPath, as_json: AsJson = False) -> None:
     from gateway.settings import Settings, SettingsError
 
     policy = load(file)
-    if wrong := located([*unloadable(policy, file.parent), *with_certificates(policy, file.parent)[1]], file):
+    folder = file.parent.absolute()
+    if wrong := located([*unloadable(policy, folder), *with_certificates(policy, folder)[1]], file):
         stop("\n".join(wrong))
     try:
         callers = callers_of(Settings.from_env().database_url)

@@ -5,6 +5,7 @@ from typing import Any
 import jinja2
 import msgspec
 
+from local_engine.errors import ModelLoadError
 from local_engine.types import Effort, Message
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -54,6 +55,39 @@ def check_tools(tokenizer: Any) -> None:
     if "tools" not in tokenizer.chat_template:
         raise InvalidRequest(
             "tools: this model's chat template knows none; leave them out or ask another model", "tools"
+        )
+
+
+def check_calls(messages: list[Message]) -> None:
+    """Raises InvalidRequest for tool calls of the history that are none: chat templates fail on them."""
+    for at, message in enumerate(messages):
+        calls = message.get("tool_calls")
+        if message["role"] != "assistant" or calls is None:
+            continue
+        where, shape = f"messages[{at}].tool_calls", "function: {name, arguments}"
+        if not isinstance(calls, list):
+            raise InvalidRequest(f"{where}: {_brief(calls)} is no list; send one of calls with {shape}")
+        for number, call in enumerate(calls):
+            function = call.get("function") if isinstance(call, dict) else None
+            told = isinstance(function, dict) and isinstance(function.get("name"), str) and "arguments" in function
+            if not told:
+                raise InvalidRequest(f"{where}[{number}]: {_brief(call)} is no call; send one with {shape}")
+
+
+def check_template(tokenizer: Any) -> None:
+    """Raises ModelLoadError where the model's chat template makes no prompt of a single question: of none, then."""
+    try:
+        tokens = prompt_tokens(tokenizer, [{"role": "user", "content": "1 + 1"}])
+    except Exception as error:  # a template is a program, and may raise anything
+        why = " ".join(str(error.__cause__ or error).split())
+        raise ModelLoadError(
+            f"its chat template fails on a single question ({why}); correct chat_template.jinja, or chat_template in"
+            " tokenizer_config.json"
+        ) from error
+    if not tokens:
+        raise ModelLoadError(
+            "its chat template and its tokenizer make no tokens of a question; bring the chat_template.jinja,"
+            " tokenizer.json and tokenizer_config.json that belong to its weights"
         )
 
 
@@ -111,6 +145,10 @@ def _text(content: Any, where: str) -> str:
     if not all(isinstance(text, str) for text in texts):
         raise InvalidRequest(f"{where}.content may hold only text parts: local models read text only")
     return "".join(text for text in texts if isinstance(text, str))
+
+
+def _brief(value: object) -> str:
+    return repr(value)[:100]
 
 
 def _decoded_call(call: Any) -> Any:

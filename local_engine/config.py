@@ -13,7 +13,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
 
 _BUNDLED = Path(__file__).parent / "bundled"
-_SOCKET_PATH_BYTES = 100  # sun_path holds 104 (macOS) or 108 (Linux) bytes, the final zero included
+SOCKET_PATH_BYTES = 100  # sun_path holds 104 (macOS) or 108 (Linux) bytes, the final zero included
 
 
 def default_threads() -> int:
@@ -60,8 +60,8 @@ class EngineConfig:
         for name, source in self.models.items():
             if not name or not source:
                 raise ValueError(f"models holds {name!r}: {source!r}; both the name and the path or hub id are needed")
-        if not 0 < len(os.fsencode(self.socket_path)) <= _SOCKET_PATH_BYTES:
-            raise ValueError(f"socket_path {self.socket_path!r} must have 1 to {_SOCKET_PATH_BYTES} bytes")
+        if not 0 < len(os.fsencode(self.socket_path)) <= SOCKET_PATH_BYTES:
+            raise ValueError(f"socket_path {self.socket_path!r} must have 1 to {SOCKET_PATH_BYTES} bytes")
         for name, how in self.speculation.items():
             if name not in self.models:
                 raise ValueError(f"speculation names {name!r}; the models are {', '.join(self.models) or 'none'}")

@@ -2,6 +2,7 @@
 
 EngineError
 ├── EngineGone       the link is closed: everything in flight ended here; connect again, then retry
+│   └── EngineSilent … or not, but the engine says nothing: it hangs
 ├── EngineFailure    the engine answered `Failed`: one command, a code and a reason; the link is fine
 ├── ModelLoadError   a configured model cannot be served: fix the configuration
 └── ConfigError      a setting cannot be used on this machine: fix the configuration
@@ -19,6 +20,10 @@ class EngineError(Exception):
 
 class EngineGone(EngineError):
     """The engine process or its socket is gone."""
+
+
+class EngineSilent(EngineGone):
+    """The engine process is there, and does not answer."""
 
 
 class EngineFailure(EngineError):

@@ -9,7 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from gateway.cli import app
-from gateway.policies import CannotServe, checked_policy, load_policy
+from gateway.policies import CannotServe, checked_policy, engine_needs, load_policy
+from local_engine.config import locate
 from probes.manifest import Certificate, default_artifact_path, read_manifest, write_manifest
 from routers.aims import Bound
 from tests.gateway.conftest import POLICY, StartGateway, ask
@@ -146,6 +147,101 @@ def test_check_refuses_what_cannot_work(shell: Shell, old: str, new: str, proble
     status, out = shell.run("check", shell.policy("p.yaml", TEXT.replace(old, new, 1)))
     assert status != 0
     assert problem in out
+
+
+OWN = """
+version: 1
+providers: {home: {engine: embedded}, far: {base_url: "http://127.0.0.1:9/v1"}}
+models:
+  base: {provider: home, model: bundled/base}
+  small: {provider: home, model: bundled/nano}
+  strong: {provider: far, model: s, price: free}
+  vectors: {provider: home, model: default, embeds: true}
+signals: {difficulty: {probe: default, encoder: default, heads: {base: local}}}
+"""
+BASE = "model: bundled/base"
+SMALL = "model: bundled/nano"
+VECTORS = "model: default"
+ENCODER = "encoder: default"
+READS = "signals.difficulty.encoder"
+DRAFT = "models.base.speculation"
+
+
+def drafting(how: str) -> str:
+    return f"{BASE}, speculation: '{how}'"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "field", "problem"),
+    [
+        (ENCODER, "encoder: {at}/nope", READS, "there is no folder '{at}/nope'"),
+        (ENCODER, "encoder: ./empty", READS, "the folder '{at}/empty' has no config.json and no model.safetensors"),
+        (ENCODER, "encoder: ./parts", READS, "the folder '{at}/parts' has no model.safetensors"),
+        (VECTORS, "model: {at}/nope", "models.vectors.model", "there is no folder '{at}/nope'"),
+        (VECTORS, "model: ./parts", "models.vectors.model", "the folder '{at}/parts' has no model.safetensors"),
+        (VECTORS, BASE, "models.vectors.model", "'bundled/base' answers conversations and is no encoder; write"),
+        (SMALL, "model: ./none", "models.small.model", "there is no folder '{at}/none'"),
+        (SMALL, "model: ./empty", "models.small.model", "'{at}/empty' has no config.json and no *.safetensors; name"),
+        (SMALL, "model: ./config", "models.small.model", "has no *.safetensors; name the folder of a checkpoint"),
+        (BASE, drafting("draft:./empty"), DRAFT, "the folder '{at}/empty' has no config.json and no *.safetensors"),
+        (BASE, drafting("draft:bundled/nan"), DRAFT, "there is no model 'bundled/nan'; bundled are: "),
+        (BASE, drafting("draft:smal"), DRAFT, "nor a folder; did you mean `small`?"),
+        (BASE, drafting("auto+draft:nano"), DRAFT, "nor a folder; did you mean `bundled/nano`?"),
+        (BASE, drafting("draft:nope"), DRAFT, "nor a folder; write the name of one, bundled/…, a folder, or a hub id"),
+        (BASE, drafting("draft:strong"), DRAFT, "'strong' is no local model of this policy, nor a folder; write"),
+        (BASE, drafting("draft:vectors"), DRAFT, "'vectors' is no local model of this policy, nor a folder; write"),
+    ],
+)
+def test_check_refuses_what_the_engine_could_not_load(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, old: str, new: str, field: str, problem: str
+) -> None:
+    at = shell.home.parent
+    for name in ("parts/config.json", "parts/model-00001-of-00002.safetensors", "config/config.json"):
+        (at / name).parent.mkdir(exist_ok=True)
+        (at / name).touch()
+    (at / "empty").mkdir()
+    assert OWN.count(old) == 1
+    file = shell.policy("p.yaml", OWN.replace(old, new.format(at=at)))
+    line = OWN[: OWN.index(old)].count("\n") + 1
+    status, out = shell.run("check", file)
+    assert status != 0
+    (told,) = out.splitlines()
+    assert told.startswith(f"{file}:{line}: {field}: ")
+    assert problem.format(at=at) in told
+    with pytest.raises(CannotServe) as refused:
+        checked_policy(Path(file))
+    assert str(refused.value) == told, "as at a start"
+    monkeypatch.chdir(at)
+    status, near = shell.run("check", "p.yaml")
+    assert status != 0, near
+    assert near.replace("p.yaml:", f"{file}:", 1) == out, "wherever it is asked from"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (BASE, drafting("draft:small")),
+        (BASE, drafting("auto+draft:someone/something")),
+        (SMALL, "model: someone/something"),
+        (VECTORS, "model: someone/something"),
+        (ENCODER, "encoder: someone/something"),
+        (VECTORS, "model: ./mine"),
+        (ENCODER, "encoder: ./mine"),
+    ],
+)
+def test_check_passes_what_is_there_and_what_a_hub_may_have(shell: Shell, old: str, new: str) -> None:
+    shutil.copytree(locate("bundled/nano")[0], shell.home.parent / "mine")
+    status, out = shell.run("check", shell.policy("p.yaml", OWN.replace(old, new)))
+    assert status == 0, out
+
+
+def test_a_model_that_drafts_is_loaded_from_where_the_policy_has_it(shell: Shell) -> None:
+    folder = shell.home.parent
+    shutil.copytree(locate("bundled/nano")[0], folder / "mine")
+    text = OWN.replace(BASE, drafting("auto+draft:small")).replace(SMALL, "model: ./mine")
+    needs = engine_needs(*checked_policy(Path(shell.policy("p.yaml", text))))
+    assert needs is not None
+    assert needs["speculation"]["bundled/base"] == f"auto+draft:{folder / 'mine'}"
 
 
 def test_explain_tells_routes_hints_and_times(shell: Shell) -> None:
