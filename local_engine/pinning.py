@@ -3,6 +3,7 @@
 from local_engine.chat import InvalidRequest
 from local_engine.prefix import PrefixStore
 from local_engine.primitives import Primitives
+from local_engine.room import out_of_room
 from local_engine.turns import Turn
 from local_engine.types import Event, Failed, Finished, FinishReason, Prefix, PrefixResult
 
@@ -31,8 +32,7 @@ class Pinning:
         command, tokens = self._command, len(self._prompt)
         self.done = turn.out_of_room or turn.rested
         if turn.out_of_room:
-            reason = f"the KV budget of {command.model} cannot hold {tokens} tokens; raise kv_bytes"
-            return [Failed(command.id, "context_length_exceeded", reason)]
+            return [out_of_room(command.id, command.model, tokens)]
         if not turn.rested:
             return []
         return [PrefixResult(command.id, self._store.pin(command.salt.encode(), self._prompt), tokens)]

@@ -228,8 +228,9 @@ class PrefixStore:
         """Forget what continues `tokens`, and of `tokens` what nothing else continues; how many tokens that were.
 
         Without `tokens`: all that the tenant has, in every tier. With them: what is in memory, and the same blocks
-        below. What is held or pinned stays, with what it continues.
+        below. What is held or pinned stays, with what it continues; what is on its way to the tenant is dropped.
         """
+        self._drop_fetches(salt)
         count = len(tokens) // self.block_tokens
         path = self._walk(salt, token_bytes(tokens), count)
         top = path[-1] if path else self._roots.get(salt)
@@ -417,6 +418,13 @@ class PrefixStore:
                 else:
                     break
                 path.append(block)
+            self._release(path)
+
+    def _drop_fetches(self, salt: bytes) -> None:
+        """Let go of what the slower tiers have brought, or are still to bring, for this tenant."""
+        dropped = [path for _, owner, path in self._fetches if owner == salt]
+        self._fetches = deque(entry for entry in self._fetches if entry[1] != salt)
+        for path in dropped:
             self._release(path)
 
     def _compute_s_per_byte(self) -> float | None:

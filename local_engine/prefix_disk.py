@@ -6,12 +6,16 @@ A file appears whole, by a rename. It is not synced: what a power cut tears has 
 least recently used file goes first; modification times carry that order over restarts, and a block's is always older
 than that of what it continues, so that no prefix loses its beginning first.
 
+Several engines may use one folder: each keeps to its bytes with what it found there and what it wrote. A file that
+another one removed is a miss, and forgetting a tenant removes what any of them wrote.
+
 The files hold what the KV was computed from as good as in plain text: the folder is its owner's alone.
 """
 
 import contextlib
 import os
 import re
+import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -25,6 +29,9 @@ from local_engine.prefix_identity import ADDRESS_BYTES
 _FOLDER: Final = "leadline-kv-1"
 _GROUP: Final = re.compile(r"[0-9a-f]{32}")
 _FILE: Final = re.compile(r"[0-9a-f]{32}\.kv")
+_UNFINISHED: Final = re.compile(r"[0-9a-f]{32}\.[0-9a-f]+\.tmp")
+_UNFINISHED_S: Final = 60.0
+"""After which nobody can still be writing a file."""
 _STALE_NS: Final = 60 * 10**9
 """Times on disk are renewed after this; within it, order is kept in memory alone."""
 
@@ -46,6 +53,8 @@ class DiskTier:
         self._index: OrderedDict[_Key, tuple[int, int]] = OrderedDict()
         """(bytes, modification time) of each file, the next to be removed first."""
         self._newest_ns = 0
+        self._own = secrets.token_hex(8)
+        """In the names of files that this tier is writing."""
         self._take_over()
         self._make_room(0)
 
@@ -90,13 +99,15 @@ class DiskTier:
 
     def forget(self, root: bytes, digests: Sequence[bytes] | None) -> None:
         """Remove these blocks; None: all below the root."""
+        if digests is not None:
+            for digest in digests:
+                self._remove(_key(root, digest))
+            return
         group = root[:ADDRESS_BYTES]
-        doomed = (
-            [key for key in self._index if key[0] == group] if digests is None else [_key(root, d) for d in digests]
-        )
-        for key in doomed:
-            if key in self._index:
-                self._remove(key)
+        for key in [key for key in self._index if key[0] == group]:
+            self._remove(key)
+        for file in _entries(self._folder / group.hex()):
+            _discard(file)
 
     def close(self) -> None:
         """Nothing is open between calls."""
@@ -108,19 +119,21 @@ class DiskTier:
                 self._index.move_to_end(key)
 
     def _write(self, key: _Key, raw: bytes, modified_ns: int, own: frozenset[_Key]) -> bool:
-        """Whether there was room for it beside `own`, the prefix that it is part of."""
+        """Whether it is written: there was room beside `own`, the prefix that it is part of, and nobody interfered."""
         if key in self._index:
             self._remove(key)
         if not self._make_room(len(raw), own):
             return False
         path = self._path(key)
         path.parent.mkdir(exist_ok=True, mode=0o700)
-        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+        unfinished = path.with_suffix(f".{self._own}.tmp")
         try:
             with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
                 file.write(raw)
             os.utime(unfinished, ns=(modified_ns, modified_ns))
             unfinished.replace(path)
+        except FileNotFoundError:  # the tenant is being forgotten by another engine
+            return False
         except OSError:
             with contextlib.suppress(OSError):
                 unfinished.unlink(missing_ok=True)
@@ -146,7 +159,8 @@ class DiskTier:
         return self.bytes_used + size <= self.bytes_limit
 
     def _remove(self, key: _Key) -> None:
-        self._forget(key)
+        if key in self._index:
+            self._forget(key)
         self._path(key).unlink(missing_ok=True)
 
     def _forget(self, key: _Key) -> None:
@@ -157,17 +171,18 @@ class DiskTier:
 
     def _take_over(self) -> None:
         files = []
-        for group in os.scandir(self._folder):
+        for group in _entries(self._folder):
             if not (_GROUP.fullmatch(group.name) and group.is_dir(follow_symlinks=False)):
                 _discard(group)
                 continue
-            for file in os.scandir(group):
-                if not (_FILE.fullmatch(file.name) and file.is_file(follow_symlinks=False)):
-                    _discard(file)
-                    continue
-                stat = file.stat()
-                key = (bytes.fromhex(group.name), bytes.fromhex(file.name.removesuffix(".kv")))
-                files.append((stat.st_mtime_ns, key, stat.st_size))
+            for file in _entries(Path(group.path)):
+                with contextlib.suppress(FileNotFoundError):  # another engine may remove it meanwhile
+                    stat = file.stat(follow_symlinks=False)
+                    if _FILE.fullmatch(file.name) and file.is_file(follow_symlinks=False):
+                        key = (bytes.fromhex(group.name), bytes.fromhex(file.name.removesuffix(".kv")))
+                        files.append((stat.st_mtime_ns, key, stat.st_size))
+                    elif not _UNFINISHED.fullmatch(file.name) or time.time() - stat.st_mtime > _UNFINISHED_S:
+                        _discard(file)
         for modified, key, size in sorted(files):
             self._index[key] = (size, modified)
             self.bytes_used += size
@@ -178,7 +193,15 @@ def _key(root: bytes, digest: bytes) -> _Key:
     return root[:ADDRESS_BYTES], digest[:ADDRESS_BYTES]
 
 
+def _entries(folder: Path) -> "list[os.DirEntry[str]]":
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except FileNotFoundError:
+        return []
+
+
 def _discard(entry: "os.DirEntry[str]") -> None:
-    """Something that no store wrote, or did not finish. A folder that is not ours is left alone."""
+    """A file, whose ever it is. A folder that is not ours is left alone."""
     if not entry.is_dir(follow_symlinks=False):
-        os.unlink(entry)
+        Path(entry.path).unlink(missing_ok=True)

@@ -5,6 +5,7 @@ time to live, which use renews. Whoever can read this Redis can as good as read 
 decides what is computed from: it belongs behind a password and TLS like the database.
 """
 
+import contextlib
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -51,23 +52,28 @@ class RedisTier:
         found: list[bytes] = []
         for start in range(0, len(digests), _BATCH):
             batch = [_key(root, digest) for digest in digests[start : start + _BATCH]]
-            try:
+            with self._connected():
                 values = self._client.mget(batch)
-            except self._error as error:
-                raise OSError(str(error)) from error
-            for value in values:
+            for at, value in enumerate(values):
                 if not isinstance(value, bytes):
+                    for key in batch[at:]:
+                        self._known.pop(key, None)
                     return found
                 found.append(value)
         return found
 
     def keep(self, root: bytes, path: Sequence[Block], rewrite: frozenset[Block]) -> Iterator[None]:
-        """Write or renew the blocks of `path`; yields after each written one."""
-        try:
+        """Write or renew the blocks of `path`; yields after each written one.
+
+        The first block is always asked for, and where one is lost, the next one too, known or not: Redis may have lost
+        everything since.
+        """
+        there = False
+        with self._connected():
             for block in path:
                 key = _key(root, block.digest)
                 again = block in rewrite
-                if not again and time.monotonic() < self._known.get(key, 0.0):
+                if there and not again and time.monotonic() < self._known.get(key, 0.0):
                     continue
                 if again or not self._client.expire(key, self._ttl_s):
                     raw = encode(block)
@@ -75,16 +81,15 @@ class RedisTier:
                         return
                     self._client.set(key, raw, ex=self._ttl_s)
                     self._remember(key)
+                    there = False
                     yield
                 else:
                     self._remember(key)
-        except self._error as error:
-            self._known.clear()
-            raise OSError(str(error)) from error
+                    there = True
 
     def forget(self, root: bytes, digests: Sequence[bytes] | None) -> None:
         """Remove these blocks; None: all below the root."""
-        try:
+        with self._connected():
             if digests is None:
                 keys = list(self._client.scan_iter(match=_key(root, b"") + b"*", count=1000))
             else:
@@ -93,11 +98,18 @@ class RedisTier:
                 self._known.pop(key, None)
             if keys:
                 self._client.unlink(*keys)
-        except self._error as error:
-            raise OSError(str(error)) from error
 
     def close(self) -> None:
         self._client.close()
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[None]:
+        """A Redis that fails may have lost what it had when it is back."""
+        try:
+            yield
+        except self._error as error:
+            self._known.clear()
+            raise OSError(str(error)) from error
 
     def _remember(self, key: bytes) -> None:
         self._known[key] = time.monotonic() + self._ttl_s / 2

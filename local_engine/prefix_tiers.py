@@ -2,7 +2,8 @@
 
 What is committed is handed over and written when there is time. What a new request could use is fetched while others
 are stepped: the scheduler asks for it, looks whether it is `ready`, and admits the request without it after a bounded
-time. A tier that fails is left alone for a while, and all it costs is misses.
+time. A tier that fails is left alone for a while, and all it costs is misses: what it should have forgotten meanwhile
+it forgets before anything else, as soon as it is back.
 
 A tier is worth its reads where bytes per token / its bandwidth < the time to compute a token (LMCache's rule). Both
 sides are measured as they happen, not assumed; a tier that does not pay is neither read nor written, but tried again
@@ -15,6 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 from local_engine.config import EngineConfig
@@ -35,6 +37,8 @@ _READ_AT_ONCE: Final = 16
 """Blocks read from a tier before it is seen whether anybody still waits for them."""
 _WEIGHT: Final = 0.2
 """Of the newest measurement in a running mean."""
+_OWED_BLOCKS: Final = 4096
+"""Of one tenant, that a tier is still to forget one by one; of more than these it forgets all that the tenant has."""
 
 logger = logging.getLogger(__name__)
 
@@ -107,21 +111,43 @@ class Fetch:
         self._finished.set()
 
 
+@dataclass(frozen=True)
+class _Keep:
+    root: bytes
+    path: Sequence[Block]
+    rewrite: frozenset[Block]
+    new_bytes: int
+    seconds_per_kv_byte: float | None
+
+
+@dataclass(frozen=True)
+class _Forget:
+    root: bytes
+    digests: Sequence[bytes] | None
+
+
 class _Watched:
-    """One tier with its measurements and its pauses."""
+    """One tier with its measurements, its pauses and what it is still to forget."""
 
     def __init__(self, tier: Tier, clock: Callable[[], float]) -> None:
         self.tier = tier
         self._clock = clock
         self.read = self.written = self.unusable = self.failures = 0
         self.seconds_per_byte: float | None = None
+        self.owed: dict[bytes, set[bytes] | None] = {}
+        """Root → blocks to forget before the tier is used again; None: all below the root."""
         self._last_read = 0.0
         self._away_until = 0.0
         self._pause = FIRST_PAUSE_S
 
     @property
     def away(self) -> bool:
-        return self._clock() < self._away_until
+        return self.away_s > 0
+
+    @property
+    def away_s(self) -> float:
+        """For how long it is still left alone."""
+        return max(0.0, self._away_until - self._clock())
 
     def pays(self, seconds_per_kv_byte: float | None) -> bool:
         """Whether reading KV is quicker than computing it, as far as both are known."""
@@ -147,6 +173,23 @@ class _Watched:
             logger.info("prefix tier %s is back", self.tier.medium)
             self._pause = FIRST_PAUSE_S
 
+    def owe(self, root: bytes, digests: Sequence[bytes] | None) -> None:
+        owed = self.owed.get(root, set())
+        if owed is None or digests is None or len(owed) + len(digests) > _OWED_BLOCKS:
+            self.owed[root] = None
+        else:
+            self.owed[root] = owed.union(digests)
+
+    def settle(self) -> None:
+        """Forget what is owed. Raises OSError when the tier does, and owes the rest."""
+        while self.owed:
+            root, digests = self.owed.popitem()
+            try:
+                self.tier.forget(root, None if digests is None else list(digests))
+            except OSError:
+                self.owed[root] = digests
+                raise
+
     def stats(self) -> TierStats:
         return TierStats(
             self.tier.medium, self.read, self.written, self.unusable, self.failures, self.away, self.seconds_per_byte
@@ -165,8 +208,8 @@ class SlowTiers:
         self._queue_bytes = queue_bytes
         self._tiers = [_Watched(tier, clock) for tier in tiers]
         self._fetches: deque[Fetch] = deque()
-        self._jobs: deque[tuple[Callable[[], None], int]] = deque()
-        """What to do when nobody waits for a fetch, and the bytes it keeps alive."""
+        self._jobs: deque[_Keep | _Forget] = deque()
+        """What to do, in this order, when nobody waits for a fetch."""
         self._queued = 0
         self.dropped_bytes = 0
         """Not written because the tiers did not keep up."""
@@ -197,33 +240,55 @@ class SlowTiers:
         if self._queued + new_bytes > self._queue_bytes:
             self.dropped_bytes += new_bytes
             return
-        self._add(lambda: self._keep(root, path, rewrite, seconds_per_kv_byte), new_bytes)
+        self._add(_Keep(root, path, rewrite, new_bytes, seconds_per_kv_byte))
 
     def forget(self, root: bytes, digests: Sequence[bytes] | None) -> None:
-        """Remove these blocks from every tier; None: all below the root."""
-        self._add(lambda: self._each(lambda watched: watched.tier.forget(root, digests)), 0)
+        """Remove these blocks from every tier; None: all below the root. From now on no fetch brings them.
+
+        A tier that is away does so once it is back.
+        """
+        self._add(_Forget(root, digests))
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until everything asked for so far is done; whether it was in time."""
+        """Wait until everything asked for so far is done; whether it was in time.
+
+        What is not read or written because a tier is away is done with; what that tier is to forget is waited for.
+        """
         with self._changed:
-            return self._changed.wait_for(lambda: not (self._busy or self._jobs or self._fetches), timeout_s)
+            return self._changed.wait_for(lambda: self._idle and not self._owing(), timeout_s)
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Finish what waits, within `timeout_s`, and stop."""
-        self.flush(timeout_s)
+        """Finish what waits, and stop, within `timeout_s`.
+
+        What is not written after half of it is dropped; what is to be forgotten is forgotten, also in a tier that is
+        away. Where that fails or takes longer, an error is logged: what was evicted is then still in that tier, and is
+        found by whoever uses it next, until it is evicted again or the tier lets go of it.
+        """
+        deadline = time.monotonic() + timeout_s
         with self._changed:
+            self._changed.wait_for(lambda: self._idle, timeout_s / 2)
             self._closing = True
-            self._jobs.clear()
+            self._jobs = deque(job for job in self._jobs if isinstance(job, _Forget))
             self._changed.notify_all()
-        self._thread.join(timeout_s)
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive() or self._owing():
+            logger.error("prefix tiers are closed before all was done: what was evicted last may still be in them")
 
     def stats(self) -> list[TierStats]:
         return [watched.stats() for watched in self._tiers]
 
-    def _add(self, job: Callable[[], None], size: int) -> None:
+    @property
+    def _idle(self) -> bool:
+        return not (self._busy or self._jobs or self._fetches)
+
+    def _owing(self) -> list[_Watched]:
+        return [watched for watched in self._tiers if watched.owed]
+
+    def _add(self, job: _Keep | _Forget) -> None:
         with self._changed:
-            self._queued += size
-            self._jobs.append((job, size))
+            if isinstance(job, _Keep):
+                self._queued += job.new_bytes
+            self._jobs.append(job)
             self._changed.notify_all()
 
     def _work(self) -> None:
@@ -231,45 +296,57 @@ class SlowTiers:
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._closing or self._fetches or self._jobs)
-                if self._closing and not self._fetches:
+                back_s = min((watched.away_s for watched in self._owing()), default=None)
+                self._changed.wait_for(lambda: self._closing or self._fetches or self._jobs, back_s)
+                if self._closing and self._idle:
                     break
                 self._busy = True
-                job, size = (None, 0) if self._fetches else self._jobs.popleft()
-            if job is None:
-                self._serve_waiting()
-                continue
+                job = self._jobs.popleft() if self._jobs and not self._fetches else None
             try:
-                job()
+                self._do(job)
             except Exception:  # a bug must not end the thread: fetches would be waited for in vain
                 logger.exception("a job of the prefix tiers failed")
-            with self._changed:
-                self._queued -= size
+            if isinstance(job, _Keep):
+                with self._changed:
+                    self._queued -= job.new_bytes
+        for watched in self._owing():
+            self._try(watched, _Watched.settle)
         for watched in self._tiers:
             watched.tier.close()
 
-    def _each(self, work: Callable[[_Watched], None]) -> None:
-        """Do `work` with every tier that is not away; fetches that came meanwhile go first."""
-        for watched in self._tiers:
-            self._serve_waiting()
+    def _do(self, job: _Keep | _Forget | None) -> None:
+        """Fetches that came meanwhile go first at every tier."""
+        if isinstance(job, _Keep):
+            for watched in self._tiers:
+                self._serve_waiting()
+                if not watched.away:
+                    self._try(watched, lambda watched: self._keep(watched, job))
+        elif job is not None:
+            for watched in self._tiers:
+                watched.owe(job.root, job.digests)
+        self._serve_waiting()
+        for watched in self._owing():
             if not watched.away:
-                try:
-                    work(watched)
-                except OSError as error:
-                    watched.failed(error)
-                else:
-                    watched.worked()
+                self._try(watched, _Watched.settle)
+                self._serve_waiting()
 
-    def _keep(
-        self, root: bytes, path: Sequence[Block], rewrite: frozenset[Block], seconds_per_kv_byte: float | None
-    ) -> None:
-        def write(watched: _Watched) -> None:
-            if watched.pays(seconds_per_kv_byte):
-                for _ in watched.tier.keep(root, path, rewrite):
-                    watched.written += 1
-                    self._serve_waiting()
+    def _try(self, watched: _Watched, work: Callable[[_Watched], None]) -> None:
+        """Do `work` with a tier, after what it owes."""
+        try:
+            watched.settle()
+            work(watched)
+        except OSError as error:
+            watched.failed(error)
+        else:
+            watched.worked()
 
-        self._each(write)
+    def _keep(self, watched: _Watched, job: _Keep) -> None:
+        if watched.pays(job.seconds_per_kv_byte):
+            for _ in watched.tier.keep(job.root, job.path, job.rewrite):
+                watched.written += 1
+                self._serve_waiting()
+                if self._closing:
+                    break
 
     def _serve_waiting(self) -> None:
         while self._fetches:
@@ -278,19 +355,25 @@ class SlowTiers:
     def _serve(self, fetch: Fetch) -> None:
         try:
             for watched in self._tiers:
-                if not watched.away:
+                if not (watched.away or self._to_be_forgotten(fetch.root)):
                     self._read(watched, fetch)
         except Exception:
             logger.exception("a fetch of the prefix tiers failed")
         finally:
             fetch.finish()
 
+    def _to_be_forgotten(self, root: bytes) -> bool:
+        """Whether some of it is, after what waits to be written: until then the tiers cannot be trusted with it."""
+        with self._changed:
+            return any(isinstance(job, _Forget) and job.root == root for job in self._jobs)
+
     def _read(self, watched: _Watched, fetch: Fetch) -> None:
         """Add to what is loaded the blocks that come next, as far as the tier has them."""
         while (start := len(fetch.loaded)) < len(fetch.wanted) and not fetch.expired:
             wanted = fetch.wanted[start : start + _READ_AT_ONCE]
-            began = time.monotonic()
             try:
+                watched.settle()
+                began = time.monotonic()
                 raws = watched.tier.read(fetch.root, [block.digest for block in wanted])
             except OSError as error:
                 watched.failed(error)
@@ -304,19 +387,14 @@ class SlowTiers:
                     logger.warning(
                         "prefix tier %s: %s is removed: %s", watched.tier.medium, block.digest.hex()[:32], why
                     )
-                    self._forget_one(watched, fetch.root, block.digest)
+                    watched.owe(fetch.root, [block.digest])
+                    self._try(watched, _Watched.settle)
                     return
             watched.read += len(raws)
             if raws:
                 watched.measured(sum(map(len, raws)), time.monotonic() - began)
             if len(raws) < len(wanted):
                 return
-
-    def _forget_one(self, watched: _Watched, root: bytes, digest: bytes) -> None:
-        try:
-            watched.tier.forget(root, [digest])
-        except OSError as error:
-            watched.failed(error)
 
 
 def open_tiers(config: EngineConfig) -> SlowTiers | None:

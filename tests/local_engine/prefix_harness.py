@@ -1,11 +1,15 @@
 """KV that can be told apart: the values at each token depend on the tenant and on all tokens up to it."""
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
+from pathlib import Path
 
 import torch
 
 from local_engine.prefix import Export, PrefixStore, Taps
+from local_engine.prefix_block import Block
+from local_engine.prefix_format import encode
 from local_engine.prefix_identity import KVIdentity, KVLayout
 from local_engine.prefix_tiers import SlowTiers
 from local_engine.prefix_types import KVEvent
@@ -14,6 +18,8 @@ LAYOUT = KVLayout(layers=2, kv_heads=1, head_dim=2, dtype=torch.float32, tap_lay
 IDENTITY = KVIdentity(model="m", weights="w", layout=LAYOUT)
 BLOCK = 4
 BLOCK_BYTES = LAYOUT.kv_bytes(BLOCK) + BLOCK * 4 + 1024
+AMPLE_S = 60.0
+"""A deadline that no test reaches."""
 
 
 def new_store(
@@ -101,3 +107,71 @@ def matched(store: PrefixStore, salt: bytes, tokens: Sequence[int]) -> int:
         match.load(row, 0)
         assert torch.equal(row.data, kv_of(salt, tokens[: match.tokens]))
         return match.tokens
+
+
+def fetched(store: PrefixStore, salt: bytes, tokens: Sequence[int]) -> int:
+    """Tokens matched once the slower tiers have been asked; none of them wrong."""
+    fetch = store.prefetch(salt, tokens)
+    if fetch is not None:
+        fetch.wait()
+        assert fetch.finished
+    count = matched(store, salt, tokens)
+    assert store.problems() == []
+    return count
+
+
+def stored_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("leadline-kv-1/*/*"))
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class GatedTier:
+    """Lets each call pass when told; what it holds is one prefix, or it fails."""
+
+    medium = "gated"
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.entered = threading.Event()
+        self.calls: list[str] = []
+        self.blocks: dict[bytes, bytes] = {}
+        self.error: OSError | None = None
+
+    def may_have(self, root: bytes, digest: bytes) -> bool:
+        return True
+
+    def read(self, root: bytes, digests: Sequence[bytes]) -> list[bytes]:
+        self._pass("read")
+        found = []
+        for digest in digests:
+            if digest not in self.blocks:
+                break
+            found.append(self.blocks[digest])
+        return found
+
+    def keep(self, root: bytes, path: Sequence[Block], rewrite: frozenset[Block]) -> Iterator[None]:
+        for block in path:
+            self._pass("write")
+            self.blocks[block.digest] = encode(block)
+            yield
+
+    def forget(self, root: bytes, digests: Sequence[bytes] | None) -> None:
+        self._pass("forget")
+        for digest in digests if digests is not None else list(self.blocks):
+            self.blocks.pop(digest, None)
+
+    def close(self) -> None:
+        pass
+
+    def _pass(self, call: str) -> None:
+        self.calls.append(call)
+        self.entered.set()
+        assert self.gate.wait(AMPLE_S)
+        if self.error is not None:
+            raise self.error

@@ -9,10 +9,10 @@ import pytest
 import redis
 
 from local_engine.prefix import PrefixStore
-from local_engine.prefix_redis import PREFIX, RedisTier
+from local_engine.prefix_redis import PREFIX, RedisTier, _key
 from local_engine.prefix_tiers import SlowTiers
 from tests.conftest import free_port, start_redis, stop
-from tests.local_engine.prefix_harness import commit, matched, new_store
+from tests.local_engine.prefix_harness import BLOCK, IDENTITY, commit, matched, new_store
 
 A, B = b"tenant a", b"tenant b"
 PROMPT = list(range(13))
@@ -155,6 +155,72 @@ def test_a_redis_that_dies_costs_misses_and_one_line(
     assert len(caplog.messages) == 1
     assert caplog.messages[0].startswith("prefix tier redis is left alone for a while: ")
     assert store.stats().tiers[0].failures >= 1
+
+
+@pytest.mark.parametrize("lost", ["all", "an end", "a beginning"])
+def test_what_redis_lost_is_written_again(
+    lost: str, client: "redis.Redis", start_store: Callable[..., PrefixStore]
+) -> None:
+    prompt = list(range(161))
+    store = start_store()
+    commit(store, A, prompt)
+    flush(store)
+    with store.lookup(A, prompt) as match:
+        keys = [_key(IDENTITY.root(A, BLOCK), block.digest) for block in match.blocks]
+    assert client.exists(*keys) == len(keys) == 40
+    gone = {"all": keys, "an end": keys[20:], "a beginning": keys[:1]}[lost]
+    client.delete(*gone)
+    left = 0 if lost != "an end" else 80
+    assert fetched(new_store(slow=store.slow), A, prompt) == left
+    commit(store, A, prompt)
+    flush(store)
+    assert client.exists(*keys) == 40
+    assert fetched(new_store(slow=store.slow), A, prompt) == 160
+
+
+def test_what_redis_lost_is_written_again_though_nobody_asked_for_it(
+    client: "redis.Redis", start_store: Callable[..., PrefixStore]
+) -> None:
+    store = start_store()
+    commit(store, A, PROMPT)
+    flush(store)
+    client.flushall()
+    commit(store, A, PROMPT)
+    flush(store)
+    assert len(client.keys("*")) == 3
+
+
+@pytest.mark.parametrize(
+    "command",
+    [lambda tier, root: tier.read(root, [b"d" * 32]), lambda tier, root: tier.forget(root, None)],
+    ids=["read", "forget"],
+)
+def test_a_redis_that_was_down_is_asked_what_it_still_has(
+    command: Callable[[RedisTier, bytes], object], tmp_path: Path
+) -> None:
+    port = free_port()
+    url = f"redis://127.0.0.1:{port}/0"
+    store = new_store()
+    commit(store, A, PROMPT)
+    root = IDENTITY.root(A, BLOCK)
+    tier, other = [RedisTier(url, ttl_s=600, value_bytes_limit=1 << 20) for _ in range(2)]
+    with store.lookup(A, PROMPT) as match:
+        process = start_redis(tmp_path, port)
+        try:
+            assert len(list(tier.keep(root, match.blocks, frozenset()))) == 3
+            assert list(tier.keep(root, match.blocks, frozenset())) == []
+        finally:
+            stop(process)
+        with pytest.raises(OSError, match="refused"):
+            command(tier, root)
+        process = start_redis(tmp_path, port)
+        try:
+            assert len(list(other.keep(root, match.blocks[:1], frozenset()))) == 1
+            assert len(list(tier.keep(root, match.blocks, frozenset()))) == 2
+        finally:
+            stop(process)
+            tier.close()
+            other.close()
 
 
 def test_a_missing_redis_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

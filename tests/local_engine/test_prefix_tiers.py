@@ -3,8 +3,7 @@
 import dataclasses
 import logging
 import os
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,23 +15,28 @@ from local_engine.prefix_disk import DiskTier
 from local_engine.prefix_format import Unusable, Wanted, decode, encode
 from local_engine.prefix_identity import KVIdentity
 from local_engine.prefix_tiers import RETRY_S, SlowTiers, Tier
-from tests.local_engine.prefix_harness import BLOCK, IDENTITY, LAYOUT, commit, kv_of, matched, new_store, taps_of
+from tests.local_engine.prefix_harness import (
+    AMPLE_S,
+    BLOCK,
+    IDENTITY,
+    LAYOUT,
+    Clock,
+    GatedTier,
+    commit,
+    fetched,
+    kv_of,
+    matched,
+    new_store,
+    stored_files,
+    taps_of,
+)
 
 A, B = b"tenant a", b"tenant b"
 SYSTEM = list(range(100, 108))
 PROMPT = [*SYSTEM, 1, 2, 3, 4, 5]
-AMPLE_S = 60.0
-"""A deadline that no test reaches."""
 DiskSize = 1 << 20
 
 StartTiers = Callable[..., SlowTiers]
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
@@ -46,67 +50,6 @@ def start_tiers() -> Iterator[StartTiers]:
     yield start
     for tiers in started:
         tiers.close(AMPLE_S)
-
-
-def fetched(store: PrefixStore, salt: bytes, tokens: Sequence[int]) -> int:
-    """Tokens matched once the slower tiers have been asked; none of them wrong."""
-    fetch = store.prefetch(salt, tokens)
-    if fetch is not None:
-        fetch.wait()
-        assert fetch.finished
-    count = matched(store, salt, tokens)
-    assert store.problems() == []
-    return count
-
-
-def stored_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("leadline-kv-1/*/*"))
-
-
-class GatedTier:
-    """Lets each call pass when told; what it holds is one prefix, or it fails."""
-
-    medium = "gated"
-
-    def __init__(self) -> None:
-        self.gate = threading.Event()
-        self.entered = threading.Event()
-        self.calls: list[str] = []
-        self.blocks: dict[bytes, bytes] = {}
-        self.error: OSError | None = None
-
-    def may_have(self, root: bytes, digest: bytes) -> bool:
-        return True
-
-    def read(self, root: bytes, digests: Sequence[bytes]) -> list[bytes]:
-        self._pass("read")
-        found = []
-        for digest in digests:
-            if digest not in self.blocks:
-                break
-            found.append(self.blocks[digest])
-        return found
-
-    def keep(self, root: bytes, path: Sequence[Block], rewrite: frozenset[Block]) -> Iterator[None]:
-        for block in path:
-            self._pass("write")
-            self.blocks[block.digest] = encode(block)
-            yield
-
-    def forget(self, root: bytes, digests: Sequence[bytes] | None) -> None:
-        self._pass("forget")
-        for digest in digests if digests is not None else list(self.blocks):
-            self.blocks.pop(digest, None)
-
-    def close(self) -> None:
-        pass
-
-    def _pass(self, call: str) -> None:
-        self.calls.append(call)
-        self.entered.set()
-        assert self.gate.wait(AMPLE_S)
-        if self.error is not None:
-            raise self.error
 
 
 def test_a_prefix_survives_a_restart_on_disk(tmp_path: Path, start_tiers: StartTiers) -> None:
@@ -210,6 +153,7 @@ def test_only_what_is_ours_is_touched_in_the_folder(tmp_path: Path, start_tiers:
     good = stored_files(tmp_path)
     unfinished, foreign = good[0].with_suffix(".123.tmp"), good[0].parents[1] / "notes"
     unfinished.write_bytes(b"half")
+    os.utime(unfinished, (1, 1))
     foreign.write_bytes(b"?")
     DiskTier(tmp_path, DiskSize)
     assert stored_files(tmp_path) == good
