@@ -51,7 +51,7 @@ class Answer:
         calls = ToolCallParser(self.model.tools) if self.has_tools and self.model.tools else None
         self._text = TextStream(
             self.model, self._params.stop, thinking=thinking, tools=calls,
-            stops_thought=self._shows_thought, begins=begun is None or not begun.text,
+            stops_thought=self._shows_thought, begins=not (self.command.prefix or (begun and begun.text)),
         )  # fmt: skip
 
     @property
@@ -66,6 +66,11 @@ class Answer:
     def discarded_tokens(self) -> int:
         """Written, and told to nobody."""
         return self.leaving.discarded_tokens if self.leaving is not None else 0
+
+    @property
+    def written_tokens(self) -> int:
+        """By the model, told or not."""
+        return self.output_tokens if self.leaving is None else self.leaving.written_tokens
 
     def take_all(self, choices: list[Choice], max_tokens: int) -> list[Event]:
         """More tokens; those after an end are void."""

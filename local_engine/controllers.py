@@ -3,7 +3,16 @@
 import logging
 from collections.abc import Mapping, Sequence
 
-from local_engine.chat import InvalidRequest, Tool, check_tools, parse_messages, parse_tools, prompt_tokens
+from local_engine.chat import (
+    InvalidRequest,
+    Tool,
+    check_calls,
+    check_tools,
+    parse_messages,
+    parse_tools,
+    prompt_tokens,
+)
+from local_engine.constrain import check_schemas
 from local_engine.errors import ConfigError
 from local_engine.generation import Generation
 from local_engine.lane import Lane
@@ -15,9 +24,11 @@ from local_engine.primitives import Controller
 from local_engine.probe_types import PromptReader
 from local_engine.reason.plans import shared
 from local_engine.reason.samples import Samples
+from local_engine.room import MORE_ROOM
 from local_engine.sampler import sampling_problem
 from local_engine.scoring import Scoring
 from local_engine.sounding import PromptSounding
+from local_engine.tool_calls import check_functions
 from local_engine.types import (
     Effort,
     FailureCode,
@@ -83,24 +94,29 @@ class Controllers:
         tools = parse_tools(command.tools_json) if command.tool_choice != "none" else None
         if tools:
             check_tools(lane.model.tokenizer)
+            check_functions(tools)
         if command.plan is not None and command.thought is not None:
             raise InvalidRequest("plan: the thought has begun already; leave out the plan, or the thought", "plan")
         prompt = self.prompt(command, tools, _effort(command))
-        self._check_room(command.model, len(prompt) + 1)
+        self._check_room(command.model, len(prompt) + 1, command.context)
+        if tools:
+            check_schemas(tools)
+        most = lane.most_tokens if command.context is None else min(lane.most_tokens, command.context)
         if isinstance(command.plan, SpeculateSteps | Cascade):
-            return self._shared(command, command.plan, lane, prompt)
+            return self._shared(command, command.plan, model, prompt, most)
         if isinstance(command.plan, Vote):
-            return Samples(command, command.plan, model, prompt, tools, lane.most_tokens)
-        return Generation(command, model, prompt, tools, lane.most_tokens)
+            return Samples(command, command.plan, model, prompt, tools, most)
+        return Generation(command, model, prompt, tools, most)
 
-    def _shared(self, command: Generate, plan: SpeculateSteps | Cascade, lane: Lane, prompt: list[int]) -> Controller:
+    def _shared(
+        self, command: Generate, plan: SpeculateSteps | Cascade, model: LocalModel, prompt: list[int], most: int
+    ) -> Controller:
         """By two models."""
         draft = self._lanes.get(plan.draft)
         if draft is None:
             raise InvalidRequest(f"plan.draft: no local model {plan.draft!r}; there are {self._names}", "plan")
         draft_prompt = self.prompt(command, None, _effort(command), by=draft)
-        models, rooms = (lane.model, draft.model), (lane.most_tokens, draft.most_tokens)
-        return shared(command, plan, models, (prompt, draft_prompt), rooms)
+        return shared(command, plan, (model, draft.model), (prompt, draft_prompt), (most, draft.most_tokens))
 
     def _scoring(self, command: Score) -> Controller:
         lane = self.lane(command.model)
@@ -110,10 +126,17 @@ class Controllers:
             )
         prompt = self.prompt(command, parse_tools(command.tools_json), "none")
         candidates = [_plain_tokens(lane.model, text) for text in command.candidates]
+        self._check_room(command.model, len(prompt) + 1)
+        room = lane.most_tokens - len(prompt)
         for at, tokens in enumerate(candidates):
             if not tokens:
                 raise InvalidRequest(f"candidates[{at}] has no tokens: there is nothing to score", "candidates")
-        self._check_room(command.model, len(prompt) + max(map(len, candidates)))
+            if len(tokens) > room:
+                raise InvalidRequest(
+                    f"candidates[{at}] has {len(tokens)} tokens, and after the prompt's {len(prompt)} there is room for"
+                    f" {room} in {command.model}; shorten it",
+                    "candidates",
+                )
         return Scoring(command, prompt, candidates)
 
     def _sounding(self, command: Probe) -> Controller:
@@ -156,6 +179,8 @@ class Controllers:
         if command.messages_json is None:
             raise InvalidRequest("messages is missing: send the conversation that is meant")
         messages = parse_messages(command.messages_json)
+        if not isinstance(command, Probe):  # it may be about a conversation of another model
+            check_calls(messages)
         window = lane.model.card.context_window
         if len(command.messages_json) > window * MAX_BYTES_PER_TOKEN:
             reason = f"{len(command.messages_json)} bytes of messages cannot fit the {window} tokens of {command.model}"
@@ -166,17 +191,19 @@ class Controllers:
         prefix = "" if isinstance(command, Probe | Prefix) else command.prefix
         return prompt + _plain_tokens(lane.model, prefix) if prefix else prompt
 
-    def _check_room(self, name: str, tokens: int) -> None:
-        """Refuse at once what could never be computed."""
+    def _check_room(self, name: str, tokens: int, context: int | None = None) -> None:
+        """Refuse at once what could never be computed, or may not be in this `context`."""
         lane = self.lane(name)
         window = lane.model.card.context_window
+        if context is not None:
+            window = min(window, context)
         if tokens > window:
             reason = f"the prompt has {tokens - 1} tokens, and {name} has a context window of {window}"
             raise Refused("context_length_exceeded", reason)
         if tokens > lane.most_tokens:
             reason = (
                 f"the prompt has {tokens - 1} tokens, and the KV budget of {name} ({lane.kv.bytes_limit} bytes) holds"
-                f" {lane.most_tokens}: raise kv_bytes"
+                f" {lane.most_tokens}: {MORE_ROOM}"
             )
             raise Refused("context_length_exceeded", reason)
 

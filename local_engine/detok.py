@@ -13,10 +13,11 @@ from local_engine.types import ToolCallDelta
 class Detokenizer:
     """Incremental decoding by bytes. What can be no character comes out as U+FFFD, as soon as that is certain."""
 
-    def __init__(self, pieces: Pieces) -> None:
+    def __init__(self, pieces: Pieces, *, begins: bool = True) -> None:
+        """`begins`: no text stands before this one, in which a leading space is the tokenizer's own."""
         self._pieces = pieces
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._at_start = pieces.drops_first_space
+        self._at_start = begins and pieces.drops_first_space
 
     def push(self, token: int) -> str:
         """The text this token completes; empty while a character is unfinished."""
@@ -87,9 +88,9 @@ class TextStream:
         stops_thought: bool = False,
         begins: bool = True,
     ) -> None:
-        """`thinking`: it is in the thinking block; `begins`: at its beginning."""
+        """`thinking`: it is in the thinking block; `begins`: no text of either part stands before it."""
         self._model = model
-        self._detokenizer = Detokenizer(model.pieces)
+        self._detokenizer = Detokenizer(model.pieces, begins=begins)
         self._stops = StopStrings(stops)
         self._tools = tools
         self._stops_thought = stops_thought
@@ -116,10 +117,10 @@ class TextStream:
         self.left_out = 0
         if token == self._model.think_token or token == self._model.end_think_token:
             self._detokenizer.finish()
-            held = self._stops.finish() if self._stops_thought and self.thinking else ""
+            held = self._part(self._stops.finish())
             self.thinking = token == self._model.think_token
             self._after_marker = True
-            return Piece(reasoning=held)
+            return held
         if token in self._model.special_tokens and not (self._tools and token in self._model.tool_tokens):
             return Piece()
         return self._piece(self._detokenizer.push(token))
@@ -127,13 +128,11 @@ class TextStream:
     def finish(self) -> Piece:
         """What was held back; call when no more tokens will come."""
         self._detokenizer.finish()
-        held = "" if self.stopped else self._stops.finish()
-        if self.thinking:
-            return Piece(reasoning=held)
+        held = self._part(self._stops.finish())
         if self._tools is None:
-            return Piece(held)
-        first, last = self._tools.push(held), self._tools.finish()
-        return Piece(first.content + last.content, "", (*first.calls, *last.calls))
+            return held
+        last = self._tools.finish()
+        return Piece(held.content + last.content, held.reasoning, (*held.tool_calls, *last.calls))
 
     def _piece(self, text: str) -> Piece:
         if self.stopped:
@@ -142,9 +141,12 @@ class TextStream:
             rest = text.lstrip("\n")
             self.left_out = len(text) - len(rest)
             text, self._after_marker = rest, not rest
+        return self._part(self._stops.push(text) if self._stops_thought or not self.thinking else text)
+
+    def _part(self, shown: str) -> Piece:
+        """Text of the part that is being written."""
         if self.thinking:
-            return Piece(reasoning=self._stops.push(text) if self._stops_thought else text)
-        shown = self._stops.push(text)
+            return Piece(reasoning=shown)
         if self._tools is None:
             return Piece(shown)
         told = self._tools.push(shown)

@@ -12,10 +12,11 @@ from local_engine.model import LocalModel
 from local_engine.plan_types import Exit, PlanUse
 from local_engine.primitives import Primitives
 from local_engine.reason.leaving import ExitPlan, Leaving
+from local_engine.room import out_of_room
 from local_engine.sampler import Sampler
 from local_engine.sequence import Sequence
 from local_engine.turns import Turn
-from local_engine.types import Event, Failed, FinishReason, Generate
+from local_engine.types import Event, FinishReason, Generate
 
 
 class Generation:
@@ -62,6 +63,11 @@ class Generation:
     def done(self) -> bool:
         return all(answer.over for answer in self._answers)
 
+    @property
+    def written_tokens(self) -> int:
+        """By the model, for all choices; without what a step brought after an end, or after a cut of a thought."""
+        return sum(answer.written_tokens for answer in self._answers)
+
     def begin(self, engine: Primitives) -> None:
         self._engine = engine
         limit = len(self._prompt) + self._max_tokens
@@ -92,6 +98,8 @@ class Generation:
             if hidden is not None:  # of a run of tokens those before this one: an end in the run is the end
                 told, hidden = hidden.split(at - 1)
                 answer.reveal(told)
+            held = answer.sampler.constraint is not None  # asked first: where nothing can match, an end is no answer's
+            complete = held and answer.sampler.done(sequence.ids[: at + 1])
             if leaving is None:
                 events += answer.take(choice, self._max_tokens)
             else:
@@ -103,7 +111,7 @@ class Generation:
                     continue
             if answer.over:
                 break
-            if answer.sampler.constraint is not None and answer.sampler.done(sequence.ids[: at + 1]):
+            if complete:
                 events += answer.end("stop")
                 break
         if hidden is not None and not turn.choices:
@@ -122,8 +130,7 @@ class Generation:
     def _refuse(self, tokens: int) -> list[Event]:
         for answer in self._answers:
             answer.over = True
-        reason = f"the KV budget of {self._command.model} cannot hold a sequence of {tokens} tokens; raise kv_bytes"
-        return [Failed(self._command.id, "context_length_exceeded", reason)]
+        return [out_of_room(self._command.id, self._command.model, tokens)]
 
     def _fork(self, first: Sequence, engine: Primitives) -> None:
         for answer in self._answers[1:]:
@@ -152,6 +159,11 @@ class Generation:
         if command.prefix or command.thought is not None:
             field = "tool_choice" if calls else "response_format"
             raise InvalidRequest(f"{field}: cannot be held where the answer has begun; leave out one of them", field)
+        if calls and form is not None:
+            raise InvalidRequest(
+                f"tool_choice: an answer that is a call cannot be of {form.field}, too; leave out one of them",
+                "tool_choice",
+            )
         if calls and self._tools:
             return grammars.tool_call(self._tools, command.tool, self._prompt)
         assert form is not None

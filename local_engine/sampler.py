@@ -22,7 +22,10 @@ import torch
 from local_engine.types import SamplingParams
 
 MAX_TOP_LOGPROBS: Final = 20
+LEAST_REPETITION_PENALTY: Final = 0.1
 MAX_REPETITION_PENALTY: Final = 10.0
+MAX_TEMPERATURE: Final = 1e6
+"""Float32 has room for what is divided by it."""
 _GREEDY_BELOW: Final = 1e-5
 _LAST_RESORT: Final = -1e30
 """Logit of an end that comes too soon: finite, so that a constraint which allows nothing else has its way."""
@@ -41,9 +44,10 @@ def sampling_problem(params: SamplingParams, vocabulary: int | None = None) -> s
     if params.max_tokens is not None and params.max_tokens < 1:
         return f"max_tokens must be at least 1, not {params.max_tokens}"
     if not 0 <= params.min_tokens <= (params.max_tokens or params.min_tokens):
-        return f"min_tokens must be from 0 to max_tokens, not {params.min_tokens}"
-    if not 0 <= params.temperature < math.inf:
-        return f"temperature must not be negative, and is {params.temperature}"
+        most = "" if params.max_tokens is None else f" ({params.max_tokens})"
+        return f"min_tokens must be from 0 to max_tokens{most}, not {params.min_tokens}"
+    if not 0 <= params.temperature <= MAX_TEMPERATURE:
+        return f"temperature must be from 0 to {MAX_TEMPERATURE:.0f}, not {params.temperature}"
     if not 0 < params.top_p <= 1:
         return f"top_p must be over 0 and at most 1, not {params.top_p}"
     if params.top_k < -1:
@@ -53,10 +57,9 @@ def sampling_problem(params: SamplingParams, vocabulary: int | None = None) -> s
     for name in ("presence_penalty", "frequency_penalty"):
         if not -2 <= getattr(params, name) <= 2:
             return f"{name} must be from -2 to 2, not {getattr(params, name)}"
-    if not 0 < params.repetition_penalty <= MAX_REPETITION_PENALTY:
-        return (
-            f"repetition_penalty must be over 0 and at most {MAX_REPETITION_PENALTY}, not {params.repetition_penalty}"
-        )
+    if not LEAST_REPETITION_PENALTY <= params.repetition_penalty <= MAX_REPETITION_PENALTY:
+        allowed = f"from {LEAST_REPETITION_PENALTY} to {MAX_REPETITION_PENALTY:.0f}"
+        return f"repetition_penalty must be {allowed}, not {params.repetition_penalty}"
     if not 0 <= params.top_logprobs <= MAX_TOP_LOGPROBS:
         return f"top_logprobs must be from 0 to {MAX_TOP_LOGPROBS}, not {params.top_logprobs}"
     if "" in params.stop:
@@ -214,11 +217,14 @@ def distributions(
 
 
 def draw(probabilities: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:
-    """A token per row of [rows, vocabulary], by inversion; rows need not sum to one. Impossible tokens never come."""
+    """A token per row of [rows, vocabulary], by inversion; rows need not sum to one. Impossible tokens never come.
+
+    Of a row that is not all numbers, some token.
+    """
     cumulated = probabilities.cumsum(-1, dtype=torch.float64)
     # A number of 53 bits below one times the total is below the total, so that there is a first token above it.
     target = torch.tensor(uniforms, dtype=torch.float64, device=probabilities.device).unsqueeze(1) * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, target, right=True).squeeze(1)
+    return torch.searchsorted(cumulated, target, right=True).squeeze(1).clamp_(max=probabilities.shape[1] - 1)
 
 
 def _tokens(shaped: torch.Tensor, samplers: Sequence[Sampler], histories: Sequence[Sequence[int]]) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """One `Score`: candidates after one prompt, which is read once and forked for each of them."""
 
 from local_engine.primitives import Primitives
+from local_engine.room import out_of_room
 from local_engine.sequence import Scores, Sequence
 from local_engine.turns import Turn
 from local_engine.types import CandidateScore, Event, Failed, Finished, FinishReason, Score, ScoreResult
@@ -31,10 +32,7 @@ class Scoring:
         assert self._engine is not None, "it has begun"
         if turn.out_of_room:
             self._refused = True
-            reason = (
-                f"the KV budget of {self._command.model} cannot hold {len(turn.sequence.ids)} tokens; raise kv_bytes"
-            )
-            return [Failed(self._command.id, "context_length_exceeded", reason)]
+            return [out_of_room(self._command.id, self._command.model, len(turn.sequence.ids))]
         if turn.rested:
             self._cached_tokens = turn.sequence.cached or 0
             for at, tokens in enumerate(self._candidates):

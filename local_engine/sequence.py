@@ -60,6 +60,8 @@ class Sequence:
     """Guesses of what comes after `ids`, to be verified in the next step."""
     drawn_from: "Tensor | None" = None
     """[draft, vocabulary]: the distributions that the draft was drawn from; None: it was certain."""
+    draftable: bool = True
+    """False: drafting failed, for it or for what was written beside it."""
     floor: float | None = None
     """Not None: its draft is an offer, kept as far as no token is less probable than this (a natural logarithm)."""
     drafted: int = 0

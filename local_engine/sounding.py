@@ -21,6 +21,7 @@ from local_engine.lane import Lane
 from local_engine.model import LocalModel
 from local_engine.primitives import Primitives
 from local_engine.probe_types import PromptReader, Rating, Sounding
+from local_engine.room import out_of_room
 from local_engine.sequence import Sequence
 from local_engine.turns import Turn
 from local_engine.types import Event, Failed, Finished, FinishReason, Probe, ProbeResult, TapSpec
@@ -97,9 +98,8 @@ class PromptSounding:
     def stepped(self, turn: Turn) -> list[Event]:
         assert self._engine is not None, "it has begun"
         if turn.out_of_room:
-            self.done, tokens = True, len(turn.sequence.ids)
-            reason = f"the KV budget of {self._command.model} cannot hold {tokens} tokens; raise kv_bytes"
-            return [Failed(self._command.id, "context_length_exceeded", reason)]
+            self.done = True
+            return [out_of_room(self._command.id, self._command.model, len(turn.sequence.ids))]
         if turn.sequence is self._rating:
             if turn.hidden is not None:
                 self._rated.append(turn.hidden.states)

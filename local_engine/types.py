@@ -123,6 +123,8 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     thought: ThoughtSoFar | None = None
     """What it has thought already, before `prefix`. Of one that is not over, stop strings and log-probabilities count
     within the thought, too."""
+    context: int | None = None
+    """Tokens of prompt and answer together, where they are to be fewer than the model's window has."""
 
 
 class Score(msgspec.Struct, frozen=True, tag="score"):

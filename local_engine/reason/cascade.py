@@ -1,9 +1,9 @@
 """A cascade on one engine: a small model answers first, and where its answer is not good enough, the command's model.
 
-Nothing of an attempt is told before it is accepted (`accept.py`); one that is not worth its end is abandoned in the
-middle. The larger model reads its prompt only when it is asked. With the hint `offer` it then judges the small model's
-answer as well, in one pass, keeps it up to the first token that it finds too improbable, and both go on from there as
-in step speculation (`speculate.py`).
+Nothing of an attempt is told before it is accepted (`accept.py`). It ends where the small model's answer would, at a
+stop string too; one that is not worth its end is abandoned in the middle. The larger model reads its prompt only when
+it is asked. With the hint `offer` it then judges the small model's answer as well, in one pass, keeps it up to the
+first token that it finds too improbable, and both go on from there as in step speculation (`speculate.py`).
 """
 
 import msgspec
@@ -18,7 +18,7 @@ from local_engine.reason.speculate import Attempt, StepSpeculation
 from local_engine.sampler import Choice, Sampler
 from local_engine.sequence import Sequence
 from local_engine.turns import Hidden, Turn
-from local_engine.types import Event, Failed, FinishReason, Generate, TapSpec
+from local_engine.types import Event, Failed, Finished, FinishReason, Generate, TapSpec
 
 
 class CascadeAnswer:
@@ -49,9 +49,8 @@ class CascadeAnswer:
         self._answer = self._answers[1]  # the one that is told
         self._watch = AnswerWatch()
         self._attempt: list[Choice] = []
+        self._untold: list[Event] = []  # of the attempt: told once it is accepted
         self._base: Sequence | None = None
-        self._thinks = self._answers[1].thinking
-        self._thought = 0  # of the attempt: tokens of its thought
         self._most_tokens = most_tokens
         self._base_tokens = self._base_thought = 0
         self._shared: StepSpeculation | None = None  # who goes on where it is offered
@@ -89,34 +88,32 @@ class CascadeAnswer:
             why = f"failed: {turn.error}" if turn.error is not None else "has no room for it"
             self._degraded = f"{self._plan.draft} {why}"
             return self._escalate()
-        if turn.hidden is not None:
-            self._look(turn.hidden)
+        answer = self._answer
+        answer.cached_tokens = self._draft.cached or 0
         for choice in turn.choices:
+            if turn.hidden is not None:  # of tokens before this one
+                self._look(turn.hidden)
             self._attempt.append(choice)
-            before, self._thinks = self._thinks, self._models[1].thinks_after(choice.token, self._thinks)
-            self._thought += before or self._thinks  # both markers are of the thought
             self._watch.push(choice.logprob, choice.entropy)
-            if self._ends(choice):
+            self._untold += answer.take(choice, self._max_tokens[1])
+            end = self._untold[-1] if answer.over else None
+            if isinstance(end, Finished) and end.finish_reason == "stop":
                 self._p = p_correct(self._plan.accept, self._watch)
-                return self._send() if accepts(self._plan.accept, self._watch) else self._escalate()
+                return self._send(end) if accepts(self._plan.accept, self._watch) else self._escalate()
             if abandons(self._plan.accept, self._watch):
                 self._abandoned = True
                 return self._escalate()
-        return self._escalate() if len(self._attempt) >= self._max_tokens[1] else []
+        return self._escalate() if answer.over else []
 
     def _look(self, hidden: Hidden) -> None:
-        """Keep the states of the token that the small model was least sure of; they come a step after it."""
+        """Keep the states of the token that the small model was least sure of; they come with later tokens."""
         for position, states in zip(hidden.positions, hidden.states, strict=True):
             if self._watch.in_doubt_at(position - len(self._prompts[1])):
                 self._watch.doubt = states.flatten().tolist()
 
-    def _ends(self, choice: Choice) -> bool:
-        return choice.token in self._models[1].end_tokens or choice.token in self._command.sampling.stop_token_ids
-
-    def _send(self) -> list[Event]:
+    def _send(self, end: Finished) -> list[Event]:
         self._accepted = True
-        self._answer.cached_tokens = self._draft.cached or 0
-        return self._answer.take_all(self._attempt, self._max_tokens[1])
+        return [*self._untold[:-1], msgspec.structs.replace(end, plan=self._use())]
 
     def _escalate(self) -> list[Event]:
         self._accepted = False
@@ -190,7 +187,7 @@ class CascadeAnswer:
                     len(self._prompts[1]),
                     self._draft.cached or 0,
                     written,
-                    self._thought,
+                    self._answers[1].reasoning_tokens,
                     self._draft.read,
                     self._draft.rows,
                 ),

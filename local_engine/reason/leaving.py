@@ -108,6 +108,8 @@ class Leaving:
     def __init__(self, plan: ExitPlan, prompt: list[int], max_tokens: int, sampling: SamplingParams) -> None:
         self.discarded_tokens = 0
         """Written, and told to nobody."""
+        self.written_tokens = 0
+        """By the model, told or not; of a step without those that a cut before them made void."""
         self.exited = ""
         """What closed the thought; empty while nothing did."""
         self.cues: list[CueSeen] = []
@@ -163,6 +165,7 @@ class Leaving:
     def take(self, engine: Primitives, sequence: Sequence, at: int, choice: Choice) -> tuple[list[Choice], bool]:
         """The token at `at` of the sequence. (what is now certain to be told, whether later tokens are void)"""
         self._left -= 1
+        self.written_tokens += 1
         self._rows, self._read = sequence.rows, sequence.read
         if self._over:
             return [choice], False

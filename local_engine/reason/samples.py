@@ -17,6 +17,7 @@ from local_engine.plan_types import ModelUse, PlanUse, Sampled, Vote
 from local_engine.primitives import Primitives
 from local_engine.reason.answers import answer_class
 from local_engine.reason.voting import Ballot, least_more, winner
+from local_engine.room import out_of_room
 from local_engine.sequence import Sequence
 from local_engine.turns import Turn
 from local_engine.types import Delta, Event, Failed, Finished, FinishReason, Generate
@@ -91,12 +92,12 @@ class Samples:
                 self._draw()
             return []
         sample = self._sample_of[turn.sequence]
-        for choice in turn.choices:
+        told = sample.generation.stepped(turn)
+        for choice in turn.choices[: sample.generation.written_tokens - sample.tokens]:
             sample.tokens += 1
             sample.logprob += choice.logprob
             sample.lowest = min(sample.lowest, choice.logprob)
             sample.path = hash((sample.path, choice.token))
-        told = sample.generation.stepped(turn)
         sequence = turn.sequence
         sample.given, sample.rows = sequence.given, sequence.rows
         sample.drafted, sample.accepted = sequence.drafted, sequence.accepted
@@ -206,8 +207,7 @@ class Samples:
 
     def _refuse(self, tokens: int) -> list[Event]:
         self.done = True
-        reason = f"the KV budget of {self._command.model} cannot hold a sequence of {tokens} tokens; raise kv_bytes"
-        return [Failed(self._command.id, "context_length_exceeded", reason)]
+        return [out_of_room(self._command.id, self._command.model, tokens)]
 
 
 def _told(sample: _Sample) -> Sampled:

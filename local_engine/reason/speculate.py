@@ -28,10 +28,11 @@ from local_engine.reason.guards import LoopGuard
 from local_engine.reason.method import JUDGE, Do, Method, Move
 from local_engine.reason.specreason import RATINGS
 from local_engine.reason.steps import Boundary, StepSplitter
+from local_engine.room import out_of_room
 from local_engine.sampler import Choice, Sampler
 from local_engine.sequence import Sequence, common_prefix
 from local_engine.turns import Turn
-from local_engine.types import Event, Failed, FinishReason, Generate, SamplingParams
+from local_engine.types import Event, FinishReason, Generate, SamplingParams
 
 BASE: Final = 0
 DRAFT: Final = 1
@@ -140,6 +141,7 @@ class StepSpeculation:
         """Have the base judge what the draft has written, all of it at once."""
         self._draft, self._degraded = attempt.sequence, attempt.degraded
         self._draft.taps, self._draft.writes_on = None, self._writes_on
+        self._unused[DRAFT] = len(self._draft.ids) - len(self._prompts[DRAFT]) - len(attempt.choices)
         thinks = self._answer.thinking
         for choice in attempt.choices:
             thinks = self._wrote(DRAFT, choice.token, thinks)
@@ -418,9 +420,7 @@ class StepSpeculation:
         if self._answer.output_tokens:
             return self._answer.end("length")
         self._refused = True
-        model = self._command.model
-        reason = f"the KV budget of {model} cannot hold a sequence of {len(self._base.ids)} tokens; raise kv_bytes"
-        return [Failed(self._command.id, "context_length_exceeded", reason)]
+        return [out_of_room(self._command.id, self._command.model, len(self._base.ids))]
 
     def _use(self) -> PlanUse:
         count = self._count

@@ -111,7 +111,10 @@ class ModelProposer:
             self._kv.close(followed.slot)
 
     def _catching_up(self, sequence: Sequence, most: int) -> Segment | None:
-        """What is to be read before the next token can be drafted, a chunk of it where it is much; None: no room."""
+        """What is to be read before the next token can be drafted, a chunk of it where it is much.
+
+        None: there is no room, or a token that only the larger vocabulary of the other model has, in its padding.
+        """
         length = len(sequence.ids)
         if length + most > self._kv.shape.context:
             return None
@@ -127,9 +130,12 @@ class ModelProposer:
         except KVFull:
             self.forget(sequence)
             return None
+        tokens = sequence.ids[start:stop]
+        if max(tokens) > self._runner.last_token:
+            return None
         followed.base = stop
         followed.drafted.clear()
-        return Segment(followed.slot, start, sequence.ids[start:stop], int(stop == length))
+        return Segment(followed.slot, start, tokens, int(stop == length))
 
     def _run(self, segments: Sized[Segment]) -> Tensor:
         return _fitted(self._runner.run(segments).logits, self._vocabulary)

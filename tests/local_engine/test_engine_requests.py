@@ -113,7 +113,7 @@ def test_what_can_never_fit_is_refused_at_once(bundled: LocalModel, start_engine
     failed = caller.failed(caller.generate("1 + " * 200))
     assert failed.code == "context_length_exceeded"
     assert "holds 256" in failed.message
-    assert "kv_bytes" in failed.message
+    assert "the operator's LEADLINE_KV_MIB" in failed.message
 
 
 @pytest.mark.parametrize("tokens", [256, 400], ids=["to the byte", "no longer row fits"])
@@ -132,9 +132,10 @@ def test_room_that_is_too_little_for_a_row_is_said(bundled: LocalModel, start_en
     caller = Caller(start_engine(bundled, kv_bytes=rows(bundled, 1, 200)))
     failed = caller.failed(caller.generate("What is 3 + 4?"))
     assert failed.code == "context_length_exceeded"
-    assert "kv_bytes" in failed.message
+    assert "the operator's LEADLINE_KV_MIB" in failed.message
     failed = caller.failed(caller.score("What is 3 + 4?", ["7"]))
     assert failed.code == "context_length_exceeded"
+    assert "the operator's LEADLINE_KV_MIB" in failed.message
 
 
 # ---- prefixes -------------------------------------------------------------------------------------------------------
@@ -354,14 +355,24 @@ def test_what_makes_no_sense_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("candidates", "code"),
-    [([], "invalid_request"), (["a", ""], "invalid_request"), (["7 " * 2000], "context_length_exceeded")],
+    ("candidates", "words"),
+    [([], "candidates must hold"), (["a", ""], "candidates[1] has no"), (["a", "7 " * 2000], "candidates[1] has ")],
 )
 def test_candidates_that_cannot_be_scored_are_refused(
-    candidates: list[str], code: str, bundled: LocalModel, start_engine: StartEngine
+    candidates: list[str], words: str, bundled: LocalModel, start_engine: StartEngine
 ) -> None:
     caller = Caller(start_engine(bundled))
-    assert caller.failed(caller.score("hi", candidates)).code == code
+    failed = caller.failed(caller.score("hi", candidates))
+    assert (failed.code, failed.param) == ("invalid_request", "candidates")
+    assert failed.message.startswith(words)
+
+
+def test_a_prompt_that_leaves_candidates_no_room_is_refused_for_itself(
+    bundled: LocalModel, start_engine: StartEngine
+) -> None:
+    caller = Caller(start_engine(bundled))
+    failed = caller.failed(caller.score("1 + " * 900, ["7"]))
+    assert failed.code == "context_length_exceeded"
 
 
 # ---- several models -------------------------------------------------------------------------------------------------

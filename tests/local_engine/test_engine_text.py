@@ -1,15 +1,19 @@
 """Prompts in, text out: templates, whole characters, stop strings."""
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from local_engine.chat import InvalidRequest, parse_messages, parse_tools, prompt_tokens
 from local_engine.detok import StopStrings, TextStream
-from local_engine.model import LocalModel
-from tests.local_engine.engine_harness import user
+from local_engine.model import LocalModel, load_model
+from local_engine.types import SamplingParams
+from tests.local_engine import small_tokenizers
+from tests.local_engine.engine_harness import Caller, StartEngine, user
 
 
 def _cut_by_single_characters(text: str, stops: list[str]) -> str:
@@ -53,6 +57,31 @@ def test_stop_strings_do_not_act_on_thinking(bundled: LocalModel) -> None:
         assert not stream.stopped or token != bundled.end_think_token
         stream.push(token)
     assert stream.stopped
+
+
+def test_a_stop_string_lies_in_one_part_and_what_is_held_back_for_it_stays_there(bundled: LocalModel) -> None:
+    stream = TextStream(bundled, ("ab cd",), thinking=False)
+    tokens = bundled.tokenizer("x = 5 ab<think>hm</think> cd done").input_ids
+    pieces = [stream.push(token) for token in tokens] + [stream.finish()]
+    assert not stream.stopped
+    assert "".join(piece.reasoning for piece in pieces) == "hm"
+    assert "".join(piece.content for piece in pieces) == "x = 5 ab cd done"
+
+
+def test_a_word_after_what_was_given_keeps_its_space(tmp_path: Path, start_engine: StartEngine) -> None:
+    """A sentencepiece tokenizer writes a space before a text, and takes it away again: before its first word only."""
+    tokenizer = small_tokenizers.sentencepiece()
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    caller = Caller(start_engine(load_model("m", str(tmp_path))))
+    word = tokenizer.convert_tokens_to_ids("▁over▁the▁")
+    params = SamplingParams(temperature=0, max_tokens=1, logit_bias={word: 100})
+    assert caller.content(caller.generate("hi", params)) == "over the "
+    assert caller.content(caller.generate("hi", params, prefix="The quick")) == " over the "
 
 
 def test_nobody_can_forge_a_turn(bundled: LocalModel) -> None:

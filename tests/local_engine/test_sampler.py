@@ -208,12 +208,14 @@ def test_logprobs_are_the_models_own(device: torch.device) -> None:
         (SamplingParams(min_tokens=-1), "min_tokens"),
         (SamplingParams(temperature=-1), "temperature"),
         (SamplingParams(temperature=math.nan), "temperature"),
+        (SamplingParams(temperature=1e39), "temperature must be from 0 to 1000000"),
         (SamplingParams(top_p=0), "top_p"),
         (SamplingParams(top_k=-2), "top_k"),
         (SamplingParams(min_p=1.1), "min_p"),
         (SamplingParams(presence_penalty=2.1), "presence_penalty"),
         (SamplingParams(frequency_penalty=math.nan), "frequency_penalty"),
         (SamplingParams(repetition_penalty=0), "repetition_penalty"),
+        (SamplingParams(repetition_penalty=1e-38), "repetition_penalty must be from 0.1 to 10"),
         (SamplingParams(logit_bias={1: 101}), "logit_bias"),
         (SamplingParams(logit_bias={50: 1}), "logit_bias"),
         (SamplingParams(stop_token_ids=(-1,)), "stop_token_ids"),
@@ -224,3 +226,15 @@ def test_logprobs_are_the_models_own(device: torch.device) -> None:
 def test_bad_sampling_parameters_are_named(params: SamplingParams, name: str) -> None:
     assert name in (sampling_problem(params, 50) or "")
     assert sampling_problem(SamplingParams(min_tokens=3), 50) is None
+
+
+def test_whatever_is_allowed_at_once_draws_a_token_that_there_is() -> None:
+    logits = torch.tensor([[300.0, -300.0, 0.0, -math.inf]])
+    for temperature in (0.0, 1e-5, 1e6):
+        params = SamplingParams(
+            temperature=temperature, repetition_penalty=0.1, presence_penalty=-2, frequency_penalty=-2, min_p=1.0,
+            logit_bias={0: 100.0, 1: -100.0}, seed=1,
+        )  # fmt: skip
+        assert sampling_problem(params, 4) is None
+        assert Sampler(params, torch.device("cpu"), prompt_tokens=1).pick(logits[0], [1, 0, 0, 1]).token in range(4)
+    assert draw(torch.full((1, 4), math.nan), [0.5]).item() in range(4)

@@ -1,6 +1,7 @@
 """A probe of a model's own reading: heard at the last token of the prompt, which nobody reads twice."""
 
 import contextlib
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -237,6 +238,18 @@ def test_a_probe_that_nobody_reads_is_refused(bundled: LocalModel, start_engine:
     caller = Caller(start_engine(bundled))
     assert "no probe reads the prompts of 'm'" in caller.failed(caller.probe(user("hi"), "m")).message
     assert caller.failed(caller.probe(user("hi"), "x")).code == "model_not_found"
+
+
+def test_a_conversation_that_only_other_models_can_go_on_with_is_probed(
+    bundled: LocalModel, start_engine: StartEngine
+) -> None:
+    caller = Caller(start_engine(bundled, readers={"m": [FakeReader()]}))
+    call = {"id": "1", "type": "custom", "custom": {"name": "f", "input": "x"}}
+    messages = json.dumps(
+        [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    ).encode()
+    assert isinstance(caller.wait(caller.probe(messages, "m"))[-1], ProbeResult)
+    assert "messages[1].tool_calls[0]" in caller.failed(caller.generate(messages)).message
 
 
 def test_readers_that_do_not_fit_their_model_are_refused(bundled: LocalModel) -> None:

@@ -15,6 +15,7 @@ from local_engine.reason.accept import AnswerWatch, abandons, accepts, p_correct
 from local_engine.types import Delta, Finished, SamplingParams, TapSpec
 from tests.local_engine.engine_harness import GREEDY, Caller, Watch
 from tests.local_engine.reason.test_speculate import watched
+from tests.local_engine.spec.test_spec_engine import drafting
 
 StartEngines = Callable[..., Engine]
 QUESTIONS = [problem.question for level in (1, 4) for problem in problems(6, level, 3)]
@@ -129,6 +130,20 @@ def test_hidden_states_are_read_where_the_small_model_was_least_sure(
     assert len(seen) > 1, "not always the same token"
 
 
+def test_p_correct_is_the_same_however_drafts_fall(start_engines: StartEngines, pair: dict[str, LocalModel]) -> None:
+    """A step with drafts brings several tokens, and the hidden states of some of them."""
+    weights = tuple(math.sin(at) / 50 for at in range(2 * 96))
+    rule = AcceptRule(
+        weights={"min_logprob": 0.5}, bias=0.1, at_least=0.0, hidden_layers=(1, 2), hidden_weights=weights
+    )
+    plain = Caller(start_engines(pair, prefix_bytes=0))
+    drafted = Caller(start_engines(pair, prefix_bytes=0, make_speculator=drafting("twin")))
+    for question in QUESTIONS:
+        quiet, guessed = (use(ask(caller, question, plan=plan(rule))[1]) for caller in (plain, drafted))
+        assert guessed.p_correct == pytest.approx(quiet.p_correct, abs=2e-3)
+        assert guessed.drafted_tokens == quiet.drafted_tokens
+
+
 def test_an_offered_attempt_is_read_in_one_pass_and_kept_as_far_as_it_is_good(
     start_engines: StartEngines, pair: dict[str, LocalModel]
 ) -> None:
@@ -168,6 +183,26 @@ def test_both_go_on_where_an_offered_attempt_ends(start_engines: StartEngines, p
     assert written < whole / 2
 
 
+def test_drafts_change_nothing_of_what_an_abandoned_attempt_costs(
+    start_engines: StartEngines, pair: dict[str, LocalModel]
+) -> None:
+    """What a step brought after the token at which it was abandoned is nobody's, and read where it is needed."""
+    hasty = AcceptRule(
+        weights={}, bias=0.0, at_least=1.0,
+        prospect_weights={"log_tokens": -100.0}, prospect_bias=170.0, go_on_above=0.5,
+    )  # fmt: skip
+    plain = Caller(start_engines(pair, prefix_bytes=0))
+    drafted = Caller(start_engines(pair, prefix_bytes=0, make_speculator=drafting("twin")))
+    for question in QUESTIONS:
+        ends = [ask(caller, question, plan=plan(hasty, hint="offer"))[1] for caller in (plain, drafted)]
+        assert use(ends[0]).abandoned
+        quiet, guessed = (
+            [(model.read_tokens, model.output_tokens, model.reasoning_tokens) for model in use(end).models]
+            for end in ends
+        )
+        assert guessed == quiet
+
+
 def test_what_a_failing_model_wrote_is_offered_too(start_engines: StartEngines, pair: dict[str, LocalModel]) -> None:
     watch = Watch()
     watch.fails = lambda segments: len(watch.passes) > 8
@@ -199,6 +234,47 @@ def test_an_answer_without_an_end_is_not_accepted(start_engines: StartEngines, p
     got, finished = ask(caller, QUESTIONS[0], sampling=short, plan=plan(ALWAYS))
     assert (got, finished.finish_reason) == (text, "length")
     assert use(finished).escalated
+
+
+@pytest.mark.parametrize("ends", [True, False], ids=["its own end", "no end"])
+@pytest.mark.parametrize("hint", ["none", "offer"])
+def test_an_attempt_ends_at_a_stop_string(
+    start_engines: StartEngines, pair: dict[str, LocalModel], ends: bool, hint: str
+) -> None:
+    """P(correct) is of what would be sent: of n tokens, n / (n + 1) by this rule."""
+    long = AcceptRule(weights={"log_tokens": 1.0}, bias=0.0, at_least=0.5)
+    bias = {} if ends else dict.fromkeys(pair["draft"].end_tokens, -100.0)
+    sampling = SamplingParams(temperature=0, max_tokens=200, stop=("h",), logit_bias=bias)
+    caller = Caller(start_engines(pair))
+    for question in QUESTIONS[:3]:
+        text, alone = ask(caller, question, model="draft", sampling=sampling)
+        got, finished = ask(caller, question, sampling=sampling, plan=plan(long, hint=hint))
+        did = use(finished)
+        assert (got, finished.output_tokens, finished.stopped_by) == (text, alone.output_tokens, "h")
+        assert (finished.finish_reason, finished.reasoning_tokens) == ("stop", alone.reasoning_tokens)
+        assert not did.escalated
+        assert (did.models[1].output_tokens, did.discarded_tokens) == (alone.output_tokens, 0)
+        assert did.models[1].reasoning_tokens == alone.reasoning_tokens
+        assert did.p_correct == pytest.approx(alone.output_tokens / (alone.output_tokens + 1))
+
+
+@pytest.mark.parametrize("ends", [True, False], ids=["its own end", "no end"])
+@pytest.mark.parametrize("hint", ["none", "offer"])
+def test_an_attempt_that_is_not_accepted_was_written_up_to_its_stop_string(
+    start_engines: StartEngines, pair: dict[str, LocalModel], ends: bool, hint: str
+) -> None:
+    """The larger model keeps all of what it is offered, by this floor, so nothing more is written after it."""
+    bias = {} if ends else dict.fromkeys(pair["draft"].end_tokens, -100.0)
+    sampling = SamplingParams(temperature=0, max_tokens=200, stop=("h",), logit_bias=bias)
+    caller = Caller(start_engines(pair))
+    for question in QUESTIONS[:3]:
+        _, alone = ask(caller, question, model="draft", sampling=sampling)
+        _, finished = ask(caller, question, sampling=sampling, plan=plan(NEVER, hint=hint, floor=-1e6))
+        did = use(finished)
+        assert (did.escalated, did.p_correct, finished.finish_reason) == (True, 0.0, "stop")
+        assert did.drafted_tokens == did.models[1].output_tokens == alone.output_tokens
+        written = sum(model.output_tokens for model in did.models)
+        assert written - did.discarded_tokens == finished.output_tokens
 
 
 @pytest.mark.parametrize("name", ["draft", "m"])

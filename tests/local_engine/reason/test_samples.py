@@ -9,6 +9,7 @@ from local_engine.model import LocalModel
 from local_engine.plan_types import Exit, PlanUse, Vote
 from local_engine.types import Finished, SamplingParams, TapSpec, TextFormat
 from tests.local_engine.engine_harness import Caller, StartEngine, Watch
+from tests.local_engine.spec.test_spec_engine import drafting
 
 ASKED = "What is 83 * 7 + 45?"
 HARD = "Can you tell me what 73 * 8 + 30 * 55 + 15 * 8 + 46 - (594 mod 7) - 75 + 57 is?"
@@ -92,6 +93,37 @@ def test_hopeless_samples_are_given_up(bundled: LocalModel, start_engine: StartE
     for sample in given_up:
         assert (sample.answer, sample.lowest < -0.7) == ("", True)
         assert sample.tokens < min(other.tokens for other in whole.samples)
+
+
+@pytest.mark.parametrize(
+    ("options", "plan"),
+    [
+        pytest.param({"stop": ("answer",)}, Vote(most=4, stop="never"), id="stop string"),
+        pytest.param(
+            {"max_tokens": 30, "effort": "high"}, Vote(most=4, stop="never", exit=Exit(rule="cue")), id="max_tokens"
+        ),
+        pytest.param({"response_format": TextFormat("regex", "[0-9]{1,4}")}, Vote(most=4, stop="never"), id="format"),
+        pytest.param({"effort": "high"}, Vote(most=4, stop="never", exit=Exit(rule="cue")), id="exit"),
+        pytest.param({"effort": "high"}, Vote(most=4, stop="never", exit=Exit(rule="redundancy")), id="tried answers"),
+    ],
+)
+def test_a_vote_is_the_same_however_drafts_fall(
+    bundled: LocalModel, start_engine: StartEngine, options: dict[str, Any], plan: Vote
+) -> None:
+    """A step with drafts brings several tokens; those after an end, or after a cut of the thought, are void."""
+    sampling = SamplingParams(**{"temperature": 0.9, "seed": 1, "max_tokens": 200, **options})
+    plain, drafted = Caller(start_engine(bundled)), Caller(start_engine(bundled, make_speculator=drafting("twin")))
+    ids = plain.generate(ASKED, sampling, plan=plan), drafted.generate(ASKED, sampling, plan=plan)
+    one, other = plain.finished(ids[0]), drafted.finished(ids[1])
+    assert other.accepted_tokens > 0
+    assert drafted.content(ids[1]) == plain.content(ids[0])
+    assert (other.output_tokens, other.reasoning_tokens) == (one.output_tokens, one.reasoning_tokens)
+    assert use(other).models[0].output_tokens == use(one).models[0].output_tokens
+    assert (use(other).discarded_tokens, use(other).shown) == (use(one).discarded_tokens, use(one).shown)
+    for guessed, quiet in zip(use(other).samples, use(one).samples, strict=True):
+        assert (guessed.answer, guessed.tokens, guessed.over) == (quiet.answer, quiet.tokens, quiet.over)
+        assert guessed.tokens <= (sampling.max_tokens or 0)
+        assert (guessed.logprob, guessed.lowest) == pytest.approx((quiet.logprob, quiet.lowest), abs=1e-3)
 
 
 def test_who_leaves_frees_every_sample(bundled: LocalModel, endless: LocalModel, start_engine: StartEngine) -> None:

@@ -4,22 +4,24 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from collections.abc import Sequence as Sized
+from pathlib import Path
 
 import msgspec
 import pytest
 
 from local_engine.engine import Engine
 from local_engine.kv import KVCache
-from local_engine.model import LocalModel
+from local_engine.model import LocalModel, load_model
 from local_engine.runner import Runner, new_kv
 from local_engine.sequence import Sequence
 from local_engine.spec.build import MakeSpeculator, without_speculation
 from local_engine.spec.chain import ExitProposer, ModelProposer
-from local_engine.spec.draft import UNWEIGHED, Draft, Weigh
+from local_engine.spec.draft import Draft, Weigh
 from local_engine.spec.ngram import NGramProposer
 from local_engine.spec.recycle import RecycleProposer
 from local_engine.spec.speculator import Speculator
 from local_engine.types import Delta, Event, Finished, SamplingParams, TapSpec
+from tests.local_engine import small_tokenizers
 from tests.local_engine.devices import ON_DEVICES
 from tests.local_engine.engine_harness import GREEDY, Caller, StartEngine, Watch
 from tests.local_engine.spec.spec_harness import flat_speculator
@@ -195,16 +197,50 @@ def test_many_requests_in_little_memory_are_those_of_plain_decoding(
     assert answers[0] == answers[1] == answers[2]
 
 
-def test_a_drafter_that_fails_ends_drafting_and_no_request(bundled: LocalModel, start_engine: StartEngine) -> None:
-    class Broken(NGramProposer):
-        def propose(self, sequences: Sized[Sequence], most: int, weigh: Weigh = UNWEIGHED) -> list[Draft]:
-            raise RuntimeError("made to fail")
+def test_a_drafter_that_fails_ends_no_request_and_drafts_for_the_next(
+    bundled: LocalModel, start_engine: StartEngine
+) -> None:
+    class FailsOnce(ModelProposer):
+        failures = 0
+
+        def propose(self, sequences: Sized[Sequence], most: int, weigh: Weigh) -> list[Draft]:
+            if not self.failures:
+                self.failures += 1
+                raise RuntimeError("made to fail")
+            return super().propose(sequences, most, weigh)
 
     def make(name: str, model: LocalModel, kv: KVCache) -> Speculator:
-        return flat_speculator(Broken())
+        return flat_speculator(drafter=FailsOnce("twin", Runner(model, new_kv(model, 1 << 26)), 512))
 
     caller = Caller(start_engine(bundled, make_speculator=make))
-    assert caller.content(caller.generate(QUESTIONS[0])) == "The answer is 7."
+    first, second = (caller.generate(QUESTIONS[0]) for _ in range(2))
+    assert caller.content(first) == "The answer is 7."
+    assert caller.finished(first).drafted_tokens == 0
+    third = caller.generate(QUESTIONS[0])
+    assert caller.finished(third).drafted_tokens > 0
+    assert caller.content(second) == caller.content(third) == "The answer is 7."
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_a_smaller_vocabulary_cannot_say_costs_nobody_else_his_drafts(
+    temperature: float, tmp_path: Path, start_engine: StartEngine
+) -> None:
+    """Embeddings are padded to different sizes; a bias can have a model write a token that its drafter has not."""
+    size = len(small_tokenizers.byte_level())
+    wide = load_model("wide", str(small_tokenizers.save_model(tmp_path / "wide", vocabulary=size + 16)))
+    small = load_model("small", str(small_tokenizers.save_model(tmp_path / "small")))
+
+    def make(name: str, model: LocalModel, kv: KVCache) -> Speculator:
+        return flat_speculator(drafter=ModelProposer("small", Runner(small, new_kv(small, 1 << 26)), size + 16))
+
+    caller = Caller(start_engine(wide, make_speculator=make))
+
+    def drafts(bias: dict[int, float]) -> int:
+        params = SamplingParams(temperature=temperature, max_tokens=60, logit_bias=bias)
+        return caller.finished(caller.generate("hello", params)).drafted_tokens
+
+    known = dict.fromkeys(range(size, size + 16), -100.0)
+    assert [drafts(known) > 0, drafts({size + 9: 100.0}), drafts(known) > 0] == [True, 0, True]
 
 
 def test_a_step_that_rests_is_plain_decoding(bundled: LocalModel, start_engine: StartEngine) -> None:
