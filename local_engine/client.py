@@ -9,7 +9,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from local_engine.errors import EngineFailure, EngineGone
+from local_engine.errors import EngineFailure, EngineGone, EngineSilent
 from local_engine.plan_types import Plan
 from local_engine.prefix_types import KVEvent, PrefixStats
 from local_engine.types import (
@@ -118,6 +118,12 @@ class EngineClient:
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
 
+    def give_up(self, why: str) -> None:
+        """End everything in flight with EngineSilent; the link stays. An engine that wakes up computes none of it."""
+        for id, inbox in self._inboxes.items():
+            self._cancel(id)
+            inbox.close(EngineSilent(why))
+
     async def generate(
         self,
         model: str,
@@ -135,6 +141,7 @@ class EngineClient:
         tool: str = "",
         plan: Plan | None = None,
         thought: ThoughtSoFar | None = None,
+        context: int | None = None,
     ) -> AsyncGenerator[Delta | Finished, None]:
         """Stream `n` answers, each of which ends with Finished. Leaving early (`aclose`, a cancelled task) cancels all.
 
@@ -161,6 +168,7 @@ class EngineClient:
                         tool,
                         plan,
                         thought,
+                        context,
                     )
                 )
                 while running:
@@ -234,7 +242,7 @@ class EngineClient:
             async with asyncio.timeout(COUNTS_WITHIN_S):
                 event = await self._ask(Stats)
         except TimeoutError:
-            raise EngineGone(f"the engine said nothing for {COUNTS_WITHIN_S:g} s") from None
+            raise EngineSilent(f"it said nothing for {COUNTS_WITHIN_S:g} s") from None
         assert isinstance(event, StatsResult)
         return event
 

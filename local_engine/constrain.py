@@ -8,6 +8,7 @@ preemption need no word with it. What the model thinks before it answers is not 
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.hf import from_tokenizer
 
-from local_engine.chat import InvalidRequest
+from local_engine.chat import InvalidRequest, Tool
 from local_engine.tool_calls import BEGINS, HERMES_END, ToolFormat
 from local_engine.types import TextFormat
 
@@ -24,6 +25,16 @@ _WHITE_SPACE: Final = r"[ \t\n\r]{0,24}"
 """Between the parts of a JSON text. Bounded, so that no model can fill its answer with it."""
 _TAIL: Final = 4
 """Tokens at a prompt's end among which a thinking block that the template opened or closed has its marker."""
+
+_BESIDE: Final = re.compile(
+    r"\Aat \d+\(\d+\): |failed to compile JSON schema: |invalid regex .*? \(in regex\): "
+    r"|\n<(?:state|non-verbose/)>.*|\n +\d+ \| .*",
+    re.DOTALL,
+)
+"""In the library's messages: where the grammar is wrong that was made of the request, its text and its state."""
+_REGEX: Final = re.compile(r"regex parse error:\s+(.*?)\s+\^[\s^~]*error: ", re.DOTALL)
+_MALFORMED: Final = re.compile(r"Invalid type|Expected |Pointer |\S+ must be ")
+"""How it begins to say that something is no JSON schema; anything else it only cannot hold."""
 
 
 class Grammars:
@@ -63,24 +74,33 @@ class Grammars:
             fix = "leave out or rewrite what cannot be held"
         return self._constraint(grammar, prompt, format.field, fix)
 
-    def tool_call(self, tools: Sequence[dict[str, Any]], name: str, prompt: Sequence[int]) -> "GrammarConstraint":
+    def tool_call(self, tools: Sequence[Tool], name: str, prompt: Sequence[int]) -> "GrammarConstraint":
         """An answer that is exactly one call: of the tool `name`, of any tool where it is empty."""
         if self._tools is None:
             raise InvalidRequest(
                 "tool_choice: this model's chat template knows no tool calls; leave it out or ask another model",
                 "tool_choice",
             )
-        chosen = [tool for tool in tools if name in ("", tool["function"]["name"])]
+        chosen = {at: tool for at, tool in enumerate(tools) if name in ("", tool["function"]["name"])}
         if not chosen:
             raise InvalidRequest(f"tool_choice: no tool is named {name!r}; name one of tools", "tool_choice")
-        grammar = _call_grammar(self._tools, chosen, self._controls)
-        return self._constraint(grammar, prompt, "tools", "leave out or rewrite what cannot be held")
+        fix = "leave out or rewrite what cannot be held"
+        try:
+            grammar = _call_grammar(self._tools, list(chosen.values()), self._controls)
+            return self._constraint(grammar, prompt, "tools", fix)
+        except InvalidRequest:
+            for at, tool in chosen.items():  # which one is it?
+                self._constraint(_json_grammar(_parameters(tool)), prompt, f"tools[{at}].function.parameters", fix)
+            raise
 
     def _constraint(self, grammar: str, prompt: Sequence[int], field: str, fix: str) -> "GrammarConstraint":
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
         problem = matcher.get_error() or "; ".join(matcher.get_grammar_warnings())
         if problem:
-            raise InvalidRequest(f"{field}: {_brief(problem)}; {fix}", field)
+            raise InvalidRequest(f"{field}: {_reason(problem)}; {fix}", field)
+        matcher.compute_bitmask()  # tells, before anything is written, where nothing can match
+        if matcher.is_error():
+            raise InvalidRequest(f"{field}: {_stuck(matcher)}", field)
         return GrammarConstraint(matcher, self._tokenizer.vocab_size, self._ends, self._think_tokens, prompt, field)
 
 
@@ -133,10 +153,7 @@ class GrammarConstraint:
         answer = self._answer(output)
         allowed = answer is not None and self._follow(answer)
         if self._matcher.is_error():
-            raise InvalidRequest(
-                f"{self._field}: too complex for this text ({_brief(self._matcher.get_error())}); simplify it",
-                self._field,
-            )
+            raise InvalidRequest(f"{self._field}: {_stuck(self._matcher)}", self._field)
         return allowed and self._matcher.is_stopped()
 
     def _answer(self, output: Sequence[int]) -> list[int] | None:
@@ -170,10 +187,38 @@ def _schema_grammar(format: TextFormat) -> str:
             raise InvalidRequest(f"{format.field}: no JSON ({error}); send a JSON schema", format.field) from error
         if not isinstance(schema, dict):
             raise InvalidRequest(f"{format.field}: {_brief(format.definition)} is no object", format.field)
-    return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _WHITE_SPACE})
+    return _json_grammar(schema)
 
 
-def _call_grammar(format: ToolFormat, tools: Sequence[dict[str, Any]], controls: Mapping[str, int]) -> str:
+def _json_grammar(schema: dict[str, Any], *, lenient: bool = False) -> str:
+    """`lenient`: what cannot be held is left out of it."""
+    return LLMatcher.grammar_from_json_schema(
+        schema, overrides={"whitespace_pattern": _WHITE_SPACE, "lenient": lenient}
+    )
+
+
+def check_schemas(tools: Sequence[Tool]) -> None:
+    """Raises InvalidRequest for parameters that are no JSON schema, whether or not a call will be held to them."""
+    for at, tool in enumerate(tools):
+        problem = _what_is_malformed(json.dumps(_parameters(tool)))
+        if problem:
+            field = f"tools[{at}].function.parameters"
+            raise InvalidRequest(f"{field}: {_reason(problem)}; correct the JSON schema", field)
+
+
+@lru_cache(maxsize=1024)
+def _what_is_malformed(schema: str) -> str:
+    """In the library's words, of a text of JSON; empty: nothing. Agents send the same tools with every turn."""
+    problem: str = LLMatcher.validate_grammar(_json_grammar(json.loads(schema), lenient=True))
+    return problem if _MALFORMED.match(problem) else ""
+
+
+def _parameters(tool: Tool) -> dict[str, Any]:
+    schema: dict[str, Any] = tool["function"].get("parameters") or {"type": "object"}
+    return schema
+
+
+def _call_grammar(format: ToolFormat, tools: Sequence[Tool], controls: Mapping[str, int]) -> str:
     """llguidance's Lark. `controls`: the vocabulary's control tokens, which no text stands for."""
     key = "parameters" if format == "llama" else "arguments"
     rules = []
@@ -183,7 +228,7 @@ def _call_grammar(format: ToolFormat, tools: Sequence[dict[str, Any]], controls:
             "type": "object",
             "properties": {
                 "name": {"const": function["name"]},
-                key: _moved(function.get("parameters") or {"type": "object"}, f"#/properties/{key}"),
+                key: _moved(_parameters(tool), f"#/properties/{key}"),
             },
             "required": ["name", key],
             "additionalProperties": False,
@@ -214,6 +259,19 @@ def _moved(schema: Any, root: str) -> Any:
     }
 
 
-def _brief(problem: str) -> str:
-    """A library's sentence on one line of bounded length."""
-    return re.sub(r"\s+", " ", problem.partition("<state>")[0]).strip()[:300]
+def _stuck(matcher: LLMatcher) -> str:
+    """Why a grammar that could be read leads no further."""
+    problem = _reason(matcher.get_error())
+    if problem.startswith("NoExtension"):
+        return "nothing can match it; correct it"
+    return f"too complex for this text ({problem}); simplify it"
+
+
+def _reason(problem: str) -> str:
+    """What the library says is wrong, without the grammar that was made of the request, and where in that."""
+    return _brief(_REGEX.sub(lambda found: f'"{found[1][:100]}": ', _BESIDE.sub("", problem)))
+
+
+def _brief(text: str) -> str:
+    """On one line of bounded length."""
+    return re.sub(r"\s+", " ", text).strip()[:300]

@@ -11,11 +11,13 @@ as they come. What begins like a call and is none is content, to the letter.
 
 import re
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import msgspec
 
+from local_engine.chat import InvalidRequest, Tool
 from local_engine.types import ToolCallDelta
 
 ToolFormat = Literal["hermes", "llama", "mistral"]
@@ -26,10 +28,28 @@ _NEXT: Final[dict[ToolFormat, str]] = {"hermes": "", "llama": ";", "mistral": ",
 MARKERS: Final = frozenset({*BEGINS.values(), HERMES_END})
 """What begins or ends a call; some vocabularies have tokens of their own for them."""
 
+_NAME: Final = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+"""OpenAI's rule for a tool's name."""
 _KEYS: Final = frozenset({"name", "arguments", "parameters", "type", "function", "id"})
 _HEAD: Final = re.compile(r'\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*')
 _FIRST_KEY: Final = re.compile(r'\{\s*"([^"]*)"')
 _BEFORE_KEY: Final = re.compile(r'\{\s*(?:"[^"]*)?')
+
+
+def check_functions(tools: Sequence[Tool]) -> None:
+    """Raises InvalidRequest for tools that calls could not tell apart, and for a description that is no text."""
+    named: dict[str, int] = {}
+    for at, tool in enumerate(tools):
+        function = tool["function"]
+        name, field = function["name"], f"tools[{at}].function.name"
+        if not _NAME.fullmatch(name):
+            problem = f"{name[:80]!r} is no name; send 1 to 64 letters (a-z, A-Z), digits, _ and -"
+            raise InvalidRequest(f"{field}: {problem}", field)
+        if (first := named.setdefault(name, at)) != at:
+            raise InvalidRequest(f"{field}: {name!r} is tools[{first}]'s already; give each its own", field)
+        if not isinstance(description := function.get("description"), str | None):
+            field = f"tools[{at}].function.description"
+            raise InvalidRequest(f"{field}: {str(description)[:80]} is no text; send a string", field)
 
 
 def tool_format(chat_template: str) -> ToolFormat | None:

@@ -68,14 +68,14 @@ class WholeForward:
             query_heads=shape.query_heads,
             kv_heads=shape.kv_heads,
             head_dim=shape.head_dim,
-            dtype=shape.dtype,
+            types=_product(one.qkv).types,
             scale=one.scale,
             epsilon=one.input_norm.epsilon,
             head_epsilon=one.turn.epsilon,
             normed=one.turn.weights is not None,
             biased=_product(one.qkv).bias is not None,
         )
-        own = isinstance(head, KernelProduct) and head.bias is None
+        own = isinstance(head, KernelProduct) and head.bias is None and head.types == self._sizes.types
         self._vocabulary = head.outputs if own else None
         self._ends = norm.weight.data_ptr(), head.packed.data_ptr() if own else 0
         products = [product for layer in layers for product in _products(layer)]
@@ -84,6 +84,7 @@ class WholeForward:
         self._run = whole(self._sizes, norm.epsilon, self._vocabulary, shared=threads > 1)
         self._team = team.team(threads) if threads > 1 else 0
         self._together = max(_FEWEST_TOGETHER, MOST_TOGETHER // threads)
+        self._room = torch.empty(threads * self._sizes.room_bytes, dtype=torch.uint8)
         self._claims = torch.zeros(team.claims_room(PHASES * len(layers) + PHASES_AROUND, threads), dtype=torch.int64)
         self._layers = array("q")
         for layer in layers:
@@ -204,6 +205,7 @@ class WholeForward:
                 address(shared.parts),
                 len(shared.parts) - 1,
                 self._scores.nbytes // self._threads // kernels.LINE * kernels.LINE,
+                self._room.data_ptr(),
                 self._team,
                 self._threads,
                 self._claims.data_ptr(),
@@ -238,7 +240,7 @@ class WholeForward:
         line = sizes.kv_heads * self._chunk * sizes.head_dim * sizes.dtype.itemsize
         run, stride = (end - first) * line, held * line
         qkv, gated, down = (
-            kernels.steps(count, *product, sizes.dtype)
+            kernels.steps(count, *product, sizes.types.weights)
             for product in (
                 (sizes.width, sizes.heads_width),
                 (sizes.width, 2 * sizes.inner),

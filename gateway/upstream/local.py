@@ -93,10 +93,13 @@ class LocalUpstream:
         messages = bytes(call.fields["messages"])
         tools = call.fields.get("tools")
         choice = tool_choice(call)
+        sampling = sampling_params(call, next(self._seeds))
+        if target.max_output < (sampling.max_tokens or target.context):  # no more than was held for it
+            sampling = msgspec.structs.replace(sampling, max_tokens=target.max_output)
         return client.generate(
             target.wire_model,
             messages,
-            sampling_params(call, next(self._seeds)),
+            sampling,
             tools_json=bytes(tools) if tools is not None else None,
             prefix=call.prefix,
             n=call.choices,
@@ -107,6 +110,7 @@ class LocalUpstream:
             tool=choice.tool,
             plan=planned.plan if (planned := planned_for(target, call)) is not None else None,
             thought=call.thought,
+            context=target.context,
         )
 
 

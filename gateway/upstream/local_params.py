@@ -28,8 +28,29 @@ _UNSERVED = {
     "include_stop_str_in_output": "add the string to the answer: finish_reason is stop",
     "prompt_logprobs": "an engine's own /score tells them",
     "best_of": "send n",
+    "functions": "send tools",
+    "function_call": "send tool_choice",
+    "allowed_token_ids": "send structured_outputs: {choice} or {regex}, or logit_bias",
+    "truncate_prompt_tokens": "leave it out, and shorten the messages",
+    "use_beam_search": "leave it out, or send n",
+    "length_penalty": "leave it out: no beams are searched",
+    "skip_special_tokens": "leave it out: an answer's text has none",
+    "typical_p": "send top_p or min_p",
+    "grammar": "send response_format, or structured_outputs: {regex}",
+    "json_schema": "send response_format, or structured_outputs: {json}",
+    "chat_template": "leave it out: the model's own is used",
+    "thinking": "send reasoning_effort",
+    "enable_thinking": "send chat_template_kwargs: {enable_thinking}, or reasoning_effort",
+    "modalities": 'send ["text"]',
+    "echo": "leave it out, and put the text before the answer",
+    "add_generation_prompt": "leave it out, or send continue_final_message: true and what is to go on",
 }
 """Fields of other servers that change an answer, and what does the same here."""
+_NEUTRAL: dict[str, object] = {
+    "guided_json": None, "best_of": 1, "function_call": "auto", "length_penalty": 1, "skip_special_tokens": True,
+    "typical_p": 1, "json_schema": None, "enable_thinking": None, "modalities": ["text"], "add_generation_prompt": True,
+}  # fmt: skip
+"""What those fields ask for nothing by, beside null; the others by anything false or empty."""
 _PUNCTUATION = re.compile(r"([\\.+*?()|\[\]{}^$#&~\-])")
 _Mode = Literal["none", "auto", "required"]
 
@@ -53,6 +74,11 @@ class _StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):
     json: msgspec.Raw = msgspec.Raw(b"null")
     regex: str | None = None
     choice: list[str] | None = None
+
+
+class _Message(msgspec.Struct):
+    prefix: Any = None
+    """DeepSeek's word for an answer to go on with."""
 
 
 class _Function(msgspec.Struct):
@@ -94,12 +120,24 @@ def sampling_params(call: ChatCall, seed: int) -> SamplingParams:
 def _refuse_unserved(call: ChatCall) -> None:
     """What would change the answer, and is not done here, is not passed over in silence."""
     for field, fix in _UNSERVED.items():
-        raw = call.fields.get(field)
-        if raw is not None and msgspec.json.decode(raw):
+        if _asks(call, field):
             raise refused(field, f"local models do not know it; {fix}")
     for word in _read(call, "chat_template_kwargs", dict[str, Any], {}):
         if word != "enable_thinking":
             raise refused(f"chat_template_kwargs.{word[:40]}", "local models know enable_thinking alone; leave it out")
+    if b'"prefix"' in bytes(call.fields["messages"]):
+        messages = _read(call, "messages", list[_Message], [])
+        if messages and messages[-1].prefix:
+            field = f"messages[{len(messages) - 1}].prefix"
+            raise refused(field, "local models do not know it; send continue_final_message: true")
+
+
+def _asks(call: ChatCall, field: str) -> bool:
+    """Whether a field that is not served here would change the answer."""
+    asked = _read(call, field, Any, None)
+    if field == "add_generation_prompt" and (call.prefix or call.thought is not None):
+        return False  # there is an answer to go on with
+    return asked not in (None, _NEUTRAL[field]) if field in _NEUTRAL else bool(asked)
 
 
 def tool_choice(call: ChatCall) -> ToolChoice:
@@ -122,6 +160,8 @@ def _text_format(call: ChatCall) -> TextFormat | None:
     structured = _read(call, "structured_outputs", _StructuredOutputs, None)
     if structured is not None:
         field = "structured_outputs"
+        if structured.choice == []:
+            raise refused("structured_outputs.choice", "is empty; name the texts to choose from")
         given = [form for form in _structured(structured) if form is not None]
         if len(given) != 1 or (asked is not None and asked.type != "text"):
             raise refused(field, "send one of json, regex and choice, and no response_format beside it")
@@ -143,7 +183,7 @@ def _structured(asked: _StructuredOutputs) -> list[TextFormat | None]:
         schema = TextFormat("json_schema", text, "structured_outputs.json")
     if asked.regex is not None:
         pattern = TextFormat("regex", asked.regex, "structured_outputs.regex")
-    if asked.choice:
+    if asked.choice is not None:
         words = "|".join(_PUNCTUATION.sub(r"\\\1", word) for word in asked.choice)
         choice = TextFormat("regex", words, "structured_outputs.choice")
     return [schema, pattern, choice]

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from gateway.ledger.records import AttemptKind
 from gateway.ledger.settle import Usage
+from gateway.upstream.begun import goes_on
 from gateway.upstream.local_params import DEFAULT_EFFORT, EFFORTS
 from gateway.upstream.types import ChatCall, Planned, PlanReport, Target
 from local_engine.plan_types import Cascade, Exit, ModelUse, Plan, PlanUse, Vote
@@ -49,7 +50,7 @@ def _of_effort(plans: Mapping[Effort, Planned], call: ChatCall) -> Planned | Non
 
 
 def _not_for(call: ChatCall) -> str:
-    if call.prefix or call.thought is not None:
+    if call.prefix or call.thought is not None or goes_on(call):
         return "prefix"
     return no_plan_for(
         choices=call.choices, tools=call.has_tools, json=call.has_format, logprobs=call.sampling.logprobs

@@ -76,8 +76,32 @@ async def test_a_plan_is_the_policys_to_state(gateway: Gateway, upstream: FakeUp
 )
 def test_a_malformed_header_names_itself(name: bytes, value: bytes, words: str) -> None:
     with pytest.raises(InvalidRequest, match=name.decode()) as caught:
-        read_headers([(b"x-leadline-scope", b"ok"), (name, value)])
+        read_headers({b"x-leadline-scope": b"ok", name: value}.items())
     assert words in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        (b"authorization", b"Bearer x"),
+        (b"idempotency-key", b"k"),
+        (b"x-leadline-priority", b"5"),
+        (b"x-leadline-scope", b"run42"),
+        (b"x-leadline-scope-budget", b"0.50"),
+        (b"x-leadline-timeout", b"30"),
+    ],
+)
+def test_a_header_of_one_value_that_is_sent_twice_is_refused(name: bytes, value: bytes) -> None:
+    scope = [(b"x-leadline-scope", b"run42")] * (name == b"x-leadline-scope-budget")
+    read_headers([*scope, (name, value)])
+    with pytest.raises(InvalidRequest, match=rf"^{name.decode()}: was sent twice; send one\.$"):
+        read_headers([*scope, (name, value), (name, value)])
+
+
+def test_tags_in_several_headers_count_together() -> None:
+    name = b"x-leadline-tags"
+    sent = [(name, b"private, batch"), (name, b""), (name, b"batch,night")]
+    assert read_headers(sent).tags == {"private", "batch", "night"}
 
 
 @anyio

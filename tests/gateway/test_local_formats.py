@@ -14,6 +14,7 @@ from openai.types.chat import ChatCompletionToolParam
 from openai.types.chat.chat_completion_chunk import ChoiceDeltaToolCall
 
 from gateway.edge.wire import read_chat
+from gateway.upstream.begun import read_begun
 from gateway.upstream.local_params import ToolChoice, sampling_params, tool_choice
 from gateway.upstream.types import CallHeaders, ChatCall, UpstreamError
 from local_engine.types import SamplingParams, TextFormat
@@ -39,6 +40,13 @@ PERSON = {
 }
 FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
 TOOL: ChatCompletionToolParam = {"type": "function", "function": {"name": "greet", "parameters": PERSON}}
+LETTER = {
+    "type": "object",
+    "properties": {"text": {"type": "string", "minLength": 1000, "maxLength": 1200}},
+    "required": ["text"],
+    "additionalProperties": False,
+}
+LONG_TOOL: ChatCompletionToolParam = {"type": "function", "function": {"name": "write", "parameters": LETTER}}
 
 
 @pytest.fixture
@@ -80,7 +88,7 @@ async def test_local_models_keep_formats_and_call_tools(home: Gateway) -> None:
             tool_choice={"type": "function", "function": {"name": "greet"}},
         )  # fmt: skip
         stream = await client.chat.completions.create(
-            model="mindless", messages=[{"role": "user", "content": "hi"}], seed=2, tools=[TOOL],
+            model="mindless", messages=[{"role": "user", "content": "hi"}], seed=2, tools=[LONG_TOOL],
             tool_choice="required", stream=True, extra_headers={"Cache-Control": "no-store"},
         )  # fmt: skip
         deltas: list[ChoiceDeltaToolCall] = []
@@ -95,10 +103,10 @@ async def test_local_models_keep_formats_and_call_tools(home: Gateway) -> None:
     assert call.type == "function"
     assert call.function.name == "greet"
     pieces = [delta.function for delta in deltas if delta.function is not None]
-    assert (deltas[0].id or "", pieces[0].name) == (deltas[0].id, "greet")
+    assert (deltas[0].id or "", pieces[0].name) == (deltas[0].id, "write")
     jsonschema.validate(json.loads(call.function.arguments), PERSON)
-    assert len(deltas) > 2, "arguments come as they are written"
-    jsonschema.validate(json.loads("".join(piece.arguments or "" for piece in pieces)), PERSON)
+    assert len(deltas) > 2, "arguments come as they are written, to whoever keeps up"
+    jsonschema.validate(json.loads("".join(piece.arguments or "" for piece in pieces)), LETTER)
 
     for fields, param in (
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}},
@@ -166,6 +174,7 @@ def test_a_tool_choice_is_read_in_every_shape() -> None:
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"structured_outputs": {"grammar": "x"}}, "structured_outputs"),
         ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
         ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs"),
         ({"tool_choice": "sometimes"}, "tool_choice"),
         ({"reasoning_effort": "ultra"}, "reasoning_effort"),
@@ -178,3 +187,68 @@ def test_a_field_of_another_shape_is_named(fields: dict[str, Any], param: str) -
     assert refusal.value.status == 400
     assert refusal.value.error is not None
     assert str(refusal.value.error["param"]) == param
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "fix"),
+    [
+        ("functions", [{"name": "f"}], "send tools"),
+        ("function_call", {"name": "f"}, "send tool_choice"),
+        ("function_call", "none", "send tool_choice"),
+        ("allowed_token_ids", [3], "send structured_outputs"),
+        ("truncate_prompt_tokens", 100, "shorten the messages"),
+        ("use_beam_search", True, "leave it out"),
+        ("length_penalty", 0.5, "leave it out"),
+        ("skip_special_tokens", False, "leave it out"),
+        ("typical_p", 0.9, "send top_p"),
+        ("grammar", 'root ::= "a"', "send response_format"),
+        ("json_schema", {"type": "object"}, "send response_format"),
+        ("json_schema", {}, "send response_format"),
+        ("chat_template", "{{ messages }}", "leave it out"),
+        ("thinking", {"type": "disabled"}, "send reasoning_effort"),
+        ("enable_thinking", False, "send chat_template_kwargs: {enable_thinking}, or reasoning_effort"),
+        ("modalities", ["text", "audio"], 'send ["text"]'),
+        ("echo", True, "leave it out"),
+        ("add_generation_prompt", False, "send continue_final_message: true"),
+    ],
+)
+def test_a_field_that_is_not_known_is_refused_with_what_does_the_same(field: str, value: object, fix: str) -> None:
+    with pytest.raises(UpstreamError) as refusal:
+        sampling_params(call_of(**{field: value}), 3)
+    assert refusal.value.error is not None
+    assert (refusal.value.status, refusal.value.error["param"]) == (400, field)
+    assert refusal.value.message.startswith(f"{field}: ")
+    assert fix in refusal.value.message
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"functions": [], "function_call": "auto", "allowed_token_ids": None, "truncate_prompt_tokens": None},
+        {"use_beam_search": False, "length_penalty": 1.0, "skip_special_tokens": True, "typical_p": 1, "best_of": 1},
+        {"grammar": "", "json_schema": None, "chat_template": None, "thinking": None, "enable_thinking": None},
+        {"modalities": ["text"], "echo": False, "add_generation_prompt": True, "length_penalty": None},
+    ],
+)
+def test_a_field_that_asks_for_nothing_is_passed_over(fields: dict[str, Any]) -> None:
+    assert sampling_params(call_of(**fields), 3) == SamplingParams(seed=3)
+
+
+def test_an_answer_that_has_begun_goes_on_without_a_generation_prompt() -> None:
+    last = {"role": "assistant", "content": "The answer", "prefix": True}
+    fields: dict[str, Any] = {"messages": [*ask()["messages"], last], "add_generation_prompt": False}
+    call = read_begun(call_of(**fields, continue_final_message=True))
+    assert (call.prefix, sampling_params(call, 3)) == ("The answer", SamplingParams(seed=3))
+
+
+@pytest.mark.parametrize(("given", "refused"), [(True, True), (False, False), (None, False)])
+def test_deepseeks_word_for_going_on_is_refused_with_ours(given: bool | None, refused: bool) -> None:
+    messages = [*ask()["messages"], {"role": "assistant", "content": "The answer", "prefix": given}]
+    call = call_of(messages=messages)
+    if not refused:
+        assert sampling_params(call, 3) == SamplingParams(seed=3)
+        return
+    with pytest.raises(UpstreamError, match=r"messages\[1\].prefix: .*send continue_final_message: true") as refusal:
+        sampling_params(call, 3)
+    assert refusal.value.error is not None
+    assert refusal.value.error["param"] == "messages[1].prefix"

@@ -92,7 +92,6 @@ async def test_choices_share_one_prompt(upstream: LocalUpstream) -> None:
 
 
 async def test_a_raw_prompt_is_refused_by_its_field(upstream: LocalUpstream) -> None:
-    """Also where the policy says that the model `completes`."""
     asked = read_completion(b'{"model": "local", "prompt": "Once upon"}', CallHeaders(""))
     for answer in (upstream.complete, upstream.stream):
         with pytest.raises(UpstreamError, match="prompt: local takes conversations only") as told:

@@ -93,3 +93,42 @@ def test_any_interleaving_gives_each_call_its_own_words(words: list[tuple[int, s
 def test_choices_count_by_themselves() -> None:
     sent = forwarded([chunk([(1, "a", "")], choice=0), chunk([(1, "b", "")], choice=1)])
     assert [json.loads(data)["choices"][0]["delta"]["tool_calls"][0]["index"] for data in sent] == [0, 0]
+
+
+def put_together(*pieces: dict[str, Any]) -> Any:
+    """What is kept of one choice's calls, forwarded piece by piece; None: nothing is kept."""
+    deltas = [{"choices": [{"index": 0, "delta": {"tool_calls": [piece]}}]} for piece in pieces]
+    whole = gather(forwarded([json.dumps(delta).encode() for delta in deltas]))
+    return None if whole is None else json.loads(whole)["choices"][0]["message"]["tool_calls"]
+
+
+def test_custom_calls_are_put_together_as_what_they_are() -> None:
+    begun = {"index": 0, "id": "call_1", "type": "custom", "custom": {"name": "run_sql", "input": ""}}
+    more = [{"index": 0, "custom": {"input": words}} for words in ("SELECT ", "1")]
+    whole = {"id": "call_1", "type": "custom", "custom": {"name": "run_sql", "input": "SELECT 1"}}
+    assert put_together(begun, *more) == [whole]
+    del begun["type"]
+    assert put_together(begun, *more) == [whole]
+
+
+def test_what_else_a_call_carries_is_kept_with_it() -> None:
+    signed = {"google": {"thought_signature": "SIG"}}
+    begun = {"index": 0, "id": "a", "type": "function", "function": {"name": "f", "arguments": "{"}}
+    more = {"index": 0, "id": "", "type": None, "function": {"arguments": "}"}, "extra_content": signed}
+    whole = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}, "extra_content": signed}
+    assert put_together(begun, more) == [whole]
+    assert put_together(begun | {"extra_content": signed}, more) == [whole]
+    assert put_together(begun | {"extra_content": {"google": "other"}}, more) is None
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        {"index": 0, "type": "custom", "custom": {"input": "x"}},
+        {"index": 0, "function": {"arguments": {"x": 1}}},
+        {"index": 0, "function": "x"},
+    ],
+)
+def test_calls_of_a_shape_that_cannot_be_put_together_are_not_kept(piece: dict[str, Any]) -> None:
+    begun = {"index": 0, "id": "a", "type": "function", "function": {"name": "f", "arguments": "{"}}
+    assert put_together(begun, piece) is None

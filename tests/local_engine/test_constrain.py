@@ -14,7 +14,7 @@ from llguidance import LLMatcher, LLParserLimits
 from llguidance.hf import from_tokenizer
 
 from local_engine.chat import InvalidRequest
-from local_engine.constrain import GrammarConstraint, Grammars
+from local_engine.constrain import GrammarConstraint, Grammars, check_schemas
 from local_engine.sampler import Sampler
 from local_engine.tool_calls import ToolCallParser, ToolFormat
 from local_engine.types import SamplingParams, TextFormat
@@ -212,6 +212,11 @@ def write_name(kind: Grammars, format: ToolFormat, seed: int) -> str:
         (TextFormat("json_schema", "{"), "response_format", ["no JSON"]),
         (TextFormat("json_schema", " " * 100_001), "response_format", ["100001", "at most 100000"]),
         (TextFormat("regex", "(a", "structured_outputs.regex"), "structured_outputs.regex", ["(a", "unclosed", "Rust"]),
+        (TextFormat("regex", "a" * 999 + "("), "response_format", ["unclosed group"]),
+        (TextFormat("regex", "a\n(b"), "response_format", ["unclosed group"]),
+        (TextFormat("regex", "a\\zb", "structured_outputs.regex"), "structured_outputs.regex", ["lookarounds"]),
+        (TextFormat("regex", r"[^\s\S]"), "response_format", ["nothing can match it"]),
+        (schema({"$ref": "#"}), "response_format", ["nothing can match it"]),
     ],
 )  # fmt: skip
 def test_what_cannot_be_held_is_refused(form: TextFormat, param: str, words: list[str]) -> None:
@@ -221,6 +226,7 @@ def test_what_cannot_be_held_is_refused(form: TextFormat, param: str, words: lis
     assert str(refused.value).startswith(param)
     assert all(word in str(refused.value) for word in words), str(refused.value)
     assert len(str(refused.value)) < 500
+    assert not re.search(r"start:|\^ |\d\(\d+\)|<|NoExtension", str(refused.value)), "no words of the grammar's own"
 
 
 def test_tool_choices_that_cannot_be_held_are_refused() -> None:
@@ -228,6 +234,40 @@ def test_tool_choices_that_cannot_be_held_are_refused() -> None:
         PLAIN.tool_call(TOOLS, "", [])
     with pytest.raises(InvalidRequest, match="no tool is named 'rain'"):
         grammars("hermes").tool_call(TOOLS, "rain", [])
+
+
+def tool(parameters: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "parameters": parameters}}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"type": "objekt"}, "Invalid type: objekt"),
+        ({"type": "string", "not": {}}, 'Unimplemented keys: ["not"]'),
+        ({"type": "string", "pattern": "(?=a)b"}, '"(?=a)b": look-around'),
+    ],
+)
+@pytest.mark.parametrize("format", ["hermes", "llama", "mistral"])
+def test_a_tool_whose_arguments_cannot_be_held_is_named(format: ToolFormat, parameters: Any, words: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        grammars(format).tool_call([*TOOLS, tool(parameters)], "f", [])
+    assert str(refused.value).startswith(f"tools[2].function.parameters: {words}")
+    assert refused.value.param == "tools[2].function.parameters"
+    assert not re.search(r"start:|tool\d:", str(refused.value))
+
+
+@pytest.mark.parametrize(
+    "parameters", [{"type": "objekt"}, {"properties": 5}, {"properties": {"a": {"$ref": "#/$defs/x"}}}]
+)
+def test_what_is_no_schema_is_refused_where_nothing_is_held_to_it(parameters: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"tools\[2\].function.parameters: .*; correct the JSON schema"):
+        check_schemas([*TOOLS, tool(parameters)])
+
+
+def test_what_cannot_be_held_is_fine_where_nothing_is() -> None:
+    password = {"type": "string", "pattern": "^(?=.*[0-9]).+$", "not": {"const": "1"}}
+    check_schemas([*TOOLS, tool({"properties": {"a": password}}), tool(None), tool({"minimum": 1, "maximum": 0})])
 
 
 def test_a_sentencepiece_vocabulary_is_held_too() -> None:

@@ -25,6 +25,8 @@ PERSON = {
     "additionalProperties": False,
 }
 TOOLS = [{"type": "function", "function": {"name": "greet", "parameters": PERSON}}]
+OBJEKT = b'[{"function": {"name": "f", "parameters": {"type": "objekt"}}}]'
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +136,9 @@ def test_parameters_reach_the_sampler(caller: Caller, mindless: LocalModel) -> N
         (SamplingParams(), {"tool_choice": "required"}, "tool_choice"),
         (SamplingParams(), {"tool_choice": "required", "tools_json": b"[]", "tool": "x"}, "tool_choice"),
         (SamplingParams(), {"tools_json": b'[{"function": {}}]'}, "tools"),
+        (SamplingParams(), {"tools_json": b'[{"function": {"name": "a b"}}]'}, "tools[0].function.name"),
+        (SamplingParams(), {"tools_json": OBJEKT}, "tools[0].function.parameters"),
+        (SamplingParams(), {"tools_json": OBJEKT, "tool_choice": "required"}, "tools[0].function.parameters"),
         (SamplingParams(min_p=2), {}, "min_p"),
         (SamplingParams(logit_bias={448: 1.0}), {}, "logit_bias"),
     ],
@@ -144,6 +149,46 @@ def test_what_cannot_be_served_is_refused_by_its_field(
     failed = caller.failed(caller.generate("hi", sampling, **options))
     assert (failed.code, failed.param) == ("invalid_request", param)
     assert failed.message.startswith(param)
+
+
+def test_a_call_that_cannot_be_written_to_its_end_is_refused(caller: Caller) -> None:
+    tools = b'[{"function": {"name": "f", "parameters": {"$ref": "#"}}}]'
+    failed = caller.failed(caller.generate("hi", SamplingParams(), tools_json=tools, tool_choice="required"))
+    assert (failed.code, failed.message) == ("invalid_request", "tools: nothing can match it; correct it")
+
+
+@pytest.mark.parametrize("field", ["response_format", "structured_outputs.regex"])
+def test_an_answer_is_a_call_or_of_a_format(caller: Caller, field: str) -> None:
+    sampling = SamplingParams(response_format=TextFormat("regex", "a", field))
+    tools = json.dumps(TOOLS).encode()
+    failed = caller.failed(caller.generate("hi", sampling, tools_json=tools, tool_choice="required"))
+    assert (failed.code, failed.param) == ("invalid_request", "tool_choice")
+    assert failed.message.startswith(f"tool_choice: an answer that is a call cannot be of {field}, too; leave out")
+
+
+@pytest.mark.parametrize(
+    ("calls", "words"),
+    [
+        ("x", "messages[1].tool_calls: 'x' is no list"),
+        ([{}], "messages[1].tool_calls[0]: {} is no call"),
+        ([CALL, 5], "messages[1].tool_calls[1]: 5 is no call"),
+        ([{"function": {"name": "f"}}], "messages[1].tool_calls[0]: {'function': {'name': 'f'}} is no call"),
+        ([{"function": {"name": 7, "arguments": "{}"}}], "messages[1].tool_calls[0]: "),
+    ],
+)
+def test_calls_of_the_history_are_named_where_they_are_none(caller: Caller, calls: Any, words: str) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": calls}]
+    failed = caller.failed(caller.generate(json.dumps(messages).encode()))
+    assert (failed.code, failed.param) == ("invalid_request", "messages")
+    assert failed.message.startswith(words)
+    assert "function: {name, arguments}" in failed.message
+
+
+@pytest.mark.parametrize("calls", [None, [], [CALL], [{"function": {"name": "f", "arguments": {}}}]])
+def test_calls_of_the_history_are_read(caller: Caller, calls: Any) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": calls}]
+    id = caller.generate(json.dumps(messages).encode(), SamplingParams(max_tokens=1))
+    assert caller.finished(id).output_tokens == 1
 
 
 def test_the_template_shows_tools_and_calls(mindless: LocalModel) -> None:

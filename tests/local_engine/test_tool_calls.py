@@ -2,12 +2,14 @@
 
 import itertools
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from local_engine.tool_calls import ToolCallParser, ToolFormat, tool_format
+from local_engine.chat import InvalidRequest
+from local_engine.tool_calls import ToolCallParser, ToolFormat, check_functions, tool_format
 from local_engine.types import ToolCallDelta
 
 Calls = list[tuple[str, str]]
@@ -116,3 +118,26 @@ def test_the_template_says_how_calls_are_written(template: str, format: ToolForm
 def test_arguments_are_json_when_the_call_is() -> None:
     _, [(_, arguments)], _ = read("hermes", list(HERMES))
     assert json.loads(arguments) == {"city": 'Z}ü"r{ich', "days": [1, {"a": "<tool_call>"}]}
+
+
+@pytest.mark.parametrize(
+    ("functions", "words"),
+    [
+        ([{"name": "f"}, {"name": "g"}, {"name": "f"}], "tools[2].function.name: 'f' is tools[0]'s already; give"),
+        ([{"name": ""}], "tools[0].function.name: '' is no name; send 1 to 64"),
+        ([{"name": "f"}, {"name": "a b"}], "tools[1].function.name: 'a b' is no name; send 1 to 64"),
+        ([{"name": "f\n"}], "tools[0].function.name: 'f\\n' is no name"),
+        ([{"name": "f" * 65}], "tools[0].function.name: "),
+        ([{"name": "f", "description": 5}], "tools[0].function.description: 5 is no text; send a string"),
+    ],
+)
+def test_tools_that_cannot_be_told_apart_or_shown_are_refused(functions: list[dict[str, Any]], words: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        check_functions([{"type": "function", "function": function} for function in functions])
+    assert str(refused.value).startswith(words)
+    assert (refused.value.param, len(str(refused.value)) < 200) == (words.partition(":")[0], True)
+
+
+def test_tools_with_names_and_descriptions_are_fine() -> None:
+    functions = [{"name": "a_B-9"}, {"name": "f" * 64, "description": "x"}, {"name": "g", "description": None}]
+    check_functions([{"function": function} for function in functions])

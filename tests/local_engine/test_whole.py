@@ -209,14 +209,25 @@ def test_threads_give_the_logits_that_one_gives(threads: int, shared: Callable[[
     assert written == theirs
 
 
+def held_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights in the type they were loaded in, though they would lose nothing by less."""
+    monkeypatch.setattr(kernels, "held_as", lambda weights: weights[0].dtype)
+
+
+@pytest.mark.parametrize("narrow", [True, False], ids=["in half their bytes", "as they are"])
 @pytest.mark.parametrize(("rows", "apart", "some"), [(40, 8, 3), (80, 2, 1)])
-def test_many_rows_give_the_bits_that_few_give(rows: int, apart: int, some: int, habits: kernels.Habits) -> None:
+def test_many_rows_give_the_bits_that_few_give(
+    rows: int, apart: int, some: int, narrow: bool, habits: kernels.Habits, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows of two pools, some of several tokens, or more of one pool than are attended to together: enough that
     products fetch keys and values beside their weights, where they do."""
+    if not narrow:
+        held_whole(monkeypatch)
     model = load_model("base", "bundled/base", "float32", "cpu")
     kv = new_kv(model, 4 * BUDGET)
     runner = Runner(model, kv)
     assert runner._whole is not None
+    assert runner.held == ((torch.bfloat16,) * 2 if narrow else (torch.float32,) * 2)
     segments = []
     for row in range(rows):
         tokens, new = text(20 + apart * row, seed=row), 1 if row % 5 else some
@@ -229,3 +240,27 @@ def test_many_rows_give_the_bits_that_few_give(rows: int, apart: int, some: int,
         kv.truncate(segment.slot, segment.start)
     assert torch.equal(runner.run(segments).logits, few)
     assert (runner._whole._fetch[kernels.Beside.ADDRESS] > 0) == habits.beside
+
+
+def test_weights_held_in_half_their_bytes_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a checkpoint in bfloat16: logits and hidden states of few and many tokens, and what is written greedily."""
+    found = []
+    for narrow in (True, False):
+        with monkeypatch.context() as patch:
+            if not narrow:
+                held_whole(patch)
+            model = load_model("base", "bundled/base", "float32", "cpu")
+            runner = Runner(model, new_kv(model, BUDGET))
+        slot, other = (runner.kv.open(400) for _ in range(2))
+        given = []
+        for begin, end in ((0, 300), (300, 309), (309, 310)):
+            segments = [Segment(at, begin, text(end, seed=at)[begin:], logits=1, taps=(0,)) for at in (slot, other)]
+            output = kept(runner.run(segments, tap_layers=range(runner.layers + 1)))
+            given += [output.logits, output.hidden.states]
+        greedy = runner.greedy(slot, 400)
+        assert greedy is not None
+        assert runner.held[0] == (torch.bfloat16 if narrow else torch.float32)
+        found.append((given, greedy.ahead([3, 5], 12, 0.0)))
+    (half, written), (whole, theirs) = found
+    assert all(torch.equal(one, other) for one, other in zip(half, whole, strict=True))
+    assert written == theirs
