@@ -4,8 +4,11 @@ import sys
 from pathlib import Path
 
 
-def announce(home: Path, url: str, *, first_key: str | None, engine: str, workers: int = 1) -> None:
+def announce(
+    home: Path, url: str, *, first_key: str | None, engine: str, engine_away: bool = False, workers: int = 1
+) -> None:
     """Tell the operator where the gateway is, and the SDK on this machine too."""
+    state = "listens; its local models answer once its engine is up" if engine_away else "is ready"
     (home / "url").write_text(f"{url}/v1")  # where the SDK looks
     question = '{"model":"auto","messages":[{"role":"user","content":"What is 23 + 48 - 7?"}]}'
     code = f'from gateway.sdk import Leadline; print(Leadline(base_url="{url}/v1").explain("What is 2 + 2?"))'
@@ -13,7 +16,7 @@ def announce(home: Path, url: str, *, first_key: str | None, engine: str, worker
     crew = f"\n  Workers    {workers}; SIGHUP replaces them one by one, SIGTERM drains them" if workers > 1 else ""
     sys.stdout.write(
         f"""
-Leadline is ready.
+Leadline {state}.
   URL        {url}/v1
   Dashboard  {url}/dashboard
   Key        {first_key or f"made earlier, in {key_file}; another: leadline keys create NAME"}

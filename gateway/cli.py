@@ -111,11 +111,13 @@ def bench_engine(
     count = threads or default_threads()
     configure_process(count)
     from local_engine.bench import report
-    from local_engine.errors import ModelLoadError
+    from local_engine.errors import ConfigError, ModelLoadError
 
     try:
         for line in report(source, dtype, device, count):
             typer.echo(line)
+    except ConfigError as error:
+        stop(f"--{error.field}: {error.why}")
     except ModelLoadError as error:
         stop(str(error))
 

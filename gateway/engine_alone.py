@@ -10,8 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from gateway.engine_needs import EngineNeeds
-from gateway.policies import CannotServe, checked_policy, engine_needs, local_names, unloadable_models
-from gateway.telemetry.logs import configure_logs
+from gateway.policies import CannotServe, checked_policy, engine_needs, find_encoder, local_names, unloadable_models
+from gateway.telemetry.logs import configure_logs, get_logger
+from local_engine.errors import ConfigError, ModelLoadError
+from local_engine.place import clear
+
+log = get_logger(__name__)
 
 TOKEN_VARIABLE = "LEADLINE_ENGINE_TOKEN"
 DRAIN_S = 30.0
@@ -24,13 +28,15 @@ def run_alone(
     configure_logs()
     if socket is None and listen is None:
         raise CannotServe("say where to listen: --socket PATH, --listen HOST:PORT, or both")
+    if socket is not None:
+        socket = socket.absolute()
+        try:
+            clear(str(socket))  # what a killed engine left; a gateway connects to the new one by itself
+        except ConfigError as error:
+            raise CannotServe(f"--socket: {error.why}") from error
     if listen is None:
         assert socket is not None
-        needs, _ = _needs(policy, models, encoder, exit_with_parent=False)
-        from gateway.engine_main import main
-
-        socket.unlink(missing_ok=True)  # what a killed engine left; a gateway connects to the new one by itself
-        main(json.dumps(needs), str(socket.absolute()))
+        _run_at(str(socket), _needs(policy, models, encoder, exit_with_parent=False)[0])
         return
     host, port = _address(listen)
     token = os.environ.get(TOKEN_VARIABLE) or None
@@ -40,7 +46,7 @@ def run_alone(
             "gateways send as their api_key, or listen on 127.0.0.1"
         )
     with tempfile.TemporaryDirectory(prefix="leadline-engine-") as folder:
-        place = socket.absolute() if socket is not None else Path(folder) / "engine.sock"
+        place = socket or Path(folder) / "engine.sock"
         needs, names = _needs(policy, models, encoder, exit_with_parent=True)
         try:
             listener = sockets.create_server(
@@ -55,6 +61,16 @@ def run_alone(
         asyncio.run(HttpServer(service.app, DRAIN_S).serve_on(listener))
         if service.never_up:
             raise CannotServe("the engine did not come up; its own words above say why")
+
+
+def _run_at(place: str, needs: EngineNeeds) -> None:
+    """The engine itself, in this process."""
+    from gateway.engine_main import main
+
+    def ready() -> None:
+        log.info("engine.ready", pid=os.getpid(), models=list(needs["models"]), socket=place)
+
+    main(json.dumps(needs), place, on_ready=ready)
 
 
 def _needs(
@@ -74,6 +90,11 @@ def _needs(
                 given = ", ".join(sources)
                 raise CannotServe(f"--model {name}: it is named more than once ({given}); give each model its own name")
         problems = [f"models: {name}: {why}" for name, why in unloadable_models(named).items()]
+        if encoder is not None:
+            try:
+                find_encoder(encoder)
+            except ModelLoadError as error:
+                problems.append(f"--encoder: {error}")
         if problems:
             raise CannotServe("\n".join(problems))
         needs = EngineNeeds(

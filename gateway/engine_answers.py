@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -17,7 +17,7 @@ from gateway.errors import (
     UpstreamTimeout,
 )
 from gateway.upstream.types import UpstreamError
-from local_engine.errors import EngineFailure, EngineGone
+from local_engine.errors import EngineFailure, EngineGone, EngineSilent
 
 _T = TypeVar("_T")
 
@@ -26,8 +26,18 @@ class EngineAway(Unavailable):
     code = "engine_gone"
 
 
+class EngineHangs(Unavailable):
+    code = "engine_silent"
+
+
 def gone(message: str) -> EngineAway:
     return EngineAway(message, retry_after_s=1)
+
+
+def silent() -> EngineHangs:
+    return EngineHangs(
+        "The engine does not answer; retry shortly, and have it restarted if it stays silent.", retry_after_s=1
+    )
 
 
 def error_of(error: UpstreamError) -> LeadlineError:
@@ -42,11 +52,12 @@ def error_of(error: UpstreamError) -> LeadlineError:
     return InternalError(error.message)
 
 
-async def attempted(work: Awaitable[_T]) -> _T:
+async def attempted(work: Awaitable[_T], explain: Callable[[UpstreamError], LeadlineError]) -> _T:
+    """`work` of an upstream. Raises what `explain` makes of what it raises."""
     try:
         return await work
     except UpstreamError as error:
-        raise error_of(error) from error
+        raise explain(error) from error
 
 
 async def answered(work: Awaitable[_T]) -> _T:
@@ -58,6 +69,8 @@ async def answered(work: Awaitable[_T]) -> _T:
 
 
 def failure_of(error: EngineFailure | EngineGone) -> LeadlineError:
+    if isinstance(error, EngineSilent):
+        return silent()
     if isinstance(error, EngineGone):
         return gone(f"The engine is gone: {error}; it is being started again.")
     if error.code == "context_length_exceeded":

@@ -2,7 +2,7 @@
 
 What was in flight when the link is lost ends with a typed error at once; new requests see `client is None` until the
 engine answers again. An engine that hangs keeps its link: it is asked now and then, and while it says nothing new
-requests see none, and so go elsewhere.
+requests see none, and so go elsewhere; what is in flight ends with a typed error where it goes on to say nothing.
 """
 
 import asyncio
@@ -20,6 +20,8 @@ GREETING_TIMEOUT_S = 10.0
 RETRY_S = 0.05
 ASKED_EVERY_S = 5.0
 """How often an engine is asked whether it still answers, which takes it a fraction of a millisecond."""
+GIVEN_UP_AFTER_S = 30.0
+"""How long an engine may say nothing before what is in flight ends."""
 
 
 class _Counts(Protocol):
@@ -67,6 +69,11 @@ class EngineConnection:
     def client(self) -> EngineClient | None:
         client = self._client
         return client if client is not None and client.connected and not self._silent else None
+
+    @property
+    def silent(self) -> bool:
+        """Whether there is an engine that does not answer, as it was asked last."""
+        return self._silent and self._client is not None and self._client.connected
 
     def loaded(self) -> frozenset[str]:
         """The models that the engine says it has; empty while none answers."""
@@ -130,6 +137,8 @@ class EngineConnection:
 
     async def _until_closed(self, client: EngineClient) -> None:
         """Told meanwhile whether it answers: until a process that hangs ends, its link stays."""
+        loop = asyncio.get_running_loop()
+        heard = loop.time()
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(ASKED_EVERY_S):
@@ -144,6 +153,11 @@ class EngineConnection:
                 self._silent = silent
                 self._tell(answers=not silent)
                 log.warning("engine.silent" if silent else "engine.answers", pid=client.hello.pid)
+            if not silent:
+                heard = loop.time()
+            elif client.busy and loop.time() - heard >= GIVEN_UP_AFTER_S:
+                log.error("engine.given_up", pid=client.hello.pid, silent_s=round(loop.time() - heard, 1))
+                client.give_up(f"it said nothing for {loop.time() - heard:.0f} s")
 
     def _tell(self, *, answers: bool) -> None:
         self._metrics.engine_up.set(int(answers))

@@ -7,6 +7,7 @@ torch; no worker imports it.
 import json
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from gateway.engine_needs import EngineNeeds
@@ -22,11 +23,13 @@ _VARIABLES = {
     "device": "LEADLINE_ENGINE_DEVICE",
     "prefix_disk": "LEADLINE_KV_DISK",
     "prefix_redis": "LEADLINE_KV_REDIS",
+    "socket_path": "--socket",
 }
 """Where the operator writes a setting of the engine."""
 
 
-def main(argument: str, socket_path: str) -> None:
+def main(argument: str, socket_path: str, *, on_ready: Callable[[], None] = lambda: None) -> None:
+    """`on_ready` is called once the engine answers."""
     configure_logs()
     config: EngineNeeds = json.loads(argument)
     try:
@@ -56,7 +59,7 @@ def main(argument: str, socket_path: str) -> None:
             from probes.runtime import TextEncoder
 
             prober = TextEncoder.load(config["encoder"])
-        run_engine(engine, prober, _readers(config))
+        run_engine(engine, prober, _readers(config), on_ready)
     except ConfigError as error:
         sys.exit(f"engine: {_VARIABLES.get(error.field, error.field)}: {error.why}")
     except (ProbeError, ModelLoadError, ModuleNotFoundError) as error:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from gateway.engine_needs import EngineNeeds
 from gateway.telemetry.logs import get_logger
+from local_engine.errors import ConfigError
+from local_engine.place import clear
 
 log = get_logger(__name__)
 
@@ -31,14 +33,16 @@ class EngineEnded(RuntimeError):
 class EngineProcess:
     """Owns the process from `start` to `stop`; starts it again after a pause that doubles up to `MAX_PAUSE_S`."""
 
-    def __init__(self, needs: EngineNeeds, socket: Path) -> None:
-        """`socket`: where it answers."""
+    def __init__(self, needs: EngineNeeds, socket: Path, *, alone: bool = False) -> None:
+        """`socket`: where it answers. `alone`: another's engine may answer there, which is left alone; and where the
+        first start fails, there is no other."""
         self._needs = needs
         self._socket = socket
+        self._alone = alone
         self._process: asyncio.subprocess.Process | None = None
         self._task: asyncio.Task[None] | None = None
         self.failed = asyncio.Event()
-        """Set once the engine has ended or could not start; it is being started again."""
+        """Set once the engine has ended or could not start."""
         self._came_up = asyncio.Event()
         self._why = ""
 
@@ -69,11 +73,13 @@ class EngineProcess:
             began = time.monotonic()
             try:
                 await self._run_once()
-            except (EngineEnded, OSError, TimeoutError) as error:
+            except (EngineEnded, ConfigError, OSError, TimeoutError) as error:
                 self._why = str(error)[:300] or f"it did not come up within {START_TIMEOUT_S:g} s"
                 self.failed.set()
                 log.error("engine.failed", error=self._why)
             await self._end()
+            if self._alone and not self._came_up.is_set():
+                return
             if time.monotonic() - began > 60:
                 pause = FIRST_PAUSE_S
             log.warning("engine.restarting", pause_s=pause)
@@ -82,7 +88,10 @@ class EngineProcess:
 
     async def _run_once(self) -> None:
         """Start the engine; raises EngineEnded when it has ended, TimeoutError when it does not come up."""
-        self._socket.unlink(missing_ok=True)
+        if self._alone:
+            clear(str(self._socket))
+        else:
+            self._socket.unlink(missing_ok=True)
         # A session of its own: Ctrl-C reaches the gateway alone, which then stops its engine in order.
         self._process = process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "gateway.engine_main", json.dumps(self._needs), str(self._socket),

@@ -2,6 +2,8 @@
 
 This process holds no model: it supervises the engine process and speaks HTTP. When the engine dies, what was in flight
 ends with a typed error (`engine_gone`), what comes meanwhile is a 503 with `Retry-After`, and a new engine is started.
+One that hangs is not started again: what comes meanwhile is told so (`engine_silent`), and what was in flight is when
+it has said nothing for 30 s (`gateway.engine_link`).
 
 Beside chat, embeddings and models: `/score` (how probable are these continuations), `/probe` (how likely is a good
 answer), `/hidden` (hidden states of chosen layers at chosen tokens), `/prefix/…` (what is kept of prompts:
@@ -32,7 +34,7 @@ from gateway.edge.asgi import Receive, Scope, Send
 from gateway.edge.prompts import read_completion, read_embedding
 from gateway.edge.refused import TextRoute, tell_refusals
 from gateway.edge.wire import read_chat
-from gateway.engine_answers import answered, attempted, bytes_of, error_of, gone, until_gone
+from gateway.engine_answers import answered, attempted, bytes_of, error_of, gone, silent, until_gone
 from gateway.engine_door import Door
 from gateway.engine_link import EngineConnection
 from gateway.engine_metrics import EngineMetrics
@@ -40,7 +42,7 @@ from gateway.engine_names import ModelNames
 from gateway.engine_needs import EngineNeeds
 from gateway.engine_prefixes import add_prefix_routes
 from gateway.engine_process import EngineProcess
-from gateway.errors import InvalidRequest
+from gateway.errors import InvalidRequest, LeadlineError
 from gateway.upstream.begun import read_begun
 from gateway.upstream.engines import LOAD_HEADER
 from gateway.upstream.local import LocalUpstream
@@ -72,7 +74,7 @@ class EngineService:
     def __init__(self, needs: EngineNeeds, socket: Path, token: str | None, by_policy: Mapping[str, str]) -> None:
         self._token = token
         self._names = ModelNames(self._client, by_policy)
-        self._process = EngineProcess(needs, socket)
+        self._process = EngineProcess(needs, socket, alone=True)
         registry = CollectorRegistry()
         self._metrics = EngineMetrics(registry)
         self._registry = registry
@@ -115,6 +117,7 @@ class EngineService:
         app.add_api_route("/health", self._health)
         app.add_api_route("/metrics", self._show_metrics)
         app.add_api_route("/v1/models", self._models)
+        app.add_api_route("/v1/models/{name:path}", self._model)
         app.add_api_route("/v1/chat/completions", self._chat, methods=["POST"])
         app.add_api_route("/v1/completions", self._completions, methods=["POST"])
         app.add_api_route("/v1/embeddings", self._embeddings, methods=["POST"])
@@ -129,9 +132,10 @@ class EngineService:
     # what there is -------------------------------------------------------------------------------------------------
 
     async def _health(self) -> Response:
-        """200 while the engine answers."""
-        up = await self._stats() is not None
-        return JSONResponse({"status": "ready" if up else "starting"}, status_code=200 if up else 503)
+        """200 while the engine answers; `silent` where there is one that does not."""
+        if await self._stats() is not None:
+            return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": "silent" if self._link.pid is not None else "starting"}, status_code=503)
 
     async def _show_metrics(self) -> Response:
         self._metrics.stats = stats = await self._stats()
@@ -147,16 +151,10 @@ class EngineService:
             return None
 
     async def _models(self) -> dict[str, Any]:
-        return {
-            "object": "list",
-            "data": [
-                {
-                    "id": name, "object": "model", "created": 0, "owned_by": "leadline", "root": card.name,
-                    "max_model_len": card.context_window, "dtype": card.dtype, "device": card.device,
-                }
-                for name, card in self._names.known().items()
-            ],
-        }  # fmt: skip
+        return {"object": "list", "data": [_entry(name, card) for name, card in self._names.known().items()]}
+
+    async def _model(self, name: str) -> dict[str, Any]:
+        return _entry(name, self._names.find(name))
 
     # OpenAI's API --------------------------------------------------------------------------------------------------
 
@@ -170,16 +168,16 @@ class EngineService:
         target = _planned(self._target(call.model), call, self._names.known())
         headers = await self._load_headers(request)
         if call.stream:
-            stream = await until_gone(request, attempted(self._upstream.stream(target, call)))
-            return EventStream(stream, include_usage=call.include_usage, headers=headers)
-        answer = await until_gone(request, attempted(self._upstream.complete(target, call)))
+            stream = await until_gone(request, attempted(self._upstream.stream(target, call), self._explain))
+            return EventStream(stream, self._explain, include_usage=call.include_usage, headers=headers)
+        answer = await until_gone(request, attempted(self._upstream.complete(target, call), self._explain))
         return Response(answer.body, media_type="application/json", headers=headers)
 
     async def _embeddings(self, request: Request) -> Response:
         call = await self._read(request, read_embedding)
         target = Target(call.model, "engine", call.model, None, 0, 0, ANSWER_TIMEOUT_S, 0)
         self._client()
-        answer = await attempted(self._upstream.complete(target, call))
+        answer = await attempted(self._upstream.complete(target, call), self._explain)
         return Response(answer.body, media_type="application/json")
 
     async def _read(self, request: Request, read: Callable[[bytes, CallHeaders], ChatCall]) -> ChatCall:
@@ -279,8 +277,11 @@ class EngineService:
     def _client(self) -> EngineClient:
         client = self._link.client
         if client is None:
-            raise gone("The engine is being started; retry shortly.")
+            raise silent() if self._link.silent else gone("The engine is being started; retry shortly.")
         return client
+
+    def _explain(self, error: UpstreamError) -> LeadlineError:
+        return silent() if error.cause == "engine_gone" and self._link.silent else error_of(error)
 
     def _target(self, model: str) -> Target:
         """Raises UnknownModel, and Unavailable while there is no engine."""
@@ -301,8 +302,17 @@ class EngineService:
 class EventStream(StreamingResponse):
     """An answer as server-sent events. Closes `stream` however it ends, even before the first event is asked for."""
 
-    def __init__(self, stream: AnswerStream, *, include_usage: bool, headers: dict[str, str]) -> None:
+    def __init__(
+        self,
+        stream: AnswerStream,
+        explain: Callable[[UpstreamError], LeadlineError],
+        *,
+        include_usage: bool,
+        headers: dict[str, str],
+    ) -> None:
+        """`explain`: what the caller is told of what ends it early."""
         self._stream = stream
+        self._explain = explain
         self._include_usage = include_usage
         super().__init__(
             self._events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache", **headers}
@@ -321,7 +331,7 @@ class EventStream(StreamingResponse):
                     if not event.usage_only or self._include_usage:
                         yield write_event(event.data)
         except UpstreamError as error:
-            yield write_event(_json(error_of(error).body()))
+            yield write_event(_json(self._explain(error).body()))
         else:
             yield b"data: [DONE]\n\n"
 
@@ -354,6 +364,13 @@ class HiddenRequest(_Asked):
     max_tokens: Annotated[int, Field(ge=1, le=1 << 31)] = 1
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+
+
+def _entry(name: str, card: ModelCard) -> dict[str, Any]:
+    return {
+        "id": name, "object": "model", "created": 0, "owned_by": "leadline", "root": card.name,
+        "max_model_len": card.context_window, "dtype": card.dtype, "device": card.device,
+    }  # fmt: skip
 
 
 def _planned(target: Target, call: ChatCall, models: Mapping[str, ModelCard]) -> Target:

@@ -145,19 +145,21 @@ async def _serve_here(gateway: App, listener: socket.socket, drain_s: float) -> 
                 event.cancel()
         if not serving.done():
             url = url_of(listener.getsockname())
-            announce(gateway.settings.home, url, first_key=gateway.first_key, engine=_engine_state(gateway))
+            state, away = _engine_state(gateway)
+            announce(gateway.settings.home, url, first_key=gateway.first_key, engine=state, engine_away=away)
     await serving
     if gateway.start_failed is not None:
         raise CannotServe(gateway.start_failed)
     return 0 if server.started else 1
 
 
-def _engine_state(gateway: App) -> str:
+def _engine_state(gateway: App) -> tuple[str, bool]:
+    """In words, and whether there is to be one that does not answer yet."""
     engine = gateway.engine
     if engine is None or not engine.started:
-        return "not needed by this policy"
+        return "not needed by this policy", False
     if engine.client is not None:
-        return ", ".join(card.name for card in engine.client.hello.models) or "probes only"
+        return ", ".join(card.name for card in engine.client.hello.models) or "probes only", False
     if gateway.engine_process is not None and gateway.engine_process.failed.is_set():
-        return "failed, see the log; it is being started again"
-    return "still starting"
+        return "failed, see the log; it is being started again", True
+    return "still starting", True

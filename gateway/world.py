@@ -56,6 +56,8 @@ class World:
         for target in targets.values():
             if target.provider in engines and not policy.models[target.model].embeds:
                 self.local_models.setdefault(target.wire_model, []).append(target.model)
+        self._encoders = [t.model for t in targets.values() if t.provider in engines and policy.models[t.model].embeds]
+        """By the policy's names. The engine does not list its encoder among its models: while it is up, it has it."""
         self._dearest: dict[tuple[str, ...], Price | None] = {}
         """By the candidates of a route, or those that its caller's model leaves: as many as the policy can offer."""
 
@@ -71,6 +73,8 @@ class World:
             reason = self.upstreams[target.provider].unavailable(target)
             if reason is not None:
                 found.update(dict.fromkeys(names, reason))
+        if self.engine.client is None:
+            found.update(dict.fromkeys(self._encoders, "the engine process is not up"))
         return found
 
     async def close(self) -> None:

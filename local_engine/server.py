@@ -5,13 +5,14 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from local_engine.config import EngineConfig, configure_process, read_speculation
 from local_engine.errors import EngineError
+from local_engine.place import BACKLOG, take
 from local_engine.probe_types import Prober, PromptReader
 from local_engine.types import Event, Failed
 from local_engine.wire import FrameError, decode_command, encode_frame, read_frame
@@ -28,12 +29,15 @@ _FAREWELL_S: Final = 2.0  # for a client to read what it is still owed
 
 
 def run_engine(
-    config: EngineConfig, prober: Prober | None, readers: Mapping[str, Sequence[PromptReader]] | None = None
+    config: EngineConfig,
+    prober: Prober | None,
+    readers: Mapping[str, Sequence[PromptReader]] | None = None,
+    on_ready: Callable[[], None] = lambda: None,
 ) -> None:
     """Load the models and serve them until SIGTERM, SIGINT or the end of the parent process. Blocking.
 
-    Raises ModelLoadError when a model cannot be served, ConfigError for a setting that cannot be used, EngineError when
-    the engine itself breaks.
+    `on_ready` is called once the socket is there. Raises ModelLoadError when a model cannot be served, ConfigError for
+    a setting that cannot be used, EngineError when the engine itself breaks.
     """
     if not config.models and prober is None:
         from local_engine.errors import ModelLoadError
@@ -68,16 +72,16 @@ def run_engine(
         make_speculator=speculators(config.speculation, drafters),
         prefix_tiers=open_tiers(config) if config.models and config.prefix_bytes else None,
     )
-    asyncio.run(_run_until_told(engine, config, parent))
+    asyncio.run(_run_until_told(engine, config, parent, on_ready))
 
 
-async def _run_until_told(engine: "Engine", config: EngineConfig, parent: int) -> None:
+async def _run_until_told(engine: "Engine", config: EngineConfig, parent: int, on_ready: Callable[[], None]) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     engine.start()
-    serving = asyncio.create_task(serve(engine, config.socket_path))
+    serving = asyncio.create_task(serve(engine, config.socket_path, on_ready))
     try:
         while not (stop.is_set() or serving.done()):
             with contextlib.suppress(TimeoutError):
@@ -95,10 +99,11 @@ async def _run_until_told(engine: "Engine", config: EngineConfig, parent: int) -
             await serving
 
 
-async def serve(engine: "Engine", socket_path: str) -> None:
+async def serve(engine: "Engine", socket_path: str, on_ready: Callable[[], None] = lambda: None) -> None:
     """Serve a started engine on a unix socket until cancelled, then close every connection and remove the socket.
 
-    Only this user may connect. The socket appears once the engine is ready to answer.
+    Only this user may connect. The socket appears once the engine is ready to answer; then `on_ready` is called. Raises
+    ConfigError where the path is another's (`local_engine.place`).
     """
     connections: set[asyncio.Task[None]] = set()
 
@@ -113,20 +118,17 @@ async def serve(engine: "Engine", socket_path: str) -> None:
         finally:
             connections.discard(task)
 
-    mask = os.umask(0o177)
+    place = take(socket_path)
+    server = await asyncio.start_unix_server(accept, sock=place.listener, backlog=BACKLOG)
     try:
-        server = await asyncio.start_unix_server(accept, socket_path)
-    finally:
-        os.umask(mask)
-    try:
+        on_ready()
         await asyncio.Event().wait()
     finally:
+        place.remove()
         server.close()
         for task in tuple(connections):
             task.cancel()
         await asyncio.gather(*connections, return_exceptions=True)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(socket_path)
 
 
 async def _serve_connection(engine: "Engine", reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

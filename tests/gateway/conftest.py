@@ -18,6 +18,7 @@ from gateway.ledger import browse, prices, report
 from gateway.settings import Settings
 from routers.load import parse
 from tests.gateway.fake_upstream import FakeUpstream
+from tests.gateway.reasoner import Mind, Reasoner
 
 POLICY = """
 version: 1
@@ -146,6 +147,14 @@ async def running(
     finally:
         server.should_exit = True
         await serving
+
+
+@pytest.fixture
+async def far() -> AsyncIterator[Reasoner]:
+    """A server of two models that think."""
+    upstream = await Reasoner({"base": Mind(), "draft": Mind()}).start()
+    yield upstream
+    await upstream.stop()
 
 
 @pytest.fixture

@@ -238,6 +238,15 @@ def test_an_engines_setting_is_named_as_the_operator_wrote_it(tmp_path: Path) ->
     assert f"engine: LEADLINE_KV_DISK: {tmp_path}/file/kv cannot be used: Not a directory; name a folder" in done.stderr
 
 
+@pytest.mark.engine
+def test_a_device_that_is_not_there_is_named_by_the_bench(tmp_path: Path) -> None:
+    bench = ("engine", "bench", "bundled/draft", "--device", "cuda")
+    done = leadline(*bench, home=tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == os.EX_DATAERR
+    assert done.stderr.startswith("--device: torch sees no CUDA device here")
+    assert "Traceback" not in done.stderr
+
+
 def test_help_needs_nothing_installed(tmp_path: Path) -> None:
     done = leadline("--help", home=tmp_path)
     assert done.returncode == 0

@@ -143,6 +143,40 @@ async def test_a_prompt_beyond_the_local_context_is_refused_with_its_count(home:
     assert "1024" in body["error"]["message"]
 
 
+async def test_a_local_model_writes_no_more_than_is_held_for_it(tmp_path: Path) -> None:
+    """Its policy gives it less than its window; the caller says nothing of a length, or more."""
+    dear = "price: {input: $0/Mtok, output: $1000/Mtok}"
+    policy = f"""
+version: 1
+providers: {{home: {{engine: embedded}}}}
+models:
+  brief: {{provider: home, model: bundled/base, context: 1024, max_output: 20, {dear}}}
+  narrow: {{provider: home, model: bundled/base, context: 60, {dear}}}
+routes: [{{name: auto, when: {{model: auto}}, use: [brief], cache: off}}]
+"""
+    hard = "What is 23 + 48 - 7 * 3 + 5 * 6 - 2?"
+    async with running(policy, tmp_path / "home") as gateway:
+        assert gateway.app.engine is not None
+        async with asyncio.timeout(60):
+            await gateway.app.engine.ready.wait()
+        for model, most in (("brief", 20), ("narrow", 60)):
+            status, _, body = await gateway.chat(ask(hard, model))
+            assert (status, body["choices"][0]["finish_reason"]) == (200, "length"), model
+            usage = body["usage"]
+            written = usage["completion_tokens"] if model == "brief" else usage["total_tokens"]
+            assert written == most, model
+            row = (await gateway.rows())[0]
+            assert row["cost_nanousd"] <= row["reserved_nanousd"]
+        status, _, body = await gateway.chat(ask(hard, "brief", min_tokens=500))
+        assert (status, body["error"]["param"]) == (400, "min_tokens")
+        assert "from 0 to max_tokens (20), not 500" in body["error"]["message"]
+        status, _, body = await gateway.chat(ask("7 " * 80, "narrow"))
+        assert (status, body["error"]["code"]) == (400, "context_length_exceeded")
+        status, _, body = await gateway.chat(ask(hard, "brief", max_tokens=500))
+        assert (status, body["error"]["param"]) == (400, "max_tokens")
+        assert "answers at most 20 tokens, 500 asked; send max_tokens: 20" in body["error"]["message"]
+
+
 async def test_a_private_tag_stays_on_this_machine(home: Gateway, upstream: FakeUpstream) -> None:
     status, headers, _ = await home.chat(ask("2 + 2", model="auto"), **{"X-Leadline-Tags": "private"})
     assert (status, headers["x-leadline-model"], headers["x-leadline-route"]) == (200, "local", "private")

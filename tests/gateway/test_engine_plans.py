@@ -276,6 +276,11 @@ async def test_what_no_plan_is_for_runs_without(home: Gateway) -> None:
     assert told(headers) == ("none", {"reason": "logprobs"})
     (attempt,) = (await home.rows())[0]["attempt_rows"]
     assert attempt["kind"] == "first"
+    begun = {"role": "assistant", "content": "", "reasoning_content": "Let me"}
+    asked = ask("quick", continue_final_message=True, max_tokens=8)
+    status, headers, _ = await home.chat({**asked, "messages": [*asked["messages"], begun]})
+    assert status == 200
+    assert told(headers) == ("none", {"reason": "prefix"})
 
 
 def test_every_name_of_a_model_is_away_with_its_engine() -> None:

@@ -16,12 +16,10 @@ import httpx2
 import openai
 import pytest
 
-from gateway.engine_alone import run_alone
+from gateway.engine_answers import error_of
 from gateway.engine_door import MAX_BODY_BYTES, Door
 from gateway.engine_service import EventStream
-from gateway.policies import CannotServe
 from gateway.upstream.types import Event, Hear, StreamState
-from tests.conftest import free_port
 from tests.gateway.alone import SUM, TOKEN, Service, healthy, started, wait
 from tests.gateway.conftest import running
 
@@ -52,6 +50,15 @@ async def test_it_speaks_openais_api(service: Service) -> None:
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens > 0
     assert whole.choices[0].finish_reason == "stop"
+
+
+async def test_a_model_is_found_by_its_name(service: Service) -> None:
+    async with sdk(service) as client:
+        listed = {model.id: model.model_dump() async for model in client.models.list()}
+        assert (await client.models.retrieve("small")).model_dump() == listed["small"]
+        with pytest.raises(openai.NotFoundError, match="model: 'a/b' is not loaded; there is base, small") as told:
+            await client.models.retrieve("a/b")
+    assert told.value.code == "model_not_found"
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -98,7 +105,7 @@ async def test_it_goes_on_from_a_thought_and_says_what_stopped_it(service: Servi
 async def test_without_its_token_nothing_is_told(service: Service) -> None:
     async with httpx2.AsyncClient(base_url=service.url) as client:
         for method, path in [
-            ("GET", "/v1/models"), ("GET", "/metrics"), ("POST", "/v1/chat/completions"),
+            ("GET", "/v1/models"), ("GET", "/v1/models/base"), ("GET", "/metrics"), ("POST", "/v1/chat/completions"),
             ("POST", "/v1/completions"), ("POST", "/score"), ("POST", "/probe"), ("POST", "/hidden"),
             ("POST", "/embed"), ("POST", "/v1/embeddings"),
         ]:  # fmt: skip
@@ -282,7 +289,9 @@ async def test_an_engine_that_hangs_is_not_ready(service: Service) -> None:
             health, metrics, stats = await asyncio.gather(*map(client.get, paths))
         finally:
             victim.resume()
-        assert (health.status_code, stats.status_code) == (503, 503)
+        assert (health.status_code, health.json()) == (503, {"status": "silent"})
+        assert (stats.status_code, stats.json()["error"]["code"]) == (503, "engine_silent")
+        assert "does not answer" in stats.json()["error"]["message"]
         assert "leadline_engine_up 0.0" in metrics.text
         assert (await client.get("/health")).status_code == 200
         assert "leadline_engine_up 1.0" in (await client.get("/metrics")).text
@@ -356,7 +365,7 @@ async def test_a_stream_ends_with_its_caller_even_before_its_first_event(heard: 
     async def send(message: Any) -> None:
         sent.append(message)
 
-    answer = EventStream(stream, include_usage=False, headers={})
+    answer = EventStream(stream, error_of, include_usage=False, headers={})
     async with asyncio.timeout(20):
         await answer({"type": "http"}, receive, send)
     assert stream.closed
@@ -437,41 +446,3 @@ models:
         other = gateway.app.state.lifecycle.keys.create("other", tenant="elsewhere")
         await gateway.chat(asked, Authorization=f"Bearer {other}")
         assert sum(row["cached_input_tokens"] for row in await gateway.rows()) == warm["cached_input_tokens"]
-
-
-@pytest.mark.parametrize(
-    ("socket", "listen", "models", "words"),
-    [
-        (None, None, [], "say where to listen"),
-        (None, "8100", [], "write HOST:PORT"),
-        (None, "0.0.0.0:8100", ["base=bundled/base"], "LEADLINE_ENGINE_TOKEN is not set"),
-        (None, "127.0.0.1:8100", ["base"], "write NAME=SOURCE"),
-        (
-            None,
-            "127.0.0.1:8100",
-            ["a=bundled/base", "a=bundled/nano"],
-            r"more than once \(bundled/base, bundled/nano\)",
-        ),
-        (None, "127.0.0.1:8100", ["a=bundled/nano", "a=bundled/nano"], "more than once"),
-        (None, "127.0.0.1:8100", ["base=bundled/nope"], "there is no model 'bundled/nope'"),
-    ],
-)
-async def test_what_cannot_be_served_is_said(
-    socket: Path | None, listen: str | None, models: list[str], words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("LEADLINE_ENGINE_TOKEN", raising=False)
-    with pytest.raises(CannotServe, match=words):
-        run_alone(socket, listen, None, models, None)
-
-
-def test_an_engine_that_cannot_start_ends_the_command() -> None:
-    command = [
-        sys.executable, "-m", "gateway", "engine", "--listen", f"127.0.0.1:{free_port()}", "--model",
-        "base=bundled/base",
-    ]  # fmt: skip
-    ended = subprocess.run(
-        command, env={**os.environ, "LEADLINE_KV_DISK": os.devnull}, capture_output=True, text=True, timeout=150
-    )
-    assert ended.returncode not in (0, -signal.SIGTERM)
-    assert f"{os.devnull} cannot be used" in ended.stderr
-    assert "the engine did not come up" in ended.stderr

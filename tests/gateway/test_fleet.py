@@ -201,6 +201,22 @@ async def test_tenants_share_no_prefix_where_the_engine_has_salts(engines: Engin
 
 
 @anyio
+@pytest.mark.parametrize("server", ["leadline", "vllm"])
+async def test_our_own_engine_is_told_the_longest_answer_that_was_held(server: Server, tmp_path: Path) -> None:
+    """It takes one that does not fit; others would refuse that, so there a policy's word is believed."""
+    async with engine("vllm") as fake:
+        policy = POLICY.format(server=server, first=fake.url, replicas="")
+        async with running(policy, tmp_path / "home") as gateway:
+            for asked in ({}, {"max_tokens": 30}):
+                status, _, answer = await gateway.chat({**conversation("a"), **asked})
+                assert status == 200, answer
+        async with running(policy.replace("max_output: 100, ", ""), tmp_path / "unbounded") as gateway:
+            await gateway.chat(conversation("a"))
+    told = [body.get("max_tokens") for body in fake.bodies]
+    assert told == [100 if server == "leadline" else None, 30, None], "without, its window is the bound"
+
+
+@anyio
 async def test_a_priority_is_told_in_the_words_of_each_server(engines: Engines) -> None:
     for server in engines.servers:
         server.priority_scheduling = True

@@ -13,7 +13,7 @@ import pytest
 from local_engine.client import EngineClient
 from local_engine.config import EngineConfig
 from local_engine.engine import Engine
-from local_engine.errors import EngineFailure, EngineGone
+from local_engine.errors import ConfigError, EngineFailure, EngineGone
 from local_engine.model import LocalModel
 from local_engine.server import serve
 from local_engine.types import Delta, Event, Finished, Generate, Hello, SamplingParams
@@ -186,6 +186,31 @@ async def test_nobody_listening_is_engine_gone(tmp_path: Path) -> None:
     with pytest.raises(EngineGone):
         await client.probe(user("hi"))
     assert not client.connected
+
+
+async def test_a_second_server_is_refused_and_the_first_goes_on(
+    client: EngineClient, bundled: LocalModel, start_engine: StartEngine, socket_path: str
+) -> None:
+    before = Path(socket_path).stat()
+    with pytest.raises(ConfigError, match=f"an engine already listens at {socket_path}; stop it, or choose another"):
+        await serve(start_engine(bundled), socket_path)
+    assert Path(socket_path).stat().st_ino == before.st_ino
+    assert (await answer(client, "What is 3 + 4?"))[0] == "The answer is 7."
+
+
+async def test_at_its_end_a_server_removes_its_own_socket_alone(
+    bundled: LocalModel, start_engine: StartEngine, socket_path: str
+) -> None:
+    first = asyncio.create_task(serve(start_engine(bundled), socket_path))
+    await until(lambda: Path(socket_path).exists())
+    Path(socket_path).unlink()
+    async with aclosing(served(start_engine(bundled), socket_path)) as clients:
+        client = await anext(clients)
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        assert Path(socket_path).exists()
+        await client.connect()
+        assert (await answer(client, "What is 3 + 4?"))[0] == "The answer is 7."
 
 
 @pytest.mark.parametrize("greeting", [b"", b"\x00\x00\x00\x01x", encode_frame(Finished(1, "stop", 1, 1, 0))])
