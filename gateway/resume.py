@@ -8,6 +8,8 @@ from typing import Any
 
 import msgspec
 
+from gateway.errors import InvalidRequest
+from gateway.upstream.begun import read_begun
 from gateway.upstream.types import ChatCall, Event
 
 MAX_KEPT_BYTES = 1 << 20
@@ -17,9 +19,9 @@ _encode = msgspec.json.Encoder().encode
 
 
 class _Delta(msgspec.Struct):
-    content: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
+    content: Any = None
+    reasoning_content: Any = None
+    reasoning: Any = None
 
 
 class _Choice(msgspec.Struct):
@@ -29,7 +31,7 @@ class _Choice(msgspec.Struct):
 class _Chunk(msgspec.Struct):
     id: str | None = None
     created: int | None = None
-    choices: list[_Choice] = []
+    choices: list[_Choice] | None = None
 
 
 _decoder = msgspec.json.Decoder(_Chunk)
@@ -50,6 +52,8 @@ class Transcript:
 
     def __init__(self) -> None:
         self._texts: list[str] = []
+        self._all_read = True
+        """All that was said is in the texts."""
         self._bytes = 0
         self._deltas = 0
         self._id: str | None = None
@@ -60,23 +64,30 @@ class Transcript:
         try:
             chunk = _decoder.decode(event.data)
         except msgspec.DecodeError:
+            self._all_read = False
             return
         self._id, self._created = self._id or chunk.id, self._created or chunk.created
-        for choice in chunk.choices:
+        for choice in chunk.choices or ():
             delta = choice.delta
             if delta is None:
                 continue
             if delta.content or delta.reasoning_content or delta.reasoning:
                 self._deltas += 1
-            if delta.content:
+            if delta.content and not isinstance(delta.content, str):
+                self._all_read = False
+            elif delta.content:
                 self._texts.append(delta.content)
                 self._bytes += len(event.data)
 
     def continued(self, call: ChatCall) -> ChatCall | None:
         """The call that asks for the rest; None when there is nothing that could be continued."""
-        if not self._texts or self._bytes > MAX_KEPT_BYTES:
+        if not self._texts or not self._all_read or self._bytes > MAX_KEPT_BYTES:
             return None
-        text = "".join(self._texts)
+        try:
+            call = read_begun(call)
+        except InvalidRequest:  # whoever answered took it otherwise
+            return None
+        text = call.prefix + "".join(self._texts)
         fields, sampling = dict(call.fields), call.sampling
         if sampling.max_tokens is not None:
             # What has been said counts; a delta is at least one token.
@@ -85,7 +96,7 @@ class Transcript:
             fields.update({name: msgspec.Raw(b"%d" % left) for name in _CAPS if name in fields})
         more = len(_encode(text))
         return msgspec.structs.replace(
-            call, fields=fields, body_bytes=call.body_bytes + more, prefix=text, sampling=sampling
+            call, fields=fields, body_bytes=call.body_bytes + more, prefix=text, thought=None, sampling=sampling
         )
 
     def renamed(self, event: Event) -> Event:

@@ -186,7 +186,7 @@ def _check(request: _ChatRequest, choices: int) -> None:
             raise InvalidRequest("top_logprobs: needs logprobs: true.", param="top_logprobs")
     if request.service_tier not in (None, "auto", "default"):
         raise InvalidRequest(
-            f"service_tier: {request.service_tier[:40]!r} has prices of its own, which the ledger does not know; "
+            f"service_tier: {request.service_tier[:40]!r} has prices of its own, which are not known here; "
             "leave it out.",
             param="service_tier",
         )

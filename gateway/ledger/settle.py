@@ -4,7 +4,7 @@ A provider's counts overlap (OpenAI's `prompt_tokens` contains the cached ones, 
 ones); ours do not, so that a bill is a plain sum. Streamed, unstreamed, cancelled and failed calls all come here.
 """
 
-from typing import overload
+from typing import Any, overload
 
 import msgspec
 
@@ -37,25 +37,6 @@ class Usage(msgspec.Struct, frozen=True):
 NO_USAGE = Usage()
 
 
-class _InputDetails(msgspec.Struct):
-    cached_tokens: int | None = 0
-    cache_write_tokens: int | None = 0
-    """OpenRouter's name; `created_cache_tokens` is another for the same."""
-    created_cache_tokens: int | None = 0
-
-
-class _OutputDetails(msgspec.Struct):
-    reasoning_tokens: int | None = 0
-
-
-class _CacheCreation(msgspec.Struct):
-    ephemeral_5m_input_tokens: int | None = 0
-    ephemeral_1h_input_tokens: int | None = 0
-
-
-_NO_INPUT_DETAILS, _NO_OUTPUT_DETAILS = _InputDetails(), _OutputDetails()
-
-
 class WireUsage(msgspec.Struct):
     """The `usage` object of an answer or of a stream's last chunk, in any of the vendors' conventions.
 
@@ -67,42 +48,51 @@ class WireUsage(msgspec.Struct):
     | DeepSeek | `prompt_tokens`, `prompt_cache_hit_tokens` within | reasoning within |
     | xAI, Groq, Gemini | as OpenAI chat | reasoning beside `completion_tokens`, as the total shows |
     | embeddings | `prompt_tokens`, or the total alone | none |
+
+    Any value may stand in any field: a part that cannot be read costs that part, not the counts beside it.
     """
 
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    total_tokens: int | None = None
-    prompt_tokens_details: _InputDetails | None = None
-    completion_tokens_details: _OutputDetails | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    input_tokens_details: _InputDetails | None = None
-    output_tokens_details: _OutputDetails | None = None
-    cache_read_input_tokens: int | None = None
-    cache_creation_input_tokens: int | None = None
-    cache_creation: _CacheCreation | None = None
-    prompt_cache_hit_tokens: int | None = None
+    prompt_tokens: Any = None
+    completion_tokens: Any = None
+    total_tokens: Any = None
+    prompt_tokens_details: Any = None
+    completion_tokens_details: Any = None
+    input_tokens: Any = None
+    output_tokens: Any = None
+    input_tokens_details: Any = None
+    output_tokens_details: Any = None
+    cache_read_input_tokens: Any = None
+    cache_creation_input_tokens: Any = None
+    cache_creation: Any = None
+    prompt_cache_hit_tokens: Any = None
 
-    def split(self, cache_n: int | None = None) -> Usage | None:
+    def split(self, cache_n: Any = None) -> Usage | None:
         """Disjoint classes; `cache_n` is what llama.cpp says beside the usage, of the prompt's tokens that it had.
 
-         None for counts that no call can have (too many, none, below none): as good as none given.
+        None for counts that no call can have (too many, none, below none) or that cannot be read: as good as none
+        given.
 
         A part larger than its whole is cut to the whole: the bill never goes negative. Where the provider gives a
         total that is not below its parts, the classes sum to it.
         """
-        for whole in (self.prompt_tokens, self.completion_tokens, self.input_tokens, self.output_tokens):
-            if whole is not None and whole < 0:
-                return None
-        details = self.prompt_tokens_details or self.input_tokens_details or _NO_INPUT_DETAILS
-        cached = _first(details.cached_tokens, self.cache_read_input_tokens, self.prompt_cache_hit_tokens, cache_n)
-        written = _first(details.cache_write_tokens, details.created_cache_tokens, self._cache_creation())
-        thought = self.completion_tokens_details or self.output_tokens_details or _NO_OUTPUT_DETAILS
-        reasoning = _first(thought.reasoning_tokens)
+        beside = self.prompt_tokens is None and self.input_tokens_details is None  # Anthropic's own
+        wholes = [self.prompt_tokens, self.completion_tokens, self.input_tokens, self.output_tokens]
+        if beside:
+            wholes += [self.cache_read_input_tokens, self.cache_creation_input_tokens]
+        if any(whole is not None and _count(whole) < 0 for whole in wholes):
+            return None
+        details = self.prompt_tokens_details or self.input_tokens_details
+        cached = _first(
+            _part(details, "cached_tokens"), self.cache_read_input_tokens, self.prompt_cache_hit_tokens, cache_n
+        )
+        # OpenRouter's name, and another for the same.
+        written = _first(
+            _part(details, "cache_write_tokens"), _part(details, "created_cache_tokens"), self._cache_creation()
+        )
+        reasoning = _first(_part(self.completion_tokens_details or self.output_tokens_details, "reasoning_tokens"))
         prompt = _first(self.prompt_tokens, self.input_tokens)
         completion = _first(self.completion_tokens, self.output_tokens)
         total = _first(self.total_tokens)
-        beside = self.prompt_tokens is None and self.input_tokens_details is None  # Anthropic's own
         if beside or (cached + written and total == prompt + cached + written + completion):
             prompt += cached + written
         cached = min(cached, prompt)
@@ -118,19 +108,26 @@ class WireUsage(msgspec.Struct):
             return None
         return Usage(prompt - cached - written, cached, written, completion - reasoning, reasoning)
 
-    def _cache_creation(self) -> int | None:
-        parts = self.cache_creation
-        if self.cache_creation_input_tokens is not None or parts is None:
+    def _cache_creation(self) -> Any:
+        if self.cache_creation_input_tokens is not None:
             return self.cache_creation_input_tokens
-        return _first(parts.ephemeral_5m_input_tokens) + _first(parts.ephemeral_1h_input_tokens)
+        return sum(_first(_part(self.cache_creation, f"ephemeral_{age}_input_tokens")) for age in ("5m", "1h"))
 
 
-def _first(*counts: int | None) -> int:
-    """The first that was given and is above zero."""
-    for count in counts:
-        if count is not None and count > 0:
-            return count
-    return 0
+def _part(details: Any, name: str) -> Any:
+    return details.get(name) if isinstance(details, dict) else None
+
+
+def _first(*values: Any) -> int:
+    """The first that is a count above zero."""
+    return next((count for value in values if (count := _count(value)) > 0), 0)
+
+
+def _count(value: Any) -> int:
+    """A whole number, in either of the ways to write one (JSON does not tell 4 from 4.0); -1: it is none."""
+    if type(value) is int or (type(value) is float and value.is_integer()):
+        return int(value)
+    return -1
 
 
 @overload

@@ -36,15 +36,17 @@ def begun(call: ChatCall, style: PrefixStyle) -> dict[str, msgspec.Raw]:
     if style in ("vllm", "leadline"):
         fields |= {_CONTINUE: _YES, "add_generation_prompt": _NO}
     elif style == "llamacpp":
-        goes_on = "content" if said is None or said.over else _THOUGHT
-        fields |= {_CONTINUE: msgspec.Raw(_encode(goes_on)), "add_generation_prompt": _NO}
+        which = "content" if said is None or said.over else _THOUGHT
+        fields |= {_CONTINUE: msgspec.Raw(_encode(which)), "add_generation_prompt": _NO}
+        if said is None:  # servers from before that refuse an answer to a model that thinks
+            fields |= _unthought(call)
     return fields
 
 
 def _with_thought(said: ThoughtSoFar, answer: str, style: PrefixStyle) -> dict[str, str]:
     """The fields of the last message."""
-    if style == "llamacpp":  # its template closes the thought
-        return {_THOUGHT: said.text.rstrip() if said.over else said.text, "content": answer}
+    if style == "llamacpp":  # it writes the closing tag, on the line that it is given
+        return {_THOUGHT: said.text.rstrip() + "\n" if said.over else said.text, "content": answer}
     if style == "deepseek":  # once content has begun, the thought is over
         return {_THOUGHT: said.text, "content": answer or ("\n" if said.over else "")}
     return {"content": in_tags(said, as_it_is=style == "leadline") + answer}
@@ -73,18 +75,25 @@ def closing(text: str) -> int:
     return next((size for size in range(len(CLOSE) - 1, 0, -1) if text.endswith(CLOSE[:size])), 0)
 
 
+def goes_on(call: ChatCall) -> bool:
+    """Whether the caller asks, in vLLM's or llama.cpp's style, that its last message be gone on with."""
+    asked = msgspec.json.decode(call.fields.get(_CONTINUE, _NO))
+    return call.endpoint == "chat.completions" and asked is not None and asked is not False
+
+
 def read_begun(call: ChatCall) -> ChatCall:
-    """A call in vLLM's or llama.cpp's style, as the local engine takes it. Raises InvalidRequest."""
-    flag = msgspec.json.decode(call.fields.get(_CONTINUE, _NO))
-    if flag in (None, False) or call.endpoint != "chat.completions":
+    """A call of which `goes_on` says so, as the local engine takes it; any other as it is. Raises InvalidRequest."""
+    if not goes_on(call):
         return call
-    if flag not in (True, "content", _THOUGHT):
+    flag = msgspec.json.decode(call.fields[_CONTINUE])
+    if flag is not True and flag not in ("content", _THOUGHT):
         raise InvalidRequest(
             f'{_CONTINUE}: {str(flag)[:40]!r} is none of true, false, "content" and "{_THOUGHT}".', param=_CONTINUE
         )
     messages = msgspec.json.decode(call.fields["messages"], type=list[dict[str, Any]])
     last = messages[-1]
-    text, inside = last.get("content") or "", last.get(_THOUGHT, last.get("reasoning"))
+    text = "" if (content := last.get("content")) is None else content
+    inside = last.get("reasoning") if last.get(_THOUGHT) is None else last[_THOUGHT]
     if last.get("role") != "assistant" or not isinstance(text, str) or not isinstance(inside, str | None):
         raise InvalidRequest(
             f"{_CONTINUE}: the last message is not an assistant's text; send one to go on from.", param="messages"
@@ -100,7 +109,7 @@ def read_begun(call: ChatCall) -> ChatCall:
                 f"{_CONTINUE}: an answer stands behind the thought that is to go on; leave its `content` empty, or send"
                 ' "content".', param="messages",
             )  # fmt: skip
-    fields = {name: raw for name, raw in call.fields.items() if name != _CONTINUE}
+    fields = {name: raw for name, raw in call.fields.items() if name not in (_CONTINUE, "add_generation_prompt")}
     fields["messages"] = msgspec.Raw(_encode(messages[:-1]))
     thought = ThoughtSoFar(inside, over) if inside is not None else None
     return msgspec.structs.replace(call, fields=fields, prefix=text, thought=thought)

@@ -5,6 +5,7 @@ known by its head and its tail, in a fraction of the time of decoding it.
 """
 
 import re
+from typing import Any
 
 import msgspec
 
@@ -13,28 +14,38 @@ from gateway.upstream.tool_calls import ToolCallOrder, ToolCallPiece, renumbered
 from gateway.upstream.types import Event, Pattern, StreamState, UpstreamError
 
 
-class _Function(msgspec.Struct):
-    arguments: str | None = None
-
-
 class _ToolCall(ToolCallPiece):
-    function: _Function | None = None
+    function: Any = None
+    custom: Any = None
 
 
 class _Delta(msgspec.Struct):
-    content: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    refusal: str | None = None
+    """What is said may have any shape: mostly a text, but content may come in parts, and a call is an object."""
+
+    content: Any = None
+    reasoning_content: Any = None
+    reasoning: Any = None
+    refusal: Any = None
     tool_calls: list[_ToolCall] | None = None
+    function_call: Any = None
+    audio: Any = None
 
 
 class _Choice(msgspec.Struct):
     index: int = 0
     delta: _Delta | None = None
-    text: str | None = None
+    text: Any = None
     """Instead of a delta, in a text completion."""
     finish_reason: str | None = None
+
+
+class _WholeChoice(msgspec.Struct):
+    message: _Delta | None = None
+    text: Any = None
+
+
+class _Whole(msgspec.Struct):
+    choices: list[_WholeChoice] | None = None
 
 
 ABSENT = msgspec.Raw(b"null")
@@ -44,7 +55,7 @@ ABSENT = msgspec.Raw(b"null")
 class Timings(msgspec.Struct):
     """llama.cpp's own count of the prompt's tokens that it had in its cache."""
 
-    cache_n: int | None = None
+    cache_n: Any = None
 
 
 class _Chunk(msgspec.Struct):
@@ -68,6 +79,8 @@ MAX_PATTERN_BYTES = 4096
 _chunk_decoder = msgspec.json.Decoder(_Chunk)
 _raw_usage_decoder = msgspec.json.Decoder(_RawUsageChunk)
 _usage_decoder = msgspec.json.Decoder(WireUsage | None)
+_whole_decoder = msgspec.json.Decoder(_Whole)
+_encode = msgspec.json.Encoder().encode
 
 
 def read_chunk(data: bytes, state: StreamState, choices: int) -> Event | None:
@@ -110,7 +123,7 @@ def read_chunk(data: bytes, state: StreamState, choices: int) -> Event | None:
             if indexes != [call.index for call in choice.delta.tool_calls]:
                 moved.append((place, indexes))
         if choice.text:
-            size += _utf8_bytes(choice.text)
+            size += _size(choice.text)
         if size:
             state.delivered_bytes += size
             state.deltas += 1
@@ -155,19 +168,36 @@ def pattern_of(data: bytes) -> Pattern | None:
     return None
 
 
+def said_bytes(body: bytes) -> int:
+    """UTF-8 bytes of generated text in a whole answer; of one in a shape that we do not know, no less than them."""
+    try:
+        choices = _whole_decoder.decode(body).choices or ()
+    except msgspec.ValidationError:
+        return len(body)
+    return sum(
+        (_text_bytes(choice.message) if choice.message is not None else 0) + _size(choice.text) for choice in choices
+    )
+
+
 def _text_bytes(delta: _Delta) -> int:
     size = 0
-    for text in (delta.content, delta.reasoning_content, delta.reasoning, delta.refusal):
-        if text:
-            size += _utf8_bytes(text)
+    for said in (
+        delta.content, delta.reasoning_content, delta.reasoning, delta.refusal, delta.function_call, delta.audio,
+    ):  # fmt: skip
+        if said:
+            size += _size(said)
     for call in delta.tool_calls or ():
-        if call.function is not None and call.function.arguments:
-            size += _utf8_bytes(call.function.arguments)
+        size += _size(call.function) + _size(call.custom)
     return size
 
 
-def _utf8_bytes(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+def _size(said: Any) -> int:
+    """UTF-8 bytes of a text, or of the texts in an object; of other shapes those of their JSON."""
+    if isinstance(said, str):
+        return len(said) if said.isascii() else len(said.encode("utf-8", "surrogatepass"))
+    if isinstance(said, dict):
+        return sum(_size(part) if isinstance(part, str) else len(_encode(part)) for part in said.values() if part)
+    return len(_encode(said)) if said else 0
 
 
 def read_usage(raw: msgspec.Raw) -> Usage | None:

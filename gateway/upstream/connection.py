@@ -81,6 +81,8 @@ class Connection(asyncio.Protocol):
         self.reused = False
         self.streamed = False
         """Its last answer came in chunks."""
+        self.after_stream = False
+        """So had the answer before the one that is under way, or was last."""
         self.left = False
         """The server closed it."""
         self._reset()
@@ -124,7 +126,7 @@ class Connection(asyncio.Protocol):
         """
         assert self._transport is not None
         now = self._loop.time()
-        self.exchanging = True
+        self.exchanging, self.after_stream = True, self.streamed
         self._head_only = head_only
         self._uploading = more
         self._timeouts = timeouts
@@ -216,6 +218,12 @@ class Connection(asyncio.Protocol):
     def rested(self) -> bool:
         """It was idle for so long that a server that leaves after streams would have left."""
         return not self.streamed or self._loop.time() - self.idle_since >= AFTER_STREAM_S
+
+    @property
+    def left_after_stream(self) -> bool:
+        """The server closed it soon after a stream, under a request that it never answered."""
+        soon = self._sent_at - self.idle_since < PROBE_AFTER_S if self.after_stream else False
+        return soon and isinstance(self.error, ClosedBeforeHeaders)
 
     def usable(self, *, trusted: bool) -> bool:
         """Whether this idle connection can take a request. Its server may have left without the loop knowing yet."""

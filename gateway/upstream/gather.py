@@ -31,7 +31,8 @@ class _Chunk(msgspec.Struct):
 
 _chunk_decoder = msgspec.json.Decoder(_Chunk)
 _JOINED = ("content", "reasoning_content", "reasoning", "refusal")
-MAX_TOOL_CALLS = 1024
+_INPUTS = {"function": "arguments", "custom": "input"}
+"""What a tool call of each kind is given, piece by piece."""
 
 
 class Gathered:
@@ -80,10 +81,8 @@ class Gathered:
                 _merge_tool_calls(message.setdefault("tool_calls", []), value)
             elif isinstance(value, list) and isinstance(before := message.get(name, []), list):
                 message[name] = [*before, *value]
-            elif message.get(name, value) in (value, None):
-                message[name] = value
             else:
-                raise TypeError(f"{name} comes in pieces of a kind that this version does not know")
+                _keep(message, name, value)
         if piece.logprobs and piece.logprobs.get("content"):
             choice["logprobs"] = choice["logprobs"] or {"content": []}
             choice["logprobs"]["content"].extend(piece.logprobs["content"])
@@ -130,36 +129,52 @@ class Kept:
 def _merge_tool_calls(calls: list[dict[str, Any]], pieces: list[dict[str, Any]]) -> None:
     for piece in pieces:
         index = piece.get("index", len(calls))
-        if not 0 <= index < MAX_TOOL_CALLS:
+        if not 0 <= index <= len(calls):
             raise TypeError(f"a tool call of index {index}")
-        while len(calls) <= index:
-            calls.append({"id": "", "type": "function", "function": {"name": "", "arguments": ""}})
-        call, function = calls[index], piece.get("function") or {}
-        call["id"] = piece.get("id") or call["id"]
-        call["type"] = piece.get("type") or call["type"]
-        call["function"]["name"] += function.get("name") or ""
-        call["function"]["arguments"] += function.get("arguments") or ""
+        if index == len(calls):
+            kind = piece.get("type") or ("custom" if piece.get("custom") else "function")
+            calls.append({"id": "", "type": kind})
+        call = calls[index]
+        for name, value in piece.items():
+            if name in _INPUTS and value is not None:
+                _merge_input(call.setdefault(name, {"name": "", _INPUTS[name]: ""}), value)
+            elif name != "index":
+                _keep(call, name, value)
+
+
+def _merge_input(whole: dict[str, Any], piece: dict[str, Any]) -> None:
+    for name, value in piece.items():
+        if name in ("name", *_INPUTS.values()):
+            whole[name] = whole.get(name, "") + (value or "")
+        else:
+            _keep(whole, name, value)
+
+
+def _keep(whole: dict[str, Any], name: str, value: Any) -> None:
+    """A value that is not told in pieces: once, or again the same."""
+    if value is None or value == "":
+        return
+    if whole.get(name) not in (value, "", None):
+        raise TypeError(f"{name} comes in pieces of a kind that this version does not know")
+    whole[name] = value
 
 
 def as_stream(body: bytes) -> list[bytes]:
     """The chunks (JSON, without the terminator) of a stream that gives this completion; the last carries its usage."""
     whole = msgspec.json.decode(body)
-    frame = {
-        "id": whole.get("id"),
-        "object": "chat.completion.chunk",
-        "created": whole.get("created"),
-        "model": whole.get("model"),
-    }
+    choices, usage = whole.pop("choices"), whole.pop("usage", None)
+    frame = {"id": None, "created": None, "model": None, **whole, "object": "chat.completion.chunk"}
     chunks = []
-    for number, choice in enumerate(whole["choices"]):
+    for number, choice in enumerate(choices):
         index = choice.get("index", number)
         delta = {name: value for name, value in choice["message"].items() if value is not None}
         for place, call in enumerate(delta.get("tool_calls") or ()):
             call.setdefault("index", place)
         piece = {"index": index, "delta": delta, "logprobs": choice.get("logprobs"), "finish_reason": None}
         last = {"index": index, "delta": {}, "logprobs": None, "finish_reason": choice.get("finish_reason") or "stop"}
+        last |= {name: value for name, value in choice.items() if name not in ("message", *last)}
         chunks += [_encode({**frame, "choices": [piece]}), _encode({**frame, "choices": [last]})]
-    chunks.append(_encode({**frame, "choices": [], "usage": whole.get("usage")}))
+    chunks.append(_encode({**frame, "choices": [], "usage": usage}))
     return chunks
 
 

@@ -5,8 +5,10 @@ pyreqwest in docs/decisions.md. Cancelling any call here closes its connection a
 """
 
 import asyncio
+import math
 import socket
 import ssl
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -28,6 +30,8 @@ MAX_IDLE = 512
 """Idle connections kept for one origin."""
 NEXT_ADDRESS_AFTER_S = 0.25
 """How long an address may take before the next is tried beside it (RFC 8305, section 5)."""
+FORGIVEN_AFTER_S = 60.0
+"""So long no connection serves again after a stream, once a server left one under a request."""
 _LINE_BREAKS = frozenset("\r\n\0")
 
 
@@ -258,7 +262,9 @@ class _Pool:
         self.idle: list[Connection] = []
         self.connecting = 0
         self._stays = False
-        """Its connections are known to outlive a stream."""
+        """One of its connections has served again after a stream, and none has left since."""
+        self._left_at = -math.inf
+        """When one did under a request."""
         self._keep_alive_s = keep_alive_s
         self._max_idle = max_idle
 
@@ -269,7 +275,6 @@ class _Pool:
                 continue
             del self.idle[at]
             if connection.usable(trusted=self._stays or not connection.streamed):
-                self._stays = self._stays or connection.streamed
                 return connection
             connection.abort()
         return None
@@ -279,7 +284,9 @@ class _Pool:
         return len(self.open) - len(self.idle) > 1
 
     def put(self, connection: Connection) -> None:
-        if len(self.idle) >= self._max_idle:
+        forgiven = time.monotonic() - self._left_at >= FORGIVEN_AFTER_S
+        self._stays = self._stays or (forgiven and connection.after_stream)
+        if len(self.idle) >= self._max_idle or (connection.streamed and not forgiven):
             connection.abort()
             return
         self.idle.append(connection)
@@ -287,6 +294,8 @@ class _Pool:
 
     def gone(self, connection: Connection) -> None:
         self.open.discard(connection)
+        if connection.left_after_stream:
+            self._stays, self._left_at = False, time.monotonic()
         if not connection.exchanging and connection in self.idle:
             self.idle.remove(connection)
             if connection.left and not connection.rested:

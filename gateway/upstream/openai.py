@@ -1,27 +1,27 @@
 """Any OpenAI-compatible server, over our own HTTP client (measured against others in docs/decisions.md)."""
 
-import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 from functools import lru_cache
 
 import msgspec
 
-from gateway.ledger.settle import Usage, WireUsage
+from gateway.ledger.settle import Usage, WireUsage, estimated_usage
 from gateway.upstream import raw_thought
 from gateway.upstream.begun import begun
-from gateway.upstream.chunks import ABSENT, Timings, error_message, read_chunk, read_usage
+from gateway.upstream.chunks import ABSENT, Timings, error_message, read_chunk, read_usage, said_bytes
 from gateway.upstream.connection import Timeouts
 from gateway.upstream.engines import CAPABILITIES, LOAD_HEADER, Load, load_of_header, tenant_salt
 from gateway.upstream.http import HttpClient, HttpResponse, RequestHead
 from gateway.upstream.http_errors import BadResponse, ConnectError, ExchangeTimeout, FirstByteTimeout, HttpError
-from gateway.upstream.refusals import error_object, refusal
+from gateway.upstream.prompts import Prompts
+from gateway.upstream.refusals import body_of, error_object, refusal
 from gateway.upstream.sse import SseReader
 from gateway.upstream.types import Answer, ChatCall, Event, Hear, Progress, StreamState, Target, UpstreamError
 from routers.policy import PREFIX_STYLES, Server
 from routers.types import Endpoint
 
 MAX_ANSWER_BYTES = 64 << 20
-MAX_ERROR_BYTES = 1 << 16
 LINGER_S = 1.0
 """How long the end of a stream's HTTP body may come after its `[DONE]` for its connection to be used again."""
 PATHS: dict[Endpoint, str] = {
@@ -29,7 +29,6 @@ PATHS: dict[Endpoint, str] = {
     "completions": "/completions",
     "embeddings": "/embeddings",
 }
-_NOT_SERVED = (401, 403, 404, 405)
 _INCLUDE_USAGE = msgspec.Raw(b'{"include_usage":true}')
 
 
@@ -82,11 +81,9 @@ class OpenAIUpstream:
             headers.append(("endpoint-load-metrics-format", "JSON"))
         base = base_url.rstrip("/")
         self._heads = {endpoint: RequestHead("POST", base + path, headers) for endpoint, path in PATHS.items()}
-        self._tokenize, self._detokenize = (
-            RequestHead("POST", base.removesuffix("/v1") + path, headers) for path in ("/tokenize", "/detokenize")
-        )
-        self._renders = server == "vllm"
-        """It tells the prompt that it makes of a conversation."""
+        self._clips = server == "leadline"
+        """It takes a longest answer that its model has no room for."""
+        self._prompts = Prompts(client, provider, base.removesuffix("/v1"), headers) if server == "vllm" else None
 
     def unavailable(self, target: Target) -> str | None:
         return None
@@ -135,13 +132,24 @@ class OpenAIUpstream:
                 words=words,
                 delivered_bytes=len(body),
             )
-        return Answer(body, usage, delivered_bytes=len(body))
+        if usage is not None:
+            return Answer(body, usage)
+        if call.endpoint == "embeddings":
+            vectors = estimated_usage(
+                body_bytes=call.body_bytes,
+                context=target.context * call.inputs,
+                delivered_bytes=0,
+                delivered_deltas=0,
+            )
+            return Answer(body, vectors)
+        return Answer(body, None, delivered_bytes=max(1, said_bytes(body)))
 
     async def _stream(self, target: Target, call: ChatCall, progress: Progress | None) -> "OpenAIStream":
         if progress is not None:
             progress.unsent = True
-        raw = await self._as_text(target, call)
-        response = await self._post(target, raw or call, progress)
+        began = time.monotonic()
+        raw = await self._prompts.as_text(target, call) if self._prompts is not None else None
+        response = await self._post(target, raw or call, progress, time.monotonic() - began)
         kind = response.header(b"content-type")
         if kind is not None and not kind.startswith("text/event-stream"):
             raise await self._no_stream(response, kind)
@@ -158,31 +166,40 @@ class OpenAIUpstream:
             raise
         return stream
 
-    async def _post(self, target: Target, call: ChatCall, progress: Progress | None) -> HttpResponse:
+    async def _post(
+        self, target: Target, call: ChatCall, progress: Progress | None, spent_s: float = 0.0
+    ) -> HttpResponse:
+        """`spent_s`: how much of the attempt's time has passed."""
         fields = dict(call.fields)
         fields["model"] = _as_json(target.wire_model)
         fields.pop("leadline", None)
         if call.prefix or call.thought is not None:
             fields |= begun(call, target.prefix or PREFIX_STYLES["openai"])
+        bounded = target.max_output < target.context
+        if self._clips and bounded and call.endpoint != "embeddings" and call.sampling.max_tokens is None:
+            fields["max_tokens"] = msgspec.Raw(b"%d" % target.max_output)  # no more than was held for it
         if call.stream:
-            fields["stream_options"] = _INCLUDE_USAGE
+            fields["stream_options"] = _with_usage(fields.get("stream_options"))
         if self._salt is not None:
             fields["cache_salt"] = msgspec.Raw(_encode(tenant_salt(self._salt, call.tenant)))
         if call.priority and self._priority:
             fields["priority"] = msgspec.Raw(b"%d" % (self._priority * call.priority))
-        response = await self._send(self._heads[call.endpoint], _encode(fields), target, progress)
+        timeouts = Timeouts(
+            target.connect_timeout_s, target.first_byte_timeout_s - spent_s, target.idle_timeout_s,
+            target.timeout_s - spent_s,
+        )  # fmt: skip
+        response = await self._send(self._heads[call.endpoint], _encode(fields), target, timeouts, progress)
         if response.status == 200:
             if self.on_load is not None and (told := response.header(LOAD_HEADER)) is not None:
                 load = load_of_header(told)
                 if load is not None:
                     self.on_load(load)
             return response
-        raise refusal(self._provider, response, await _some_of(response))
+        raise refusal(self._provider, response, await body_of(response))
 
-    async def _send(self, head: RequestHead, body: bytes, target: Target, progress: Progress | None) -> HttpResponse:
-        timeouts = Timeouts(
-            target.connect_timeout_s, target.first_byte_timeout_s, target.idle_timeout_s, target.timeout_s
-        )
+    async def _send(
+        self, head: RequestHead, body: bytes, target: Target, timeouts: Timeouts, progress: Progress | None
+    ) -> HttpResponse:
         on_sent = None
         if progress is not None:
             progress.unsent, on_sent = True, progress.goes_out
@@ -199,53 +216,9 @@ class OpenAIUpstream:
             raise _broken(self._provider, error, "did not answer", "broke the connection") from error
         return response
 
-    async def _as_text(self, target: Target, call: ChatCall) -> ChatCall | None:
-        """A call with a thought as a text completion; None: it goes out as a chat."""
-        if not self._renders or call.thought is None or target.prefix != "vllm" or not call.text_only:
-            return None
-        try:
-            if not (prompt := await self._prompt(target, call)):
-                return None
-            prompt = raw_thought.with_thought(prompt, call.thought, call.prefix)
-            if (most := raw_thought.limit(call.fields)) is None:
-                told = await self._asked(self._tokenize, raw_thought.tokens(target.wire_model, prompt), target)
-                most = msgspec.Raw(b"%d" % raw_thought.room(told))
-        except msgspec.DecodeError:
-            return None
-        fields = raw_thought.completion(call.fields, prompt, most)
-        return msgspec.structs.replace(call, endpoint="completions", fields=fields, prefix="", thought=None)
-
-    async def _prompt(self, target: Target, call: ChatCall) -> str:
-        """What the server makes of the conversation; empty where its text has other tokens, as some tokenizers read no
-        special ones in a text. Raises UpstreamError, msgspec.DecodeError."""
-        model, asked = target.wire_model, raw_thought.conversation(call, target.wire_model)
-        key = (self._provider, asked)
-        if (prompt := call.rendered.get(key)) is None:
-            tokens = raw_thought.tokens_of(await self._asked(self._tokenize, asked, target))
-            prompt = raw_thought.text_of(await self._asked(self._detokenize, raw_thought.text(model, tokens), target))
-            again = await self._asked(self._tokenize, raw_thought.tokens(model, prompt), target)
-            call.rendered[key] = prompt = prompt if raw_thought.tokens_of(again) == tokens else ""
-        return prompt
-
-    async def _asked(self, head: RequestHead, body: bytes, target: Target) -> bytes:
-        """What a path of the server's own answers, for which nobody pays. Raises UpstreamError."""
-        try:
-            response = await self._send(head, body, target, None)
-            try:
-                if response.status in _NOT_SERVED:
-                    self._renders = False
-                return await response.read(MAX_ANSWER_BYTES)
-            except HttpError as error:
-                raise _broken(self._provider, error, "did not tell its prompt", "broke the connection") from error
-            finally:
-                response.release()
-        except UpstreamError as error:
-            error.may_be_billed = False
-            raise
-
     async def _no_stream(self, response: HttpResponse, kind: str) -> UpstreamError:
         """The error that something other than an event stream stands for."""
-        failure = error_object(await _some_of(response))
+        failure = error_object(await body_of(response))
         words = f"{kind[:100]}: {str(failure.get('message'))[:300]}" if failure else kind[:100]
         return UpstreamError(
             "bad_answer",
@@ -349,6 +322,14 @@ def _as_json(name: str) -> msgspec.Raw:
     return msgspec.Raw(_encode(name))
 
 
+def _with_usage(options: msgspec.Raw | None) -> msgspec.Raw:
+    """A stream's options as the caller gave them, and that its usage is told."""
+    if options is None or options == ABSENT:
+        return _INCLUDE_USAGE
+    given = msgspec.json.decode(options, type=dict[str, msgspec.Raw])
+    return msgspec.Raw(_encode({**given, "include_usage": True}))
+
+
 def _broken(provider: str, error: HttpError, late: str, cut: str) -> UpstreamError:
     """An exchange that broke off: `late` says it of a timeout, `cut` of a closed connection."""
     if isinstance(error, ExchangeTimeout):
@@ -370,15 +351,3 @@ def _read_head(body: bytes) -> tuple[Usage | None, bytes | None]:
         raw = _raw_head_decoder.decode(body)
         usage, error = read_usage(raw.usage), raw.error
     return usage, bytes(error) if error != ABSENT else None
-
-
-async def _some_of(response: HttpResponse) -> bytes:
-    """As much of an error's body as can be had."""
-    body = b""
-    try:
-        with contextlib.suppress(HttpError):
-            while len(body) < MAX_ERROR_BYTES and (part := await response.read_some()):
-                body += part
-    finally:
-        response.release()
-    return body

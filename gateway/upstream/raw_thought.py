@@ -6,6 +6,7 @@ that is over. So the server is asked for the prompt that it would make of the co
 a chat's chunks are.
 """
 
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -17,44 +18,51 @@ from local_engine.types import ThoughtSoFar
 _encode = msgspec.json.Encoder().encode
 _CHAT_ALONE = frozenset(
     {"messages", "tools", "tool_choice", "parallel_tool_calls", "reasoning_effort", "chat_template_kwargs",
-     "include_reasoning", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs"}
+     "chat_template", "include_reasoning", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs"}
 )  # fmt: skip
+_NO_TEXT_OF = ("documents", "echo")
+"""What a prompt that is told, or an answer to raw text, would not have as a chat has it."""
+_ODD = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, LookupError, TypeError, AttributeError, ValueError)
 _NULL, _TRUE, _FALSE = msgspec.Raw(b"null"), msgspec.Raw(b"true"), msgspec.Raw(b"false")
 
 
-def conversation(call: ChatCall, model: str) -> bytes:
+def has_text(call: ChatCall) -> bool:
+    """Whether a prompt in text says all that the chat says."""
+    return call.text_only and all(call.fields.get(name, _NULL) in (_NULL, _FALSE) for name in _NO_TEXT_OF)
+
+
+def conversation_body(call: ChatCall, model: str) -> bytes:
     """The body that asks `/tokenize` for the prompt up to where the answer begins."""
     words: dict[str, Any] = {}
     if (effort := call.fields.get("reasoning_effort", _NULL)) != _NULL:  # as the chat endpoint has it
         words = {"reasoning_effort": effort, "enable_thinking": bytes(effort) != b'"none"'}
     given = msgspec.json.decode(call.fields.get("chat_template_kwargs", _NULL), type=dict[str, Any] | None)
     asked = {"model": model, "messages": call.fields["messages"], "chat_template_kwargs": {**words, **(given or {})}}
-    if "tools" in call.fields:
-        asked["tools"] = call.fields["tools"]
+    asked |= {name: call.fields[name] for name in ("tools", "chat_template") if name in call.fields}
     return _encode(asked)
 
 
-def tokens_of(body: bytes) -> list[int]:
+def read_tokens(body: bytes) -> list[int]:
     """What `/tokenize` answered. Raises msgspec.DecodeError."""
     return msgspec.json.decode(body, type=_Tokens).tokens
 
 
-def text(model: str, tokens: list[int]) -> bytes:
+def tokens_body(model: str, tokens: list[int]) -> bytes:
     """The body that asks `/detokenize` for the text of tokens."""
     return _encode({"model": model, "tokens": tokens})
 
 
-def text_of(body: bytes) -> str:
+def read_text(body: bytes) -> str:
     """What `/detokenize` answered. Raises msgspec.DecodeError."""
     return msgspec.json.decode(body, type=_Text).prompt
 
 
-def tokens(model: str, prompt: str) -> bytes:
+def text_body(model: str, prompt: str) -> bytes:
     """The body that asks `/tokenize` for the tokens of a text."""
     return _encode({"model": model, "prompt": prompt, "add_special_tokens": False})
 
 
-def room(body: bytes) -> int:
+def read_room(body: bytes) -> int:
     """Tokens that fit behind the prompt of which `/tokenize` answered. Raises msgspec.DecodeError."""
     found = msgspec.json.decode(body, type=_Size)
     return max(1, found.max_model_len - found.count)
@@ -83,8 +91,8 @@ def with_thought(prompt: str, said: ThoughtSoFar, answer: str) -> str:
 
 def limit(fields: dict[str, msgspec.Raw]) -> msgspec.Raw | None:
     """The tokens that a chat may write; None: as many as fit."""
-    stated = fields.get("max_tokens", fields.get("max_completion_tokens", _NULL))
-    return None if stated == _NULL else stated
+    stated = (fields.get(name, _NULL) for name in ("max_completion_tokens", "max_tokens"))
+    return next((most for most in stated if most != _NULL), None)
 
 
 def completion(fields: dict[str, msgspec.Raw], prompt: str, most: msgspec.Raw) -> dict[str, msgspec.Raw]:
@@ -106,12 +114,11 @@ class RawThought:
 
     def as_chat(self, data: bytes) -> bytes:
         """A chunk; what is none is left to whoever reads it. Raises nothing."""
-        try:
+        with suppress(*_ODD):
             chunk: dict[str, Any] = msgspec.json.decode(data)
             chunk["choices"] = [self._choice(choice) for choice in chunk["choices"]]
-        except (msgspec.DecodeError, LookupError, TypeError, AttributeError, ValueError):
-            return data
-        return _encode(chunk)
+            return _encode(chunk)
+        return data
 
     def _choice(self, choice: dict[str, Any]) -> dict[str, Any]:
         thought, answer = self._split(choice.get("text") or "", ends=choice.get("finish_reason") is not None)
@@ -130,17 +137,17 @@ class RawThought:
         return thought, answer
 
 
-def _listed(found: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The log-probabilities of a text completion, as a chat lists them."""
-    if found is None:
-        return None
-    tops = found.get("top_logprobs") or [None] * len(found["tokens"])
-    return {
-        "content": [
-            {"token": token, "logprob": logprob, "bytes": None, "top_logprobs": _ranked(top or {})}
-            for token, logprob, top in zip(found["tokens"], found["token_logprobs"], tops, strict=True)
-        ]
-    }
+def _listed(found: Any) -> dict[str, Any] | None:
+    """The log-probabilities of a text completion, as a chat lists them; None: there are none that can be read."""
+    with suppress(*_ODD):
+        tops = found.get("top_logprobs") or [None] * len(found["tokens"])
+        return {
+            "content": [
+                {"token": token, "logprob": logprob, "bytes": None, "top_logprobs": _ranked(top or {})}
+                for token, logprob, top in zip(found["tokens"], found["token_logprobs"], tops, strict=True)
+            ]
+        }
+    return None
 
 
 def _ranked(top: dict[str, float]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 Providers say the same thing in several ways; OpenAI's, Azure's, Anthropic's, vLLM's and OpenRouter's are known here.
 """
 
+import contextlib
 import email.utils
 import math
 import time
@@ -10,15 +11,29 @@ import time
 import msgspec
 
 from gateway.upstream.http import HttpResponse
+from gateway.upstream.http_errors import HttpError
 from gateway.upstream.types import Cause, UpstreamError
 
 MAX_RETRY_AFTER_S = 86_400.0
+MAX_ERROR_BYTES = 1 << 16
 _CONTEXT_CODES = {"context_length_exceeded", "context_window_exceeded"}
 _CONTEXT_WORDS = (
     "context length", "context window", "prompt is too long", "too many tokens", "input is too long",
     "exceeds the maximum number of tokens",
 )  # fmt: skip
 _FILTER_CODES = {"content_filter", "content_policy_violation", "content_policy_violation_error", "content_filtered"}
+
+
+async def body_of(response: HttpResponse) -> bytes:
+    """As much of an error's body as can be had; the response is released."""
+    body = b""
+    try:
+        with contextlib.suppress(HttpError):
+            while len(body) < MAX_ERROR_BYTES and (part := await response.read_some()):
+                body += part
+    finally:
+        response.release()
+    return body
 
 
 def refusal(provider: str, response: HttpResponse, body: bytes) -> UpstreamError:

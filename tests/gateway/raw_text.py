@@ -24,6 +24,8 @@ class RawText:
         """A text that it made is read as the tokens that it was made of."""
         self.hold = asyncio.Event()
         self.hold.set()
+        self.statuses: dict[str, int] = {}
+        """What it answers, by model, who asks for a conversation's prompt."""
 
     def add_to(self, app: web.Application, measure: Callable[[dict[str, Any]], tuple[int, int]]) -> None:
         """`measure` says of a chat how long its prompt is, and how long it may be with its answer."""
@@ -40,6 +42,8 @@ class RawText:
             return web.json_response({"count": count, "max_model_len": most, "tokens": again})
         self.conversations.append(body["messages"])
         await self.hold.wait()
+        if (status := self.statuses.get(body["model"])) is not None:
+            return web.json_response({"error": {"message": "not now"}}, status=status)
         return web.json_response({"count": 1, "max_model_len": 1 << 20, "tokens": [len(self.conversations) - 1]})
 
     async def _detokenize(self, request: web.Request) -> web.Response:

@@ -120,7 +120,7 @@ def test_each_server_is_told_in_its_own_way(style: PrefixStyle, over: bool) -> N
         said = {"content": "So" if over else "", "reasoning_content": "One.\n\n", "prefix": True}
         assert last == {"role": "assistant", **said}
     elif style == "llamacpp":
-        said = {"content": "So" if over else "", "reasoning_content": "One." if over else "One.\n\n"}
+        said = {"content": "So" if over else "", "reasoning_content": "One.\n" if over else "One.\n\n"}
         assert last == {"role": "assistant", **said}
     else:
         assert last == {"role": "assistant", "content": tagged}
@@ -158,6 +158,7 @@ def test_the_engines_own_server_reads_what_it_is_told(thought: ThoughtSoFar | No
         (True, {"content": "So"}, ("So", None)),
         (True, {"content": "So", "reasoning_content": "One."}, ("So", ThoughtSoFar("One.", over=True))),
         (True, {"content": None, "reasoning_content": "One."}, ("", ThoughtSoFar("One."))),
+        (True, {"content": "So", "reasoning_content": None, "reasoning": "One."}, ("So", ThoughtSoFar("One.", True))),
         (True, {"content": "<think>\nOne.</think>\n\nSo"}, ("So", ThoughtSoFar("One.", over=True))),
         ("content", {"content": "So"}, ("So", None)),
         ("content", {"content": "", "reasoning": "One."}, ("", ThoughtSoFar("One.", over=True))),
@@ -171,8 +172,9 @@ def test_a_caller_may_say_what_goes_on_in_any_of_the_ways(
     flag: Any, last: dict[str, Any], read: tuple[str, ThoughtSoFar | None]
 ) -> None:
     messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", **last}]
-    found = read_begun(call(messages=messages, continue_final_message=flag))
+    found = read_begun(call(messages=messages, continue_final_message=flag, add_generation_prompt=False))
     assert (found.prefix, found.thought) == read
+    assert "add_generation_prompt" not in found.fields
     assert json.loads(bytes(found.fields["messages"])) == messages[:1]
     assert read_begun(found) == found, "once"
 
@@ -183,6 +185,9 @@ def test_a_caller_may_say_what_goes_on_in_any_of_the_ways(
         ("thought", {"content": "So"}, "'thought' is none of true, false"),
         ("reasoning_content", {"content": "So", "reasoning_content": "One."}, "leave its `content` empty"),
         (True, {"content": [{"type": "text", "text": "So"}]}, "not an assistant's text"),
+        (True, {"content": []}, "not an assistant's text"),
+        (1, {"content": "So"}, "'1' is none of true, false"),
+        (0, {"content": "So"}, "'0' is none of true, false"),
         (True, {"content": "", "reasoning_content": 1}, "not an assistant's text"),
     ],
 )

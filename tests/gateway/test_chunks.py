@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gateway.ledger.settle import Usage
 from gateway.upstream.chunks import pattern_of, read_chunk
-from gateway.upstream.gather import Kept, gather
+from gateway.upstream.gather import Kept, as_stream, gather
 from gateway.upstream.types import Event, StreamState, UpstreamError
 
 WORDS = st.one_of(
@@ -78,6 +78,59 @@ def test_an_answer_that_is_cut_off_after_its_count_is_billed_by_it() -> None:
     read_chunk(msgspec.json.encode(chunk({}, None, "stop", {})), state, 1)
     read_chunk(msgspec.json.encode({"choices": []} | usage), state, 1)
     assert state.so_far() == Usage(7, output=5)
+
+
+@pytest.mark.parametrize(
+    ("delta", "size"),
+    [
+        ({"content": [{"type": "text", "text": "abc"}]}, 30),
+        ({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "é"}]}]}, 60),
+        ({"reasoning": {"summary": "abc"}}, 3),
+        ({"tool_calls": [{"index": 0, "id": "a", "custom": {"name": "f", "input": "SELECT"}}]}, 7),
+        ({"tool_calls": [{"index": 0, "id": "a", "function": {"name": "f", "arguments": {"x": 1}}}]}, 8),
+        ({"function_call": {"name": "f", "arguments": "{}"}}, 3),
+        ({"audio": {"data": "AAAA", "transcript": "hi"}}, 6),
+        ({"audio": "AAAA"}, 4),
+        ({"content": None, "function_call": None, "audio": None, "tool_calls": None}, 0),
+    ],
+)
+@pytest.mark.parametrize("usage", [None, 7], ids=["no usage", "odd usage"])
+def test_what_is_said_in_any_shape_passes_and_counts(delta: dict[str, Any], size: int, usage: Any) -> None:
+    state, data = StreamState(), msgspec.json.encode(chunk(delta, None, None, {"usage": usage}))
+    event = read_chunk(data, state, 1)
+    assert event is not None
+    assert (event.data, event.pattern) == (data, state.pattern)
+    assert size <= state.delivered_bytes <= 2 * size
+    assert state.deltas == (size > 0)
+
+
+def test_an_odd_detail_of_a_streams_usage_costs_no_count() -> None:
+    for cached, cache_n, expected in ((4.0, None, Usage(6, 4, output=5)), ("4", 3.0, Usage(7, 3, output=5))):
+        usage = {"prompt_tokens": 10.0, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": cached}}
+        state = StreamState()
+        read_chunk(msgspec.json.encode({"choices": [], "usage": usage, "timings": {"cache_n": cache_n}}), state, 1)
+        assert state.usage == expected
+
+
+def test_content_in_parts_is_not_put_together() -> None:
+    parts = [chunk({"content": [{"type": "text", "text": text}]}, None, None, {}) for text in "ab"]
+    assert gather([msgspec.json.encode(part) for part in parts]) is None
+
+
+def test_what_an_answer_tells_beside_its_words_is_in_its_stream() -> None:
+    beside = {"system_fingerprint": "fp", "service_tier": "default", "citations": ["https://a"]}
+    more = {"stop_reason": "x", "content_filter_results": {"hate": {"filtered": False}}}
+    choice = {"index": 0, "message": {"role": "assistant", "content": "a"}, "logprobs": None, "finish_reason": "stop"}
+    whole = {
+        "id": "c", "object": "chat.completion", "created": 1, "model": "m", "usage": {"prompt_tokens": 1},
+        "choices": [choice | more],
+    }  # fmt: skip
+    *chunks, last = [msgspec.json.decode(data) for data in as_stream(msgspec.json.encode(whole | beside))]
+    for told in (*chunks, last):
+        assert told["object"] == "chat.completion.chunk"
+        assert told | beside == told
+    assert ["usage" in told for told in (*chunks, last)] == [False, False, True]
+    assert chunks[-1]["choices"] == [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"} | more]
 
 
 def test_words_of_one_pattern_are_kept_as_one_chunk() -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,6 @@ from tests.gateway.test_stepping import DEAR, RIGHT, ask, told
 from tests.serving import events
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-async def far() -> AsyncIterator[Reasoner]:
-    upstream = await Reasoner({"base": Mind(), "draft": Mind()}).start()
-    yield upstream
-    await upstream.stop()
 
 
 def leaving(far: Reasoner, plan: str, more: str = "") -> str:

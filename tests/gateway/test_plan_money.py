@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,6 @@ from tests.serving import begin_events, event
 pytestmark = pytest.mark.anyio
 
 BUDGET = 'limits: [{key: "*", budget: $10/day}]\n'
-
-
-@pytest.fixture
-async def far() -> AsyncIterator[Reasoner]:
-    upstream = await Reasoner({"base": Mind(), "draft": Mind()}).start()
-    yield upstream
-    await upstream.stop()
 
 
 def leaving(far: Reasoner, plan: str) -> str:

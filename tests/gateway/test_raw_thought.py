@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import msgspec
 import pytest
 
 from gateway.edge.wire import read_chat
-from gateway.upstream.raw_thought import RawThought, completion, conversation, limit, with_thought
+from gateway.upstream.raw_thought import RawThought, completion, conversation_body, limit, with_thought
 from gateway.upstream.types import CallHeaders, ChatCall
 from local_engine.types import ThoughtSoFar
 from tests.gateway.conftest import until
@@ -19,13 +18,6 @@ from tests.gateway.reasoner import ANSWER, Mind, Reasoner
 from tests.gateway.test_stepping import QUESTION, RIGHT, ask, start, told
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-async def far() -> AsyncIterator[Reasoner]:
-    upstream = await Reasoner({"base": Mind(), "draft": Mind()}).start()
-    yield upstream
-    await upstream.stop()
 
 
 def call(**fields: Any) -> ChatCall:
@@ -108,19 +100,20 @@ def test_a_thought_stands_behind_the_prompt_once_opened(prompt: str, begun: str)
 def test_what_belongs_to_chats_alone_stays_behind() -> None:
     asked = call(
         max_completion_tokens=9, logprobs=True, top_logprobs=3, top_k=5, seed=1, stop=["x"], reasoning_effort="low",
-        chat_template_kwargs={"a": 1}, tools=[],
+        chat_template_kwargs={"a": 1}, tools=[], chat_template="T",
     )  # fmt: skip
     fields = {name: json.loads(bytes(raw)) for name, raw in completion(asked.fields, "P", msgspec.Raw(b"9")).items()}
     kept = {"model": "m", "max_tokens": 9, "logprobs": 3, "top_k": 5, "seed": 1, "stop": ["x"]}
     assert fields == {**kept, "prompt": "P", "add_special_tokens": False}
     assert limit(asked.fields) == msgspec.Raw(b"9")
     assert limit(call(max_tokens=None).fields) is None
-    told = json.loads(conversation(asked, "wire"))
+    assert limit(call(max_tokens=None, max_completion_tokens=50).fields) == msgspec.Raw(b"50")
+    told = json.loads(conversation_body(asked, "wire"))
     assert told == {
-        "model": "wire", "messages": [{"role": "user", "content": "Q"}], "tools": [],
+        "model": "wire", "messages": [{"role": "user", "content": "Q"}], "tools": [], "chat_template": "T",
         "chat_template_kwargs": {"reasoning_effort": "low", "enable_thinking": True, "a": 1},
     }  # fmt: skip
-    assert json.loads(conversation(call(), "m"))["chat_template_kwargs"] == {}
+    assert json.loads(conversation_body(call(), "m"))["chat_template_kwargs"] == {}
 
 
 def test_a_closing_tag_is_found_wherever_the_stream_is_cut() -> None:
@@ -138,7 +131,19 @@ def test_a_closing_tag_is_found_wherever_the_stream_is_cut() -> None:
             assert heard == {"reasoning_content": "One < two.</thin\n", "content": "\n\nSo."}
 
 
-@pytest.mark.parametrize("data", [b"[DONE]", b"{", b"[]", b'{"error": {"message": "x"}}', b'{"choices": 1}'])
+@pytest.mark.parametrize(
+    "listed", [{}, [], {"tokens": ["a"], "token_logprobs": [], "top_logprobs": [None]}, {"tokens": None}]
+)
+def test_odd_log_probabilities_cost_no_words(listed: object) -> None:
+    said = {"choices": [{"index": 0, "text": "One", "logprobs": listed, "finish_reason": None}]}
+    (choice,) = json.loads(RawThought(over=False).as_chat(msgspec.json.encode(said)))["choices"]
+    assert (choice["delta"], choice["logprobs"]) == ({"reasoning_content": "One"}, None)
+
+
+DEEP = b'{"choices": ' + b"[" * 100_000
+
+
+@pytest.mark.parametrize("data", [b"[DONE]", b"{", b"[]", b'{"error": {"message": "x"}}', b'{"choices": 1}', DEEP])
 def test_what_is_no_chunk_is_left_as_it_is(data: bytes) -> None:
     assert RawThought(over=False).as_chat(data) == data
 

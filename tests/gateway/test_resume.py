@@ -231,6 +231,29 @@ def test_a_continued_call_grows_by_the_words_alone() -> None:
     assert bytes(call.fields["max_completion_tokens"]) == b"3"
 
 
+def test_an_answer_that_its_caller_began_is_continued_behind_both() -> None:
+    begun = {"role": "assistant", "content": "one two"}
+    asked = {**ask(stream=True), "messages": [*ask()["messages"], begun], "continue_final_message": True}
+    call = read_chat(json.dumps(asked).encode(), CallHeaders(token=""))
+    transcript = Transcript()
+    transcript.note(Event(b'{"id":"a","choices":[{"index":0,"delta":{"content":" three"}}]}'))
+    continued = transcript.continued(call)
+    assert continued is not None
+    assert continued.prefix == "one two three"
+    assert json.loads(bytes(continued.fields["messages"])) == ask()["messages"]
+    assert "continue_final_message" not in continued.fields
+
+
+def test_an_answer_in_parts_is_not_gone_on_with() -> None:
+    """Nor one of which any chunk could not be read: the rest would be written to words that are not all."""
+    call = read_chat(json.dumps(ask()).encode(), CallHeaders(token=""))
+    for odd in ({"content": [{"type": "text", "text": " two"}]}, {"content": {"text": " two"}}, "two"):
+        transcript = Transcript()
+        for delta in ({"content": "one"}, odd, {"content": " three"}):
+            transcript.note(Event(json.dumps({"id": "a", "choices": [{"index": 0, "delta": delta}]}).encode()))
+        assert transcript.continued(call) is None
+
+
 HOME = "  home: {engine: embedded}"
 LOCAL = "  local: {provider: home, model: bundled/base, context: 1024, price: free}"
 ROUTES = "  - {name: saved, when: {model: saved}, use: [main], on_failure: [local], on_stream_failure: resume}"

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
@@ -38,13 +37,6 @@ RIGHT = "\n\n".join(STEPS) + "\n\n"
 NINE = {"token": "9", "logprob": 0.0}
 DEAR = saying({"reasoning_content": "9"}, 300, listed={**NINE, "top_logprobs": [NINE]})
 """A good mark that costs as much as a long answer."""
-
-
-@pytest.fixture
-async def far() -> AsyncIterator[Reasoner]:
-    upstream = await Reasoner({"base": Mind(), "draft": Mind()}).start()
-    yield upstream
-    await upstream.stop()
 
 
 def start(

@@ -4,6 +4,7 @@ import asyncio
 import email.utils
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import msgspec
 import pytest
@@ -164,7 +165,43 @@ async def test_a_usage_that_cannot_be_read_costs_no_answer(client: HttpClient) -
     for usage in (b'{"prompt_tokens":"?"}', b"7", b'{"prompt_tokens":1.5}'):
         body = b'{"choices":[],"usage":' + usage + b"}"
         async with raw_server(answer(body)) as server:
-            assert await upstream(client, server).complete(TARGET, call()) == Answer(body, None, len(body))
+            assert await upstream(client, server).complete(TARGET, call()) == Answer(body, None, 1)
+
+
+async def test_an_odd_detail_of_an_answers_usage_costs_no_count(client: HttpClient) -> None:
+    for cached, expected in ((b"4.0", Usage(6, 4, output=5)), (b'"4"', Usage(7, 3, output=5))):
+        body = (
+            b'{"timings":{"cache_n":3},"usage":{"prompt_tokens":10,"completion_tokens":5.0,'
+            b'"prompt_tokens_details":{"cached_tokens":%b}}}' % cached
+        )
+        async with raw_server(answer(body)) as server:
+            assert (await upstream(client, server).complete(TARGET, call())).usage == expected
+
+
+@pytest.mark.parametrize(
+    ("choices", "size"),
+    [
+        ([{"message": {"content": "é", "reasoning": "abc"}, "logprobs": {"content": [1] * 99}}, {"text": "de"}], 7),
+        ([{"message": {"tool_calls": [{"id": "x" * 99, "function": {"name": "f", "arguments": "{}"}}]}}], 3),
+        ([{"message": {"content": None}}], 1),
+        ([{}], 1),
+        ([{"message": [1]}], 136),
+    ],
+)
+async def test_an_answer_without_usage_is_estimated_by_its_words_alone(
+    client: HttpClient, choices: Any, size: int
+) -> None:
+    body = msgspec.json.encode({"id": "x" * 99, "choices": choices})
+    async with raw_server(answer(body)) as server:
+        assert await upstream(client, server).complete(TARGET, call()) == Answer(body, None, size)
+
+
+async def test_vectors_are_no_output(client: HttpClient) -> None:
+    body = msgspec.json.encode({"data": [{"embedding": [0.125] * 999}]})
+    async with raw_server(answer(body)) as server:
+        embedding = call(endpoint="embeddings")
+        found = await upstream(client, server).complete(TARGET, embedding)
+    assert found.usage == Usage(input=-(-embedding.body_bytes // 3), estimated=True)
 
 
 @pytest.mark.parametrize("endpoint", ["chat.completions", "completions", "embeddings"])
@@ -172,7 +209,7 @@ async def test_each_endpoint_has_its_path(client: HttpClient, endpoint: Endpoint
     body = b'{"object":"list","data":[],"usage":{"prompt_tokens":3,"total_tokens":3}}'
     async with raw_server(answer(body)) as server:
         found = await upstream(client, server).complete(TARGET, call(endpoint=endpoint))
-        assert found == Answer(body, Usage(input=3), len(body))
+        assert found == Answer(body, Usage(input=3))
         (request,) = server.requests
     head, _, sent = request.partition(b"\r\n\r\n")
     assert head.startswith(b"POST /v1/" + endpoint.replace(".", "/").encode() + b" HTTP/1.1\r\n")

@@ -1,5 +1,6 @@
 """Each vendor's way to count, as its answers show it, and the same disjoint classes of all of them."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -112,6 +113,34 @@ VENDORS: dict[str, tuple[dict[str, Any], Usage | None]] = {
 def test_every_vendors_counts_become_disjoint_classes(vendor: str) -> None:
     payload, expected = VENDORS[vendor]
     assert msgspec.json.decode(msgspec.json.encode(payload), type=WireUsage).split() == expected
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+def test_a_whole_number_written_as_a_float_is_the_same_count(vendor: str) -> None:
+    payload, expected = VENDORS[vendor]
+    floats = re.sub(rb":(\d+)(?=[,}])", rb":\1.0", msgspec.json.encode(payload))
+    assert msgspec.json.decode(floats, type=WireUsage).split() == expected
+
+
+@pytest.mark.parametrize("odd", ["4", 4.5, -3, True, [4], {"count": 4}])
+def test_a_detail_that_cannot_be_read_costs_that_detail_alone(odd: Any) -> None:
+    counted = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
+    for payload, expected in (
+        ({"prompt_tokens_details": {"cached_tokens": odd, "cache_write_tokens": 2}}, Usage(8, 0, 2, 5)),
+        ({"completion_tokens_details": {"reasoning_tokens": odd}}, Usage(10, output=5)),
+        ({"prompt_tokens_details": odd, "completion_tokens_details": odd, "cache_creation": odd}, Usage(10, output=5)),
+        ({"total_tokens": odd, "cache_read_input_tokens": odd}, Usage(10, output=5)),
+    ):
+        assert msgspec.convert(counted | payload, WireUsage).split() == expected
+
+
+@pytest.mark.parametrize("odd", ["4", 4.5, True, [4]])
+def test_a_count_that_cannot_be_read_is_as_good_as_none(odd: Any) -> None:
+    anthropic = {"input_tokens": 10, "output_tokens": 5, "cache_read_input_tokens": 7, "cache_creation_input_tokens": 3}
+    for name in anthropic:
+        assert msgspec.convert({**anthropic, name: odd}, WireUsage).split() is None
+    for name in ("prompt_tokens", "completion_tokens"):
+        assert msgspec.convert({"prompt_tokens": 10, "completion_tokens": 5, name: odd}, WireUsage).split() is None
 
 
 COUNT = st.one_of(st.none(), st.integers(-5, 5000))

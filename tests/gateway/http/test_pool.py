@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from gateway.upstream import http
 from gateway.upstream import http_errors as errors
 from gateway.upstream.connection import AFTER_STREAM_S
 from gateway.upstream.http import HttpClient, RequestHead, Statistics
@@ -45,8 +46,8 @@ async def test_a_goodbye_that_the_loop_has_not_read_yet_is_noticed(client: HttpC
             for _ in range(2):
                 connection = listening.accept()[0]
                 connection.recv(1 << 16)
-                connection.sendall(HELLO)
                 served += 1
+                connection.sendall(HELLO)
                 answered.wait(30)
                 connection.close()
 
@@ -92,6 +93,44 @@ async def test_a_connection_that_outlives_a_stream_serves_again_at_once(client: 
         for _ in range(2):
             await whole(client, to(server))
         assert server.connections == 3
+
+
+@pytest.mark.parametrize(("late_s", "pause_s"), [(0.005, 0.0), (0.12, 0.06)])
+async def test_a_server_that_left_under_a_request_is_asked_on_no_such_connection_for_a_while(
+    client: HttpClient, monkeypatch: pytest.MonkeyPatch, late_s: float, pause_s: float
+) -> None:
+    """One that stayed makes way for one that leaves; or it leaves later than a connection rests."""
+
+    async def leaves(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(CHUNKED)
+        await writer.drain()
+        await asyncio.sleep(late_s)
+        writer.close()
+
+    async def cut(calls: int) -> int:
+        found = 0
+        for _ in range(calls):
+            try:
+                await whole(client, to(server))
+            except errors.ClosedBeforeHeaders:
+                found += 1
+            await asyncio.sleep(pause_s)
+        return found
+
+    async with raw_server(CHUNKED) as server:
+        await whole(client, to(server))
+        await asyncio.sleep(2 * AFTER_STREAM_S)
+        assert await cut(3) == 0
+        server.plays[:] = [leaves]
+        assert await cut(10) == 1
+        monkeypatch.setattr(http, "FORGIVEN_AFTER_S", 0.0)
+        server.plays[:] = [CHUNKED]
+        await asyncio.sleep(2 * late_s)
+        before = server.connections
+        for _ in range(3):
+            await whole(client, to(server))
+            await asyncio.sleep(2 * AFTER_STREAM_S)
+        assert server.connections == before + 1
 
 
 async def test_idle_connections_grow_old_and_few() -> None:
