@@ -53,6 +53,7 @@ from gateway.upstream.sse import write_event
 from gateway.upstream.types import Answer, AnswerStream, ChatCall, Event, UpstreamError
 from gateway.world import World
 from routers.bandit import context_of
+from routers.cost import least_input_tokens
 from routers.decide import decide
 from routers.errors import NoCandidate
 from routers.plans import models_of
@@ -281,7 +282,7 @@ class Lifecycle:
         try:
             decision = decide(query, signals, world.policy, state, seed)
         except NoCandidate as error:
-            raise _no_candidate(error, query.model, world, budget) from error
+            raise _no_candidate(error, query, world, budget) from error
         return decision, written(query, signals, state) if decision.route != "named" else None
 
     def _load(self, query: Query, world: World) -> Mapping[str, Load]:
@@ -440,17 +441,22 @@ def _known(error: Exception, request_id: str) -> LeadlineError:
     return InternalError(f"The gateway failed on this request; its log has the cause under {request_id}.")
 
 
-def _no_candidate(error: NoCandidate, model: str, world: World, budget: Budget | None) -> LeadlineError:
-    policy = world.policy
+def _no_candidate(error: NoCandidate, query: Query, world: World, budget: Budget | None) -> LeadlineError:
+    policy, model = world.policy, query.model
     if error.kind == "unknown_model":
         known = ", ".join((*policy.aliases, *policy.models))
         return UnknownModel(f"model: {model[:100]!r} is not in the policy; it knows {known}.", param="model")
     if error.kind == "context_length":
-        return ContextLengthExceeded(str(error), param="messages")
+        named = [policy.models[name] for name, _ in error.reasons if name in policy.models]
+        least = least_input_tokens(query)
+        fits = any(one.context is None or least < one.context for one in named)
+        too_much_asked = query.max_output_tokens is not None and fits
+        return ContextLengthExceeded(str(error), param="max_tokens" if too_much_asked else "messages")
     if error.kind == "budget":
         return BudgetExceeded(str(error) if budget is None else refusal(budget, str(error)))
     if error.kind == "unavailable":
-        breakers = [world.breakers[name] for name, _ in error.reasons if name in world.breakers]
+        away = models_of([name for name, words in error.reasons if words.startswith("unavailable: ")])
+        breakers = [world.breakers[name] for name in away if name in world.breakers]
         waits = [wait for breaker in breakers if (wait := breaker.closed_in_s()) is not None]
         soonest = min(waits, default=2.0)
         if breakers and all(breaker.rate_limited for breaker in breakers):

@@ -8,6 +8,7 @@ import msgspec
 
 from gateway.errors import LeadlineError
 from gateway.ledger.records import AttemptRecord
+from gateway.ledger.settle import Usage
 from gateway.resume import Transcript, resumable
 from gateway.ticket import Ticket
 from gateway.upstream.gather import Kept, as_stream
@@ -61,6 +62,7 @@ class Relay:
         self._metered = False
         self.kept = Kept()
         self.usage_event: Event | None = None
+        self._last: Event | None = None
 
     @property
     def complete(self) -> bool:
@@ -91,6 +93,8 @@ class Relay:
                     await reply.send(told)
             outcome = "ok"
             self._metered = state.usage is not None
+            if self.usage_event is None and state.usage is not None and self._last is not None:
+                self.usage_event = _usage_chunk(self._last, state.usage)
         except UpstreamError as error:
             outcome = error.cause
             attempt.error = error.kept
@@ -149,6 +153,7 @@ class Relay:
                 self.usage_event = event
             else:
                 told += write_event(event.data)
+                self._last = event
         return told
 
     async def _start(self) -> None:
@@ -172,6 +177,12 @@ class Relay:
     def _keep(self, event: Event) -> None:
         self.kept.add(event)
         self._keeping = self.kept.size <= MAX_KEPT_BYTES
+
+
+def _usage_chunk(last: Event, usage: Usage) -> Event:
+    """Of a stream whose usage came beside a choice: `last` is its last chunk."""
+    frame = msgspec.json.decode(last.data, type=dict[str, msgspec.Raw])
+    return Event(_encode({**frame, "choices": [], "usage": told_as(usage)}), usage_only=True)
 
 
 def casts_shadows(ticket: Ticket) -> bool:

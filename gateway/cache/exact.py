@@ -34,7 +34,7 @@ def cacheable(fields: Mapping[str, msgspec.Raw]) -> bool:
     """False for requests that ask for chance: an explicit temperature above zero without a seed."""
     temperature = bytes(fields.get("temperature", b"0"))
     try:
-        return temperature == b"null" or float(temperature) == 0 or "seed" in fields
+        return temperature == b"null" or float(temperature) == 0 or bytes(fields.get("seed", b"null")) != b"null"
     except ValueError:
         return False
 

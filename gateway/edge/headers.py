@@ -23,6 +23,10 @@ _OURS = (
     "x-leadline-priority", "x-leadline-scope", "x-leadline-scope-budget", "x-leadline-tags", "x-leadline-timeout",
     *(h.decode() for h in HINTS),
 )  # fmt: skip
+_ONCE = frozenset(
+    {b"authorization", b"idempotency-key", *(header.encode() for header in _OURS if header != "x-leadline-tags")}
+)
+"""What may come in one header only; tags in several add up."""
 
 SECONDS_PATTERN = r"^([1-9][0-9]{0,5}(\.[0-9]{1,6})?|0\.[0-9]{0,5}[1-9][0-9]{0,5})$"
 _SECONDS = re.compile(SECONDS_PATTERN)
@@ -44,15 +48,16 @@ def read_headers(raw: Iterable[tuple[bytes, bytes]]) -> CallHeaders:
     parent_agent: str | None = None
     traceparent: str | None = None
     priority: int | None = None
-    authorized = False
     hints: dict[bytes, str] = {}
+    seen: set[bytes] = set()
     for name, value in raw:
         if name not in _READ and not name.startswith(b"x-leadline-"):
             continue
+        if name in _ONCE:
+            if name in seen:
+                raise InvalidRequest(f"{name.decode()}: was sent twice; send one.")
+            seen.add(name)
         if name == b"authorization":
-            if authorized:
-                raise InvalidRequest("authorization: was sent twice; send one key.")
-            authorized = True
             scheme, _, rest = value.decode("latin-1").partition(" ")
             token = rest.strip() if scheme.lower() == "bearer" else ""
         elif name in _SESSION_HEADERS:
@@ -62,8 +67,9 @@ def read_headers(raw: Iterable[tuple[bytes, bytes]]) -> CallHeaders:
         elif name == b"traceparent":
             traceparent = value.decode("latin-1")[:64]
         elif name == b"cache-control":
-            no_cache = no_cache or b"no-cache" in value or b"no-store" in value
-            no_store = no_store or b"no-store" in value
+            directives = value.lower()
+            no_cache = no_cache or b"no-cache" in directives or b"no-store" in directives
+            no_store = no_store or b"no-store" in directives
         elif name == b"content-encoding":
             if value.strip().lower() not in (b"", b"identity"):
                 raise UnsupportedEncoding("content-encoding: bodies are read as they are; send it uncompressed.")
@@ -74,7 +80,7 @@ def read_headers(raw: Iterable[tuple[bytes, bytes]]) -> CallHeaders:
         else:
             text = value.decode("latin-1").strip()
             if name == b"x-leadline-tags":
-                tags = frozenset(tag.strip() for tag in text.split(",") if tag.strip())
+                tags |= frozenset(tag.strip() for tag in text.split(",") if tag.strip())
             elif name == b"x-leadline-scope":
                 scope = _scope(text)
             elif name == b"x-leadline-scope-budget":
@@ -84,8 +90,6 @@ def read_headers(raw: Iterable[tuple[bytes, bytes]]) -> CallHeaders:
             elif name == b"x-leadline-priority":
                 priority = _priority(text)
             elif name in HINTS:
-                if name in hints:
-                    raise InvalidRequest(f"{name.decode()}: was sent twice; send one.")
                 hints[name] = text
             else:
                 known = ", ".join(sorted(_OURS))

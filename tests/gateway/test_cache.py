@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from gateway.cache.exact import NOT_IN_KEY, CachedAnswer, MemoryCache, cache_key, cache_secret, cacheable
 from gateway.cache.redis import RedisCache
+from gateway.edge.headers import read_headers
 from gateway.redis_link import RedisLink
 from gateway.upstream.gather import as_stream, gather
 from tests.conftest import free_port, start_redis, stop
@@ -75,10 +76,13 @@ async def test_a_tenant_never_sees_anothers_answer(gateway: Gateway, upstream: F
     [
         ({"temperature": 0.7}, {}, "off"),
         ({}, {"Cache-Control": "no-store"}, "off"),
+        ({}, {"Cache-Control": "max-age=0, No-Store"}, "off"),
         ({}, {"Cache-Control": "no-cache"}, "miss"),
+        ({}, {"Cache-Control": "NO-CACHE"}, "miss"),
         ({"model": "uncached"}, {}, "off"),
         ({"temperature": 0}, {}, "hit"),
         ({"temperature": 0.7, "seed": 1}, {}, "hit"),
+        ({"temperature": 0.7, "seed": None}, {}, "off"),
     ],
 )
 async def test_who_is_not_served_from_the_cache(
@@ -87,6 +91,13 @@ async def test_who_is_not_served_from_the_cache(
     for _ in range(2):
         _, answered, _ = await gateway.chat({**ask(), **fields}, **headers)
     assert answered["x-leadline-cache"] == state
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_several_cache_control_headers_count_together(order: int) -> None:
+    sent = [(b"cache-control", b"No-Store"), (b"cache-control", b"max-age=0")][::order]
+    read = read_headers(sent)
+    assert (read.no_cache, read.no_store) == (True, True)
 
 
 @anyio
@@ -137,7 +148,7 @@ def test_fields_that_change_no_answer_are_not_in_the_key() -> None:
 @given(st.dictionaries(st.sampled_from(["temperature", "seed"]), st.sampled_from([b"0", b"0.0", b"1", b"null", b"[]"])))
 def test_chance_is_not_cached(raw: dict[str, bytes]) -> None:
     temperature = raw.get("temperature", b"0")
-    asks_for_chance = temperature == b"1" and "seed" not in raw
+    asks_for_chance = temperature == b"1" and raw.get("seed", b"null") == b"null"
     unreadable = temperature == b"[]"
     assert cacheable({n: msgspec.Raw(v) for n, v in raw.items()}) == (not asks_for_chance and not unreadable)
 

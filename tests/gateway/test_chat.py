@@ -1,13 +1,16 @@
 """The data plane as clients see it."""
 
 import json
+from typing import Any
 
 import msgspec
 import openai
 import pytest
+from aiohttp import web
 
 from tests.gateway.conftest import Gateway, ask
-from tests.gateway.fake_upstream import FakeUpstream
+from tests.gateway.fake_upstream import FakeUpstream, Fault
+from tests.serving import begin_events, event
 
 pytestmark = pytest.mark.anyio
 
@@ -81,6 +84,46 @@ async def test_usage_is_shown_to_those_who_asked_only(gateway: Gateway) -> None:
     assert silent.endswith(b"data: [DONE]\n\n")
     _, _, asked = await gateway.stream(ask("other", stream_options={"include_usage": True}))
     assert asked.count(b'"usage"') == 1
+
+
+def usage_in_the_last_choice(*after: bytes) -> Fault:
+    async def play(upstream: FakeUpstream, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        response = await begin_events(request)
+        frame = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+        await response.write(event({**frame, "choices": [{"index": 0, "delta": {"content": "x"}}]}))
+        end = [{"index": 0, "delta": {}, "finish_reason": "stop"}]
+        await response.write(event({**frame, "choices": end, "usage": upstream.bill(body, 1)}) + b"".join(after))
+        return response
+
+    return play
+
+
+@pytest.mark.parametrize("after", [[b"data: [DONE]\n\n"], [], [b'data: {"choices":[]}\n\n', b"data: [DONE]\n\n"]])
+async def test_usage_beside_the_last_choice_is_told_with_its_receipt(
+    gateway: Gateway, upstream: FakeUpstream, after: list[bytes]
+) -> None:
+    upstream.faults = [usage_in_the_last_choice(*after)] * 2
+    _, _, raw = await gateway.stream(ask(stream_options={"include_usage": True}))
+    last = json.loads([line for line in raw.split(b"\n") if line.startswith(b"data: {")][-1][6:])
+    bill = upstream.truth[0]
+    assert last["choices"] == []
+    assert last["leadline"]["cost_nanousd"] == bill.nanousd
+    assert (last["usage"]["prompt_tokens"], last["usage"]["completion_tokens"]) == (bill.prompt_tokens, 1)
+    assert last["usage"]["prompt_tokens_details"]["cached_tokens"] == bill.cached_tokens
+    _, _, raw = await gateway.stream(ask("other"))
+    assert b'"leadline"' not in raw
+
+
+async def test_the_callers_other_stream_options_reach_the_provider(gateway: Gateway, upstream: FakeUpstream) -> None:
+    for given, sent in (
+        ({"include_obfuscation": False}, {"include_obfuscation": False, "include_usage": True}),
+        ({"include_usage": False, "x": [1]}, {"include_usage": True, "x": [1]}),
+        ({"include_usage": True}, {"include_usage": True}),
+        ({}, {"include_usage": True}),
+        (None, {"include_usage": True}),
+    ):
+        await gateway.stream(ask(str(given), stream_options=given))
+        assert json.loads(upstream.bodies[-1])["stream_options"] == sent
 
 
 async def test_a_streams_cost_is_in_its_last_events(gateway: Gateway, upstream: FakeUpstream) -> None:

@@ -23,7 +23,11 @@ providers:
   two: {{base_url: "{url}", timeout: 20s, retries: 0, breaker: {{failures: 2, window: 1h, open: 1h}}}}
 models:
   main: {{provider: one, model: dear, context: 16000, max_output: 1000, price: {{input: $1/Mtok, output: $2/Mtok}}}}
+  thinker: {{provider: one, model: dear, context: 16000, max_output: 1000, price: free,
+            thinking: {{field: reasoning_effort}}}}
   costly: {{provider: two, model: cheap, context: 16000, max_output: 1000, price: {{input: $1/Mtok, output: $2/Mtok}}}}
+  dearest: {{provider: two, model: cheap, context: 16000, max_output: 1000,
+            price: {{input: $1/Mtok, output: $100/Mtok}}}}
   for_errors: {{provider: two, model: cheap, context: 16000, max_output: 1000, price: free}}
   for_rates: {{provider: two, model: cheap, context: 16000, max_output: 1000, price: free}}
   for_length: {{provider: two, model: cheap, context: 900000, max_output: 1000, price: free}}
@@ -43,6 +47,8 @@ routes:
   - {{name: plain, when: {{model: plain}}, use: [main], on_failure: [for_errors], cache: off}}
   - {{name: costly, when: {{model: costly-fallback}}, use: [main], on_failure: [costly], cache: off}}
   - {{name: alone, when: {{model: alone}}, use: [main], cache: off}}
+  - {{name: tight, when: {{model: tight}}, use: [main], on_failure: [dearest], cache: off}}
+  - {{name: thinking, when: {{model: thinking}}, candidates: [thinker+high], cache: off}}
 """
 
 
@@ -186,6 +192,45 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+def resting(gateway: Gateway, model: str) -> Breaker:
+    """The breaker of a model, by a clock that stands still."""
+    breakers(gateway)[model] = Breaker(BreakerRule(failures=1, window_ms=1000, open_ms=1000), Clock())
+    return breakers(gateway)[model]
+
+
+@pytest.mark.parametrize("also", ["nothing", "limited", "broken"])
+async def test_a_rate_limit_stays_one_where_the_fallback_is_over_budget(
+    upstream: FakeUpstream, tmp_path: Path, also: str
+) -> None:
+    """Whatever else speaks against a model that the budget refuses, its time is not waited for."""
+    policy = POLICY.format(url=upstream.url) + 'limits: [{key: "*", budget: $0.05/day}]\n'
+    async with running(policy, tmp_path / "home") as gateway:
+        resting(gateway, "main").limited(30)
+        dearest = resting(gateway, "dearest")
+        if also == "limited":
+            dearest.limited(12)
+        elif also == "broken":
+            dearest.failed()
+        status, headers, body = await gateway.chat(ask(model="tight", max_tokens=1000))
+        assert (status, body["error"]["code"]) == (429, "upstream_rate_limited")
+        assert headers["retry-after-ms"] == "30000"
+        assert "budget left" in body["error"]["message"]
+        assert upstream.bodies == []
+
+
+async def test_a_rate_limit_stays_one_where_the_candidate_has_an_effort(gateway: Gateway) -> None:
+    resting(gateway, "thinker").limited(30)
+    status, headers, _ = await gateway.chat(ask(model="thinking"))
+    assert (status, headers["retry-after-ms"]) == (429, "30000")
+
+
+async def test_a_target_that_is_down_beside_one_that_is_limited_is_no_rate_limit(gateway: Gateway) -> None:
+    resting(gateway, "main").limited(30)
+    resting(gateway, "for_errors").failed()
+    status, headers, _ = await gateway.chat(ask(model="plain"))
+    assert (status, headers["retry-after-ms"]) == (503, "1000")
 
 
 def rested(gateway: Gateway, model: str) -> Breaker:
