@@ -64,13 +64,17 @@ def replay(
 
 def lines(found: "Replay") -> list[str]:
     """For a person, one fact per line."""
+    from gateway.replay.estimate import MIN_ROWS
+
     out = [f"{found.rows} requests replayed; {found.same} would be decided the same, whatever is explored"]
     out += [f"  left out: {count}, {why}" for why, count in found.skipped.items()]
     if found.refused:
         out.append(f"  refused: {found.refused}, which cost nothing and answer nothing")
     if found.supported:
         out.append(f"Estimated on {found.supported} of them (doubly robust, 95% interval; models are matched by name):")
-        out += [_estimated(name, estimate) for name, estimate in found.estimates.items()]
+        too_few = found.supported < MIN_ROWS
+        few = f"{found.supported} requests are too few: it takes {MIN_ROWS}" if too_few else ""
+        out += [_estimated(name, estimate, few) for name, estimate in found.estimates.items()]
     repriced = found.repriced
     if repriced is not None:
         out.append(
@@ -83,16 +87,18 @@ def lines(found: "Replay") -> list[str]:
             out.append(f"  {repriced.unpriced} of them have no price, and are in neither sum")
         if repriced.predicted_before is not None and repriced.predicted_after is not None:
             was, now = repriced.predicted_before, repriced.predicted_after
-            out.append(f"  P(success) as the probe predicts it, not as measured: {was:.3f} then, {now:.3f} now")
+            some = f" (of {repriced.predicted} of them)" if repriced.predicted < repriced.n else ""
+            out.append(f"  P(success) as the probe predicts it, not as measured{some}: {was:.3f} then, {now:.3f} now")
         out.append("  latency: not known")
         out.append("  To have an estimate there, let a share of the route's requests explore (`explore:` of a route).")
     return out
 
 
-def _estimated(name: str, found: "Evaluation | None") -> str:
+def _estimated(name: str, found: "Evaluation | None", few: str) -> str:
+    """`few`: that the requests are too few for any estimate, in words; empty: they are not."""
     if found is None:
-        few = {"quality": "too few of these requests were rated", "cost": "too few of them have a price"}
-        return f"  {name}: not known, {few.get(name, 'too few requests')}"
+        unknown = {"quality": "too few of these requests were rated", "cost": "too few of them have a price"}
+        return f"  {name}: not known, {few or unknown[name]}"
     show: Mapping[str, Any] = {"cost": _usd, "quality": "{:.3f}".format, "latency": "{:.0f} ms".format}
     told, change = show[name], found.change
     label = {"cost": "cost per 1,000", "quality": f"quality (of {found.n} rated)", "latency": "latency"}[name]

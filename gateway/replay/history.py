@@ -77,6 +77,8 @@ class Repriced:
     cost_after: float | None
     """The same tokens at the new plan's price. None: some price is not known."""
     unpriced: int
+    predicted: int
+    """Rows of which P(success) is known before and after; it is 0 for what is refused."""
     predicted_before: float | None
     """Mean P(success) that the probe gave; None: it gave none."""
     predicted_after: float | None
@@ -156,7 +158,7 @@ def repriced(turns: list[Turn], policy: Policy) -> Repriced:
     p_before = [next((c.p_success for c in turn.decision.candidates if c.model == turn.action), None) for turn in turns]
     p_after = [
         sum(chance * (turn.expected[name][0] or 0.0) for name, chance in turn.target.items())
-        if all(name == REFUSED or turn.expected[name][0] is not None for name in turn.target)
+        if all(turn.expected[name][0] is not None for name in turn.target)
         else None
         for turn in turns
     ]
@@ -167,6 +169,7 @@ def repriced(turns: list[Turn], policy: Policy) -> Repriced:
         cost_before=_mean(before[priced]) or 0.0,
         cost_after=_mean(after[priced]),
         unpriced=int((~priced).sum()),
+        predicted=len(both),
         predicted_before=_mean(np.array([b for b, _ in both])),
         predicted_after=_mean(np.array([a for _, a in both])),
     )
@@ -175,8 +178,6 @@ def repriced(turns: list[Turn], policy: Policy) -> Repriced:
 def _repriced(turn: Turn, policy: Policy) -> float:
     total = 0.0
     for name, chance in turn.target.items():
-        if name == REFUSED:
-            continue
         model = policy.models.get(name.partition("+")[0]) if ">" not in name else None
         cost: float | None = turn.expected[name][1]  # of a plan that is more than a model: as the decision expects
         if model is not None:
@@ -251,7 +252,7 @@ def _target(
         try:
             decision = decide(query, signals, policy, state, at)
         except NoCandidate:
-            return {REFUSED: 1.0}, {}
+            return {REFUSED: 1.0}, {REFUSED: (0.0, 0.0)}
         name = decision.plan.name
         chances[name] = decision.propensity
         expected |= {c.model: (c.p_success, c.expected_cost_nanousd) for c in decision.candidates}

@@ -14,11 +14,14 @@ from gateway import facts
 from gateway.cli import app
 from gateway.ledger import browse, outcomes, prices, report
 from gateway.ledger.outcomes import decision_of
-from gateway.replay.history import Span, replay
+from gateway.ledger.settle import Usage
+from gateway.policies import checked_policy
+from gateway.replay.command import lines
+from gateway.replay.history import REFUSED, Replay, Span, Turn, estimates, replay, repriced
 from routers.decide import decide
 from routers.load import parse
 from routers.policy import Policy
-from routers.types import Arm, Load, Query, Signals, State
+from routers.types import Arm, Candidate, Decision, Load, Query, Signals, Single, State
 from tests.gateway.conftest import POLICY, Gateway, ask, running
 from tests.gateway.fake_upstream import FakeUpstream
 
@@ -66,6 +69,19 @@ def rated(engine: Engine) -> list[dict[str, Any]]:
         right = length % 10 != 3 if row["model_served"] == "dear" else length % 2 == 0
         outcomes.caller_says(engine, row["id"], float(right), tenant=None, source="caller", comment=None, now_ms=1)
     return rows
+
+
+def turn(
+    target: dict[str, float],
+    expected: dict[str, tuple[float | None, float | None]],
+    *,
+    cost: float = 100.0,
+    score: float = 1.0,
+) -> Turn:
+    """A request that `dear` answered, for sure and with P(success) of 0.9 by the probe."""
+    dear = Candidate("dear", 0.9, None, None, None, None)
+    decision = Decision(Single("dear"), "all", "", (dear,), (), "", None, 0)
+    return Turn(decision, cost, 7.0, score, Usage(10, 0, 0, 5, 0), 10, target, expected)
 
 
 async def test_a_policy_is_estimated_where_the_old_one_explored(
@@ -127,6 +143,56 @@ async def test_what_was_never_tried_is_repriced_and_says_so(upstream: FakeUpstre
     assert "Repriced on the other 40, where nothing was explored: arithmetic on the same tokens" in done.output
     assert "Estimated" not in done.output
     assert json.loads(out.read_text())["repriced"]["n"] == 40
+
+
+@pytest.mark.parametrize("how", ["some", "all"])
+async def test_what_the_new_policy_refuses_costs_nothing_and_answers_nothing(
+    upstream: FakeUpstream, tmp_path: Path, how: str
+) -> None:
+    home, file = tmp_path / "home", tmp_path / "short.yaml"
+    text = policy(upstream.url, ALWAYS.replace("MODEL", "cheap")).replace("max_output: 1000", "max_output: 400")
+    file.write_text(text if how == "some" else text.replace("model: explored", "model: renamed"))
+    async with running(policy(upstream.url, ROUTES), home) as gateway:
+        await traffic(gateway, 12, **{"X-Leadline-Tags": "plain"})
+        status, _, _ = await gateway.chat(ask(model="explored", max_tokens=500), **{"X-Leadline-Tags": "plain"})
+        assert status == 200
+        rows = await gateway.rows()
+        found = replay(gateway.app.state.lifecycle.ledger.engine, checked_policy(file, secrets=False)[0], EVER)
+    refused = 1 if how == "some" else 13
+    assert (found.rows, found.same, found.refused) == (13, 13 - refused, refused)
+    assert found.repriced is not None
+    assert (found.repriced.n, found.repriced.unpriced, found.repriced.cost_after) == (refused, 0, 0.0)
+    last = [row["cost_nanousd"] for row in rows][:refused]
+    assert found.repriced.cost_before == pytest.approx(sum(last) / refused)
+    done = await asyncio.to_thread(CliRunner().invoke, app, ["replay", str(file)], env={"LEADLINE_HOME": str(home)})
+    assert done.exit_code == 0, done.output
+    assert f"refused: {refused}, which cost nothing and answer nothing" in done.output
+
+
+def test_a_refused_request_counts_as_one_that_would_fail() -> None:
+    """Beside what it saves: else a policy that refuses all that is hard would look better for it."""
+    answered, refused = turn({"cheap": 1.0}, {"cheap": (0.8, 100)}), turn({REFUSED: 1.0}, {REFUSED: (0.0, 0.0)})
+    new = always("http://127.0.0.1:9/v1", "cheap")
+    found = repriced([answered, refused], new)
+    assert (found.predicted, found.predicted_before, found.predicted_after) == (2, 0.9, 0.4)
+    unknown = turn({"cheap": 1.0}, {"cheap": (None, 100)})
+    found = repriced([unknown, unknown, refused], new)
+    assert (found.predicted, found.predicted_after) == (1, 0.0)
+    told = lines(Replay(3, 0, 0, 1, {}, {}, found))
+    assert "  P(success) as the probe predicts it, not as measured (of 1 of them): 0.900 then, 0.000 now" in told
+
+
+def test_few_requests_are_not_said_to_lack_a_price() -> None:
+    def told(n: int, **known: float) -> list[str]:
+        turns = [turn({"dear": 1.0}, {}, **known)] * n
+        return lines(Replay(n, n, n, 0, {}, estimates(turns)))[2:]
+
+    few = "not known, 29 requests are too few: it takes 30"
+    assert told(29) == [f"  cost: {few}", f"  quality: {few}", f"  latency: {few}"]
+    cost, quality, latency = told(30, cost=float("nan"), score=float("nan"))
+    assert cost == "  cost: not known, too few of them have a price"
+    assert quality == "  quality: not known, too few of these requests were rated"
+    assert latency.startswith("  latency: 7 ms then")
 
 
 async def test_the_same_inputs_and_seed_make_the_same_decision(upstream: FakeUpstream, tmp_path: Path) -> None:
