@@ -266,6 +266,9 @@ class _Loader:
             prefix = PREFIX_STYLES[provider.server] if part.prefix is True else part.prefix or None
             if part.prefix is None and local:
                 prefix = PREFIX_STYLES["leadline"]
+            if part.completes and local:
+                fix = "remove it, and send conversations to /v1/chat/completions"
+                self._document.report((*path, "completes"), "the local engine takes conversations only", fix)
             completes = part.completes if part.completes is not None else not (local or provider.server == "leadline")
             self._models[name] = Model(
                 name, part.provider, part.model, context, max_output, price, tools, part.structured, part.logprobs,
@@ -276,7 +279,25 @@ class _Loader:
                 thinking=thinking_of(part.thinking) or (TOLD_BY_EFFORT if local and not part.embeds else None),
             )  # fmt: skip
         check_drafts(self._document, self._models, self._providers, self._names("models"))
+        for model in [*self._models.values()]:
+            if model.speculation is not None and self._answers_here(model):
+                parts = [self._drafting(model, part) for part in model.speculation.split("+")]
+                self._models[model.name] = replace(model, speculation="+".join(parts))
         self._check_drafting()
+
+    def _answers_here(self, model: Model) -> bool:
+        return not model.embeds and self._providers[model.provider].engine is not None
+
+    def _drafting(self, model: Model, part: str) -> str:
+        """With the source of a local model of the policy in place of its name; what is no such name may be a source."""
+        draft = self._models.get(part.removeprefix("draft:")) if part.startswith("draft:") else None
+        if draft is None or not self._answers_here(draft):
+            return part
+        if draft.upstream == model.upstream:
+            fix = "name a smaller one with the same tokenizer"
+            at = ("models", model.name, "speculation")
+            self._document.report(at, f"`{concealed(draft.name)}` is the model itself", fix)
+        return f"draft:{draft.upstream}"
 
     def _check_drafting(self) -> None:
         """The engine loads a model once, however many names it has, and drafts for it in one way."""

@@ -13,6 +13,8 @@ from routers.policy import FREE, Model
 from routers.types import Accept, Candidate, Cascade, Hints, Query, Signals, Single, State
 from routers.units import format_money
 
+_NO_RAW_PROMPT = "takes conversations only, no raw prompt; send it as `messages` to /v1/chat/completions"
+
 
 class Option:
     """A model, or a model at one effort."""
@@ -76,7 +78,7 @@ class Option:
                 self.obstacle, self.reason = "capability", "only embeds" if model.embeds else "cannot embed"
                 return
             if query.endpoint == "completions" and not model.completes:
-                self.obstacle, self.reason = "capability", "takes conversations only, no raw prompt"
+                self.obstacle, self.reason = "capability", _NO_RAW_PROMPT
                 return
         if query.needs_tools and not model.tools:
             self.obstacle, self.reason = "capability", "cannot call tools"
@@ -86,7 +88,8 @@ class Option:
             self.obstacle, self.reason = "capability", "cannot return log probabilities"
         elif asked is not None and model.max_output is not None and asked > model.max_output:
             self.obstacle = "context_length"
-            self.reason = f"answers at most {model.max_output} tokens, {asked} asked"
+            most = model.max_output
+            self.reason = f"answers at most {most} tokens, {asked} asked; send max_tokens: {most}"
         elif (
             model.context is not None
             and tokens // query.inputs + (asked or 1) > model.context
@@ -124,10 +127,12 @@ class Option:
         """Of a prompt that by these tokens does not: in words, or empty where it may all the same."""
         out = query.max_output_tokens or 1
         if exact is not None:
-            return f"does not fit: {tokens} tokens in and {out} out, context {context}"
+            fix = f"; send max_tokens: {context - tokens}" if tokens < context else ""
+            return f"does not fit: {tokens} tokens in and {out} out, context {context}{fix}"
         least = least_input_tokens(query)
         if least + out > context:
-            return f"does not fit: at least {least} tokens in and {out} out, context {context}"
+            fix = f"; send a max_tokens below {context - least}" if least + 1 < context else ""
+            return f"does not fit: at least {least} tokens in and {out} out, context {context}{fix}"
         self.doubt = f"likely does not fit: about {tokens} tokens in and {out} out, context {context}"
         return ""
 

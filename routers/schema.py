@@ -266,12 +266,13 @@ class ModelFile(Strict):
     embeds: bool = False
     """Whether it turns texts into vectors; such a model answers no conversation."""
     completes: bool | None = None
-    """Whether it continues a raw text (`/v1/completions`). Default: yes, and no on the local engine or
-    another one's (`server: leadline`), which take conversations only."""
+    """Whether it continues a raw text (`/v1/completions`). The local engine takes conversations only. Default
+    elsewhere: yes, and no where the server is another local engine (`server: leadline`)."""
     speculation: Speculation | None = None
     """How the local engine drafts tokens for it; what it writes stays the same. `off`, or some of `ngram`, `recycle`,
-    `auto` (both) and one of `draft:MODEL` (a smaller one with the same tokenizer) and `exit:LAYER` (its own first
-    layers), joined by `+`. Default: `auto`."""
+    `auto` (both) and one of `draft:MODEL` (a smaller one with the same tokenizer: a local model of this policy by its
+    name, or `bundled/…`, a folder or a hub id) and `exit:LAYER` (its own first layers), joined by `+`. Default:
+    `auto`."""
     plan: PlanFile | None = None
     """Who writes its thoughts, and when they end. Of a model that is reached by an API: `exit` and `speculate`, where
     it has a `prefix`. Default: the model alone, as long as it thinks. Several names may stand for one model with

@@ -164,10 +164,15 @@ def test_an_unknown_model() -> None:
             query("local", input_tokens_estimate=2000, text=b"word " * 1024),
             State(),
             "context_length",
-            "does not fit: at least 1024 tokens in and 1 out, context 1024",
+            "does not fit: at least 1024 tokens in and 1 out, context 1024$",
         ),
-        (query("local", max_output_tokens=1000, text=b"a " * 25), State(), "context_length", "25 tokens in and 1000"),
-        (query("weak", max_output_tokens=3000), State(), "context_length", "answers at most 2000 tokens, 3000 asked"),
+        (
+            query("local", max_output_tokens=1000, text=b"a " * 25),
+            State(),
+            "context_length",
+            "at least 25 tokens in and 1000 out, context 1024; send a max_tokens below 999$",
+        ),
+        (query("weak", max_output_tokens=3000), State(), "context_length", "3000 asked; send max_tokens: 2000"),
         (query("local", needs_tools=True), State(), "capability", "cannot call tools"),
         (query("other", needs_logprobs=True), State(), "capability", "cannot return log probabilities"),
         (query("weak"), State({}, 4_099_999), "budget", r"may cost \$0.0041, budget left \$0.004099999"),
@@ -200,8 +205,12 @@ def test_the_kind_is_of_the_model_that_came_closest() -> None:
 
 def test_what_certainly_does_not_fit_is_not_sent() -> None:
     exact = Signals(input_tokens={"local": 1024})
-    with pytest.raises(NoCandidate, match="does not fit: 1024 tokens in and 1 out, context 1024"):
+    with pytest.raises(NoCandidate, match=r"does not fit: 1024 tokens in and 1 out, context 1024$"):
         run(policy(), query("local"), exact)
+    counted, longest = Signals(input_tokens={"local": 1000}), query("local", max_output_tokens=24)
+    assert run(policy(), longest, counted).plan.model == "local"
+    with pytest.raises(NoCandidate, match=r"1000 tokens in and 25 out, context 1024; send max_tokens: 24$"):
+        run(policy(), msgspec.structs.replace(longest, max_output_tokens=25), counted)
     assert run(policy(), query("local", input_tokens_estimate=90_000), Signals(input_tokens={"local": 1023}))
     fewest = query("local", input_tokens_estimate=1300, text=b"word " * 1023)
     assert run(policy(), fewest).plan.model == "local"

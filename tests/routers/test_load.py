@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from routers.load import parse
-from routers.policy import Breaker, Hedge, Listing, Price, Provider, Route, Threshold
+from routers.policy import Breaker, Hedge, Listing, Policy, Price, Provider, Route, Threshold
 from routers.types import Query
 from routers.units import Budget, Rate
 from tests.routers.policies import BASE, ENV, LOCAL, PRIVATE, URL, WEAK_PRICE, changed, problems
@@ -141,6 +141,22 @@ def test_engines_of_leadline_take_no_raw_prompt_unless_it_is_said() -> None:
     assert [completes(f"server: {server}, ") for server in ("vllm", "leadline")] == [True, False]
     assert completes("server: leadline, ", ", completes: true")
     assert [model.completes for model in parse(BASE).models.values()] == [False, True, True]
+
+
+def test_a_model_that_drafts_is_named_by_its_name_or_its_source() -> None:
+    small = "  small: {provider: home, model: bundled/nano}\n"
+
+    def read(*hows: str) -> Policy:
+        names = "".join(
+            f'  m{number}: {{provider: home, model: bundled/base, speculation: "{how}"}}\n'
+            for number, how in enumerate(hows)
+        )
+        return parse(f"version: 1\nproviders: {{home: {{engine: embedded}}}}\nmodels:\n{names}{small}")
+
+    policy = read("auto+draft:small", "auto+draft:bundled/nano")
+    assert {model.speculation for model in policy.models.values()} == {"auto+draft:bundled/nano", "auto"}
+    assert read("draft:small").version_hash == read("draft:bundled/nano").version_hash
+    assert read("draft:./small").models["m0"].speculation == "draft:./small"
 
 
 def test_fallbacks_by_cause() -> None:

@@ -198,6 +198,16 @@ CASES = [
         "deadline: 1s\n    hedge: {after: 1s}", "routes[0].hedge.after", "the deadline of 1s comes first", "shorter"
     ),
     on_route("on_stream_failure: again", "routes[0].on_stream_failure", "not one of the choices", "error, resume"),
+    case("context: 1024", "completes: true", 6, "models.local.completes", "takes conversations only", "remove it"),
+    case("context: 1024", 'speculation: "draft:local"', 6, "models.local.speculation", "the model itself", "smaller"),
+    case(
+        LOCAL,
+        f"{LOCAL}\n  same: {{provider: home, model: bundled/base, speculation: auto+draft:local}}",
+        7,
+        "models.same.speculation",
+        "`local` is the model itself",
+        "same tokenizer",
+    ),
     case("context: 1024", "draft: bundled/nano", 6, "models.local.draft", "unknown key", "speculation: draft:MODEL"),
     guaranteed("{loss: weak_wrong_strong_right, at_most: 5%}", ".at_most", "not a number", "without quotes"),
     guaranteed("{loss: weak_wrong_strong_right, at_most: 1}", ".at_most", "too large", "less than 1"),
