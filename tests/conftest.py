@@ -4,8 +4,10 @@ Nothing here is patched and nothing leaves the machine. Each server takes a free
 """
 
 import contextlib
+import itertools
 import os
 import pwd
+import random
 import shutil
 import socket
 import subprocess
@@ -49,11 +51,17 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+_LOWEST_PORT, _PORTS = 10_000, 22_000  # below those that a kernel gives to connections and to who asks for any
+_next_port = itertools.count(random.SystemRandom().randrange(_PORTS))  # another process of tests begins elsewhere
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """For a server that comes in some seconds: nobody is given it by chance in between."""
+    while True:
+        port = _LOWEST_PORT + next(_next_port) % _PORTS
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def wait_for_port(port: int, process: subprocess.Popen[bytes], timeout_s: float = 30) -> None:
