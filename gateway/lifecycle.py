@@ -455,8 +455,7 @@ def _no_candidate(error: NoCandidate, query: Query, world: World, budget: Budget
     if error.kind == "budget":
         return BudgetExceeded(str(error) if budget is None else refusal(budget, str(error)))
     if error.kind == "unavailable":
-        away = models_of([name for name, words in error.reasons if words.startswith("unavailable: ")])
-        breakers = [world.breakers[name] for name in away if name in world.breakers]
+        breakers = [world.breakers[name] for name in error.away if name in world.breakers]
         waits = [wait for breaker in breakers if (wait := breaker.closed_in_s()) is not None]
         soonest = min(waits, default=2.0)
         if breakers and all(breaker.rate_limited for breaker in breakers):

@@ -85,7 +85,8 @@ def decide(query: Query, signals: Signals, policy: Policy, state: State, seed: i
         found = next((option for option in steps_in if option.obstacle is None), None)
         if found is None:
             reasons = {option.name: option.reason for option in considered}
-            raise NoCandidate(_closest(considered), "no model can run this", tuple(reasons.items()))
+            away = tuple(dict.fromkeys(option.away for option in considered if option.away))
+            raise NoCandidate(_closest(considered), "no model can run this", tuple(reasons.items()), away)
         chosen, rule, degraded = found, "first of on_failure, as no candidate can run", _closest(options)
 
     plan = _planned(chosen.plan, chosen.model, route, query, signals)
@@ -199,7 +200,8 @@ def _named(model: Model, query: Query, signals: Signals, policy: Policy, state: 
     """The one model that the caller named, where no route speaks of it: nothing is compared, nothing is in reserve."""
     option = Option(model, 0, query, signals, state)
     if option.obstacle is not None:
-        raise NoCandidate(option.obstacle, "no model can run this", ((model.name, option.reason),))
+        away = (option.away,) if option.away else ()
+        raise NoCandidate(option.obstacle, "no model can run this", ((model.name, option.reason),), away)
     return Decision(
         plan=_planned(None, model, None, query, signals),
         route="named",

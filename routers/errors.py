@@ -56,8 +56,16 @@ class NoCandidate(RoutersError):
     `unknown_model`: the name is neither a model nor an alias, and no route takes it.
     """
 
-    def __init__(self, kind: NoCandidateKind, message: str, reasons: tuple[tuple[str, str], ...] = ()) -> None:
+    def __init__(
+        self,
+        kind: NoCandidateKind,
+        message: str,
+        reasons: tuple[tuple[str, str], ...] = (),
+        away: tuple[str, ...] = (),
+    ) -> None:
         self.kind = kind
         self.reasons = reasons
         """(model, why it cannot run), for each model considered."""
+        self.away = away
+        """The models that keep one considered from running only because they cannot serve now."""
         super().__init__("; ".join([message, *(f"{model}: {reason}" for model, reason in reasons)]))

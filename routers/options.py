@@ -20,8 +20,8 @@ class Option:
     """A model, or a model at one effort."""
 
     __slots__ = (
-        "cost_high", "cost_low", "doubt", "expected", "expected_ms", "high", "index", "low", "measured_by", "model",
-        "name", "obstacle", "p", "plan", "reason", "switch", "ttft_p95_ms", "utility", "violation", "worst",
+        "away", "cost_high", "cost_low", "doubt", "expected", "expected_ms", "high", "index", "low", "measured_by",
+        "model", "name", "obstacle", "p", "plan", "reason", "switch", "ttft_p95_ms", "utility", "violation", "worst",
     )  # fmt: skip
 
     def __init__(
@@ -62,6 +62,8 @@ class Option:
             self.ttft_p95_ms = ttft_ms_p95(load, tokens - min(cached, tokens), length)
         self.obstacle: NoCandidateKind | None = None
         self.reason = ""
+        self.away = ""
+        """The model that cannot serve now, where that is the obstacle."""
         self.doubt = ""
         """Why it will probably not fit; empty: it will, or it cannot."""
         self.violation = ""
@@ -102,6 +104,7 @@ class Option:
             self.obstacle, self.reason = "budget", over_budget
         elif model.name in state.unavailable:
             self.obstacle, self.reason = "unavailable", f"unavailable: {state.unavailable[model.name]}"
+            self.away = model.name
 
     def _look_at_hints(self, query: Query) -> None:
         """What the caller rules out by its own hints runs for nobody, not even in reserve."""
@@ -201,13 +204,13 @@ class CascadeOption(Option):
         self.worst = None if None in worst else sum(cost or 0 for cost in worst)
         waits = [*times[:-1], stages[-1].ttft_p95_ms]
         self.ttft_p95_ms = None if None in waits else sum(wait or 0 for wait in waits)
-        self.obstacle, self.reason = None, ""
+        self.obstacle, self.reason, self.away = None, "", ""
         self.doubt = next((stage.doubt for stage in stages if stage.doubt), "")
         if query.endpoint != "chat.completions" or query.choices > 1:
             self.obstacle, self.reason = "capability", "a cascade judges one answer to a conversation"
         for stage in stages:
             if stage.obstacle is not None and self.obstacle is None:
-                self.obstacle, self.reason = stage.obstacle, f"{stage.name}: {stage.reason}"
+                self.obstacle, self.reason, self.away = stage.obstacle, f"{stage.name}: {stage.reason}", stage.away
         if query.hints is not None and self.obstacle is None:
             self._look_at_cost_hint(query.hints)
 

@@ -49,6 +49,8 @@ routes:
   - {{name: alone, when: {{model: alone}}, use: [main], cache: off}}
   - {{name: tight, when: {{model: tight}}, use: [main], on_failure: [dearest], cache: off}}
   - {{name: thinking, when: {{model: thinking}}, candidates: [thinker+high], cache: off}}
+  - {{name: judged, when: {{model: judged}}, candidates: ["main>costly"], cache: off,
+     accept: {{mean_logprob: 1, at_least: 0.4, keeps_right: 0.9, keeps_wrong: 0.2}}}}
 """
 
 
@@ -224,6 +226,13 @@ async def test_a_rate_limit_stays_one_where_the_candidate_has_an_effort(gateway:
     resting(gateway, "thinker").limited(30)
     status, headers, _ = await gateway.chat(ask(model="thinking"))
     assert (status, headers["retry-after-ms"]) == (429, "30000")
+
+
+@pytest.mark.parametrize("stage", ["main", "costly"])
+async def test_a_rate_limit_stays_one_where_a_stage_of_a_cascade_is_limited(gateway: Gateway, stage: str) -> None:
+    resting(gateway, stage).limited(30)
+    status, headers, body = await gateway.chat(ask(model="judged"))
+    assert (status, body["error"]["code"], headers["retry-after-ms"]) == (429, "upstream_rate_limited", "30000")
 
 
 async def test_a_target_that_is_down_beside_one_that_is_limited_is_no_rate_limit(gateway: Gateway) -> None:
