@@ -78,12 +78,14 @@ def lines(found: "Replay") -> list[str]:
     repriced = found.repriced
     if repriced is not None:
         out.append(
-            f"Repriced on the other {repriced.n}, where nothing was explored: arithmetic on the same tokens, not an "
-            "estimate, as another model writes other answers of other lengths:"
+            f"Repriced on the other {repriced.n}, where the new policy does what was not tried: arithmetic on the same "
+            "tokens, not an estimate, as another model writes other answers of other lengths:"
         )
-        after = "not known" if repriced.cost_after is None else _usd(repriced.cost_after)
-        out.append(f"  cost per 1,000: {_usd(repriced.cost_before)} then, {after} repriced")
-        if repriced.unpriced:
+        if repriced.cost_before is None or repriced.cost_after is None:
+            out.append("  cost per 1,000: not known, none of them has a price")
+        else:
+            out.append(f"  cost per 1,000: {_usd(repriced.cost_before)} then, {_usd(repriced.cost_after)} repriced")
+        if 0 < repriced.unpriced < repriced.n:
             out.append(f"  {repriced.unpriced} of them have no price, and are in neither sum")
         if repriced.predicted_before is not None and repriced.predicted_after is not None:
             was, now = repriced.predicted_before, repriced.predicted_after

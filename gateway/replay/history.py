@@ -72,10 +72,10 @@ class Repriced:
     """Rows on which the logs say nothing of what the new policy does there: arithmetic, not an estimate."""
 
     n: int
-    cost_before: float
-    """Mean nano-dollars."""
+    cost_before: float | None
+    """Mean nano-dollars of the rows with both prices; None: there are none."""
     cost_after: float | None
-    """The same tokens at the new plan's price. None: some price is not known."""
+    """Of the same rows and tokens, at the new plan's price."""
     unpriced: int
     predicted: int
     """Rows of which P(success) is known before and after; it is 0 for what is refused."""
@@ -166,7 +166,7 @@ def repriced(turns: list[Turn], policy: Policy) -> Repriced:
     priced = ~(np.isnan(after) | np.isnan(before))
     return Repriced(
         n=len(turns),
-        cost_before=_mean(before[priced]) or 0.0,
+        cost_before=_mean(before[priced]),
         cost_after=_mean(after[priced]),
         unpriced=int((~priced).sum()),
         predicted=len(both),

@@ -140,7 +140,7 @@ async def test_what_was_never_tried_is_repriced_and_says_so(upstream: FakeUpstre
         CliRunner().invoke, app, ["replay", str(file), "--json", str(out)], env={"LEADLINE_HOME": str(home)}
     )
     assert done.exit_code == 0, done.output
-    assert "Repriced on the other 40, where nothing was explored: arithmetic on the same tokens" in done.output
+    assert "Repriced on the other 40, where the new policy does what was not tried: arithmetic" in done.output
     assert "Estimated" not in done.output
     assert json.loads(out.read_text())["repriced"]["n"] == 40
 
@@ -180,6 +180,17 @@ def test_a_refused_request_counts_as_one_that_would_fail() -> None:
     assert (found.predicted, found.predicted_after) == (1, 0.0)
     told = lines(Replay(3, 0, 0, 1, {}, {}, found))
     assert "  P(success) as the probe predicts it, not as measured (of 1 of them): 0.900 then, 0.000 now" in told
+
+
+def test_requests_without_a_price_are_not_said_to_have_cost_nothing() -> None:
+    one, free = (turn({"cheap": 1.0}, {"cheap": (0.8, 100)}, cost=cost) for cost in (float("nan"), 0.0))
+    new = always("http://127.0.0.1:9/v1", "cheap")
+    told = lines(Replay(2, 0, 0, 0, {}, {}, repriced([one, one], new)))
+    assert "  cost per 1,000: not known, none of them has a price" in told
+    assert not any("$" in line for line in told)
+    told = lines(Replay(2, 0, 0, 0, {}, {}, repriced([one, free], new)))
+    assert any(line.startswith("  cost per 1,000: $0 then, ") for line in told)
+    assert "  1 of them have no price, and are in neither sum" in told
 
 
 def test_few_requests_are_not_said_to_lack_a_price() -> None:
