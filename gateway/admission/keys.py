@@ -137,10 +137,11 @@ class KeyStore:
             return self.authenticate(token)
         except Unauthenticated:
             async with self._looking:
-                wait = self._polled_at + RELOAD_PAUSE_S - time.monotonic()
+                polled_at = self._polled_at
+                wait = polled_at + RELOAD_PAUSE_S - time.monotonic()
                 if wait > 0:  # however many wrong keys come, SQL is asked this often at most
                     await asyncio.sleep(wait)
-                if time.monotonic() - self._polled_at >= RELOAD_PAUSE_S:
+                if self._polled_at == polled_at:  # nobody else has since; uvloop's sleep may end a little early
                     await asyncio.to_thread(self.poll)
             return self.authenticate(token)
 
