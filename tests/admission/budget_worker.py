@@ -17,6 +17,7 @@ from typing import Any
 import structlog
 from sqlalchemy import create_engine
 
+from gateway.admission import budget_writer, shared_budgets
 from gateway.admission.limits import BudgetLimit
 from gateway.admission.shared_budgets import SharedBudgets, connect_budgets
 from gateway.errors import BudgetExceeded
@@ -118,6 +119,9 @@ class Worker:
 
 async def main() -> None:
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    # However slow this machine is now, the database's answer is waited for, and the other workers'.
+    shared_budgets.WAIT_S = 40.0  # type: ignore[attr-defined]
+    budget_writer.RECALL_S = 20.0
     url, home, name, dead_after_s = sys.argv[1:]
     worker = Worker(url, Path(home), name, float(dead_after_s))
     await worker.start()

@@ -59,12 +59,12 @@ async def test_what_came_of_a_lost_commit_is_found_out_once(
         _break_one_commit(worker.budgets._engine, before=lost_before)
         _meanwhile(writer, lambda: worker.insert(call_of("booked", booked), 10))
         together: list[Any] = []
-        monkeypatch.setattr(writer, "put", together.append)
-        hold.settle(0)
-        asking = asyncio.create_task(given.reserve(30))
-        looking = asyncio.create_task(worker.budgets.find([limit], NOON, "looking"))
-        await until(lambda: len(together) == 3)
-        monkeypatch.undo()
+        with monkeypatch.context() as gathering:
+            gathering.setattr(writer, "put", together.append)
+            hold.settle(0)
+            asking = asyncio.create_task(given.reserve(30))
+            looking = asyncio.create_task(worker.budgets.find([limit], NOON, "looking"))
+            await until(lambda: len(together) == 3)
         writer.queue.extend(together)
         writer._wake.set()
         for asked in (asking, looking):
@@ -91,6 +91,7 @@ async def test_a_lost_commit_is_looked_up_though_nobody_asks_again(url: str, eng
 
 
 @anyio
+@pytest.mark.usefixtures("hasty")
 async def test_a_slice_comes_back_though_its_worker_ended_without_the_database(
     url: str, engine: Engine, tmp_path: Path
 ) -> None:
@@ -110,7 +111,6 @@ async def test_what_is_unused_of_each_short_budget_is_recalled(
     url: str, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shared_budgets, "IDLE_S", 1e9)
-    monkeypatch.setattr(budget_writer, "RECALL_S", 5.0)
     limits = [MUCH, BudgetLimit("tenant:t", "total", 1_000_000, "tenant:t")]
     async with running(url, tmp_path, "a") as one, running(url, tmp_path, "b") as other:
         await beaten(one)
@@ -126,7 +126,6 @@ async def test_nobody_begins_to_keep_what_another_one_waits_for(
     url: str, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shared_budgets, "IDLE_S", 1e9)
-    monkeypatch.setattr(budget_writer, "RECALL_S", 5.0)
     async with running(url, tmp_path, "a") as one, running(url, tmp_path, "b") as two, running(url, tmp_path) as third:
         for worker in (one, two, third):
             await beaten(worker)
@@ -143,7 +142,6 @@ async def test_a_worker_is_waited_for_again_once_it_has_given_back(
     url: str, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shared_budgets, "IDLE_S", 1e9)
-    monkeypatch.setattr(shared_budgets, "WAIT_S", 30.0)
     monkeypatch.setattr(budget_writer, "RECALL_S", 0.2)
     async with running(url, tmp_path, "a") as one, running(url, tmp_path, "b") as other:
         await kept(one)

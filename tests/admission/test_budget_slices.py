@@ -70,7 +70,13 @@ async def kept(worker: Worker, limit: BudgetLimit = MUCH, now_ms: int = NOON) ->
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """However slow this machine is now, the other worker's answer is waited for."""
     monkeypatch.setattr(budget_writer, "RECALL_S", 20.0)
-    monkeypatch.setattr(shared_budgets, "WAIT_S", 30.0)
+
+
+@pytest.fixture
+def steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slice stays, and is trusted, though this machine stands still for a while."""
+    monkeypatch.setattr(shared_budgets, "IDLE_S", 1e9)
+    monkeypatch.setattr(shared_budgets, "TRUST_S", 1e9)
 
 
 class SliceMachine(RuleBasedStateMachine):
@@ -157,13 +163,15 @@ TestSlices.settings = settings(max_examples=12, stateful_step_count=20, deadline
 
 
 @anyio
+@pytest.mark.usefixtures("steady")
 async def test_calls_are_reserved_in_memory_while_much_is_left(url: str, engine: Engine, tmp_path: Path) -> None:
     async with running(url, tmp_path) as worker:
         worker.budgets._fresh_s = 1e9
         await kept(worker)
         held = row_of(engine).reserved_nanousd
         assert CALL < held <= MUCH.nanousd / SHARE  # type: ignore[operator]
-        worker.budgets._writer._next_beat_s = 1e18
+        writer = worker.budgets._writer
+        writer._next_beat_s = writer.beaten_s = 1e18
         statements: list[str] = []
         event.listen(worker.budgets._engine, "before_cursor_execute", lambda *a: statements.append(a[2]))
         for number in range(100):
@@ -178,6 +186,7 @@ async def test_calls_are_reserved_in_memory_while_much_is_left(url: str, engine:
 
 
 @anyio
+@pytest.mark.usefixtures("steady")
 async def test_a_slice_is_filled_before_it_is_empty(url: str, engine: Engine, tmp_path: Path) -> None:
     async with running(url, tmp_path) as worker:
         await kept(worker)
@@ -273,6 +282,7 @@ async def test_a_slice_outlives_its_window(url: str, engine: Engine, tmp_path: P
 
 
 @anyio
+@pytest.mark.usefixtures("hasty")
 async def test_a_slice_is_not_trusted_without_its_database(url: str, engine: Engine, tmp_path: Path) -> None:
     async with running(url, tmp_path) as worker:
         account = await kept(worker)

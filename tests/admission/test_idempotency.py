@@ -50,6 +50,13 @@ async def open_store(url: str) -> AsyncIterator[Callable[..., IdempotencyStore]]
         engine.dispose()
 
 
+@pytest.fixture
+async def gateway(start_gateway: StartGateway) -> AsyncIterator[Gateway]:
+    """Its upstream is called once, however slow this machine is."""
+    async with start_gateway(timeout="60s") as patient:
+        yield patient
+
+
 async def claim(store: IdempotencyStore, request_id: str, body: bytes = b"{}", key_id: str = "k") -> Claim | Replay:
     return await store.claim(key_id, "once", path="/v1/chat/completions", body=body, request_id=request_id)
 
@@ -73,7 +80,7 @@ async def test_of_racing_workers_one_runs_and_the_others_get_its_answer(
 async def test_a_released_claim_is_free_and_an_old_one_as_well(
     open_store: Callable[..., IdempotencyStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = open_store(lease_s=0.15)
+    store = open_store(lease_s=0.15)  # purged as often as leases are renewed
     first = await claim(store, "req_1")
     assert isinstance(first, Claim)
     await store.release(first)
@@ -100,11 +107,11 @@ async def test_a_released_claim_is_free_and_an_old_one_as_well(
 async def test_a_dead_workers_claim_runs_again_only_when_the_ledger_says_it_was_interrupted(
     open_store: Callable[..., IdempotencyStore],
 ) -> None:
-    dead, alive = open_store(lease_s=0.2), open_store()
+    dead, alive = open_store(), open_store()
     assert isinstance(await claim(dead, "req_1"), Claim)
     with pytest.raises(Conflict, match="under way"):
         await claim(alive, "req_2")
-    await asyncio.sleep(0.3)
+    await asyncio.to_thread(set_leases, alive._engine, 0)
     with pytest.raises(OutcomeUnknown, match="req_1"):
         await claim(alive, "req_2")
 
@@ -126,11 +133,17 @@ async def test_a_dead_workers_claim_runs_again_only_when_the_ledger_says_it_was_
 
 
 async def test_a_living_workers_claim_keeps_its_lease(open_store: Callable[..., IdempotencyStore]) -> None:
-    busy, other = open_store(lease_s=1.0), open_store()
-    busy.start()
+    busy, other = open_store(lease_s=6.0), open_store()
+
+    def lease_until_ms() -> int:
+        with other._engine.connect() as connection:
+            return int(connection.execute(text("SELECT lease_until_ms FROM idempotency")).scalar_one())
+
     first = await claim(busy, "req_1")
     assert isinstance(first, Claim)
-    await asyncio.sleep(2.0)
+    ends_ms = lease_until_ms()
+    busy.start()
+    await until(lambda: lease_until_ms() > ends_ms)
     with pytest.raises(Conflict, match="under way"):
         await claim(other, "req_2")
     await busy.finish(first, 200, "application/json", b"x" * 10)
@@ -188,7 +201,7 @@ async def test_a_providers_error_is_repeated_and_a_refusal_is_not(
     start_gateway: StartGateway, upstream: FakeUpstream
 ) -> None:
     upstream.faults += [status(500)] * 2
-    async with start_gateway('limits: [{key: "*", rate: 4/h}]') as gateway:
+    async with start_gateway('limits: [{key: "*", rate: 4/h}]', timeout="60s") as gateway:
         key = {"Idempotency-Key": "broken"}
         first = await gateway.chat(ask(model="uncached"), **key)
         again = await gateway.chat(ask(model="uncached"), **key)
@@ -214,9 +227,11 @@ async def test_a_providers_error_is_repeated_and_a_refusal_is_not(
 async def test_a_caller_who_hangs_up_finds_its_answer_later(gateway: Gateway, upstream: FakeUpstream) -> None:
     upstream.pace_s = 0.02
     body = ask(model="uncached")
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.1):
-            await gateway.stream(body, **{"Idempotency-Key": "impatient"})
+    calling = asyncio.create_task(gateway.stream(body, **{"Idempotency-Key": "impatient"}))
+    await until(lambda: upstream.open_streams == 1)
+    calling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await calling
 
     async def repeated() -> bytes | None:
         code, headers, answer = await gateway.stream(body, **{"Idempotency-Key": "impatient"})
@@ -293,11 +308,12 @@ async def test_after_a_crash_the_key_waits_for_the_ledger_and_then_runs_again(
         await asyncio.to_thread(process.wait)
         await asyncio.gather(calling, return_exceptions=True)
         upstream.pace_s = 0.0
+        await asyncio.to_thread(lease_until, home, time.time_ns() // 1_000_000 + 600_000)  # however long a start takes
         process = await serve()
         try:
             code, answer = await call()
             assert code == 409, answer  # its lease stands for a while
-            await asyncio.to_thread(expire_leases, home)
+            await asyncio.to_thread(lease_until, home, 0)
             code, answer = await call()
             assert code == 200, answer
             assert b"[DONE]" in answer
@@ -313,8 +329,12 @@ async def test_after_a_crash_the_key_waits_for_the_ledger_and_then_runs_again(
     assert outcomes == ["interrupted", "ok"], "the first is billed as an estimate, the second as it was"
 
 
-def expire_leases(home: Path) -> None:
+def lease_until(home: Path, end_ms: int) -> None:
     engine = connect(f"sqlite:///{home / 'ledger.db'}")
-    with engine.begin() as connection:
-        connection.execute(text("UPDATE idempotency SET lease_until_ms = 0"))
+    set_leases(engine, end_ms)
     engine.dispose()
+
+
+def set_leases(engine: Engine, end_ms: int) -> None:
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE idempotency SET lease_until_ms = :end"), {"end": end_ms})

@@ -1,6 +1,7 @@
 """Several workers, one engine: their parent keeps it up, and each worker finds it again."""
 
 import asyncio
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -22,8 +23,12 @@ routes: [{name: auto, when: {model: auto}, use: [local], cache: off}]
 
 
 def engines(running: Deployment) -> list[psutil.Process]:
-    children = psutil.Process(running.process.pid).children(recursive=True)
-    return [child for child in children if "gateway.engine_main" in child.cmdline()]
+    found = []
+    for child in psutil.Process(running.process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if "gateway.engine_main" in child.cmdline():
+                found.append(child)
+    return found
 
 
 async def answered_by_all(running: Deployment) -> None:

@@ -12,12 +12,12 @@ from gateway.ledger import budget_rows
 from gateway.ledger.tables import BudgetRow, RequestRow
 from gateway.settings import Settings
 from tests.admission.books import snapshot
-from tests.deploy.conftest import POLICY, deployed
+from tests.deploy.conftest import PATIENCE_S, POLICY, deployed
 from tests.gateway.fake_upstream import FakeUpstream
 
 pytestmark = pytest.mark.anyio
 MORE = """  - {name: learn, when: {model: learn}, use: [cheap], cache: off, shadow: {models: [other], share: 100%}}
-limits: [{key: "*", budget: $1/day}]
+limits: [{key: "*", budget: $1/total}]
 """
 
 
@@ -46,6 +46,15 @@ async def test_any_worker_takes_feedback_and_shadows_spend_the_shared_budget(
         async with session.get(f"{gateway.url}/leadline/v1/spend", headers=headers) as response:
             spend = await response.json()
         assert (spend["rated"], spend["accepted"]) == (16, 0)  # (0 + 0.9) / 2
+
+        async def shadowed() -> float:
+            async with session.get(f"{gateway.url}/metrics", headers=headers) as response:
+                lines = (await response.text()).splitlines()
+            return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("leadline_shadows_total{"))
+
+        async with asyncio.timeout(PATIENCE_S):
+            while await shadowed() < 16:  # one that is cut off by the end is billed as an estimate
+                await asyncio.sleep(0.05)
     engine = create_engine(Settings.from_env({"DATABASE_URL": two_workers["DATABASE_URL"]}).database_url)
     with snapshot(engine) as connection:
         assert budget_rows.integrity(connection) == []

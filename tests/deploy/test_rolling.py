@@ -16,6 +16,7 @@ import pytest
 
 from tests.conftest import Size, free_port
 from tests.deploy.conftest import PATIENCE_S, POLICY, ROOT, Deployment, deployed, environment
+from tests.gateway.conftest import until
 from tests.gateway.fake_upstream import FakeUpstream
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(240)]
@@ -37,17 +38,22 @@ class Load:
         self._calls: set[asyncio.Task[None]] = set()
         self._sending = True
         self.sent = 0
+        self._heard = 0
+        """Those whose answers have begun, or that are dropped."""
         self.ids: list[str] = []
         self.dropped: list[str] = []
         self._task = asyncio.create_task(self._send())
 
+    def _begin(self) -> None:
+        self.sent += 1
+        call = asyncio.create_task(self._call(self.sent))
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
+
     async def _send(self) -> None:
         due = time.monotonic()
         while self._sending:
-            self.sent += 1
-            call = asyncio.create_task(self._call(self.sent))
-            self._calls.add(call)
-            call.add_done_callback(self._calls.discard)
+            self._begin()
             due = max(due + self._pause_s, time.monotonic() - 1)  # late by more than a second: not made up for
             await asyncio.sleep(max(0, due - time.monotonic()))
 
@@ -58,17 +64,24 @@ class Load:
             async with self._session.post(
                 f"{self._target.url}/v1/chat/completions", json={**body, "stream": stream}, headers=self._headers
             ) as response:
+                self._heard += 1
                 text = await response.read()
                 if response.status != 200 or (stream and not text.endswith(b"data: [DONE]\n\n")):
                     self.dropped.append(f"{number}: {response.status} {text[-200:]!r}")
                 self.ids.append(response.headers["x-request-id"])
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            self._heard += 1
             self.dropped.append(f"{number}: {error!r}")
 
     async def stop(self) -> None:
-        """No new requests; those under way go on."""
+        """No new requests; those under way go on. None still waits in its client: the last of them is a stream."""
         self._sending = False
         await self._task
+        await until(lambda: self._heard >= self.sent)
+        self._begin()
+        while self.sent % STREAM_EVERY:
+            self._begin()
+        await until(lambda: self._heard >= self.sent)
 
     async def finish(self) -> None:
         await asyncio.wait_for(asyncio.gather(*tuple(self._calls)), PATIENCE_S)

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.anyio
 async def test_two_workers_grant_one_budget_once(
     tmp_path: Path, upstream: FakeUpstream, session: aiohttp.ClientSession, two_workers: dict[str, str]
 ) -> None:
-    policy = POLICY.format(url=upstream.url) + 'limits: [{key: "*", budget: $0.0006/day}]\n'
+    policy = POLICY.format(url=upstream.url) + 'limits: [{key: "*", budget: $0.0006/total}]\n'
     async with deployed(tmp_path / "home", policy, "--workers", "2", **two_workers) as gateway:
 
         async def call(number: int) -> int:

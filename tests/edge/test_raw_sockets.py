@@ -242,7 +242,7 @@ async def test_what_is_odd_but_clear_is_answered_once_and_forwarded_clean(
 
 async def test_what_follows_an_upgrade_is_no_request_of_its_own(start_edge: StartEdge, provider: Provider) -> None:
     start = request(b"UpGraDe: x", b"connection: upGRade", b"content-length: %d" % len(INNER), body=b"", close=False)
-    async with start_edge(http=Hasty) as edge:
+    async with start_edge() as edge:
         heard = await exchange(edge, *(part.replace(b"KEY", edge.key.encode()) for part in (start, INNER)), pause_s=0.2)
     assert [response.status for response in responses_of(heard)] == [400]
     assert provider.bodies == []

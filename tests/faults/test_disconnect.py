@@ -29,8 +29,8 @@ models:
 limits: [{{key: "*", budget: $1000/month}}]
 """
 LEAVERS = 20
-MAX_S = 5.0
-"""The promise is 250 ms at p99; on a machine that others use as well, this holds too."""
+MAX_S = 30.0
+"""The promise is 250 ms at p99; here it is that nothing runs to its end, however busy the machine is."""
 TOOL = {"type": "function", "function": {"name": "sound", "parameters": {"type": "object"}}}
 ASKED = {"model": "cheap", "messages": [{"role": "user", "content": "how deep is it"}], "max_tokens": 100}
 PACED = {"words": "20", "reasoning": "0", "pace_ms": "100"}
@@ -56,7 +56,7 @@ PHASES: dict[str, tuple[dict[str, Any], Reached | None]] = {
     "after the first token": ({"stream": True, "metadata": PACED}, deltas(1)),
     "in the middle": ({"stream": True, "metadata": PACED}, deltas(6)),
     "during a tool call": ({"stream": True, "tools": [TOOL], "metadata": PACED}, deltas(4)),
-    "after the last token": ({"stream": True, "metadata": {**PACED, "words": "3", "pace_ms": "1000"}}, finished),
+    "after the last token": ({"stream": True, "metadata": {**PACED, "words": "1", "pace_ms": "3000"}}, finished),
 }
 """What is asked, and how much of the answer is awaited before leaving (None: that the upstream has the call)."""
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from local_engine.engine import Engine
 from local_engine.model import load_model
 from local_engine.server import serve
+from local_engine.turns import Turn
 from tests.faults.books import join
 from tests.faults.load import chat_request
 from tests.faults.test_disconnect import LEAVERS, MAX_S, Reached, deltas, leave
@@ -92,7 +94,20 @@ async def test_a_caller_who_leaves_frees_the_engine(phase: str, engine: Engine, 
     assert outcomes.count("cancelled") >= LEAVERS // 2
 
 
-async def test_an_engine_that_goes_away_is_paid_for_what_it_had_written(engine: Engine, tmp_path: Path) -> None:
+async def test_an_engine_that_goes_away_is_paid_for_what_it_had_written(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, gone = threading.Event(), threading.Event()
+    tell = engine._tell
+
+    def pause(turns: list[Turn]) -> None:
+        """In the middle of the answer, until its caller has lost the engine."""
+        tell(turns)
+        if engine.stats().kv_tokens > 400:
+            written.set()
+            gone.wait(60)
+
+    monkeypatch.setattr(engine, "_tell", pause)
     policy = POLICY.replace("engine: embedded", "engine: embedded, retries: 0, breaker: off")
     async with running(policy, tmp_path / "home", engine=tmp_path / "engine.sock") as gateway:
         link = gateway.app.engine
@@ -100,12 +115,13 @@ async def test_an_engine_that_goes_away_is_paid_for_what_it_had_written(engine: 
         await until(lambda: link.client is not None)
         body = {"model": "local", "messages": [{"role": "user", "content": QUESTION}], "n": 4, "temperature": 1.0}
         asking = asyncio.create_task(gateway.chat(body))
-        await until(lambda: engine.stats().kv_tokens)
-        read = engine.stats().kv_tokens
-        await until(lambda: engine.stats().kv_tokens > read + 200)
-        assert link.client is not None
-        await link.client.close()
-        status, _, _ = await asking
+        try:
+            await until(written.is_set)
+            assert link.client is not None
+            await link.client.close()
+            status, _, _ = await asking
+        finally:
+            gone.set()
         (row,) = await gateway.rows()
     (attempt,) = row["attempt_rows"]
     assert (status, attempt["outcome"]) == (503, "engine_gone")

@@ -28,13 +28,13 @@ pytestmark = pytest.mark.anyio
 POLICY = """
 version: 1
 providers:
-  first: {{base_url: "{url}", timeout: 3s, connect_timeout: 3s, first_byte_timeout: 1s, idle_timeout: 1s,
+  first: {{base_url: "{url}", timeout: 6s, connect_timeout: 6s, first_byte_timeout: 3s, idle_timeout: 3s,
           retries: 1, breaker: off}}
-  second: {{base_url: "{url}", timeout: 3s, connect_timeout: 3s, first_byte_timeout: 1s, idle_timeout: 1s,
+  second: {{base_url: "{url}", timeout: 6s, connect_timeout: 6s, first_byte_timeout: 3s, idle_timeout: 3s,
            retries: 1, breaker: off}}
-  refused: {{base_url: "http://127.0.0.1:{closed}/v1", timeout: 1s, retries: 1, breaker: off}}
+  refused: {{base_url: "http://127.0.0.1:{closed}/v1", timeout: 6s, retries: 1, breaker: off}}
   unresolved: {{base_url: "http://fathom.invalid/v1", timeout: 1s, retries: 1, breaker: off}}
-  plaintext: {{base_url: "{tls}", timeout: 1s, retries: 1, breaker: off}}
+  plaintext: {{base_url: "{tls}", timeout: 6s, retries: 1, breaker: off}}
   crowded: {{base_url: "http://127.0.0.1:{full}/v1", timeout: 1s, connect_timeout: 300ms, retries: 1, breaker: off}}
 models:
   cheap: {{provider: first, model: small, context: 16000, max_output: 1000,
@@ -275,7 +275,7 @@ async def run_matrix(folder: Path) -> None:
                     return await ask(gateway, case, bait)
 
             told = await asyncio.gather(*[one(case) for case in all_cases])
-            await until(lambda: len(asyncio.all_tasks()) <= tasks_idle, 10)
+            await until(lambda: len(asyncio.all_tasks()) <= tasks_idle)
             lifecycle = gateway.app.state.lifecycle
             assert [budget.reserved_nanousd for budget in lifecycle.budgets.all()] == [0]
             assert lifecycle.metrics.in_flight.value == 0
@@ -289,5 +289,5 @@ async def run_matrix(folder: Path) -> None:
         for problem in problems(case, transcript, calls[case.call])
     ]
     assert not found, "\n".join(found)
-    await until(lambda: asyncio.all_tasks() <= tasks_before and open_sockets() <= sockets_before, 10)
+    await until(lambda: asyncio.all_tasks() <= tasks_before and open_sockets() <= sockets_before)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_kib < MAX_GROWTH_KIB

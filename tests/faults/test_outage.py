@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.faults.books import join
-from tests.gateway.conftest import Gateway, running
+from tests.gateway.conftest import Gateway, running, until
 from tests.upstream.process import upstream_process
 
 pytestmark = pytest.mark.anyio
@@ -69,6 +69,7 @@ async def test_the_loser_of_a_hedge_is_cancelled_and_billed(tmp_path: Path) -> N
             metadata = {"fault": "F05", "on": "first"}
             assert await ask(gateway, "hedged", model="hedged", metadata=metadata) == 200
             await gateway.app.state.lifecycle.ledger.flush(timeout_s=30)
+            await until(lambda: any(row.disconnected for row in upstream.rows()))  # it hears so after the caller
             calls = join(upstream.rows(), gateway.app.state.lifecycle.ledger.engine)
     loser, winner = calls["hedged"].attempts
     assert (loser["outcome"], winner["outcome"]) == ("hedge_lost", "ok")

@@ -106,7 +106,8 @@ def check(name: str, bound: int, call: Call) -> None:
     assert sum(a["cost_nanousd"] for a in call.attempts) <= call.request["reserved_nanousd"], (
         f"{name}: not all was held"
     )
-    assert len(call.truth) == len(call.attempts), name
+    lost = sum(attempt["outcome"] == "hedge_lost" for attempt in call.attempts)  # perhaps before it reached anybody
+    assert len(call.attempts) - lost <= len(call.truth) <= len(call.attempts), name
 
 
 @pytest.mark.timeout(300)

@@ -187,6 +187,8 @@ async def _drip(x: Exchange, variant: str) -> bool:
     await x.start_stream()
     for piece in first:
         await x.send_piece(piece)
+    x.bill_delivered()
+    x.note()  # a caller that gives up is heard of later
     for piece in rest:
         for at in range(len(piece.data)):
             await x.send_part(piece.data[at : at + 1])
