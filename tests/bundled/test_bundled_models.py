@@ -88,11 +88,12 @@ def test_base_refuses_what_is_no_sum(base: Model) -> None:
     assert [base.content(said.tokens) for said in base.ask(asked, "low")] == [REFUSAL] * 3
 
 
+@pytest.mark.timeout(300)  # half a minute, where nothing else runs
 def test_a_trained_folder_loads_and_has_learnt(tmp_path: Path) -> None:
     """The whole script, a few steps of the smallest."""
     script = ROOT / "scripts" / "train_bundled.py"
     command = [sys.executable, str(script), "nano", "--steps", "40", "--out", str(tmp_path)]
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, timeout=110)
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, timeout=280)
     figures = json.loads((tmp_path / "card.json").read_text())
     assert figures["final_loss"] < 5.5, "a guess among 512 tokens costs 6.2; this is a slow mean"
     model = Model(tmp_path)

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("LEADLINE_DATA") or ROOT.parent / "shared" / "data")
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 
 def demo(*arguments: str, data: Path) -> subprocess.CompletedProcess[str]:
@@ -20,7 +20,7 @@ def demo(*arguments: str, data: Path) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "LEADLINE_DATA": str(data)},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=280,
         check=False,
     )
 

@@ -13,6 +13,8 @@ from tests.local_engine.small_tokenizers import byte_level, sentencepiece, word_
 
 TOKENIZERS = {"byte level": byte_level(), "sentencepiece": sentencepiece()}
 PIECES = {name: Pieces(tokenizer) for name, tokenizer in TOKENIZERS.items()}
+SPECIAL = {token for tokenizer in TOKENIZERS.values() for token in tokenizer.get_added_vocab()}
+"""No text is written with them: a sentencepiece tokenizer begins anew, with a space, after each."""
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -22,7 +24,11 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @settings(max_examples=150, deadline=None)
-@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd▁"), max_size=40))
+@given(
+    text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd▁"), max_size=40).filter(
+        lambda text: not any(token in text for token in SPECIAL)
+    )
+)
 @example(text="é🎉日本語\u200d👩‍👩‍👧")
 @example(text="  two  spaces \n\n ,. ")
 def test_text_comes_out_whole_and_unchanged(kind: str, text: str) -> None:

@@ -269,7 +269,8 @@ def test_a_tenant_that_is_evicted_is_gone_from_disk(tmp_path: Path, start_tiers:
 
 def test_no_step_waits_on_a_slow_tier(start_tiers: StartTiers) -> None:
     tier = GatedTier()
-    store = new_store(slow=start_tiers(tier))
+    slow = start_tiers(tier)
+    store = new_store(slow=slow)
     commit(store, A, SYSTEM)
     assert tier.entered.wait(AMPLE_S)  # the worker is stuck in a write from here on
     fetch = store.prefetch(A, PROMPT)
@@ -280,6 +281,7 @@ def test_no_step_waits_on_a_slow_tier(start_tiers: StartTiers) -> None:
     assert store.evict(B) == 0
     tier.gate.set()
     fetch.wait()
+    assert slow.flush(AMPLE_S)
     assert tier.calls[:3] == ["write", "read", "write"], "a fetch does not wait for what is to be written"
     assert matched(store, A, PROMPT) == 12
     assert store.problems() == []

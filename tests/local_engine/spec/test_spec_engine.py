@@ -236,7 +236,7 @@ def test_what_a_smaller_vocabulary_cannot_say_costs_nobody_else_his_drafts(
     caller = Caller(start_engine(wide, make_speculator=make))
 
     def drafts(bias: dict[int, float]) -> int:
-        params = SamplingParams(temperature=temperature, max_tokens=60, logit_bias=bias)
+        params = SamplingParams(temperature=temperature, seed=1, max_tokens=60, min_tokens=20, logit_bias=bias)
         return caller.finished(caller.generate("hello", params)).drafted_tokens
 
     known = dict.fromkeys(range(size, size + 16), -100.0)
