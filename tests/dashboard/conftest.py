@@ -60,7 +60,7 @@ class Running:
     @contextlib.contextmanager
     def client(self, key: str | None = None) -> Iterator[httpx2.Client]:
         """A browser without a screen, signed in with the key of that name."""
-        with httpx2.Client(base_url=self.url, follow_redirects=True, timeout=10) as client:
+        with httpx2.Client(base_url=self.url, follow_redirects=True, timeout=60) as client:
             if key is not None:
                 answer = client.post("/dashboard/login", data={"key": self.keys[key]})
                 assert answer.status_code == 200, answer.text
@@ -198,11 +198,11 @@ class serve:
 
     def __exit__(self, *_: object) -> None:
         self._server.should_exit = True
-        self._thread.join(15)
+        self._thread.join(60)
         assert not self._thread.is_alive()
 
 
-def _wait_until(true: Callable[[], bool], timeout_s: float = 15) -> None:
+def _wait_until(true: Callable[[], bool], timeout_s: float = 60) -> None:
     end = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < end

@@ -23,7 +23,7 @@ def browser() -> Iterator[Browser]:
     if executable is None:
         pytest.skip("chromium is not on PATH; Debian's package `chromium` has it")
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        chromium = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"], timeout=100_000)
         yield chromium
         chromium.close()
 
@@ -46,7 +46,7 @@ def visit(browser: Browser, running: Running) -> Iterator[Visit]:
 
     def open_page(key: str | None = "admin", **options: Any) -> tuple[Page, Watch]:
         context = browser.new_context(base_url=running.url, **options)
-        context.set_default_timeout(5000)
+        context.set_default_timeout(60_000)  # on a busy machine
         page, watch = context.new_page(), Watch()
         opened.append((context, watch))
         page.on("console", lambda message: watch.complaints.append(message.text))
@@ -99,6 +99,7 @@ def test_a_request_opens_to_its_decision(visit: Visit, running: Running) -> None
     running.record(wanted)
     page, _ = visit()
     page.locator(f"tr[data-request={wanted[0].id}] a").click()
+    page.wait_for_url(f"**/requests/{wanted[0].id}")
     assert page.get_by_role("heading", level=1).inner_text() == wanted[0].id
     assert int(page.locator("#cost data").get_attribute("value") or "") == wanted[0].cost_nanousd
     candidates = page.locator("#candidates tbody tr")
@@ -122,9 +123,11 @@ def test_a_request_is_on_screen_as_soon_as_it_ended(visit: Visit, running: Runni
     answer = httpx2.post(f"{running.url}/v1/chat/completions", json=body, headers=bearer, timeout=20)
     assert answer.status_code == 502
     page.reload()
-    failed = page.locator(f"tr[data-request={answer.headers['x-request-id']}]")
+    request_id = answer.headers["x-request-id"]
+    failed = page.locator(f"tr[data-request={request_id}]")
     assert "error" in failed.inner_text()
     failed.get_by_role("link").click()
+    page.wait_for_url(f"**/requests/{request_id}")
     assert page.locator("#attempts .tag.bad").count() >= 1
     assert "was the last one called" in page.locator(".verdict").inner_text()
 
@@ -148,9 +151,11 @@ def test_a_wrong_key_is_told_and_a_right_one_goes_on(visit: Visit, running: Runn
 def test_filters_work_without_scripts(visit: Visit) -> None:
     page, _ = visit(java_script_enabled=False)
     page.get_by_role("link", name="Requests", exact=True).click()
+    page.wait_for_url("**/dashboard/requests")
     page.get_by_label("Model").select_option("large")
     page.get_by_label("Streamed").select_option("yes")
     page.get_by_role("button", name="Filter").click()
+    page.wait_for_url("**model=large**")
     served = page.locator("table.requests tbody td:nth-child(4)").all_inner_texts()
     assert served
     assert set(served) == {"large"}

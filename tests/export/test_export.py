@@ -126,7 +126,7 @@ def test_nothing_said_is_no_table(engine: Engine, database_url: str, tmp_path: P
     ):
         done = export(database_url, tmp_path, *arguments)
         assert done.exit_code == 2
-        assert words in done.output
+        assert words in " ".join(done.output.replace("│", " ").split())  # where it breaks hangs on the path's length
 
 
 def test_the_alarm_hears_each_answer_once_and_is_the_same_in_every_worker(engine: Engine) -> None:
@@ -235,7 +235,8 @@ def test_an_answer_earns_for_what_ran_and_a_fallback_for_its_model_alone(engine:
 @pytest.mark.anyio
 async def test_a_bandit_turns_to_what_is_accepted(upstream: FakeUpstream, tmp_path: Path) -> None:
     route = "routes:\n  - {{name: try, when: {{model: try}}, candidates: [cheap, dear], objective: best, cache: off,"
-    policy = POLICY.replace("routes:\n", route + " explore: {{share: 30%}}}}\n", 1).format(url=upstream.url, limits="")
+    policy = POLICY.replace("routes:\n", route + " explore: {{share: 30%}}}}\n", 1)
+    policy = policy.replace("timeout: 1s", "timeout: 20s").format(url=upstream.url, limits="")
     async with running(policy, tmp_path / "home") as gateway:
         state = gateway.app.state
         for i in range(60):
@@ -246,5 +247,7 @@ async def test_a_bandit_turns_to_what_is_accepted(upstream: FakeUpstream, tmp_pa
                 assert response.status == 200
         while await asyncio.to_thread(state.learned.read, 1 << 60):
             pass
-        served = [(await gateway.chat(ask(f"later {i}", model="try")))[1]["x-leadline-model"] for i in range(60)]
-    assert served.count("cheap") > 30  # 42 are expected: the best, but for the explored share
+        served = [(await gateway.chat(ask(f"later {i}", model="try")))[1]["x-leadline-model"] for i in range(120)]
+    # 84 are expected: the best, but for the explored share. 36 without what was learned; seeds are the gateway's own,
+    # and either is on the other side of 60 once in 300,000 runs.
+    assert served.count("cheap") > 60

@@ -199,6 +199,7 @@ while not start(kills):
 """
 
 
+@pytest.mark.timeout(300)
 def test_a_kill_after_any_statement_of_an_upgrade_is_made_good_by_the_next_start(url: str) -> None:
     """Killed after its first statement, after its second, …, until it gets through: each time what is left upgrades."""
     restore(url, "0001")

@@ -8,13 +8,19 @@ import pytest
 
 from probes.evaluate import apgr, auc, baselines, cpt, curve, error_interval, folds, head_rows, routing_rows
 
-RNG = np.random.default_rng(0)
-WEAK = (RNG.random(2000) < 0.6).astype(float)
-STRONG = (RNG.random(2000) < 0.8).astype(float)
+_RNG = np.random.default_rng(0)
+WEAK = (_RNG.random(2000) < 0.6).astype(float)
+STRONG = (_RNG.random(2000) < 0.8).astype(float)
 
 
-def test_the_curve_runs_from_all_strong_to_all_weak() -> None:
-    line = curve(RNG.random(2000), WEAK, STRONG)
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Of each test alone: which tests ran before it in this process is chance."""
+    return np.random.default_rng(1)
+
+
+def test_the_curve_runs_from_all_strong_to_all_weak(rng: np.random.Generator) -> None:
+    line = curve(rng.random(2000), WEAK, STRONG)
     assert (line.share[0], line.share[-1]) == (1.0, 0.0)
     assert (line.accuracy[0], line.accuracy[-1]) == (STRONG.mean(), WEAK.mean())
 
@@ -23,14 +29,14 @@ def test_a_constant_score_recovers_exactly_half() -> None:
     assert apgr(np.ones(2000), WEAK, STRONG) == pytest.approx(0.5)
 
 
-def test_random_recovers_about_half_and_an_oracle_more_than_all() -> None:
-    random = [apgr(RNG.random(2000), WEAK, STRONG) for _ in range(50)]
+def test_random_recovers_about_half_and_an_oracle_more_than_all(rng: np.random.Generator) -> None:
+    random = [apgr(rng.random(2000), WEAK, STRONG) for _ in range(50)]
     assert np.mean(random) == pytest.approx(0.5, abs=0.03)
     assert apgr(STRONG - WEAK, WEAK, STRONG) > 1
 
 
-def test_a_reversed_score_loses_what_the_score_gains() -> None:
-    scores = (STRONG - WEAK) + RNG.normal(0, 2, 2000)
+def test_a_reversed_score_loses_what_the_score_gains(rng: np.random.Generator) -> None:
+    scores = (STRONG - WEAK) + rng.normal(0, 2, 2000)
     assert apgr(scores, WEAK, STRONG) + apgr(-scores, WEAK, STRONG) == pytest.approx(1, abs=0.01)
 
 
@@ -74,9 +80,9 @@ def test_no_group_stands_on_both_sides_of_a_fold() -> None:
     assert sorted(seen) == list(range(len(groups)))
 
 
-def test_paired_rows_tell_a_good_router_from_random() -> None:
-    scores = (STRONG - WEAK) + RNG.normal(0, 1, 2000)
-    rows = routing_rows({"good": scores, "random": RNG.random(2000)}, WEAK, STRONG, reference="good", times=200)
+def test_paired_rows_tell_a_good_router_from_random(rng: np.random.Generator) -> None:
+    scores = (STRONG - WEAK) + rng.normal(0, 1, 2000)
+    rows = routing_rows({"good": scores, "random": rng.random(2000)}, WEAK, STRONG, reference="good", times=200)
     difference = next(row for row in rows if row.metric == "APGR difference")
     assert difference.low is not None
     assert difference.low > 0

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from probes.errors import EncoderError
-from probes.extract import DEFAULT_SHA256, Encoder
+from probes.extract import DEFAULT_SHA256, Encoder, best_dtype
 from probes.text import render
 
 
@@ -62,7 +63,8 @@ def test_features_do_not_depend_on_the_batch(encoder: Encoder) -> None:
     assert together.shape == (4, 7, 384)
     assert together.dtype == np.float32
     alone = np.concatenate([encoder.features([text], max_tokens=32) for text in texts])
-    np.testing.assert_allclose(together, alone, atol=2e-5)
+    # AMX sums bfloat16 products in another order for other sizes: up to 0.004, where another word makes 0.16 and more.
+    np.testing.assert_allclose(together, alone, rtol=0, atol=2e-5 if best_dtype() == torch.float32 else 0.01)
 
 
 def test_layers_asked_for_are_those_of_the_whole_encoder(encoder: Encoder) -> None:

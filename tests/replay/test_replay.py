@@ -107,7 +107,8 @@ async def test_a_policy_is_estimated_where_the_old_one_explored(
     assert quality is not None
     right = sum(size % 10 != 3 for size in sizes) / 300
     slack = (quality.after.high - quality.after.low) / 2
-    assert abs(quality.after.value - right) < 2 * slack  # 1.96 errors hold it in 95 of 100 runs; twice that in all
+    # 1.96 errors hold it in 92 of 100 runs, as the weights are worth some 115 rows (`ROUGH`); thrice that in all.
+    assert abs(quality.after.value - right) < 3 * slack
     assert quality.effective_n < 200
     kept = again.estimates["quality"]
     assert kept is not None

@@ -44,7 +44,7 @@ routes:
 class FakeUpstream:
     """Counts what it is asked."""
 
-    port: int
+    port: int = 0
     requests: list[dict[str, Any]] = field(default_factory=list)
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
@@ -76,7 +76,7 @@ def _event(chunk: dict[str, Any]) -> bytes:
 
 @pytest.fixture(scope="session")
 def upstream() -> Iterator[FakeUpstream]:
-    fake = FakeUpstream(free_port())
+    fake = FakeUpstream()
     up = threading.Event()
     loop = asyncio.new_event_loop()
     ended = asyncio.Event()
@@ -86,17 +86,18 @@ def upstream() -> Iterator[FakeUpstream]:
         app.router.add_post("/v1/chat/completions", fake.complete)
         runner = web.AppRunner(app)
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", fake.port).start()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        fake.port = runner.addresses[0][1]
         up.set()
         await ended.wait()
         await runner.cleanup()
 
     thread = threading.Thread(target=loop.run_until_complete, args=(main(),), name="upstream")
     thread.start()
-    assert up.wait(10)
+    assert up.wait(60)
     yield fake
     loop.call_soon_threadsafe(ended.set)
-    thread.join(10)
+    thread.join(60)
     loop.close()
 
 

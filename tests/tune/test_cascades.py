@@ -18,7 +18,7 @@ from local_engine.types import SamplingParams
 from probes.errors import TableError
 from routers.plan_files import read_plan
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 SAMPLING = SamplingParams(temperature=0.0, max_tokens=400)
 
 

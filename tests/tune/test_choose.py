@@ -59,6 +59,7 @@ models:
 
 
 @pytest.mark.engine
+@pytest.mark.timeout(300)
 def test_tune_measures_here_and_writes_what_it_chose(tmp_path: Path) -> None:
     file, out = tmp_path / "policy.yaml", tmp_path / "out.json"
     file.write_text(POLICY)
