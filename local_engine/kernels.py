@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 
 import torch
 
-from local_engine import team
+from local_engine import amx, team
 from local_engine.pages import on_large_pages
 from local_engine.simd import F32, HOST, I64, LANES, PTR, Kernel, Variable, Writer
 
@@ -69,11 +69,11 @@ def threads() -> int:
 
 
 def made_for(dtype: torch.dtype) -> bool:
-    """Whether this CPU is one that they were measured on: AVX-512; for bfloat16, with its products but no AMX tiles."""
+    """Whether this CPU is one that they were measured on: AVX-512; for bfloat16, with its products."""
     if not torch.cpu._is_avx512_supported():
         return False
     if dtype == torch.bfloat16:
-        return bool(torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported())
+        return bool(torch.cpu._is_avx512_bf16_supported())
     return dtype == torch.float32
 
 
@@ -221,11 +221,15 @@ def steps(rows: int, inputs: int, outputs: int, held: torch.dtype) -> int:
 
 
 def room_bytes(rows: int, inputs: int, types: Types) -> int:
-    """What a thread's product needs for itself, for the weights of a panel as they are multiplied.
-
-    Several tiles share them: the first widens them, which takes 12 % of its time.
-    """
+    """What a thread's product needs for itself: for the sums of the CPU's own tiles, or for the weights of a panel as
+    they are multiplied. Several tiles share these: the first widens them, which takes 12 % of its time."""
+    if _by_amx(types):
+        return amx.room_bytes()
     return inputs * PANEL * types.states.itemsize if types.narrow and rows >= 2 * TILE_ROWS else 0
+
+
+def _by_amx(types: Types) -> bool:
+    return types.states == torch.bfloat16 and amx.usable()
 
 
 @cache
@@ -241,6 +245,30 @@ def product(types: Types, ending: Ending) -> Kernel:
     `room` is for `room_bytes`.
     """
     w = Writer("product", [PTR] * 4 + [I64] * 7 + [PTR])
+    if _by_amx(types):
+        left_over = w.rest(w.arguments[5], amx.INPUTS)
+        with w.where(left_over, "==", w.whole(0)):
+            _by_the_cpus_tiles(w, types, ending)
+        with w.where(left_over, ">", w.whole(0)):
+            _by_vectors(w, types, ending)
+    else:
+        _by_vectors(w, types, ending)
+    return w.compiled()
+
+
+def _by_the_cpus_tiles(w: Writer, types: Types, ending: Ending) -> None:
+    x, weights, _, _, rows, inputs, _, first_column, last_column, _, _, room = w.arguments
+    with w.loop(first_column, last_column, PANEL) as left:
+
+        def end(row: Any, totals: Sequence[Any]) -> None:
+            _end(w, row, left, totals, types.states, ending)
+
+        own = w.place(weights, w.times(left, inputs), types.weights.itemsize)
+        amx.panel(w, x, own, rows, inputs, room, end)
+    w.release_tiles()
+
+
+def _by_vectors(w: Writer, types: Types, ending: Ending) -> None:
     _, weights, _, _, rows, inputs, _, first_column, last_column, following, beside, room = w.arguments
     held = types.weights
     size = w.times(inputs, PANEL * held.itemsize)
@@ -296,7 +324,6 @@ def product(types: Types, ending: Ending) -> Kernel:
         for count in range(1, TILE_ROWS):
             with w.where(left_over, "==", w.whole(count)):
                 _tile(w, count, first, panel, own, types, ending, [])
-    return w.compiled()
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,7 +414,7 @@ def _tile(
         for at in range(0, turn, together):
             _multiply(w, lines, w.add(begin, at), source, sums, dtype)
     for at, totals in enumerate(sums):
-        _end(w, w.add(row, at), panel.left, totals, dtype, ending)
+        _end(w, w.add(row, at), panel.left, [total.value for total in totals], dtype, ending)
 
 
 def _multiply(
@@ -422,17 +449,16 @@ def _fetch(w: Writer, panel: _Panel, done: Any) -> None:
         w.prefetch_from(w.add(panel.here, done, _NEAR + line))
 
 
-def _end(w: Writer, row: Any, left: Any, totals: list[Variable], dtype: torch.dtype, ending: Ending) -> None:
+def _end(w: Writer, row: Any, left: Any, totals: Sequence[Any], dtype: torch.dtype, ending: Ending) -> None:
     _, _, other, out, _, _, outputs, *_ = w.arguments
     if ending == "gated":
-        gate, gated = (total.value for total in totals)
+        gate, gated = totals
         opened = w.over(gate, w.plus(w.number(1.0), w.exp(w.less(w.number(0.0), gate))))
         w.store(w.by(opened, gated), out, w.half(w.add(w.times(row, outputs), left)), dtype)
         return
-    for half, total in enumerate(totals):
+    for half, value in enumerate(totals):
         column = w.add(left, half * LANES)
         place = w.add(w.times(row, outputs), column)
-        value = total.value
         if ending == "bias":
             value = w.plus(value, w.load(other, column, dtype))
         elif ending == "sum":

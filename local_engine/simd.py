@@ -224,6 +224,29 @@ class Writer:
         pair = self._builder.load(self.place(base, offset, 2), typ=I32, align=2)
         return self._builder.bitcast(self._splat(pair, _VEC32), _PAIRS)
 
+    # ---- the CPU's matrix tiles, by number (AMX) --------------------------------------------------------------------
+
+    def set_tiles(self, config: Any) -> None:
+        """Give them the sizes that 64 bytes there say; all are zero then."""
+        self._call("llvm.x86.ldtilecfg", ir.VoidType(), config)
+
+    def release_tiles(self) -> None:
+        self._call("llvm.x86.tilerelease", ir.VoidType())
+
+    def clear_tile(self, number: int) -> None:
+        self._call("llvm.x86.tilezero", ir.VoidType(), _tile(number))
+
+    def load_tile(self, number: int, place: Any, stride: Any) -> None:
+        """Its rows are `stride` bytes apart."""
+        self._call("llvm.x86.tileloadd64", ir.VoidType(), _tile(number), place, stride)
+
+    def store_tile(self, number: int, place: Any, stride: Any) -> None:
+        self._call("llvm.x86.tilestored64", ir.VoidType(), _tile(number), place, stride)
+
+    def multiply_tiles(self, sums: int, rows: int, columns: int) -> None:
+        """Add products of bfloat16, whose inputs are in pairs, to sums of float32."""
+        self._call("llvm.x86.tdpbf16ps", ir.VoidType(), _tile(sums), _tile(rows), _tile(columns))
+
     # ---- what threads share -----------------------------------------------------------------------------------------
 
     def told(self, base: Any, offset: Any) -> Any:
@@ -370,6 +393,10 @@ class Writer:
     def compiled(self) -> "Kernel":
         self._builder.ret_void()
         return Kernel(_compile(str(self._module), self._function.name), self._types)
+
+
+def _tile(number: int) -> Any:
+    return ir.Constant(ir.IntType(8), number)
 
 
 def address(words: "array[int] | array[float]") -> int:

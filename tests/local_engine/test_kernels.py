@@ -50,18 +50,20 @@ def numbers(types: kernels.Types, *sizes: tuple[int, ...]) -> list[Tensor]:
     return [torch.randn(size).to(types.weights).to(types.states) for size in sizes]
 
 
+@pytest.mark.parametrize("inputs", [50, 96])
 @pytest.mark.parametrize("types", TYPES)
-def test_products_are_torchs(types: kernels.Types, habits: kernels.Habits) -> None:
+def test_products_are_torchs(types: kernels.Types, inputs: int, habits: kernels.Habits) -> None:
+    """Of bfloat16 96 inputs are a CPU's own matrix tiles', where it has them."""
     torch.manual_seed(3)
     dtype, held = types.states, types.weights
-    weight, bias, up = numbers(types, (96, 50), (96,), (96, 50))
+    weight, bias, up = numbers(types, (96, inputs), (96,), (96, inputs))
     plain, biased, gated = (
         KernelProduct(weight, None, held),
         KernelProduct(weight, bias, held),
         KernelGated(weight, up, held),
     )
-    for rows in (1, 7, 8, 9, 21, 32, 37):
-        x, term = torch.randn(rows, 50).to(dtype), torch.randn(rows, 96).to(dtype)
+    for rows in (1, 7, 8, 9, 16, 21, 32, 37, 64, 85):
+        x, term = torch.randn(rows, inputs).to(dtype), torch.randn(rows, 96).to(dtype)
         exact, exact_up = (linear(x.float(), part.float()) for part in (weight, up))
         assert near(plain(x), exact), rows
         assert near(biased(x), exact + bias.float()), rows
@@ -70,6 +72,20 @@ def test_products_are_torchs(types: kernels.Types, habits: kernels.Habits) -> No
         assert near(gated(x), silu(exact) * exact_up), rows
         assert near(gated.part(0, x), exact), rows
         assert near(gated.part(1, x), exact_up), rows
+
+
+@pytest.mark.parametrize("inputs", [50, 96])
+@pytest.mark.parametrize("types", TYPES)
+def test_a_row_gives_the_same_bits_whatever_is_beside_it(
+    types: kernels.Types, inputs: int, habits: kernels.Habits
+) -> None:
+    torch.manual_seed(5)
+    weight, bias = numbers(types, (64, inputs), (64,))
+    product, x = KernelProduct(weight, bias, types.weights), torch.randn(85, inputs).to(types.states)
+    alone = torch.cat([product(x[at : at + 1]) for at in range(85)])
+    for rows in (2, 8, 15, 16, 17, 31, 32, 33, 48, 49, 85):
+        assert torch.equal(product(x[:rows]), alone[:rows]), rows
+        assert torch.equal(product(x[-rows:]), alone[-rows:]), rows
 
 
 @pytest.mark.skipif(not kernels.made_for(torch.float32), reason="this CPU is not one for our kernels")
