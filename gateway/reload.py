@@ -62,7 +62,8 @@ class PolicyReloader:
         return self._engines.starting
 
     def start(self) -> None:
-        self._task = asyncio.create_task(self._watch(), name="policy-watch")
+        """From here on a change is noticed, however late the task comes to its first look."""
+        self._task = asyncio.create_task(self._watch(_mark(self._file)), name="policy-watch")
 
     async def stop(self) -> None:
         if self._task is not None:
@@ -73,8 +74,8 @@ class PolicyReloader:
         """Read the file now, whether or not it has changed."""
         self._wanted.set()
 
-    async def _watch(self) -> None:
-        tried = before = await asyncio.to_thread(_mark, self._file)
+    async def _watch(self, tried: _Mark) -> None:
+        before = tried
         while True:
             try:
                 async with asyncio.timeout(LOOK_S):

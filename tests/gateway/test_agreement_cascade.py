@@ -247,7 +247,7 @@ async def test_when_time_is_up_what_is_there_is_sent_where_the_policy_says_so(
     async with running(policy, tmp_path / "home") as gateway:
         upstream.faults = [play] * 3
         call: Any = gateway.stream if stream else gateway.chat
-        status, _, body = await call(ask(model="beside", max_tokens=100), **{"x-leadline-timeout": "2"})
+        status, _, body = await call(ask(model="beside", max_tokens=100), **{"x-leadline-timeout": "4"})
         lifecycle = gateway.app.state.lifecycle
         await until(lambda: lifecycle.metrics.in_flight.value == 0)
         (row,) = await gateway.rows()

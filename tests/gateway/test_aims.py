@@ -26,7 +26,7 @@ routes:
 
 
 async def slow_whole(upstream: FakeUpstream, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-    await asyncio.sleep(1.2)
+    await asyncio.sleep(5)
     return await upstream.plain(body)
 
 
@@ -42,7 +42,7 @@ async def test_the_fastest_is_known_from_the_answers_that_came(
     upstream: FakeUpstream, tmp_path: Path, stream: bool
 ) -> None:
     other = await FakeUpstream(pace_s=0.0).start()
-    upstream.pace_s = 0.1  # 12 words: each of the first one's answers takes more than a second
+    upstream.pace_s = 0.4  # 12 words: each of the first one's answers takes longer than a busy machine makes one
     upstream.faults = [slow_whole] * 20 if not stream else []
     policy = MODELS.format(one=upstream.url, two=other.url) + (
         "  - {name: auto, when: {model: auto}, candidates: [first, second], objective: fastest, cache: off}\n"
@@ -56,8 +56,7 @@ async def test_the_fastest_is_known_from_the_answers_that_came(
             assert times["first"] > times["second"]
             known = gateway.app.state.lifecycle.world.loads
             assert known is not None
-            loads = known.of(["first", "second"])
-            assert [load.running for load in loads.values()] == [0, 0], "what began has ended"
+            assert [load.running for load in known.of(["first", "second"]).values()] == [0, 0], "what began has ended"
     finally:
         await other.stop()
 

@@ -96,7 +96,7 @@ async def test_each_tier_decides_what_those_before_leave_open_and_the_receipt_sa
     policy = POLICY.replace("URL", upstream.url)
     async with running(policy, tmp_path / "home", policy_folder=folder) as gateway:
         assert gateway.app.engine is not None
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(300):
             await gateway.app.engine.ready.wait()
         for tier, (text, signals) in first_of.items():
             status, headers, _ = await gateway.chat(ask(text, "auto", max_tokens=4))

@@ -17,7 +17,7 @@ from gateway.redis_link import RedisLink
 from gateway.upstream.gather import as_stream, gather
 from tests.conftest import free_port, start_redis, stop
 from tests.gateway import fake_upstream as fake
-from tests.gateway.conftest import Gateway, StartGateway, ask
+from tests.gateway.conftest import Gateway, StartGateway, ask, until
 from tests.gateway.fake_upstream import FakeUpstream
 
 anyio = pytest.mark.anyio
@@ -166,16 +166,26 @@ async def test_memory_is_bounded_and_entries_expire() -> None:
     assert await cache.get(bytes([99])) is None
 
 
+async def patient(gateway: Gateway) -> None:
+    """A busy machine is not a Redis that is away."""
+    cache = gateway.app.state.lifecycle._cache
+    assert isinstance(cache, RedisCache)
+    cache._link.timeout_s = 30
+    await until(lambda: cache._link.up)
+
+
 @anyio
 async def test_redis_serves_all_workers_and_tenants_stay_apart(
     start_gateway: StartGateway, upstream: FakeUpstream, redis_url: str, tmp_path: Path
 ) -> None:
     async with start_gateway(redis_url=redis_url) as one:
+        await patient(one)
         await one.chat(ask("through redis"))
         pepper = (tmp_path / "home" / "pepper").read_bytes()
     (tmp_path / "second").mkdir()
     (tmp_path / "second" / "pepper").write_bytes(pepper)
     async with start_gateway(redis_url=redis_url, home=tmp_path / "second") as two:
+        await patient(two)
         _, headers, _ = await two.chat(ask("through redis"))
     assert headers["x-leadline-cache"] == "hit"
     assert len(upstream.bodies) == 1
@@ -188,6 +198,7 @@ async def test_a_redis_that_dies_costs_no_request(
     port = free_port()
     server = await asyncio.to_thread(start_redis, tmp_path, port)
     async with start_gateway(redis_url=f"redis://127.0.0.1:{port}/0") as gateway:
+        await patient(gateway)
         await gateway.chat(ask())
         assert (await gateway.chat(ask()))[1]["x-leadline-cache"] == "hit"
         await asyncio.to_thread(stop, server)
@@ -220,8 +231,11 @@ async def test_a_redis_that_hangs_is_left_alone(tmp_path: Path) -> None:
 
 
 @anyio
-async def test_what_many_requests_ask_of_redis_at_once_is_one_round_trip(redis_url: str) -> None:
-    link = RedisLink(redis_url, lambda up: None)
+async def test_what_many_requests_ask_of_redis_at_once_is_one_round_trip(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.redis_link.CONNECT_TIMEOUT_S", 30)
+    link = RedisLink(redis_url, lambda up: None, timeout_s=30)
     assert await link.check()
     cache = RedisCache(link)
     trips = 0

@@ -233,7 +233,7 @@ async def test_whoever_leaves_a_cascade_pays_for_what_was_asked_and_holds_nothin
     limits = 'limits: [{key: "*", budget: $1/month}]'
     async with running(POLICY.format(url=upstream.url, limits=limits), tmp_path / "home") as gateway:
         upstream.faults = [*[sure(0.3)] * stage, slow]
-        headers = {"x-leadline-timeout": "2"} if ends == "deadline" else {}
+        headers = {"x-leadline-timeout": "4"} if ends == "deadline" else {}
         call = gateway.stream if stream else gateway.chat
         task = asyncio.create_task(call(ask(model="two", max_tokens=100), **headers))
         await asked.wait()

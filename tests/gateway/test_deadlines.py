@@ -1,7 +1,6 @@
 """Every bound on time: of a request, of an attempt, to the first byte, and between two."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ models:
   listening: {{provider: listening, model: dear, context: 16000, max_output: 1000, price: free}}
   short: {{provider: short, model: dear, context: 16000, max_output: 1000, price: free}}
 routes:
-  - {{name: bounded, when: {{model: bounded}}, use: [cheap], deadline: 700ms, cache: off}}
+  - {{name: bounded, when: {{model: bounded}}, use: [cheap], deadline: 4s, cache: off}}
   - {{name: eager, when: {{model: eager}}, use: [impatient], on_failure: [cheap], cache: off}}
 """
 
@@ -57,7 +56,7 @@ async def test_a_routes_deadline_ends_the_request_and_its_attempt(
     body = ask(model="bounded", stream=stream)
     status, headers, answer = await gateway.chat(body, **{"x-leadline-timeout": "60"})
     assert (status, answer["error"]["code"]) == (504, "deadline_exceeded")
-    assert "deadline of 0.7 s" in answer["error"]["message"], "a caller cannot lengthen the policy's"
+    assert "deadline of 4 s" in answer["error"]["message"], "a caller cannot lengthen the policy's"
     assert headers["x-should-retry"] == "false"
     async with asyncio.timeout(20):
         await gone.wait()
@@ -99,11 +98,9 @@ async def test_a_deadline_in_the_middle_of_a_stream_ends_it_with_an_error(
 
 
 async def test_no_wait_is_begun_that_the_deadline_does_not_leave(gateway: Gateway, upstream: FakeUpstream) -> None:
-    upstream.faults = [fake.status(503, {"retry-after-ms": "4000"})]
-    began = time.monotonic()
+    upstream.faults = [fake.status(503, {"retry-after-ms": "4900"})]
     status, _, answer = await gateway.chat(ask(model="bounded"))
-    assert (status, answer["error"]["code"]) == (502, "upstream_failed")
-    assert time.monotonic() - began < 4
+    assert (status, answer["error"]["code"]) == (502, "upstream_failed"), "a wait would have ended with the deadline"
 
 
 async def test_the_first_byte_has_a_bound_of_its_own_and_then_another_model_answers(

@@ -87,7 +87,7 @@ async def test_readiness_says_what_the_gateway_does_without(
         with admin.connect() as connection:
             connection.exec_driver_sql(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
             connection.exec_driver_sql(
-                f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
+                f"SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = '{name}'"
             )
             try:
                 assert (await gateway.chat(ask()))[0] == 200

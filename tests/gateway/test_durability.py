@@ -27,28 +27,37 @@ class Disk:
 
     def __init__(self, gateway: Gateway, folder: Path) -> None:
         self._folder = folder
+        self._changes = threading.Lock()
         self._turns = threading.Semaphore(0)
         self._free = False
         self.waiting = 0
+        """Syncs that no turn was given to yet."""
         self.safe: list[Opened | Dispatched | Closed] = []
         self.journal = gateway.app.state.lifecycle.ledger.journal
         self.journal._sync = self._sync
 
     def _sync(self, fd: int) -> None:
         written = [entry for path in segments(self._folder) for entry in _read(path)]
-        self.waiting += 1
-        if not self._free:
+        with self._changes:
+            waits = not self._free
+            self.waiting += waits
+        if waits:
             self._turns.acquire()
-        self.waiting -= 1
         to_disk(fd)
         self.safe = written
 
     def turn(self) -> None:
-        self._turns.release()
+        """For one sync that waits; none is laid up for those to come."""
+        with self._changes:
+            if self.waiting:
+                self.waiting -= 1
+                self._turns.release()
 
     def free(self) -> None:
-        self._free = True
-        self._turns.release(1000)
+        with self._changes:
+            self._free = True
+            self._turns.release(self.waiting or 1)
+            self.waiting = 0
 
     def sessions(self, kind: type[Opened | Dispatched | Closed]) -> set[str | None]:
         """Whose record of this kind is safe, by the caller's session."""

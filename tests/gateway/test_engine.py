@@ -23,7 +23,11 @@ from tests.conftest import free_port, stop, wait_for_port
 from tests.gateway.conftest import Gateway, running, until
 from tests.gateway.fake_upstream import FakeUpstream
 
-pytestmark = [pytest.mark.anyio, pytest.mark.engine]
+pytestmark = [pytest.mark.anyio, pytest.mark.engine, pytest.mark.timeout(300)]
+READY_S = 200
+"""An engine takes half a minute to come up on a busy machine."""
+LONG: dict[str, Any] = {"min_tokens": 900, "temperature": 1}
+"""So long an answer is under way still, however late its caller does what it does."""
 
 POLICY = """
 version: 1
@@ -35,7 +39,7 @@ models:
   cheap: {{provider: fake, model: cheap, context: 16000, max_output: 1000,
           price: {{input: $0.15/Mtok, cached_input: $0.075/Mtok, output: $0.60/Mtok}}}}
 signals:
-  difficulty: {{probe: default, heads: {{local: local, cheap: weak}}, timeout: 2s}}
+  difficulty: {{probe: default, heads: {{local: local, cheap: weak}}, timeout: 20s}}
 routes:
   - name: private
     when: {{tag: private}}
@@ -54,7 +58,7 @@ async def home(upstream: FakeUpstream, tmp_path: Path) -> AsyncIterator[Gateway]
     """A gateway with an engine, both up."""
     async with running(POLICY.format(url=upstream.url), tmp_path / "home") as gateway:
         assert gateway.app.engine is not None
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(READY_S):
             await gateway.app.engine.ready.wait()
         yield gateway
 
@@ -131,7 +135,7 @@ async def test_a_probe_may_read_with_an_encoder_of_its_own(upstream: FakeUpstrea
         engine, process = gateway.app.engine, gateway.app.engine_process
         assert engine is not None
         assert process is not None
-        await until(lambda: engine.ready.is_set() or process.failed.is_set())
+        await until(lambda: engine.ready.is_set() or process.failed.is_set(), READY_S)
         await gateway.chat(ask("What is 12 + 30?", model="auto"))
         (row,) = await gateway.rows()
     assert json.loads(row["decision"])["probe_version"]
@@ -157,7 +161,7 @@ routes: [{{name: auto, when: {{model: auto}}, use: [brief], cache: off}}]
     hard = "What is 23 + 48 - 7 * 3 + 5 * 6 - 2?"
     async with running(policy, tmp_path / "home") as gateway:
         assert gateway.app.engine is not None
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(READY_S):
             await gateway.app.engine.ready.wait()
         for model, most in (("brief", 20), ("narrow", 60)):
             status, _, body = await gateway.chat(ask(hard, model))
@@ -187,12 +191,12 @@ async def test_a_private_tag_stays_on_this_machine(home: Gateway, upstream: Fake
 
 async def test_a_caller_who_leaves_frees_the_engine(home: Gateway) -> None:
     async with home.session.post(
-        f"{home.url}/v1/chat/completions", json=ask("What is 9 + 8 - 7 + 6 - 5 + 4?", stream=True, n=8),
+        f"{home.url}/v1/chat/completions", json=ask("What is 9 + 8 - 7 + 6 - 5 + 4?", stream=True, n=8) | LONG,
         headers=home.headers(),
     ) as response:  # fmt: skip
         await response.content.readany()
         response.close()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not (rows := await home.rows()):
             await asyncio.sleep(0.02)
     assert rows[0]["outcome"] == "cancelled"
@@ -205,16 +209,14 @@ async def test_a_dead_engine_is_replaced_while_the_fallback_serves(home: Gateway
     assert engine is not None
     assert engine.pid is not None
     os.kill(engine.pid, signal.SIGKILL)
-    async with asyncio.timeout(5):
-        while engine.client is not None:
-            await asyncio.sleep(0.01)
+    await until(lambda: engine.client is None)
     status, headers, _ = await home.chat(ask("What is 2 + 3?", model="auto"))
     assert (status, headers["x-leadline-model"]) == (200, "cheap")
     assert headers["x-leadline-degraded"] in ("unavailable", "probe_unavailable")
     status, headers, body = await home.chat(ask("What is 2 + 3?"))
     assert (status, body["error"]["code"], headers["x-should-retry"]) == (503, "unavailable", "true")
     assert "engine" in body["error"]["message"]
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(READY_S):
         await engine.ready.wait()
     status, _, body = await home.chat(ask("What is 2 + 3?"))
     assert (status, body["choices"][0]["message"]["content"]) == (200, "The answer is 5.")
@@ -228,14 +230,16 @@ async def test_an_engine_that_is_back_serves_at_once_however_many_calls_it_lost(
     async def lost() -> bytes:
         return (await home.stream(ask("What is 9 + 8 - 7 + 6 - 5 + 4?", n=8)))[2]
 
+    asked = engine.client
+    assert asked is not None
     os.kill(engine.pid, signal.SIGSTOP)
     calls = [asyncio.create_task(lost()) for _ in range(8)]
-    await asyncio.sleep(0.3)
+    await until(lambda: len(asked._inboxes) >= 8)
     os.kill(engine.pid, signal.SIGKILL)
     ends = await asyncio.gather(*calls)
     assert all(b'"error"' in raw for raw in ends), "more than a breaker takes"
     assert home.app.state.lifecycle.world.breakers["local"].state == "closed"
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(READY_S):
         await engine.ready.wait()
     assert (await home.chat(ask("What is 2 + 3?")))[0] == 200
 
@@ -243,8 +247,6 @@ async def test_an_engine_that_is_back_serves_at_once_however_many_calls_it_lost(
 async def test_an_engine_that_hangs_is_not_available_until_it_answers_again(
     home: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_link, "ASKED_EVERY_S", 0.1)
-    monkeypatch.setattr(client, "COUNTS_WITHIN_S", 1.0)
     engine = home.app.engine
     assert engine is not None
     assert engine.pid is not None
@@ -255,9 +257,11 @@ async def test_an_engine_that_hangs_is_not_available_until_it_answers_again(
             return found
 
     assert "local" not in (await readiness())["unavailable"]
+    monkeypatch.setattr(engine_link, "ASKED_EVERY_S", 0.1)
+    monkeypatch.setattr(client, "COUNTS_WITHIN_S", 1.0)
     os.kill(engine.pid, signal.SIGSTOP)
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while "local" not in (await readiness())["unavailable"]:
                 await asyncio.sleep(0.1)
         status, headers, _ = await home.chat(ask("What is 2 + 3?", model="auto"))
@@ -265,8 +269,9 @@ async def test_an_engine_that_hangs_is_not_available_until_it_answers_again(
         status, _, body = await home.chat(ask("What is 2 + 3?"))
         assert (status, body["error"]["code"]) == (503, "unavailable")
     finally:
+        monkeypatch.setattr(client, "COUNTS_WITHIN_S", 30.0)  # who is only slow is not silent again
         os.kill(engine.pid, signal.SIGCONT)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(READY_S):
         await engine.ready.wait()
     assert "local" not in (await readiness())["unavailable"]
     status, _, body = await home.chat(ask("What is 2 + 3?"))
@@ -278,7 +283,7 @@ async def test_an_engine_killed_in_the_middle_of_a_stream_ends_it_with_an_error(
     assert engine is not None
     assert engine.pid is not None
     async with home.session.post(
-        f"{home.url}/v1/chat/completions", json=ask("What is 9 + 8 - 7 + 6 - 5 + 4?", stream=True, n=4),
+        f"{home.url}/v1/chat/completions", json=ask("What is 9 + 8 - 7 + 6 - 5 + 4?", stream=True, n=4) | LONG,
         headers=home.headers(),
     ) as response:  # fmt: skip
         raw = await response.content.readany()

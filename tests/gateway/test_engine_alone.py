@@ -20,7 +20,7 @@ from local_engine.client import EngineClient
 from tests.conftest import free_port, stop
 from tests.gateway.alone import wait
 
-pytestmark = [pytest.mark.anyio, pytest.mark.engine]
+pytestmark = [pytest.mark.anyio, pytest.mark.engine, pytest.mark.timeout(300)]
 COMMAND = [sys.executable, "-m", "gateway", "engine", "--model", "small=bundled/nano"]
 
 
@@ -127,9 +127,10 @@ async def test_one_that_listens_leaves_the_socket_to_whoever_took_it_meanwhile(t
         listens = await asyncio.to_thread(subprocess.Popen, command, stdout=out, stderr=out)
         try:
             await asyncio.to_thread(wait, lambda: "engine.ready" in log.read_text())
-            os.kill(await pid_at(place), signal.SIGKILL)
+            pid = await pid_at(place)
             place.unlink()
             with listener(place):
+                os.kill(pid, signal.SIGKILL)
                 taken = f"an engine already listens at {place}"
                 await asyncio.to_thread(wait, lambda: taken in log.read_text())
                 assert place.exists()

@@ -11,7 +11,7 @@ from gateway.engine_alone import run_alone
 from gateway.policies import CannotServe
 from tests.gateway.alone import SUM, Service, started
 
-pytestmark = [pytest.mark.anyio, pytest.mark.engine]
+pytestmark = [pytest.mark.anyio, pytest.mark.engine, pytest.mark.timeout(300)]
 POLICY = """
 version: 1
 providers: {home: {engine: embedded}}

@@ -23,7 +23,7 @@ from routers.schema import AcceptRuleFile, CascadePlanFile, ExitFile, SpeculateF
 from routers.types import Query, Signals, State
 from tests.gateway.conftest import Gateway, running
 
-pytestmark = [pytest.mark.anyio, pytest.mark.engine]
+pytestmark = [pytest.mark.anyio, pytest.mark.engine, pytest.mark.timeout(300)]
 
 POLICY = """
 version: 1
@@ -102,7 +102,7 @@ def anyio_backend() -> str:
 async def home(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Gateway]:
     async with running(POLICY, tmp_path_factory.mktemp("plans") / "home") as gateway:
         assert gateway.app.engine is not None
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(200):
             await gateway.app.engine.ready.wait()
         yield gateway
 

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.gateway import fake_upstream as fake
-from tests.gateway.conftest import Gateway, ask
+from tests.gateway.conftest import Gateway, StartGateway, ask
 from tests.gateway.fake_upstream import FakeUpstream
 
 pytestmark = pytest.mark.anyio
@@ -89,13 +89,14 @@ async def test_redirects_are_not_followed(gateway: Gateway, upstream: FakeUpstre
 
 @pytest.mark.parametrize("fault", [fake.invalid_json, fake.silence], ids=["invalid json", "silence"])
 async def test_what_may_have_been_billed_is_billed_as_an_estimate(
-    gateway: Gateway, upstream: FakeUpstream, fault: fake.Fault
+    start_gateway: StartGateway, upstream: FakeUpstream, fault: fake.Fault
 ) -> None:
     upstream.faults = [fault, fault]
-    status, _, body = await gateway.chat(ask())
+    async with start_gateway(timeout="1s" if fault is fake.silence else "60s") as gateway:
+        status, _, body = await gateway.chat(ask())
+        (row,) = await gateway.rows()
     assert status == (504 if fault is fake.silence else 502)
     assert "error" in body
-    (row,) = await gateway.rows()
     assert row["cost_estimated"]
     assert row["cost_nanousd"] > 0
     assert row["cost_nanousd"] == sum(a["cost_nanousd"] for a in row["attempt_rows"])

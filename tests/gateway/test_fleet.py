@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from gateway.upstream import fleet
 from gateway.upstream.affinity import PrefixIndex, block_keys
+from gateway.upstream.connection import Timeouts
 from gateway.upstream.engines import Load, load_of_body, load_of_header
 from gateway.upstream.fleet import FULL_KV, LOAD_AGE_S, Fleet
 from routers.policy import Server
@@ -110,7 +111,7 @@ async def test_a_busy_replica_gives_a_conversation_up(engines: Engines) -> None:
 
 
 @anyio
-async def test_what_an_engine_says_of_its_load_counts(engines: Engines) -> None:
+async def test_what_an_engine_says_of_its_load_counts(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
     at = await engines.served_by(conversation("a"))
     engines.servers[at].waiting = 8  # others use it, too
     replica = engines.fleet.replicas[at]
@@ -118,6 +119,7 @@ async def test_what_an_engine_says_of_its_load_counts(engines: Engines) -> None:
         while replica.told.requests < 7:
             await engines.gateway.chat(conversation("a"))
             await asyncio.sleep(0.05)
+    monkeypatch.setattr(fleet, "LOAD_AGE_S", 60.0)  # it is not to grow old on a busy machine
     assert await engines.served_by(conversation("a", 3)) != at
 
 
@@ -328,7 +330,10 @@ async def test_one_server_of_a_kind_needs_no_replicas(tmp_path: Path) -> None:
 
 
 @anyio
-async def test_a_gateway_that_ends_asks_nobody_for_a_load_any_more(tmp_path: Path) -> None:
+async def test_a_gateway_that_ends_asks_nobody_for_a_load_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "_LOAD_TIMEOUTS", Timeouts(60.0, 60.0, 60.0, 60.0))
     async with engine("sglang") as first, engine("sglang") as second:
         first.tells_load.clear()
         second.tells_load.clear()
@@ -336,7 +341,7 @@ async def test_a_gateway_that_ends_asks_nobody_for_a_load_any_more(tmp_path: Pat
         async with running(policy, tmp_path / "home") as gateway:
             assert (await gateway.chat(conversation("a")))[0] == 200
             await until(lambda: first.loads_asked == second.loads_asked == 1)
-            fleet = Engines(gateway, [first, second]).fleet
-            asking = [replica.asking for replica in fleet.replicas if replica.asking is not None]
+            replicas = Engines(gateway, [first, second]).fleet.replicas
+            asking = [replica.asking for replica in replicas if replica.asking is not None]
             assert [task.done() for task in asking] == [False, False]
         assert [task.cancelled() for task in asking] == [True, True]

@@ -1,7 +1,7 @@
 """A second attempt beside a slow first: who wins, who is cancelled, who pays, and what it may cost at most."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -38,16 +38,18 @@ routes:
 
 
 class Slow:
-    """An upstream that takes its time: `gone` counts the callers who did not wait for it."""
+    """An upstream that takes its time, from when `after` holds: `gone` counts the callers who did not wait for it."""
 
-    def __init__(self, seconds: float = 30) -> None:
+    def __init__(self, seconds: float = 30, after: Callable[[], object] = lambda: True) -> None:
         self.seconds = seconds
+        self.after = after
         self.gone = 0
         self.asked = 0
 
     async def __call__(self, upstream: FakeUpstream, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         self.asked += 1
         try:
+            await until(self.after)
             await asyncio.sleep(self.seconds)
         except asyncio.CancelledError:
             self.gone += 1
@@ -115,7 +117,7 @@ async def test_a_first_attempt_that_answers_after_all_wins(
     hedging: Gateway, upstream: FakeUpstream, stream: bool
 ) -> None:
     second = Slow()
-    upstream.faults = [Slow(0.5), second]
+    upstream.faults = [Slow(0, lambda: second.asked), second]
     body = ask(model="hedged", max_tokens=20)
     status, headers, _ = await (hedging.stream(body) if stream else hedging.chat(body))
     assert (status, headers["x-leadline-model"]) == (200, "dear")
@@ -143,7 +145,7 @@ async def test_a_hedge_goes_out_only_within_its_share_of_what_was_spent(upstream
 @anyio
 async def test_when_both_fail_each_has_been_asked_once(hedging: Gateway, upstream: FakeUpstream) -> None:
     async def late(upstream: FakeUpstream, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-        await asyncio.sleep(0.4)
+        await until(lambda: len(upstream.bodies) - before == 2)
         return await fake.status(500)(upstream, request, body)
 
     before = len(upstream.bodies)
@@ -163,10 +165,11 @@ async def test_when_both_fail_each_has_been_asked_once(hedging: Gateway, upstrea
 @anyio
 async def test_a_first_attempt_that_fails_leaves_the_hedge_to_answer(hedging: Gateway, upstream: FakeUpstream) -> None:
     async def late(upstream: FakeUpstream, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-        await asyncio.sleep(0.2)
+        await until(lambda: second.asked)
         return await fake.status(400)(upstream, request, body)
 
-    upstream.faults = [late, Slow(0.6)]
+    second = Slow(0.6)
+    upstream.faults = [late, second]
     status, headers, _ = await hedging.chat(ask(model="hedged", max_tokens=20))
     assert (status, headers["x-leadline-model"]) == (200, "cheap")
     row = (await hedging.rows())[0]

@@ -28,7 +28,7 @@ from gateway.ledger.tables import AttemptRow, RequestRow
 from routers.policy import Price
 from tests.conftest import free_port, wait_for_port
 from tests.gateway import fake_upstream as fake
-from tests.gateway.conftest import POLICY, StartGateway, ask
+from tests.gateway.conftest import POLICY, StartGateway, ask, until
 from tests.gateway.fake_upstream import FakeUpstream
 
 TOKENS = st.integers(0, 10**7)
@@ -41,7 +41,7 @@ async def test_books_agree_on_both_databases(
 ) -> None:
     upstream.faults = [None, fake.status(500), None, None, fake.reset] + [None] * 60
     transcript: Counter[int] = Counter()
-    async with start_gateway(database_url=database_url) as gateway:
+    async with start_gateway(database_url=database_url, timeout="60s") as gateway:
 
         async def one(i: int) -> None:
             body = ask(f"question {i} " + "word " * (i % 7), model=("cheap", "dear", "auto")[i % 3], n=1 + i % 2)
@@ -102,16 +102,14 @@ async def test_a_caller_who_leaves_frees_the_upstream_and_is_billed_what_it_got(
     start_gateway: StartGateway, upstream: FakeUpstream
 ) -> None:
     upstream.words, upstream.pace_s = 500, 0.01
-    async with start_gateway() as gateway:
+    async with start_gateway(timeout="60s") as gateway:
         async with gateway.session.post(
             f"{gateway.url}/v1/chat/completions", json=ask(stream=True), headers=gateway.headers()
         ) as response:
             await response.content.readany()
             await response.content.readany()
             response.close()
-        async with asyncio.timeout(5):
-            while upstream.closed_early == 0:
-                await asyncio.sleep(0.01)
+        await until(lambda: upstream.closed_early)
         (row,) = await gateway.rows()
         assert gateway.app.state.lifecycle.metrics.in_flight.value == 0
     assert upstream.open_streams == 0
@@ -126,14 +124,13 @@ async def test_a_caller_who_leaves_a_plain_call_frees_the_upstream(
     start_gateway: StartGateway, upstream: FakeUpstream
 ) -> None:
     upstream.faults = [fake.silence]
-    async with start_gateway() as gateway:
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.2):
-                await gateway.chat(ask())
-        async with asyncio.timeout(5):
-            while not (rows := await gateway.rows()):
-                await asyncio.sleep(0.01)
-    assert (rows[0]["outcome"], rows[0]["cost_estimated"]) == ("cancelled", True)
+    async with start_gateway(timeout="60s") as gateway:
+        calling = asyncio.create_task(gateway.chat(ask()))
+        await until(lambda: upstream.bodies)
+        calling.cancel()
+        await until(lambda: not gateway.app.state.lifecycle.metrics.in_flight.value)
+        (row,) = await gateway.rows()
+    assert (row["outcome"], row["cost_estimated"]) == ("cancelled", True)
 
 
 @given(PRICE, st.builds(Usage, TOKENS, TOKENS, TOKENS, TOKENS, TOKENS))
@@ -289,7 +286,7 @@ async def test_replaying_twice_changes_nothing(tmp_path: Path, database_url: str
 async def test_kill_9_loses_no_row_that_a_caller_was_told_of(upstream: FakeUpstream, tmp_path: Path) -> None:
     """A real gateway process, killed with answers given and calls in flight; the next start closes the books."""
     policy = tmp_path / "policy.yaml"
-    policy.write_text(POLICY.format(url=upstream.url, limits=""))
+    policy.write_text(POLICY.replace("timeout: 1s", "timeout: 60s").format(url=upstream.url, limits=""))
     home, port = tmp_path / "home", free_port()
     env = {**os.environ, "LEADLINE_HOME": str(home)}
     command = [sys.executable, "-m", "gateway", "serve", "--port", str(port), "--policy", str(policy)]
@@ -316,8 +313,7 @@ async def test_kill_9_loses_no_row_that_a_caller_was_told_of(upstream: FakeUpstr
         await asyncio.gather(*[call(i) for i in range(20)])
         upstream.faults = [fake.silence] * 3
         hanging = [asyncio.create_task(call(100 + i)) for i in range(3)]
-        while upstream.faults:
-            await asyncio.sleep(0.01)
+        await until(lambda: not upstream.faults)
         process.send_signal(signal.SIGKILL)
         await asyncio.to_thread(process.wait)
         await asyncio.gather(*hanging, return_exceptions=True)

@@ -145,7 +145,7 @@ async def test_without_redis_each_goes_by_its_own() -> None:
 async def test_a_worker_sees_the_queue_that_another_one_made(
     upstream: FakeUpstream, redis_url: str, tmp_path: Path
 ) -> None:
-    upstream.pace_s = 0.5
+    upstream.pace_s = 2.0  # longer than it takes to be told, however busy the machine is
     policy = MODELS.replace("model: cheap,", "model: cheap, slots: 1,").format(one=upstream.url, two=upstream.url) + (
         "  - {name: auto, when: {model: auto}, candidates: [first, second], objective: fastest, cache: off}\n"
     )
@@ -160,5 +160,6 @@ async def test_a_worker_sees_the_queue_that_another_one_made(
         seen = two.app.state.lifecycle.world.loads
         assert seen is not None
         await until(lambda: seen.of(["first"])["first"].queue == 2)
+        upstream.pace_s = 0.0
         await asyncio.gather(*asked)
         await until(lambda: seen.of(["first"])["first"].running == 0)

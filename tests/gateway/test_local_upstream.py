@@ -4,8 +4,9 @@ import asyncio
 import dataclasses
 import json
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
@@ -22,6 +23,7 @@ from local_engine.model import LocalModel, load_model
 from local_engine.plan_types import Exit
 from local_engine.server import serve
 from local_engine.types import SamplingParams
+from tests.local_engine.engine_harness import Watch
 
 pytestmark = pytest.mark.anyio
 
@@ -39,12 +41,11 @@ def model() -> LocalModel:
     return load_model("m", "bundled/base", "float32", "cpu")
 
 
-@pytest.fixture
-async def client(tmp_path: Path, model: LocalModel) -> AsyncIterator[EngineClient]:
-    engine = Engine({"m": model}, None)
+@asynccontextmanager
+async def served(engine: Engine, socket: str) -> AsyncIterator[EngineClient]:
     engine.start()
-    serving = asyncio.create_task(serve(engine, str(tmp_path / "e.sock")))
-    client = EngineClient(str(tmp_path / "e.sock"))
+    serving = asyncio.create_task(serve(engine, socket))
+    client = EngineClient(socket)
     while not client.connected:
         try:
             await client.connect()
@@ -55,6 +56,35 @@ async def client(tmp_path: Path, model: LocalModel) -> AsyncIterator[EngineClien
     serving.cancel()
     await asyncio.gather(serving, return_exceptions=True)
     await asyncio.to_thread(engine.stop)
+
+
+@pytest.fixture
+async def client(tmp_path: Path, model: LocalModel) -> AsyncIterator[EngineClient]:
+    async with served(Engine({"m": model}, None), str(tmp_path / "e.sock")) as client:
+        yield client
+
+
+class Held(NamedTuple):
+    """An engine whose passes wait for leave, once its gate is `gated`."""
+
+    client: EngineClient
+    gate: Watch
+
+    async def step_by_step(self, done: int) -> None:
+        """Give leave for each pass after `done`, so that the engine does not run ahead of a loop that is held up."""
+        while True:
+            while len(self.gate.passes) == done:
+                await asyncio.sleep(0.002)
+            self.gate.allow(1)
+            done += 1
+
+
+@pytest.fixture
+async def held(tmp_path: Path, model: LocalModel) -> AsyncIterator[Held]:
+    gate = Watch()
+    async with served(Engine({"m": model}, None, make_runner=gate), str(tmp_path / "e.sock")) as client:
+        yield Held(client, gate)
+        gate.allow(1_000_000)
 
 
 @pytest.fixture
@@ -110,12 +140,16 @@ async def test_an_answer_that_is_late_is_a_timeout(client: EngineClient) -> None
     await stream.close()
 
 
-async def test_what_is_cut_off_is_counted_as_far_as_it_came(upstream: LocalUpstream) -> None:
+async def test_what_is_cut_off_is_counted_as_far_as_it_came(held: Held) -> None:
     """By the engine's own count, which is that of the whole answer but for the token that ends the turn."""
+    upstream = LocalUpstream(Link(held.client))
     await upstream.complete(TARGET, call())  # what is cached now is in the count, too
+    held.gate.gated = True
+    stepping = asyncio.create_task(held.step_by_step(len(held.gate.passes)))
     stream = await upstream.stream(TARGET, call())
     counts = [stream.state.so_far() async for _ in stream]
     await stream.close()
+    stepping.cancel()
     usage, last = stream.state.usage, counts[-1]
     assert usage is not None
     assert last is not None
@@ -127,16 +161,17 @@ async def test_what_is_cut_off_is_counted_as_far_as_it_came(upstream: LocalUpstr
 
 
 @pytest.mark.parametrize("gone", [False, True], ids=["left", "its engine is gone"])
-async def test_a_whole_answer_that_does_not_come_is_counted_as_far_as_it_came(
-    upstream: LocalUpstream, client: EngineClient, gone: bool
-) -> None:
+async def test_a_whole_answer_that_does_not_come_is_counted_as_far_as_it_came(held: Held, gone: bool) -> None:
     progress = Progress()
-    asking = asyncio.create_task(upstream.complete(TARGET, call(), progress))
+    held.gate.gated = True
+    stepping = asyncio.create_task(held.step_by_step(0))
+    asking = asyncio.create_task(LocalUpstream(Link(held.client)).complete(TARGET, call(), progress))
     async with asyncio.timeout(60):
         while progress.state is None or progress.state.deltas < 4:
             await asyncio.sleep(0)
+    stepping.cancel()
     if gone:
-        await client.close()
+        await held.client.close()
         with pytest.raises(UpstreamError, match="went away"):
             await asking
     else:

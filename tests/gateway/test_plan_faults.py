@@ -58,7 +58,7 @@ async def test_an_answer_that_is_there_waits_for_no_look(far: Reasoner, tmp_path
     far.hooks["base"] = [None, hang]
     policy = leaving(far, "rule: convergence, agree: 2", 'limits: [{key: "*", budget: $1/day}]\n')
     async with running(policy, tmp_path / "home") as gateway:
-        status, _, raw = await gateway.stream(ask(), **{"x-leadline-timeout": "8"})
+        status, _, raw = await gateway.stream(ask(), **{"x-leadline-timeout": "60"})
         row = (await gateway.rows())[0]
         assert held(gateway) == 0
     assert status == 200
@@ -154,7 +154,7 @@ async def test_a_deadline_that_passes_mid_step_ends_the_call_and_gives_back_what
     far.hooks[model] = [None, hang]
     policy = stepping(far) + 'limits: [{key: "*", budget: $1/day}]\n'
     async with running(policy, tmp_path / "home") as gateway:
-        status, _, body = await (gateway.stream if stream else gateway.chat)(ask(), **{"x-leadline-timeout": "3"})
+        status, _, body = await (gateway.stream if stream else gateway.chat)(ask(), **{"x-leadline-timeout": "5"})
         await until(lambda: far.left)
         row = (await gateway.rows())[0]
         assert held(gateway) == 0

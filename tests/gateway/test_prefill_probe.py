@@ -152,7 +152,7 @@ async def test_no_token_of_a_routed_prompt_is_read_twice(fitted: Path, upstream:
     async with running(policy, tmp_path / "home", policy_folder=fitted) as gateway:
         link = gateway.app.engine
         assert link is not None
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(240):
             await link.ready.wait()
         _, _, plain = await gateway.chat(ask("auto", "What is 13 + 28?"))  # nothing is measured on this route
         before = await _stats(link)

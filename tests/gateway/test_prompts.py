@@ -100,7 +100,7 @@ async def test_a_conversation_that_it_refuses_goes_to_its_chat(far: Reasoner, as
     assert await asked.as_text(target("base"), call()) is not None
 
 
-@pytest.mark.parametrize(("within_s", "timeout_s"), [(0.05, 10.0), (5.0, 0.1)], ids=["long", "as its attempt"])
+@pytest.mark.parametrize(("within_s", "timeout_s"), [(1.0, 10.0), (5.0, 2.0)], ids=["long", "as its attempt"])
 async def test_a_prompt_that_takes_too_long_is_not_waited_for(
     far: Reasoner,
     client: HttpClient,
@@ -110,11 +110,12 @@ async def test_a_prompt_that_takes_too_long_is_not_waited_for(
     timeout_s: float,
 ) -> None:
     assert far.raw is not None
+    assert await asked.as_text(target("draft"), call()) is not None  # connected: what is asked goes out at once
     monkeypatch.setattr(prompts, "WITHIN_S", within_s)
     far.raw.hold.clear()
     for _ in range(2):
         assert await asked.as_text(target("base", timeout_s), call()) is None
-    assert times(far) == 1
+    assert times(far) == 2
     assert client.statistics().in_use == 0
 
 

@@ -88,7 +88,13 @@ async def home(folder: Path, text: str, **options: Any) -> AsyncIterator[Home]:
 
 
 def processes() -> Iterator[psutil.Process]:
-    return (child for child in psutil.Process().children() if "gateway.engine_main" in " ".join(child.cmdline()))
+    for child in psutil.Process().children():
+        try:
+            command = child.cmdline()
+        except psutil.NoSuchProcess:  # it ended meanwhile
+            continue
+        if "gateway.engine_main" in " ".join(command):
+            yield child
 
 
 async def test_new_local_models_are_served_by_a_fresh_engine_and_old_requests_end_on_the_old_one(
@@ -121,7 +127,10 @@ async def test_new_local_models_are_served_by_a_fresh_engine_and_old_requests_en
     assert [*processes()] == []
 
 
-async def test_a_gateway_that_stops_keeps_nothing_of_the_engine_that_it_was_leaving(tmp_path: Path) -> None:
+async def test_a_gateway_that_stops_keeps_nothing_of_the_engine_that_it_was_leaving(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.engines.QUIET_S", 60.0)
     before = asyncio.all_tasks()
     async with home(tmp_path, HOME + SMALL + ROUTE % "small") as at:
         first = await at.ready()

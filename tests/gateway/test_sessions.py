@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gateway.redis_link import RedisLink
 from gateway.sessions import Conversation, MemorySessions, Prefix
 from gateway.shared_sessions import SharedSessions
-from tests.gateway.conftest import Gateway, running
+from tests.gateway.conftest import Gateway, running, until
 from tests.gateway.fake_upstream import FakeUpstream
 
 anyio = pytest.mark.anyio
@@ -160,6 +160,7 @@ async def test_two_workers_go_on_with_one_conversation(upstream: FakeUpstream, r
         async with start(upstream, tmp_path / "two", redis_url=redis_url) as second:
             for gateway in (first, second):
                 gateway.app.state.redis.timeout_s = 30
+                await until(lambda link=gateway.app.state.redis: link.up)  # type: ignore[misc]  # a lambda's default
             words = "shared " + LONG
             assert await served(first, turn(first=words), **ONLY_WARM) == "warm"
             assert await served(second, turn(*SAID, first=words)) == "warm"

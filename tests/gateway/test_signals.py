@@ -86,6 +86,7 @@ async def test_words_decide_in_the_worker_without_an_engine(
 
 
 @pytest.mark.engine
+@pytest.mark.timeout(300)
 async def test_the_engine_is_asked_for_what_words_leave_open(
     upstream: FakeUpstream, words: Path, tmp_path: Path
 ) -> None:
@@ -95,7 +96,7 @@ async def test_the_engine_is_asked_for_what_words_leave_open(
     )
     async with running(policy, tmp_path / "home", policy_folder=words) as gateway:
         assert gateway.app.engine is not None
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(240):
             await gateway.app.engine.ready.wait()
         for name, text in (("easy", SUM), ("other", OTHER)):
             assert (await gateway.chat(ask(text), **{"X-Session-Id": name}))[0] == 200

@@ -2,11 +2,12 @@
 
 import asyncio
 import json
+import os
+import signal
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from aiohttp import web
 
@@ -364,10 +365,8 @@ async def test_a_draft_whose_engine_is_killed_mid_thought_leaves_the_base_alone(
             await engine.ready.wait()
 
         async def kill(upstream: Reasoner, request: web.Request, body: dict[str, Any]) -> None:
-            (engine_process,) = [
-                child for child in psutil.Process().children() if "gateway.engine_main" in child.cmdline()
-            ]
-            engine_process.kill()
+            assert engine.pid is not None
+            os.kill(engine.pid, signal.SIGKILL)
             await until(lambda: engine.client is None)
 
         far.hooks["base"] = [kill]

@@ -270,7 +270,8 @@ async def test_a_stream_that_is_not_whole_is_an_error(client: HttpClient, tail: 
         assert (caught.value.cause, caught.value.may_be_billed) == ("cut", True)
 
 
-async def test_a_streams_connection_serves_the_next_call(client: HttpClient) -> None:
+async def test_a_streams_connection_serves_the_next_call(client: HttpClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.upstream.openai.LINGER_S", 60.0)
     async with raw_server(in_pieces(SSE, chunked(delta("a") + DONE), b"0\r\n\r\n", pause_s=0.02)) as server:
         for _ in range(3):
             await streamed(client, server)

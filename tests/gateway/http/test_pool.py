@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from gateway.upstream import http
+from gateway.upstream import connection, http
 from gateway.upstream import http_errors as errors
 from gateway.upstream.connection import AFTER_STREAM_S
 from gateway.upstream.http import HttpClient, RequestHead, Statistics
@@ -38,32 +38,35 @@ async def test_an_idle_connection_that_speaks_is_not_used_again(client: HttpClie
 
 async def test_a_goodbye_that_the_loop_has_not_read_yet_is_noticed(client: HttpClient) -> None:
     """The loop was busy while the server closed: without a look at the socket, a paid call would be lost."""
-    answered, served = threading.Event(), 0
+    answered, left, served = threading.Event(), threading.Event(), 0
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def serve() -> None:
             nonlocal served
             for _ in range(2):
-                connection = listening.accept()[0]
-                connection.recv(1 << 16)
+                accepted = listening.accept()[0]
+                accepted.recv(1 << 16)
                 served += 1
-                connection.sendall(HELLO)
+                accepted.sendall(HELLO)
                 answered.wait(30)
-                connection.close()
+                accepted.close()
+                left.set()
 
         thread = threading.Thread(target=serve)
         thread.start()
         head = RequestHead("POST", f"http://127.0.0.1:{listening.getsockname()[1]}/")
         assert await whole(client, head) == b"hello"
         answered.set()
+        assert left.wait(30)
         time.sleep(1.2)  # noqa: ASYNC251 - it is the loop that must not run
         assert await whole(client, head) == b"hello"
         assert served == 2
         await asyncio.to_thread(thread.join)
 
 
-async def test_nobody_is_asked_on_the_way_out(client: HttpClient) -> None:
+async def test_nobody_is_asked_on_the_way_out(client: HttpClient, monkeypatch: pytest.MonkeyPatch) -> None:
     """llama.cpp's server closes after every stream and does not say so: a request could be sent to a closed door."""
+    monkeypatch.setattr(connection, "AFTER_STREAM_S", 60.0)  # a busy machine is late with the server's goodbye
 
     async def leaves(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(CHUNKED)
@@ -81,13 +84,16 @@ async def test_nobody_is_asked_on_the_way_out(client: HttpClient) -> None:
         assert server.connections == 11
 
 
-async def test_a_connection_that_outlives_a_stream_serves_again_at_once(client: HttpClient) -> None:
+async def test_a_connection_that_outlives_a_stream_serves_again_at_once(
+    client: HttpClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with raw_server(CHUNKED) as server:
         await whole(client, to(server))
         await asyncio.sleep(2 * AFTER_STREAM_S)
         for _ in range(5):
             await whole(client, to(server))
         assert server.connections == 1
+        monkeypatch.setattr(connection, "AFTER_STREAM_S", 60.0)  # none has rested, however late all of this is
         server.writers[0].close()  # for whatever reason: it is in doubt again whether the server stays
         await until(lambda: client.statistics() == NOTHING)
         for _ in range(2):
@@ -134,7 +140,7 @@ async def test_a_server_that_left_under_a_request_is_asked_on_no_such_connection
 
 
 async def test_idle_connections_grow_old_and_few() -> None:
-    client = HttpClient(keep_alive_s=0.2, max_idle=2)
+    client = HttpClient(keep_alive_s=2, max_idle=2)
     async with raw_server(HELLO) as server:
         await asyncio.gather(*[whole(client, to(server)) for _ in range(5)])
         assert client.statistics() == Statistics(open=2, idle=2, in_use=0, connecting=0)
