@@ -29,8 +29,8 @@ class EngineConfig:
     threads: int = field(default_factory=default_threads)
     dtype: Dtype = "auto"
     """auto: float32 on CPU, where answers are then those of the models' cards, and the checkpoint's own type on CUDA.
-    bfloat16 is 1.9 to 2.4 times as fast on an AMD EPYC, and for few rows alone on an Intel Xeon that has AVX-512 BF16
-    without AMX; its answers differ now and then."""
+    bfloat16 is 1.9 to 2.4 times as fast on an AMD EPYC, 2 to 3 times on an Intel Xeon with AMX, and for few rows alone
+    on one that has AVX-512 BF16 without it; its answers differ now and then."""
     device: Device = "auto"
     max_running: int = 32
     """Sequences decoded at the same time; more wait in line."""
