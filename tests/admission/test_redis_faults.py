@@ -163,7 +163,7 @@ async def test_a_redis_that_fails_fails_no_request(
     await bad_redis.up()
     # A script that has freed something may still write when memory is short; with rates alone nothing is freed.
     limits = LIMITS.replace(", concurrency: 50", "") if fault == "out of memory" else LIMITS
-    async with start_gateway(limits, database_url=postgres_url, redis_url=url, timeout="60s") as gateway:
+    async with start_gateway(limits, database_url=postgres_url, redis_url=url) as gateway:
         healthy = await burst(gateway, 10)
         assert {status for status, _ in healthy} == {200}
         await strike(bad_redis)
@@ -195,7 +195,7 @@ async def test_a_redis_that_is_absent_at_start_is_found_later(
     start_gateway: StartGateway, postgres_url: str, bad_redis: BadRedis
 ) -> None:
     url = await bad_redis.start()
-    async with start_gateway(LIMITS, database_url=postgres_url, redis_url=url, timeout="60s") as gateway:
+    async with start_gateway(LIMITS, database_url=postgres_url, redis_url=url) as gateway:
         answers = await burst(gateway, 100)
         assert sum(status == 200 for status, _ in answers) == LIMIT
         assert {status for status, _ in answers} == {200, 429}
@@ -215,7 +215,7 @@ async def test_a_flushed_redis_starts_counting_again(
 ) -> None:
     url = await bad_redis.start()
     await bad_redis.up()
-    async with start_gateway(LIMITS, database_url=postgres_url, redis_url=url, timeout="60s") as gateway:
+    async with start_gateway(LIMITS, database_url=postgres_url, redis_url=url) as gateway:
         await healed(gateway)
         before = await burst(gateway, 100)
         assert sum(status == 200 for status, _ in before) == LIMIT
@@ -231,7 +231,7 @@ async def test_while_redis_is_away_nobody_waits_for_it(
 ) -> None:
     url = await bad_redis.start()
     await bad_redis.up()
-    async with start_gateway(LIMITS, database_url=postgres_url, redis_url=url, timeout="60s") as gateway:
+    async with start_gateway(LIMITS, database_url=postgres_url, redis_url=url) as gateway:
         await burst(gateway, 5)
         bad_redis.delay_s = 3600
         await burst(gateway, 5)
@@ -252,8 +252,8 @@ async def test_two_gateways_on_one_redis_do_not_double_a_limit(
         (tmp_path / name / "pepper").write_bytes(b"p" * 32)
         (tmp_path / name / "key").write_text("the first gateway makes the first key")
     async with (
-        start_gateway(LIMITS, home=tmp_path / "a", database_url=postgres_url, redis_url=url, timeout="60s") as one,
-        start_gateway(LIMITS, home=tmp_path / "b", database_url=postgres_url, redis_url=url, timeout="60s") as two,
+        start_gateway(LIMITS, home=tmp_path / "a", database_url=postgres_url, redis_url=url) as one,
+        start_gateway(LIMITS, home=tmp_path / "b", database_url=postgres_url, redis_url=url) as two,
     ):
         for gateway in (one, two):  # it is Redis's arithmetic that is looked at
             await healed(gateway)

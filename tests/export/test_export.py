@@ -236,8 +236,7 @@ def test_an_answer_earns_for_what_ran_and_a_fallback_for_its_model_alone(engine:
 async def test_a_bandit_turns_to_what_is_accepted(upstream: FakeUpstream, tmp_path: Path) -> None:
     route = "routes:\n  - {{name: try, when: {{model: try}}, candidates: [cheap, dear], objective: best, cache: off,"
     policy = POLICY.replace("routes:\n", route + " explore: {{share: 30%}}}}\n", 1)
-    policy = policy.replace("timeout: 1s", "timeout: 20s").format(url=upstream.url, limits="")
-    async with running(policy, tmp_path / "home") as gateway:
+    async with running(policy.format(url=upstream.url, limits=""), tmp_path / "home") as gateway:
         state = gateway.app.state
         for i in range(60):
             _, headers, _ = await gateway.chat(ask(f"question {i}", model="try"))

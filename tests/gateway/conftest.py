@@ -23,7 +23,7 @@ from tests.gateway.reasoner import Mind, Reasoner
 POLICY = """
 version: 1
 providers:
-  fake: {{base_url: "{url}", timeout: 1s, retries: 1}}
+  fake: {{base_url: "{url}", timeout: 60s, retries: 1}}
   dead: {{base_url: "http://127.0.0.1:9/v1", timeout: 1s, retries: 0}}
 models:
   cheap: {{provider: fake, model: cheap, context: 16000, max_output: 1000,
@@ -171,13 +171,13 @@ StartGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
 def start_gateway(upstream: FakeUpstream, tmp_path: Path) -> StartGateway:
     """Start a gateway before the fake upstream; `limits` are the policy's limits section.
 
-    A call that takes longer than `timeout` is asked again: a busy machine must not make it so.
+    A call that takes longer than `timeout` is asked again: no busy machine is to make it so.
     """
 
     def start(
-        limits: str = "", home: Path | None = None, *, timeout: str = "30s", **options: Any
+        limits: str = "", home: Path | None = None, *, timeout: str = "60s", **options: Any
     ) -> AbstractAsyncContextManager[Gateway]:
-        policy = POLICY.replace("timeout: 1s", f"timeout: {timeout}").format(url=upstream.url, limits=limits)
+        policy = POLICY.replace("timeout: 60s", f"timeout: {timeout}").format(url=upstream.url, limits=limits)
         return running(policy, home or tmp_path / "home", **options)
 
     return start

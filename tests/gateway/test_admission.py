@@ -123,7 +123,7 @@ def test_reserved_plus_spent_never_exceeds_a_limit(limit: int, calls: list[tuple
 
 @anyio
 async def test_racing_calls_never_overspend_a_budget(start_gateway: StartGateway, upstream: FakeUpstream) -> None:
-    async with start_gateway('limits: [{key: "*", budget: $0.0006/month}]', timeout="60s") as gateway:
+    async with start_gateway('limits: [{key: "*", budget: $0.0006/month}]') as gateway:
         calls = [gateway.chat(ask(f"{i}", max_tokens=100)) for i in range(64)]
         answers = await asyncio.gather(*calls)
         rows = await gateway.rows()

@@ -41,7 +41,7 @@ async def test_books_agree_on_both_databases(
 ) -> None:
     upstream.faults = [None, fake.status(500), None, None, fake.reset] + [None] * 60
     transcript: Counter[int] = Counter()
-    async with start_gateway(database_url=database_url, timeout="60s") as gateway:
+    async with start_gateway(database_url=database_url) as gateway:
 
         async def one(i: int) -> None:
             body = ask(f"question {i} " + "word " * (i % 7), model=("cheap", "dear", "auto")[i % 3], n=1 + i % 2)
@@ -102,7 +102,7 @@ async def test_a_caller_who_leaves_frees_the_upstream_and_is_billed_what_it_got(
     start_gateway: StartGateway, upstream: FakeUpstream
 ) -> None:
     upstream.words, upstream.pace_s = 500, 0.01
-    async with start_gateway(timeout="60s") as gateway:
+    async with start_gateway() as gateway:
         async with gateway.session.post(
             f"{gateway.url}/v1/chat/completions", json=ask(stream=True), headers=gateway.headers()
         ) as response:
@@ -124,7 +124,7 @@ async def test_a_caller_who_leaves_a_plain_call_frees_the_upstream(
     start_gateway: StartGateway, upstream: FakeUpstream
 ) -> None:
     upstream.faults = [fake.silence]
-    async with start_gateway(timeout="60s") as gateway:
+    async with start_gateway() as gateway:
         calling = asyncio.create_task(gateway.chat(ask()))
         await until(lambda: upstream.bodies)
         calling.cancel()
@@ -286,7 +286,7 @@ async def test_replaying_twice_changes_nothing(tmp_path: Path, database_url: str
 async def test_kill_9_loses_no_row_that_a_caller_was_told_of(upstream: FakeUpstream, tmp_path: Path) -> None:
     """A real gateway process, killed with answers given and calls in flight; the next start closes the books."""
     policy = tmp_path / "policy.yaml"
-    policy.write_text(POLICY.replace("timeout: 1s", "timeout: 60s").format(url=upstream.url, limits=""))
+    policy.write_text(POLICY.format(url=upstream.url, limits=""))
     home, port = tmp_path / "home", free_port()
     env = {**os.environ, "LEADLINE_HOME": str(home)}
     command = [sys.executable, "-m", "gateway", "serve", "--port", str(port), "--policy", str(policy)]

@@ -63,7 +63,6 @@ def shadowed(start_gateway: StartGateway, upstream: FakeUpstream, tmp_path: Path
 
     def start(shadow: str, limits: str = "", **options: Any) -> Any:
         policy = POLICY.replace("routes:\n", SHADOW % shadow.replace("{", "{{").replace("}", "}}"), 1)
-        policy = policy.replace("timeout: 1s", "timeout: 20s")
         return running(policy.format(url=upstream.url, limits=limits), tmp_path / "home", **options)
 
     return start

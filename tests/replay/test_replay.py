@@ -42,7 +42,7 @@ EVER = Span(0, 1 << 60)
 
 
 def policy(url: str, routes: str, limits: str = "") -> str:
-    text = POLICY.replace("routes:\n", routes, 1).replace("timeout: 1s", "timeout: 20s")
+    text = POLICY.replace("routes:\n", routes, 1)
     return text.format(url=url, limits=limits)
 
 
