@@ -64,7 +64,7 @@ def free_port() -> int:
             return port
 
 
-def wait_for_port(port: int, process: subprocess.Popen[bytes], timeout_s: float = 30) -> None:
+def wait_for_port(port: int, process: subprocess.Popen[bytes], timeout_s: float = 100) -> None:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
@@ -143,7 +143,7 @@ def postgres_server() -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _wait_until_started(url: str, timeout_s: float = 30) -> None:
+def _wait_until_started(url: str, timeout_s: float = 100) -> None:
     """It listens before it takes connections."""
     import psycopg
 
